@@ -1,0 +1,66 @@
+# Everything starts here; `make` prints what there is.
+VENV   ?= .venv
+PYTHON ?= python3
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: help setup demo test test-all lint format tables figures claims bench bench-norm tensorboard
+
+help: ## what there is
+	@echo "make TARGET, or make DATASET-BACKBONE-NORM to train, e.g. make cifar-resnet-l2bn ARGS='seed=1'"
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
+
+setup: $(STAMP) ## make .venv and install; does nothing when it is up to date
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup ## BN against L2BN on scikit-learn's digits: 6 runs, a table and a figure, in 5 minutes
+	python scripts/train.py experiment=demo
+	python scripts/tables.py --runs runs/demo
+	python scripts/figures.py --runs runs/demo --out runs/demo/figures
+	@echo "records       runs/demo"
+	@echo "curves        make tensorboard LOGDIR=runs/demo"
+
+test: setup lint ## lint, types and the fast tests
+	python -m pytest
+
+test-all: setup lint ## all tests, the long ones too
+	python -m pytest -m 'slow or not slow'
+
+lint: setup ## ruff and mypy
+	ruff check .
+	ruff format --check .
+	mypy
+
+tables: setup ## results/tables and the README's block, from results/records
+	python scripts/tables.py
+
+figures: setup ## results/figures, from results/records
+	python scripts/figures.py
+
+claims: setup ## results/claims.md, from results/records
+	python scripts/claims.py
+
+bench-norm: setup ## time the layer: BN, the plain composition and the fused kernels side by side
+	python scripts/benchmark.py norm --json results/benchmarks/norm.json
+
+LOGDIR ?= runs
+tensorboard: setup ## show the curves of all runs in LOGDIR (runs)
+	tensorboard --logdir $(LOGDIR)
+
+# make DATASET-BACKBONE-NORM: any names of configs/, and these short ones.
+cifar := cifar10
+resnet := resnet20
+vgg := vgg16
+shufflenet := shufflenetv2_x1_0
+mobilenet := mobilenetv2_x1_0
+part = $(or $($(word $(1),$(subst -, ,$@))),$(word $(1),$(subst -, ,$@)))
+
+.DEFAULT:
+	@test $(words $(subst -, ,$@)) = 3 || { echo "make: no target '$@'; type make to see what there is"; exit 2; }
+	@$(MAKE) --no-print-directory setup
+	python scripts/train.py dataset=$(call part,1) backbone=$(call part,2) norm=$(call part,3) $(ARGS)

@@ -1,0 +1,193 @@
+"""The record of a run: the files that say what was run, on what, and what came of it.
+
+    config.yaml     the resolved configuration
+    env.json        commit, versions, device, threads: a whitelist of facts, nothing else of the environment
+    metrics.jsonl   one line an epoch
+    summary.json    written last and in one step; its existence means that the run has ended, and its `status`
+                    says whether it finished or diverged
+
+Tables and figures read nothing but records. This module imports no heavy library, so that they start fast.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from l2bn.durable import write_durably
+
+CONFIG, ENVIRONMENT, METRICS, SUMMARY = "config.yaml", "env.json", "metrics.jsonl", "summary.json"
+FILES = (CONFIG, ENVIRONMENT, METRICS, SUMMARY)
+SCHEMA = 1
+
+Metrics = dict[str, float | None]
+"""One epoch: epoch (counted from 1), step (updates so far), lr, train/loss, train/top1, test/loss,
+test/top1, test/top5 (accuracies in percent; top5 null under 5 classes), seconds, images_per_second,
+peak_memory_bytes."""
+
+METRIC_KEYS = frozenset(
+    {"epoch", "step", "lr", "train/loss", "train/top1", "test/loss", "test/top1", "test/top5"}
+    | {"seconds", "images_per_second", "peak_memory_bytes"}
+)
+COST_KEYS = ("seconds", "images_per_second", "peak_memory_bytes")
+"""What an epoch cost: the metrics in which two runs that are otherwise equal bit for bit may differ."""
+
+
+class InvalidRecordError(ValueError):
+    """A record that is half-written, corrupt or not ours; the message says which file and why."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A folder that was left out, and why."""
+
+    folder: Path
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What `summary.json` holds."""
+
+    folder: Path = field(compare=False)
+    status: Literal["finished", "diverged"]
+    # The cell: the folder's names, with the values that were overridden ("l2bn,eps=0.001").
+    dataset: str
+    backbone: str
+    norm: str
+    recipe: str
+    seed: int
+    label: str  # the data set as tables call it
+    baseline: str | None  # the published rows it may be compared with
+    precision: str
+    kernels: str  # "stock", "plain" or "fused"; with "+compiled" where the model was compiled
+    hash: str  # of the identity
+    identity: dict[str, Any]
+    epochs: int
+    updates: int
+    train_images: int
+    test_images: int
+    parameters: int
+    norm_layers: int
+    last: Metrics  # empty where the run diverged in its first epoch
+    best: Metrics  # the epoch of the best test/top1: chosen on the test set, so shown and never the result
+    seconds: float
+    divergence: str | None = None  # where and how, of a diverged run
+
+    def metrics(self) -> list[Metrics]:
+        """All epochs, read from `metrics.jsonl`. Raises InvalidRecordError."""
+        return read_metrics(self.folder / METRICS)
+
+    def write(self) -> None:
+        """Write `summary.json`: the run has ended."""
+        content = {"schema": SCHEMA} | {key: value for key, value in asdict(self).items() if key != "folder"}
+        write_durably(self.folder / SUMMARY, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """The record in a folder. Raises InvalidRecordError where it is missing, corrupt or foreign."""
+        path = folder / SUMMARY
+        try:
+            content = json.loads(path.read_text())
+        except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+            raise InvalidRecordError(f"{SUMMARY} cannot be read: {error}") from error
+        if not isinstance(content, dict) or content.pop("schema", None) != SCHEMA:
+            raise InvalidRecordError(f"{SUMMARY} is not a record of schema {SCHEMA}")
+        _check_fields(cls, content)
+        record = cls(folder=folder, **content)
+        _check_values(record)
+        return record
+
+
+def read_records(root: Path) -> tuple[list[Record], list[Problem]]:
+    """Every ended run under a folder, in the order of their paths, and what had to be left out."""
+    records, problems = [], []
+    for path in sorted(root.rglob(SUMMARY)):
+        try:
+            records.append(Record.read(path.parent))
+        except InvalidRecordError as error:
+            problems.append(Problem(path.parent, str(error)))
+    return records, problems
+
+
+def read_metrics(path: Path) -> list[Metrics]:
+    """The lines of a `metrics.jsonl`. Raises InvalidRecordError naming the first bad line."""
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRecordError(f"{path.name} cannot be read: {error}") from error
+    return list(_parse_metrics(path, lines))
+
+
+def _parse_metrics(path: Path, lines: list[str]) -> Iterator[Metrics]:
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InvalidRecordError(f"{path.name}, line {number} is not JSON: {error}") from error
+        reason = _bad_metrics(row)
+        if reason or row["epoch"] != number:
+            raise InvalidRecordError(f"{path.name}, line {number}: {reason or 'not the epoch of its line'}")
+        yield row
+
+
+def write_metrics(path: Path, rows: list[Metrics]) -> None:
+    """Replace `metrics.jsonl` by these epochs, in one step."""
+    write_durably(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+
+
+def _bad_metrics(row: object) -> str | None:
+    """Why a row is not a row of metrics, or None."""
+    if not isinstance(row, dict):
+        return "not an object"
+    if row.keys() != METRIC_KEYS:
+        return f"missing {sorted(METRIC_KEYS - row.keys())}, unknown {sorted(row.keys() - METRIC_KEYS)}"
+    bad = [key for key, value in row.items() if not (value is None or _is_finite_number(value))]
+    return f"not finite numbers: {bad}" if bad else None
+
+
+def _is_finite_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_JSON_TYPES: Mapping[str, type | tuple[type, ...]] = {
+    "seed": int,
+    "epochs": int,
+    "updates": int,
+    "train_images": int,
+    "test_images": int,
+    "parameters": int,
+    "norm_layers": int,
+    "seconds": (int, float),
+    "identity": dict,
+    "last": dict,
+    "best": dict,
+    "baseline": (str, type(None)),
+    "divergence": (str, type(None)),
+}
+
+
+def _check_fields(cls: type, content: dict[str, Any]) -> None:
+    names = {item.name for item in fields(cls)} - {"folder"}
+    if content.keys() != names:
+        missing, unknown = sorted(names - content.keys()), sorted(content.keys() - names)
+        raise InvalidRecordError(f"{SUMMARY}: missing {missing}, unknown {unknown}")
+    for key, value in content.items():
+        expected = _JSON_TYPES.get(key, str)
+        if not isinstance(value, expected) or isinstance(value, bool):
+            raise InvalidRecordError(f"{SUMMARY}: {key} is {value!r}")
+
+
+def _check_values(record: Record) -> None:
+    if record.status not in ("finished", "diverged"):
+        raise InvalidRecordError(f"{SUMMARY}: status is {record.status!r}, not finished or diverged")
+    for name, row in (("last", record.last), ("best", record.best)):
+        reason = _bad_metrics(row) if row or record.status == "finished" else None
+        if reason:
+            raise InvalidRecordError(f"{SUMMARY}: {name}: {reason}")
+    if record.status == "finished" and record.last["epoch"] != record.epochs:
+        raise InvalidRecordError(f"{SUMMARY}: finished, but its last epoch is not epoch {record.epochs}")
+    if not math.isfinite(record.seconds):
+        raise InvalidRecordError(f"{SUMMARY}: seconds is not finite")

@@ -1,0 +1,185 @@
+"""From a node of the configuration to the object that it describes, or to a clear word on what is wrong with it.
+
+`_target_` is the registry: a new data set, backbone or norm is one Python file and one YAML. Hydra would import
+and call whatever a `_target_` names; here it must stand in a file of `configs/`, so that replaying somebody's
+record cannot run code of theirs.
+"""
+
+import difflib
+import functools
+import inspect
+import math
+import typing
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union
+
+import yaml
+from hydra.utils import get_object
+
+from l2bn.errors import UserError
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+
+Node = Mapping[str, Any]
+
+
+class Builder:
+    """Builds what the nodes of one configuration describe.
+
+    `files` are the files of `configs/` that it was composed of, so that a message can name the one to mend.
+    """
+
+    def __init__(self, files: Sequence[str] = ()) -> None:
+        self.files = files
+
+    def build(self, node: Node, path: str) -> Any:
+        """The object of a node with a `_target_`; `path` is the node's place in the configuration.
+
+        With `_partial_: true` it is the target with these arguments bound. Raises UserError.
+        """
+        arguments = {key: value for key, value in node.items() if key not in ("_target_", "_partial_")}
+        target = _resolve(node.get("_target_"), path)
+        return self.call(target, arguments, path, partial=bool(node.get("_partial_", False)))
+
+    def call(self, target: Callable[..., Any], arguments: Node, path: str, *, partial: bool = False) -> Any:
+        """Call a target with the arguments of a node, once their names and types are those of its signature."""
+        accepted = _parameters(target)
+        if partial:  # the first parameter is what the caller will give
+            accepted.pop(next(iter(accepted)))
+        self.check_keys(arguments, accepted, path)
+        missing = [key for key, (_, required) in accepted.items() if required and key not in arguments]
+        if missing:
+            raise UserError(f"{path}: missing {', '.join(missing)}")
+        built = {key: self._build_nested(value, f"{path}.{key}") for key, value in arguments.items()}
+        for key, value in built.items():
+            hint = accepted[key][0]
+            if not _fits(value, hint):
+                raise UserError(f"{path}.{key} must be {_describe(hint)}, not {value!r}")
+        if partial:
+            return functools.partial(target, **built)
+        try:
+            return target(**built)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from error
+
+    def check_keys(self, given: Node, accepted: Collection[str], path: str) -> None:
+        """Raise UserError naming the first key that is not accepted, its file, and the nearest that is."""
+        for key in given:
+            if key not in accepted:
+                place = f"{path}.{key}" if path else key
+                files = [f"configs/{name}" for name in self.files if _sets(name, place)]
+                near = difflib.get_close_matches(key, accepted, n=1)
+                raise UserError(
+                    f"unknown key {place}"
+                    + (f" in {', '.join(files)}" if files else "")
+                    + (f"; did you mean {near[0]}?" if near else "")
+                    + f"\naccepted here: {', '.join(sorted(accepted)) or 'nothing'}"
+                )
+
+    def _build_nested(self, value: Any, path: str) -> Any:
+        return self.build(value, path) if isinstance(value, Mapping) and "_target_" in value else value
+
+
+def _resolve(name: object, path: str) -> Callable[..., Any]:
+    if not isinstance(name, str):
+        raise UserError(f"{path}: has no _target_ to say what it is")
+    if name not in _targets():
+        raise UserError(
+            f"{path}._target_ is {name}, which stands in no file of {CONFIGS.name}/; "
+            "for something of your own, add a YAML with this _target_ to the group's folder"
+        )
+    try:
+        target = get_object(name)
+    except Exception as error:  # whatever the import of a user's own module may raise
+        raise UserError(f"{path}._target_: {name} cannot be imported: {error}") from error
+    if not callable(target):
+        raise UserError(f"{path}._target_: {name} is neither a class nor a function")
+    return target
+
+
+@functools.cache
+def _yaml_files() -> dict[str, Any]:
+    """Every file of configs/, by its path there."""
+    paths = sorted(CONFIGS.rglob("*.yaml"))
+    return {p.relative_to(CONFIGS).as_posix(): yaml.safe_load(p.read_text()) for p in paths}
+
+
+@functools.cache
+def _targets() -> frozenset[str]:
+    """Every `_target_` that stands in configs/."""
+    return frozenset(t for content in _yaml_files().values() for t in _find_targets(content))
+
+
+def _find_targets(value: object) -> Iterator[str]:
+    if isinstance(value, dict):
+        if isinstance(value.get("_target_"), str):
+            yield value["_target_"]
+        for child in value.values():
+            yield from _find_targets(child)
+
+
+def _sets(file: str, place: str) -> bool:
+    """Whether a file of configs/ sets a key: one of its own group, or of the whole configuration."""
+    group, *rest = place.split(".")
+    own = file.startswith((f"{group}/", f"{group}_for/"))
+    content = _yaml_files().get(file)
+    for key in rest if own else [group, *rest]:
+        if not isinstance(content, dict) or key not in content:
+            return False
+        content = content[key]
+    return True
+
+
+def _parameters(target: Callable[..., Any]) -> dict[str, tuple[Any, bool]]:
+    """The keyword parameters of a signature: type hint, and whether it must be given."""
+    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    parameters: dict[str, tuple[Any, bool]] = {}
+    for name, parameter in inspect.signature(target).parameters.items():
+        hint = hints.get(name, Any)
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:  # **common: Unpack[SomeTypedDict]
+            (fields,) = typing.get_args(hint)
+            for key, field_hint in typing.get_type_hints(fields).items():
+                parameters[key] = (field_hint, key in fields.__required_keys__)
+        else:
+            parameters[name] = (hint, parameter.default is inspect.Parameter.empty)
+    return parameters
+
+
+_WORDS = {
+    int: "a whole number",
+    float: "a finite number",
+    bool: "true or false",
+    str: "a text",
+    NoneType: "null",
+}
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value of the configuration is of a type; types that no YAML can write are left to the target."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, option) for option in arguments)
+    if origin is Literal:
+        return any(value is option or (isinstance(value, str) and value == option) for option in arguments)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in _WORDS:
+        return isinstance(value, hint)
+    return not isinstance(value, str | int | float | list) or hint is Any
+
+
+def _describe(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(_describe(option) for option in arguments)
+    if origin is Literal:
+        return " or ".join(map(str, arguments))
+    if origin is list:
+        return f"a list, each of it {_describe(arguments[0])}"
+    return _WORDS.get(hint, "a node with a _target_")

@@ -1,0 +1,103 @@
+"""Checkpoints that survive a crash at any instant.
+
+A checkpoint is written beside the others and renamed, so it is whole or not there; its name carries its place
+in the run and a checksum of its content. The last two are kept, so that a damaged newest one costs an interval
+and not the run.
+"""
+
+import hashlib
+import io
+import logging
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from l2bn.durable import write_durably
+from l2bn.errors import UserError
+
+log = logging.getLogger(__name__)
+
+KEPT = 2
+_NAME = re.compile(r"epoch(?P<epoch>\d+)-step(?P<step>\d+)\.(?P<digest>[0-9a-f]{16})\.pt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointPolicy:
+    """When checkpoints are written: after every epoch, and also after every so many updates (0 for never) of a
+    long one. Those after the epochs in `keep_epochs` are kept for good."""
+
+    every_steps: int = 1000
+    keep_epochs: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 0:
+            raise ValueError(f"every_steps must be 0 (after epochs only) or more, not {self.every_steps}")
+        if any(epoch < 1 for epoch in self.keep_epochs):
+            raise ValueError(f"keep_epochs are counted from 1; got {self.keep_epochs}")
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is due after this many updates of an epoch."""
+        return self.every_steps > 0 and step % self.every_steps == 0
+
+
+class Checkpoints:
+    """The checkpoints of one run, in their folder."""
+
+    def __init__(self, folder: Path, keep_epochs: list[int]) -> None:
+        self.folder = folder
+        self.keep_epochs = keep_epochs
+
+    def save(self, epoch: int, step: int, state: dict[str, Any]) -> None:
+        """Write the state after `epoch` whole epochs and `step` updates more, then drop those no longer needed."""
+        self.folder.mkdir(exist_ok=True)
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        data = buffer.getvalue()
+        path = self.folder / f"epoch{epoch:04d}-step{step:07d}.{_digest(data)}.pt"
+        write_durably(path, data)
+        for old in self.paths()[:-KEPT]:
+            if not self._is_kept(old):
+                old.unlink()
+
+    def load(self, device: torch.device) -> dict[str, Any] | None:
+        """The newest state that is whole, or None where there is none yet.
+
+        Raises UserError, and deletes nothing, if all of the last ones are damaged.
+        """
+        damaged = []
+        for path in reversed(self.paths()):
+            data = path.read_bytes()
+            if _digest(data) == _match(path)["digest"]:
+                # weights_only: tensors and plain values, never a pickled object that could run code.
+                return torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+            log.warning("the checkpoint %s is damaged (checksum); trying the one before", path)
+            damaged.append(path)
+        if damaged:
+            names = "\n".join(f"  {path}" for path in damaged)
+            raise UserError(
+                f"no checkpoint of this run can be read, all are damaged:\n{names}\n"
+                "nothing was deleted; restore one of them, or remove the run's folder to start it anew"
+            )
+        return None
+
+    def paths(self) -> list[Path]:
+        """All checkpoints, oldest first."""
+        found = [path for path in self.folder.glob("*.pt") if _NAME.fullmatch(path.name)]
+        return sorted(found, key=lambda path: (int(_match(path)["epoch"]), int(_match(path)["step"])))
+
+    def _is_kept(self, path: Path) -> bool:
+        match = _match(path)
+        return int(match["epoch"]) in self.keep_epochs and int(match["step"]) == 0
+
+
+def _match(path: Path) -> re.Match[str]:
+    match = _NAME.fullmatch(path.name)
+    assert match
+    return match
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]

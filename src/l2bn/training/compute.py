@@ -1,0 +1,72 @@
+"""Where and how a run computes: devices, precision, kernels."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+from l2bn.norms.fused import select_kernels
+
+convert_sync = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """Where and how a run computes.
+
+    The number of devices and `sync_bn` say over which images batch statistics are taken; with the precision
+    they are part of the run's identity, the rest is not.
+    """
+
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    devices: int
+    sync_bn: bool
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"]
+    compile: bool
+    channels_last: bool
+    deterministic: bool
+    threads: int | None
+    workers: int
+
+    def __post_init__(self) -> None:
+        if self.devices < 1:
+            raise ValueError(f"devices must be at least 1, not {self.devices}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads must be at least 1, or null for all cores, not {self.threads}")
+        if self.workers < 0:
+            raise ValueError(f"workers must be 0 or more, not {self.workers}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device is cuda, but torch finds no CUDA device; take device=cpu or device=auto")
+        if self._is_cuda and self.devices > torch.cuda.device_count():
+            raise ValueError(f"devices is {self.devices}, but there are {torch.cuda.device_count()} CUDA devices")
+        if self.precision == "16-mixed" and not self._is_cuda:
+            raise ValueError("precision 16-mixed needs a CUDA device; take precision=bf16-mixed or 32-true")
+
+    @property
+    def _is_cuda(self) -> bool:
+        return self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
+
+    def set_up(self) -> None:
+        """Set this process's threads and kernels."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        torch.use_deterministic_algorithms(self.deterministic)
+        torch.backends.cudnn.benchmark = not self.deterministic
+
+    def fabric(self) -> Fabric:
+        strategy = "ddp_spawn" if self.devices > 1 else "auto"
+        return Fabric(accelerator=self.device, strategy=strategy, devices=self.devices, precision=self.precision)
+
+    def place(self, model: nn.Module, device: torch.device, updates: int) -> tuple[nn.Module, str]:
+        """Put a model on its device for a run of so many updates; what is to be run, and on which kernels."""
+        network = model.to(device)
+        if self.channels_last:
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.sync_bn:
+            convert_sync(network)
+        kernels = select_kernels(network, device, updates)
+        if self.compile:
+            return torch.compile(network), f"{kernels}+compiled"  # type: ignore[return-value]
+        return network, kernels

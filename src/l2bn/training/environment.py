@@ -1,0 +1,53 @@
+"""The facts about machine and software that a record carries: this whitelist and nothing else of either."""
+
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("l2bn", "torch", "torchvision", "timm", "lightning-fabric", "hydra-core", "omegaconf", "numpy")
+
+# What two starts of a run must share for their results to agree bit for bit.
+FACTS_BEHIND_BITS = ("packages", "device", "cuda", "cudnn", "cpu_capability", "threads", "kernels")
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """Commit, versions, device and threads, at this moment."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "python": platform.python_version(),
+        "packages": {name: metadata(name)["Version"] for name in PACKAGES},
+        "system": platform.system(),
+        "processor": _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of this source tree, or None where it is not a checkout or git is missing."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _processor() -> str:
+    """The processor's model name, which Linux tells in /proc and `platform` does not."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

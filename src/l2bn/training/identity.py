@@ -1,0 +1,90 @@
+"""What makes a run the run that it is: its cell of the grid, and a hash over all that can change its result."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Config = Mapping[str, Any]
+
+GROUPS = ("dataset", "backbone", "norm", "recipe")
+
+# Where the files lie, how they are read and which kernels compute the same thing do not change the result
+# beyond rounding, so that a run can move between machines.
+MACHINE_KEYS = frozenset({"root", "download", "cache", "workers", "fused"})
+
+LONGEST_NAME = 200  # bytes; file systems allow 255
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The place of a run in the grid; each part is a choice of its group, with the values overridden in it."""
+
+    dataset: str
+    backbone: str
+    norm: str
+    recipe: str
+    seed: int
+
+    @property
+    def path(self) -> Path:
+        """The run's folder, relative to the folder of all runs."""
+        return Path(self.dataset, self.backbone, self.norm, self.recipe, f"seed{self.seed}")
+
+    def __str__(self) -> str:
+        return self.path.as_posix()
+
+
+def name_cell(config: Config, defaults: Config, choices: Mapping[str, str]) -> Cell:
+    """The cell of a configuration, given what its choices alone compose to."""
+    names = {group: _name(choices[group], config[group], defaults[group]) for group in GROUPS}
+    return Cell(**names, seed=config["seed"])
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """All of a configuration that can change the result."""
+    compute = {key: config["compute"][key] for key in ("precision", "devices", "sync_bn")}
+    return {**{group: _without_machine_keys(config[group]) for group in GROUPS}, **compute, "seed": config["seed"]}
+
+
+def hash_identity(content: Config) -> str:
+    """16 hexadecimal digits; equal numbers count as equal, whether written 1 or 1.0."""
+    text = json.dumps(list(_flatten(content)), default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def differences(one: Config, other: Config) -> list[str]:
+    """The keys in which two identities differ, with both values."""
+    a, b = dict(_flatten(one)), dict(_flatten(other))
+    missing = "not there"
+    return [
+        f"{key}: {a.get(key, missing)} against {b.get(key, missing)}"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key, missing) != b.get(key, missing)
+    ]
+
+
+def _name(choice: str, node: Config, default: Config) -> str:
+    """The choice and what was overridden in it: "l2bn,eps=0.001"."""
+    a, b = (dict(_flatten(_without_machine_keys(tree))) for tree in (node, default))
+    changed = [f"{key}={a.get(key)}" for key in sorted(a.keys() | b.keys()) if a.get(key, ...) != b.get(key, ...)]
+    name = ",".join([choice, *changed]).replace("/", "_").replace(" ", "_")
+    if len(name.encode()) > LONGEST_NAME:
+        digest = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
+        name = f"{choice},{digest}"
+    return name
+
+
+def _without_machine_keys(node: Config) -> dict[str, Any]:
+    return {key: value for key, value in node.items() if key not in MACHINE_KEYS}
+
+
+def _flatten(tree: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and their values, in a fixed order, whole floats as integers."""
+    for key, value in sorted(tree.items()):
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", int(value) if isinstance(value, float) and value.is_integer() else value

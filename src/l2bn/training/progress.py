@@ -1,0 +1,58 @@
+"""What a person sees of a run: a bar on a terminal, one line an epoch elsewhere."""
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from l2bn.records import Metrics
+
+
+class ProgressDisplay:
+    """Shows the updates of a run that take place in this process."""
+
+    def __init__(self, name: str, *, epochs: int, steps: int, batch_size: int, shown: bool) -> None:
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._epochs, self._steps, self._batch_size = epochs, steps, batch_size
+        self._shown = shown
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[loss]} {task.fields[speed]}"),
+            TimeRemainingColumn(compact=True),
+            console=self._console,
+            transient=True,
+            disable=not (shown and self._console.is_terminal),
+        )
+        self._task = self._bar.add_task(name, total=epochs * steps, loss="", speed="")
+        self._name = name
+
+    def __enter__(self) -> "ProgressDisplay":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def step(self, epoch: int, step: int, seconds: float) -> None:
+        """After `step` updates of an epoch (both from 0), `seconds` after its start."""
+        if self._bar.disable:
+            return
+        self._bar.update(
+            self._task,
+            completed=epoch * self._steps + step,
+            description=f"{self._name} epoch {epoch + 1}/{self._epochs}",
+            speed=f"{step * self._batch_size / seconds:,.0f} images/s" if seconds else "",
+        )
+
+    def epoch(self, row: Metrics) -> None:
+        """After an epoch, with its metrics."""
+        line = (
+            f"epoch {row['epoch']:>{len(str(self._epochs))}}/{self._epochs}  loss {row['train/loss']:.4f}  "
+            f"train {row['train/top1']:.2f} %  test {row['test/top1']:.2f} %"
+        )
+        self._bar.update(self._task, loss=f"loss {row['train/loss']:.3f} test {row['test/top1']:.2f} %")
+        if self._shown:
+            self._console.print(f"{line}  {row['images_per_second']:,.0f} images/s  {row['seconds']:.1f} s")

@@ -1,0 +1,109 @@
+"""From a configuration to a record: the only reader of the configuration."""
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+
+from l2bn.data.splits import Splits
+from l2bn.errors import UserError
+from l2bn.norms.swap import swap_norm
+from l2bn.records import CONFIG, SUMMARY, InvalidRecordError, Record
+from l2bn.seeding import derive_seed
+from l2bn.training.build import Builder
+from l2bn.training.checkpoint import CheckpointPolicy
+from l2bn.training.compute import Compute
+from l2bn.training.identity import Cell, Config, differences, identity
+from l2bn.training.optim import Recipe
+from l2bn.training.session import Job, train
+
+log = logging.getLogger(__name__)
+
+KEYS = ("dataset", "backbone", "norm", "recipe", "compute", "checkpoint", "seed", "runs_dir", "progress")
+
+
+def run(config: Config, cell: Cell, files: list[str]) -> Record:
+    """Train the run of a configuration to its end, from its last checkpoint if it has one; return its record.
+
+    A run that has ended already is left alone. `files` are the files of `configs/` that the configuration was
+    composed of. Raises UserError for what the user can mend; then no folder has been made.
+    """
+    folder = Path(config["runs_dir"]) / cell.path
+    record = find_record(folder, config)
+    if record is None:
+        job = make_job(config, cell, files)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"runs_dir: cannot make the folder {folder}: {error.strerror}") from error
+        job.compute.fabric().launch(train, job)
+        record = Record.read(folder)
+    log.info("%s: %s; record in %s", cell, _result(record), folder)
+    return record
+
+
+def find_record(folder: Path, config: Config) -> Record | None:
+    """The record of the run in a folder, if it has ended.
+
+    Raises UserError if the folder holds a run of another identity: it is neither overwritten nor mixed.
+    """
+    path = folder / CONFIG
+    if not path.exists():
+        return None
+    changed = differences(identity(yaml.safe_load(path.read_text())), identity(config))
+    if changed:
+        raise UserError(
+            f"{folder} holds another run, which differs (there against here) in\n"
+            + "".join(f"  {line}\n" for line in changed)
+            + "give this one another runs_dir, or move the old folder away"
+        )
+    if not (folder / SUMMARY).exists():
+        return None
+    try:
+        return Record.read(folder)
+    except InvalidRecordError as error:
+        raise UserError(f"{folder}: {error}\nmove the folder away to train this run anew") from error
+
+
+def make_job(config: Config, cell: Cell, files: list[str]) -> Job:
+    """Build what a configuration describes. Raises UserError naming the key that is wrong."""
+    builder = Builder(files)
+    builder.check_keys(config, KEYS, "")
+    recipe: Recipe = builder.call(Recipe, config["recipe"], "recipe")
+    compute: Compute = builder.call(Compute, config["compute"], "compute")
+    checkpoint: CheckpointPolicy = builder.call(CheckpointPolicy, config["checkpoint"], "checkpoint")
+    if recipe.batch_size % compute.devices:
+        raise UserError(
+            f"recipe.batch_size {recipe.batch_size} is not divisible by compute.devices {compute.devices}"
+        )
+    norm = builder.build(config["norm"], "norm")
+    splits: Splits = builder.build(config["dataset"], "dataset")
+    torch.manual_seed(derive_seed(config["seed"], "weights"))
+    model: nn.Module = builder.build({**config["backbone"], "num_classes": splits.num_classes}, "backbone")
+    try:
+        norm_layers = swap_norm(model, norm)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"norm: {error}") from error
+    return Job(
+        cell=cell,
+        folder=Path(config["runs_dir"]) / cell.path,
+        config=yaml.safe_dump({**config, "cell": asdict(cell)}, sort_keys=False),
+        identity=identity(config),
+        seed=config["seed"],
+        splits=splits,
+        model=model,
+        norm_layers=norm_layers,
+        recipe=recipe,
+        compute=compute,
+        checkpoint=checkpoint,
+        progress=config["progress"],
+    )
+
+
+def _result(record: Record) -> str:
+    if record.status == "diverged":
+        return f"diverged ({record.divergence})"
+    return f"finished, test accuracy {record.last['test/top1']:.2f} % after the last of {record.epochs} epochs"

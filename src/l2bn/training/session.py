@@ -1,0 +1,240 @@
+"""The life of one run: restored, trained, saved at every turn, and recorded at its end."""
+
+import contextlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+from l2bn.data.loader import Loader, evaluation_loader, training_loader
+from l2bn.data.splits import Splits
+from l2bn.durable import write_durably
+from l2bn.errors import UserError
+from l2bn.norms.l2bn import warn_if_few_updates
+from l2bn.records import CONFIG, ENVIRONMENT, Record
+from l2bn.training.checkpoint import CheckpointPolicy, Checkpoints
+from l2bn.training.compute import Compute
+from l2bn.training.environment import FACTS_BEHIND_BITS, describe_environment
+from l2bn.training.identity import Cell, differences, hash_identity
+from l2bn.training.interruption import Interruption, sole_owner
+from l2bn.training.journal import Journal
+from l2bn.training.loop import DivergedError, Position, Totals, Trainer
+from l2bn.training.optim import Recipe
+from l2bn.training.progress import ProgressDisplay
+
+log = logging.getLogger(__name__)
+
+EVALUATION_BATCH = 512
+AGREE_EVERY = 10  # updates after which several ranks ask each other whether one was told to leave
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What one run is to do, in plain objects."""
+
+    cell: Cell
+    folder: Path
+    config: str  # the content of config.yaml
+    identity: dict[str, Any]
+    seed: int
+    splits: Splits
+    model: nn.Module
+    norm_layers: int
+    recipe: Recipe
+    compute: Compute
+    checkpoint: CheckpointPolicy
+    progress: bool
+
+
+def train(fabric: Fabric, job: Job) -> None:
+    """Train a run from its last checkpoint, or from the start, to its end and its record.
+
+    Of several devices each has a process that is here; the first one alone writes.
+    """
+    lead = fabric.is_global_zero
+    with contextlib.ExitStack() as stack:
+        if lead:
+            stack.enter_context(sole_owner(job.folder))
+            write_durably(job.folder / CONFIG, job.config)
+        interruption = stack.enter_context(Interruption())
+        job.compute.set_up()
+        train_loader, test_loader = make_loaders(job, fabric)
+        steps, epochs = len(train_loader), job.recipe.epochs
+        network, kernels = job.compute.place(job.model, fabric.device, updates=epochs * steps)
+        model, optimizer = fabric.setup(network, job.recipe.optimizer(network))
+
+        state = _State(fabric, job, network, optimizer)
+        position = state.restore()
+        if lead:
+            warn_if_few_updates(job.model, epochs * steps)
+            _note_environment(job.folder, fabric.device, kernels)
+            journal = Journal(job.folder, position.rows)
+            stack.callback(journal.close)
+        display = stack.enter_context(
+            ProgressDisplay(
+                str(job.cell),
+                epochs=epochs,
+                steps=steps,
+                batch_size=job.recipe.batch_size,
+                shown=lead and job.progress,
+            )
+        )
+
+        def must_leave(step: int) -> bool:
+            told = interruption.signal is not None
+            if fabric.world_size == 1:
+                return told
+            if step % AGREE_EVERY:
+                return False
+            return bool(fabric.all_reduce(torch.tensor(float(told), device=fabric.device), reduce_op="max"))
+
+        def after_step(position: Position) -> None:
+            display.step(position.epoch, position.step, position.seconds)
+            leaving = must_leave(position.step)
+            if position.step < steps and (leaving or job.checkpoint.due(position.step)):
+                state.save(position)
+                if leaving:
+                    interruption.leave()
+
+        def after_epoch(position: Position) -> None:
+            state.save(position)
+            if lead:
+                journal.append(position.rows[-1])
+                display.epoch(position.rows[-1])
+            if must_leave(0) and position.epoch < epochs:
+                interruption.leave()
+
+        trainer = Trainer(
+            fabric=fabric,
+            model=model,
+            network=network,
+            optimizer=optimizer,
+            recipe=job.recipe,
+            train=train_loader,
+            test=test_loader,
+            classes=job.splits.num_classes,
+            seed=job.seed,
+            after_step=after_step,
+            after_epoch=after_epoch,
+        )
+        divergence = None
+        try:
+            trainer.fit(position)
+        except DivergedError as error:
+            divergence = str(error)
+            log.error("%s: %s; recorded as diverged", job.cell, error)
+        if lead:
+            make_record(job, position, kernels, divergence).write()
+
+
+def make_loaders(job: Job, fabric: Fabric) -> tuple[Loader, Loader]:
+    """The loaders of training and test images, of this process's share of each batch."""
+    placing: dict[str, Any] = {
+        "splits": job.splits,
+        "device": fabric.device,
+        "rank": fabric.global_rank,
+        "world_size": fabric.world_size,
+        "workers": job.compute.workers,
+        "channels_last": job.compute.channels_last,
+    }
+    return (
+        training_loader(job.splits.train, batch_size=job.recipe.batch_size, seed=job.seed, **placing),
+        evaluation_loader(job.splits.test, batch_size=EVALUATION_BATCH, **placing),
+    )
+
+
+def make_record(job: Job, position: Position, kernels: str, divergence: str | None) -> Record:
+    """The record of a run that has ended."""
+    rows = position.rows
+    return Record(
+        folder=job.folder,
+        status="diverged" if divergence else "finished",
+        dataset=job.cell.dataset,
+        backbone=job.cell.backbone,
+        norm=job.cell.norm,
+        recipe=job.cell.recipe,
+        seed=job.cell.seed,
+        label=job.splits.label,
+        baseline=job.splits.baseline,
+        precision=job.compute.precision,
+        kernels=kernels,
+        hash=hash_identity(job.identity),
+        identity=job.identity,
+        epochs=job.recipe.epochs,
+        updates=int(rows[-1]["step"] or 0) if rows else 0,
+        train_images=len(job.splits.train),
+        test_images=len(job.splits.test),
+        parameters=sum(p.numel() for p in job.model.parameters()),
+        norm_layers=job.norm_layers,
+        last=rows[-1] if rows else {},
+        best=max(rows, key=lambda row: row["test/top1"] or 0.0) if rows else {},
+        seconds=sum(row["seconds"] or 0.0 for row in rows),
+        divergence=divergence,
+    )
+
+
+class _State:
+    """All that a checkpoint holds, gathered and put back."""
+
+    def __init__(self, fabric: Fabric, job: Job, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._fabric, self._job, self._network, self._optimizer = fabric, job, network, optimizer
+        self._checkpoints = Checkpoints(job.folder / "checkpoints", job.checkpoint.keep_epochs)
+
+    def save(self, position: Position) -> None:
+        """Write a checkpoint of the position just reached."""
+        totals = None
+        if position.totals:  # every process's own, in the order of their ranks: (processes, 5)
+            own = torch.cat([position.totals.sums, position.totals.bad_step[None]])
+            totals = self._fabric.all_gather(own).reshape(-1, len(own))  # type: ignore[union-attr]
+        if not self._fabric.is_global_zero:
+            return
+        state = {
+            "identity": self._job.identity,
+            "model": self._network.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "precision": self._fabric.strategy.precision.state_dict(),
+            "position": {**vars(position), "totals": totals},
+        }
+        self._checkpoints.save(position.epoch, position.step, state)
+
+    def restore(self) -> Position:
+        """Put the newest whole checkpoint back and return its position, or the start of the run.
+
+        Raises UserError for a checkpoint of another run.
+        """
+        state = self._checkpoints.load(self._fabric.device)
+        if state is None:
+            return Position()
+        changed = differences(state["identity"], self._job.identity)
+        if changed:
+            raise UserError(
+                f"the checkpoints in {self._job.folder} are of another run; it differs (there against here) in\n"
+                + "\n".join(f"  {line}" for line in changed)
+            )
+        self._network.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._fabric.strategy.precision.load_state_dict(state["precision"])
+        position = Position(**state["position"])
+        if position.totals is not None:
+            own = state["position"]["totals"][self._fabric.global_rank]
+            position.totals = Totals(own[:4], own[4])
+        if self._fabric.is_global_zero:
+            log.info("%s: resumed after epoch %d, step %d", self._job.cell, position.epoch, position.step)
+        return position
+
+
+def _note_environment(folder: Path, device: torch.device, kernels: str) -> None:
+    """Add this process's start to `env.json`; say so where it may compute other bits than the one before."""
+    path = folder / ENVIRONMENT
+    starts = json.loads(path.read_text())["starts"] if path.exists() else []
+    facts = {**describe_environment(device), "kernels": kernels}
+    if starts:
+        changed = [key for key in FACTS_BEHIND_BITS if starts[-1].get(key) != facts[key]]
+        if changed:
+            log.warning("resumed with other %s: equal to an uninterrupted run up to rounding", ", ".join(changed))
+    write_durably(path, json.dumps({"starts": [*starts, facts]}, indent=2) + "\n")
