@@ -52,23 +52,23 @@ class Builder:
         missing = [key for key, (_, required) in accepted.items() if required and key not in arguments]
         if missing:
             raise UserError(f"{path}: missing {', '.join(missing)}")
-        built = {key: self._build_nested(value, f"{path}.{key}") for key, value in arguments.items()}
+        built = {key: self._build_nested(value, _join(path, key)) for key, value in arguments.items()}
         for key, value in built.items():
             hint = accepted[key][0]
             if not _fits(value, hint):
-                raise UserError(f"{path}.{key} must be {_describe(hint)}, not {value!r}")
+                raise UserError(f"{_join(path, key)} must be {_describe(hint)}, not {value!r}")
         if partial:
             return functools.partial(target, **built)
         try:
             return target(**built)
         except ValueError as error:
-            raise UserError(f"{path}: {error}") from error
+            raise UserError(f"{path}: {error}" if path else str(error)) from error
 
     def check_keys(self, given: Node, accepted: Collection[str], path: str) -> None:
         """Raise UserError naming the first key that is not accepted, its file, and the nearest that is."""
         for key in given:
             if key not in accepted:
-                place = f"{path}.{key}" if path else key
+                place = _join(path, key)
                 files = [f"configs/{name}" for name in self.files if _sets(name, place)]
                 near = difflib.get_close_matches(key, accepted, n=1)
                 raise UserError(
@@ -80,6 +80,10 @@ class Builder:
 
     def _build_nested(self, value: Any, path: str) -> Any:
         return self.build(value, path) if isinstance(value, Mapping) and "_target_" in value else value
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
 
 
 def _resolve(name: object, path: str) -> Callable[..., Any]:
@@ -171,7 +175,7 @@ def _fits(value: object, hint: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint in _WORDS:
         return isinstance(value, hint)
-    return not isinstance(value, str | int | float | list) or hint is Any
+    return hint is Any or not isinstance(value, str | int | float | list | None)
 
 
 def _describe(hint: Any) -> str:

@@ -8,6 +8,7 @@ and not the run.
 import hashlib
 import io
 import logging
+import pickle
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,10 +71,14 @@ class Checkpoints:
         damaged = []
         for path in reversed(self.paths()):
             data = path.read_bytes()
-            if _digest(data) == _match(path)["digest"]:
-                # weights_only: tensors and plain values, never a pickled object that could run code.
-                return torch.load(io.BytesIO(data), map_location=device, weights_only=True)
-            log.warning("the checkpoint %s is damaged (checksum); trying the one before", path)
+            if _digest(data) != _match(path)["digest"]:
+                reason = "its checksum is not that of its content"
+            else:
+                try:  # weights_only: tensors and plain values, never a pickled object that could run code
+                    return torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+                except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+                    reason = str(error).splitlines()[0]
+            log.warning("the checkpoint %s is damaged, trying the one before: %s", path, reason)
             damaged.append(path)
         if damaged:
             names = "\n".join(f"  {path}" for path in damaged)

@@ -63,7 +63,7 @@ class Compute:
         """Put a model on its device for a run of so many updates; what is to be run, and on which kernels."""
         network = model.to(device)
         if self.channels_last:
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network.to(memory_format=torch.channels_last)
         if self.sync_bn:
             convert_sync(network)
         kernels = select_kernels(network, device, updates)

@@ -1,7 +1,7 @@
 """From a configuration to a record: the only reader of the configuration."""
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -22,7 +22,20 @@ from l2bn.training.session import Job, train
 
 log = logging.getLogger(__name__)
 
-KEYS = ("dataset", "backbone", "norm", "recipe", "compute", "checkpoint", "seed", "runs_dir", "progress")
+NODES = ("dataset", "backbone", "norm", "recipe", "compute", "checkpoint")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a configuration says besides its nodes."""
+
+    seed: int
+    runs_dir: str
+    progress: bool
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, not {self.seed}")
 
 
 def run(config: Config, cell: Cell, files: list[str]) -> Record:
@@ -31,10 +44,12 @@ def run(config: Config, cell: Cell, files: list[str]) -> Record:
     A run that has ended already is left alone. `files` are the files of `configs/` that the configuration was
     composed of. Raises UserError for what the user can mend; then no folder has been made.
     """
-    folder = Path(config["runs_dir"]) / cell.path
+    builder = Builder(files)
+    settings = read_settings(config, builder)
+    folder = Path(settings.runs_dir) / cell.path
     record = find_record(folder, config)
     if record is None:
-        job = make_job(config, cell, files)
+        job = make_job(config, settings, cell, folder, builder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -68,10 +83,15 @@ def find_record(folder: Path, config: Config) -> Record | None:
         raise UserError(f"{folder}: {error}\nmove the folder away to train this run anew") from error
 
 
-def make_job(config: Config, cell: Cell, files: list[str]) -> Job:
+def read_settings(config: Config, builder: Builder) -> Settings:
+    """What a configuration says besides its nodes. Raises UserError, also for a key that is neither."""
+    builder.check_keys(config, [*NODES, *Settings.__dataclass_fields__], "")
+    settings: Settings = builder.call(Settings, {k: v for k, v in config.items() if k not in NODES}, "")
+    return settings
+
+
+def make_job(config: Config, settings: Settings, cell: Cell, folder: Path, builder: Builder) -> Job:
     """Build what a configuration describes. Raises UserError naming the key that is wrong."""
-    builder = Builder(files)
-    builder.check_keys(config, KEYS, "")
     recipe: Recipe = builder.call(Recipe, config["recipe"], "recipe")
     compute: Compute = builder.call(Compute, config["compute"], "compute")
     checkpoint: CheckpointPolicy = builder.call(CheckpointPolicy, config["checkpoint"], "checkpoint")
@@ -81,7 +101,7 @@ def make_job(config: Config, cell: Cell, files: list[str]) -> Job:
         )
     norm = builder.build(config["norm"], "norm")
     splits: Splits = builder.build(config["dataset"], "dataset")
-    torch.manual_seed(derive_seed(config["seed"], "weights"))
+    torch.manual_seed(derive_seed(settings.seed, "weights"))
     model: nn.Module = builder.build({**config["backbone"], "num_classes": splits.num_classes}, "backbone")
     try:
         norm_layers = swap_norm(model, norm)
@@ -89,17 +109,17 @@ def make_job(config: Config, cell: Cell, files: list[str]) -> Job:
         raise UserError(f"norm: {error}") from error
     return Job(
         cell=cell,
-        folder=Path(config["runs_dir"]) / cell.path,
+        folder=folder,
         config=yaml.safe_dump({**config, "cell": asdict(cell)}, sort_keys=False),
         identity=identity(config),
-        seed=config["seed"],
+        seed=settings.seed,
         splits=splits,
         model=model,
         norm_layers=norm_layers,
         recipe=recipe,
         compute=compute,
         checkpoint=checkpoint,
-        progress=config["progress"],
+        progress=settings.progress,
     )
 
 

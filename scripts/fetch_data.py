@@ -1,0 +1,44 @@
+"""Make a data set ready, or say what has to be done by hand: python scripts/fetch_data.py cifar10.
+
+What is missing is downloaded and checked, images are decoded into their cache, and what was found is printed.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import CompactHydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from l2bn.data.imagenet_wds import pack_imagenet
+from l2bn.training.build import CONFIGS, Builder
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", help="a name in configs/dataset")
+    parser.add_argument("overrides", nargs="*", help="as for train.py: dataset.root=FOLDER")
+    parser.add_argument("--pack", type=Path, metavar="FOLDER", help="first pack ImageNet's files into shards")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            config = compose("train", [f"dataset={options.dataset}", *options.overrides])
+        node: Any = OmegaConf.to_container(config.dataset, resolve=True, throw_on_missing=True)
+        if options.pack is not None:
+            pack_imagenet(options.pack, Path(node["root"]).expanduser())
+        splits = Builder().build(node, "dataset")
+    except (CompactHydraException, OmegaConfBaseException) as error:
+        sys.exit(str(error))
+    print(
+        f"{splits.label}: {len(splits.train):,} images to train on, {len(splits.test):,} to test on, "
+        f"{splits.num_classes} classes"
+    )
+
+
+if __name__ == "__main__":
+    main()

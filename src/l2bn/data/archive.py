@@ -1,0 +1,69 @@
+"""Archives from the network: fetched once, checked, and unpacked nowhere but into their own folder."""
+
+import logging
+import tarfile
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchvision.datasets.utils import calculate_md5, download_url
+
+from l2bn.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A file with a known checksum, and the folder that it unpacks to if it is a tar file."""
+
+    url: str
+    md5: str
+    folder: str = ""
+
+    @property
+    def file(self) -> str:
+        return self.url.rpartition("/")[2]
+
+
+def fetch(archive: Archive, root: Path, download: bool, remedy: str) -> Path:
+    """The archive's file below `root`, with the right checksum; downloaded if it is missing and `download` is on.
+
+    remedy: what the user can do instead, added to every error. Raises `UserError`.
+    """
+    path = root / archive.file
+    if not path.is_file():
+        if not download:
+            raise UserError(f"no {path.absolute()}, and dataset.download is false. {remedy}")
+        log.info("downloading %s to %s", archive.url, root)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=root, prefix=".downloading-") as place:
+                download_url(archive.url, place, archive.file, archive.md5)
+                Path(place, archive.file).replace(path)
+        except (OSError, RuntimeError) as error:  # unreachable, another checksum, or no place to write to
+            raise UserError(
+                f"no {path.absolute()}, and {archive.url} cannot be downloaded ({error}). {remedy}"
+            ) from error
+    found = calculate_md5(path)
+    if found != archive.md5:
+        raise UserError(
+            f"{path} has the md5 sum {found}, not {archive.md5}: it is damaged or another file. Remove it. {remedy}"
+        )
+    return path
+
+
+def unpack(path: Path, root: Path, folder: str) -> None:
+    """Unpack `folder` of a tar file into `root`, all of it or nothing.
+
+    Raises `UserError` for a tar file that is damaged or would write outside its folder.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=root, prefix=".unpacking-") as place, tarfile.open(path) as tar:
+            tar.extractall(place, filter="data")
+            if not (root / folder).is_dir():  # another process may have been faster
+                Path(place, folder).rename(root / folder)
+    except tarfile.FilterError as error:
+        raise UserError(f"{path} is refused, it would write outside its folder: {error}") from error
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise UserError(f"{path} cannot be unpacked into {root}: {error}") from error

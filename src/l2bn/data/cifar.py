@@ -1,0 +1,126 @@
+"""CIFAR-10 and CIFAR-100 from their official archives (the "python version").
+
+A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009. An archive holds pickles of numpy
+arrays. A pickle can run any code when it is read, so that these are read by an unpickler that knows arrays only.
+"""
+
+import pickle
+from pathlib import Path
+from typing import Any, Literal, Unpack
+
+import numpy as np
+import torch
+from torchvision import datasets
+
+from l2bn.data.archive import Archive, fetch, unpack
+from l2bn.data.splits import Common, Images, Splits, make_splits
+from l2bn.errors import UserError
+
+CIFAR10 = Archive(datasets.CIFAR10.url, datasets.CIFAR10.tgz_md5, datasets.CIFAR10.base_folder)
+CIFAR100 = Archive(datasets.CIFAR100.url, datasets.CIFAR100.tgz_md5, datasets.CIFAR100.base_folder)
+
+
+def cifar10(root: str, download: bool = True, **common: Unpack[Common]) -> Splits:
+    """50,000 training and 10,000 test images of 32 x 32 pixels in 10 classes.
+
+    root: folder of the archive or of the unpacked `cifar-10-batches-py`. download: fetch a missing archive.
+    """
+    folder = _provide(CIFAR10, root, download)
+    train = _images([folder / f"data_batch_{part}" for part in range(1, 6)], "labels")
+    test = _images([folder / "test_batch"], "labels")
+    return _splits(train, test, folder / "batches.meta", "label_names", common)
+
+
+def cifar100(
+    root: str, download: bool = True, labels: Literal["fine", "coarse"] = "fine", **common: Unpack[Common]
+) -> Splits:
+    """50,000 training and 10,000 test images of 32 x 32 pixels in 100 fine classes, or their 20 coarse ones.
+
+    root: folder of the archive or of the unpacked `cifar-100-python`. With coarse labels there is no baseline.
+    """
+    folder = _provide(CIFAR100, root, download)
+    train, test = (_images([folder / part], f"{labels}_labels") for part in ("train", "test"))
+    if labels == "coarse":
+        common = {**common, "label": f"{common['label']}, coarse", "baseline": None}
+    return _splits(train, test, folder / "meta", f"{labels}_label_names", common)
+
+
+def _provide(archive: Archive, root: str, download: bool) -> Path:
+    """The unpacked folder, from the archive if need be."""
+    place = Path(root).expanduser()
+    folder = place / archive.folder
+    if not folder.is_dir():
+        remedy = (
+            f"Looked for the folder {archive.folder} and the file {archive.file} in {place.absolute()}. "
+            f"Either download {archive.url} (md5 {archive.md5}) by hand and put it there, "
+            "or name the folder that holds it by dataset.root=FOLDER, "
+            "or train on a folder of images by dataset=image_folder"
+        )
+        unpack(fetch(archive, place, download, remedy), place, archive.folder)
+    return folder
+
+
+def _images(files: list[Path], labels: str) -> Images:
+    batches = [load_arrays(file) for file in files]
+    for file, batch in zip(files, batches, strict=True):
+        pixels, targets = batch.get("data"), batch.get(labels)
+        if (
+            not isinstance(pixels, np.ndarray)
+            or pixels.dtype != np.uint8
+            or pixels.ndim != 2
+            or pixels.shape[1] != 3 * 32 * 32
+            or not isinstance(targets, list)
+            or len(targets) != len(pixels)
+        ):
+            raise UserError(
+                f"{file} is no batch of CIFAR images: `data`, uint8 of shape (N, 3072), and `{labels}`, N labels, "
+                "are expected; unpack the official archive anew"
+            )
+    pixels = np.concatenate([batch["data"] for batch in batches])
+    targets = [label for batch in batches for label in batch[labels]]
+    return Images(torch.from_numpy(pixels.reshape(-1, 3, 32, 32)), torch.tensor(targets))
+
+
+def _splits(train: Images, test: Images, meta: Path, key: str, common: Common) -> Splits:
+    classes = tuple(load_arrays(meta)[key])
+    for split in (train, test):
+        if not 0 <= int(split.labels.min()) <= int(split.labels.max()) < len(classes):
+            raise UserError(f"{meta.parent}: labels outside the {len(classes)} classes that {meta.name} names")
+    return make_splits(train, test, len(classes), 32, classes, **common)
+
+
+# numpy keeps the function that rebuilds an array in a private module, which has moved.
+_rebuild: Any = np.empty(0).__reduce__()[0]
+_ALLOWED = {
+    ("numpy.core.multiarray", "_reconstruct"): _rebuild,
+    ("numpy._core.multiarray", "_reconstruct"): _rebuild,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Knows plain Python values and numpy arrays; a pickle that names anything else is refused before it is run."""
+
+    def find_class(self, module: str, name: str, /) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return _ALLOWED[module, name]
+
+
+def load_arrays(file: Path) -> dict[str, Any]:
+    """A dictionary of plain values and numpy arrays from a pickle of Python 2 or 3.
+
+    Raises `UserError` for a missing or damaged file, and for one that holds anything else.
+    """
+    try:
+        with file.open("rb") as stream:
+            content = _ArrayUnpickler(stream, encoding="latin1").load()
+    except FileNotFoundError:
+        raise UserError(f"no {file}: unpack the official archive anew") from None
+    # A mangled pickle can fail anywhere inside the unpickler.
+    except Exception as error:
+        raise UserError(f"{file} is refused, it is no pickle of plain arrays: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds no dictionary: unpack the official archive anew")
+    return content

@@ -1,0 +1,209 @@
+"""What every data set returns, and the choices that every data set offers: subset, validation, normalisation.
+
+Letters: N images, H = W = `image_size` pixels. Pixels are uint8 until the loader normalises them on the device.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Protocol, Required, Self, TypedDict, Unpack
+
+import torch
+from torch import Tensor
+
+from l2bn.errors import UserError
+from l2bn.seeding import generator
+
+# A subset and a validation split are part of the data set, not of a run: every seed trains on the same images.
+SPLIT_SEED = 0
+
+
+class Split(Protocol):
+    """One part of a data set: `Images` in memory, or a map-style dataset that decodes an image when asked.
+
+    Such a dataset's `__getitem__(index)` returns ((3, H, W) uint8, class) and draws its randomness, if any, from
+    torch's global CPU generator, which the loader seeds for each sample.
+    """
+
+    @property
+    def labels(self) -> Tensor:
+        """(N,) int64."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[Tensor, int]: ...
+
+    def select(self, indices: Tensor, like: Any = None) -> Self:
+        """Only the samples at `indices`; `like`: read as that split reads its own (without random crops, say)."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """A split that lives in memory."""
+
+    images: Tensor  # (N, 3, H, W) uint8
+    labels: Tensor  # (N,) int64
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.images.shape)
+        if self.images.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
+            raise ValueError(f"images must be uint8 of shape (N, 3, H, H), got {self.images.dtype} {shape}")
+        if self.labels.dtype != torch.int64 or self.labels.shape != shape[:1]:
+            raise ValueError(
+                f"labels must be int64, one for each of the {shape[0]} images, "
+                f"got {self.labels.dtype} {tuple(self.labels.shape)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int, /) -> tuple[Tensor, int]:
+        return self.images[index], int(self.labels[index])
+
+    def select(self, indices: Tensor, like: Any = None) -> "Images":
+        return Images(self.images[indices], self.labels[indices])
+
+
+class Augmentation(ABC):
+    """A random change of training images in two halves: numbers for each sample, and a pure function of them.
+
+    Drawing is apart so that every device sees the same numbers, and so that each of several processes can draw
+    for the whole batch and apply its own rows.
+    """
+
+    @abstractmethod
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Random numbers on the CPU, one row a sample: (count, whatever `apply` needs)."""
+
+    @abstractmethod
+    def apply(self, images: Tensor, numbers: Tensor) -> Tensor:
+        """(N, 3, H, W) uint8 and its N rows of numbers on the same device -> (N, 3, H, W) uint8."""
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        return self.apply(images, self.draw(len(images), generator).to(images.device))
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A data set, ready to train on."""
+
+    train: Split
+    test: Split
+    num_classes: int
+    image_size: int
+    mean: tuple[float, float, float]  # of the training pixels scaled to [0, 1], a channel each
+    std: tuple[float, float, float]
+    augmentation: Augmentation | None
+    label: str  # what a table calls it
+    baseline: str | None  # the published row that it may be compared with
+    classes: tuple[str, ...] = ()  # names in the order of the labels, if known
+
+
+class Common(TypedDict, total=False):
+    """What every data set's YAML may say."""
+
+    label: Required[str]
+    baseline: str | None
+    subset: int | None  # that many training images, stratified; a smaller subset lies within a larger one
+    validation: float  # that stratified share of the training images takes the place of the test set
+    mean: list[float] | None  # null: computed from the training images
+    std: list[float] | None
+    augmentation: Augmentation | None
+
+
+def make_splits(
+    train: Split,
+    test: Split,
+    num_classes: int,
+    image_size: int,
+    classes: tuple[str, ...] = (),
+    **common: Unpack[Common],
+) -> Splits:
+    """The data set after its common choices.
+
+    With `validation`, the held-out share is taken first and `subset` from what remains, so that it is the same
+    for every subset. Either choice adds itself to the label and drops the baseline: such an accuracy belongs
+    beside no published one.
+
+    Raises `UserError` for a choice that the data cannot fulfil.
+    """
+    label, baseline = common["label"], common.get("baseline")
+    subset, validation = common.get("subset"), common.get("validation", 0.0)
+    if not 0 <= validation < 1:
+        raise UserError(f"dataset.validation={validation}: give a share of the training images, 0 <= share < 1")
+    if validation:
+        count = round(validation * len(train))
+        if not 0 < count < len(train):
+            raise UserError(
+                f"dataset.validation={validation} would hold out {count} of {len(train)} training images; "
+                "give a share that leaves images on both sides"
+            )
+        order = stratified_order(train.labels, "validation")
+        train, test = train.select(order[count:].sort().values), train.select(order[:count].sort().values, test)
+        label += ", validation"
+    if subset is not None:
+        if not 1 <= subset <= len(train):
+            raise UserError(f"dataset.subset={subset}: give a number from 1 to {len(train)} (training images)")
+        train = train.select(stratified_order(train.labels, "subset")[:subset].sort().values)
+        label += f", {subset:,} images"
+    mean, std = _normalisation(train, common.get("mean"), common.get("std"))
+    return Splits(
+        train=train,
+        test=test,
+        num_classes=num_classes,
+        image_size=image_size,
+        mean=mean,
+        std=std,
+        augmentation=common.get("augmentation"),
+        label=label,
+        baseline=None if validation or subset is not None else baseline,
+        classes=classes,
+    )
+
+
+def stratified_order(labels: Tensor, purpose: str) -> Tensor:
+    """A fixed random order of all samples in which every prefix holds each class in proportion, within one image.
+
+    The k-th of a class's n samples, in random order, stands at (k + 1/2) / n of the way.
+    """
+    place = torch.empty(len(labels), dtype=torch.float64)
+    shuffle = torch.randperm(len(labels), generator=generator(SPLIT_SEED, purpose))
+    for label in set(labels.tolist()):
+        members = shuffle[labels[shuffle] == label]
+        place[members] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / len(members)
+    return shuffle[place[shuffle].argsort(stable=True)]
+
+
+def pixel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel of (N, 3, H, W) uint8, with pixels scaled to [0, 1].
+
+    Exact, because it counts how often each of the 256 values occurs.
+    """
+    values = torch.arange(256, dtype=torch.float64) / 255
+    mean, std = [], []
+    for channel in range(3):
+        counts = torch.zeros(256, dtype=torch.int64)
+        for chunk in torch.split(images[:, channel], 4096):  # bincount works on an int64 copy
+            counts += torch.bincount(chunk.flatten(), minlength=256)
+        share = counts.double() / counts.sum()
+        mean.append(float(share @ values))
+        std.append(math.sqrt(float(share @ (values - mean[-1]) ** 2)))
+    return mean, std
+
+
+def _normalisation(
+    train: Split, mean: list[float] | None, std: list[float] | None
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    if mean is None and std is None:
+        if not isinstance(train, Images):
+            raise UserError("dataset.mean and dataset.std must be given for images that are not held in memory")
+        mean, std = pixel_statistics(train.images)
+        std = [value or 1.0 for value in std]  # a constant channel is only centred
+    if mean is None or std is None:
+        raise UserError("dataset.mean and dataset.std go together: give both, or null for both to compute them")
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise UserError(
+            f"dataset.mean={mean}, dataset.std={std}: give three numbers each, of pixels scaled to [0, 1], "
+            "with every std above 0"
+        )
+    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])

@@ -1,0 +1,251 @@
+"""Figures from records: accuracy curves of BN against L2BN, and the paired differences over the grid.
+
+Made to be read in print without colour and by the colour-blind: the arms differ in lightness, line style and
+marker. The same records give the same bytes.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from l2bn.records import InvalidRecordError, Problem, Record
+from l2bn.reporting.comparison import BN, FULL_EPOCHS, L2BN, Arm, Comparison, grid, pooled
+from l2bn.reporting.statistics import Estimate, estimate
+from l2bn.reporting.wording import mean_std, signed
+
+# Black and the vermilion of Okabe and Ito (2008).
+STYLES: Mapping[str, Mapping[str, Any]] = {
+    BN: {"color": "#222222", "linestyle": (0, (4, 1.5)), "marker": "s", "label": "BN"},
+    L2BN: {"color": "#D55E00", "linestyle": "-", "marker": "o", "label": "L2BN"},
+}
+GREY = "#777777"
+
+RC: Any = {
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 9,
+    "axes.labelsize": 8,
+    "figure.dpi": 100,
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so that every machine draws the same
+    "font.size": 8,
+    "legend.fontsize": 7.5,
+    "legend.frameon": False,
+    "savefig.dpi": 200,
+    "figure.constrained_layout.w_pad": 0.08,
+    "svg.hashsalt": "l2bn",
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+}
+
+
+Curves = Mapping[Path, Sequence[float]]
+"""The folder of a run to its test top-1 after each epoch, percent."""
+
+
+def read_curves(records: Sequence[Record]) -> tuple[Curves, list[Problem]]:
+    """The curves of the runs that finished, and those whose epochs cannot be read."""
+    found: dict[Path, list[float]] = {}
+    problems = []
+    for record in records:
+        if record.status != "finished" or record.norm not in STYLES:
+            continue
+        try:
+            accuracies = [row["test/top1"] for row in record.metrics()]
+            found[record.folder] = [accuracy for accuracy in accuracies if accuracy is not None]
+        except InvalidRecordError as error:
+            problems.append(Problem(record.folder, str(error)))
+    return found, problems
+
+
+def write_figures(records: Sequence[Record], folder: Path) -> tuple[list[Path], list[Problem]]:
+    """Draw what the records allow as PNG and SVG: the paths written, and the records left out."""
+    found, problems = read_curves(records)
+    broken = {problem.folder for problem in problems}
+    comparisons = [row for row in grid(r for r in records if r.folder not in broken) if row.arms]
+    paths = []
+    with mpl.rc_context(RC):
+        for name, group in _pages(comparisons).items():
+            if any(arm.accuracies for comparison in group for arm in comparison.arms):
+                paths += _save(curves(group, found), folder, f"curves-{name}")
+        if any(comparison.differences for comparison in comparisons):
+            paths += _save(differences(comparisons), folder, "differences")
+    return paths, problems
+
+
+def _pages(comparisons: Sequence[Comparison]) -> dict[str, list[Comparison]]:
+    """One page of curves for the backbones of a data set, recipe and setting; the key is a file name."""
+    pages: dict[str, list[Comparison]] = defaultdict(list)
+    for comparison in comparisons:
+        cell = comparison.cell
+        setting = "" if cell.setting == "32-true" else f"-{cell.setting}"
+        pages[re.sub(r"[^\w.=-]+", "-", f"{cell.dataset}-{cell.recipe}{setting}")].append(comparison)
+    return pages
+
+
+def _save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.{kind}" for kind in ("png", "svg")]
+    # Neither the date nor the version of matplotlib, so that the files change only with the records.
+    figure.savefig(paths[0], metadata={"Software": None})
+    figure.savefig(paths[1], metadata={"Date": None, "Creator": None})
+    return paths
+
+
+# ---- Accuracy curves --------------------------------------------------------------------------------------
+
+
+def curves(comparisons: Sequence[Comparison], found: Curves) -> Figure:
+    """A panel a backbone: test top-1 over the epochs, mean over the seeds with a band of ± 1 std."""
+    columns = min(3, len(comparisons))
+    rows = -(-len(comparisons) // columns)
+    width = 3.0 * columns if columns > 1 else 4.6
+    figure = Figure(figsize=(width, 2.3 * rows + 0.5), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    kernels = {comparison.kernels for comparison in comparisons if comparison.other}
+    for index, (panel, comparison) in enumerate(zip(panels, comparisons, strict=False)):
+        path = f", {comparison.kernels} kernels" if len(kernels) > 1 else ""
+        panel.set_title(comparison.cell.backbone + path)
+        _panel(panel, comparison, found)
+        if index % columns == 0:
+            panel.set_ylabel("test top-1 (%)")
+        if index >= len(comparisons) - columns:
+            panel.set_xlabel("epoch")
+    for panel in panels[len(comparisons) :]:
+        panel.set_axis_off()
+    cell = comparisons[0].cell
+    title = figure.suptitle(f"{comparisons[0].label}, {cell.recipe}, {cell.setting}", x=0.01, ha="left")
+    title.set_fontsize(10)
+    return figure
+
+
+def _panel(panel: Axes, comparison: Comparison, found: Curves) -> None:
+    visible = []
+    for arm in comparison.arms:
+        curve = _mean_curve(arm, found)
+        if not curve:
+            continue
+        style, epochs = STYLES[arm.norm], range(1, len(curve) + 1)
+        means = [point.mean or 0.0 for point in curve]
+        spreads = [point.std or 0.0 for point in curve]
+        low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
+        label = f"{style['label']}  {mean_std(arm.accuracies.values())}  (n = {len(arm.accuracies)})"
+        panel.fill_between(epochs, low, high, color=style["color"], alpha=0.18, linewidth=0)
+        panel.plot(
+            epochs,
+            means,
+            **{**style, "label": label},
+            linewidth=1.2,
+            markersize=3.5,
+            markevery=_marks(len(curve), offset=arm.norm == L2BN),
+        )
+        visible += means
+    if visible:
+        panel.set_ylim(*_limits(visible))
+        panel.legend(loc="lower right", handlelength=2.6, borderaxespad=0.2)
+    panel.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+    panel.set_axisbelow(True)
+    panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    lost = [f"{arm.diverged} {STYLES[arm.norm]['label']}" for arm in comparison.arms if arm.diverged]
+    if lost:
+        panel.set_title(f"diverged: {', '.join(lost)}", loc="right", fontsize=7, color=GREY)
+
+
+def _mean_curve(arm: Arm, found: Curves) -> list[Estimate]:
+    """Mean and spread epoch by epoch over the runs that finished."""
+    runs = [found[record.folder] for record in arm.records if record.folder in found]
+    return [estimate(accuracies) for accuracies in zip(*runs, strict=False)]
+
+
+def _marks(length: int, *, offset: bool) -> tuple[int, int]:
+    """About eight markers a line, those of the two arms between each other so that both stay visible."""
+    step = max(1, length // 8)
+    return (step // 2 if offset else 0), step
+
+
+def _limits(values: Sequence[float]) -> tuple[float, float]:
+    """All of the curve but its steep beginning, which would flatten the rest."""
+    ordered = sorted(values)
+    low, high = ordered[len(ordered) // 8], ordered[-1]
+    reach = max(high - low, 1.0)
+    return max(0.0, low - 0.55 * reach), min(100.5, high + 0.08 * reach)
+
+
+# ---- Paired differences -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the dot plot; one without a result is a heading."""
+
+    name: str
+    result: Estimate | None = None
+    values: Sequence[float] = ()  # the single seeds
+    color: str = "#222222"
+    marker: str = "D"
+
+
+def differences(comparisons: Sequence[Comparison]) -> Figure:
+    """A row a cell: mean paired difference, its 95 % interval, the seeds behind it; pooled below."""
+    rows = [comparison for comparison in comparisons if comparison.differences]
+    kernels = {comparison.kernels for comparison in rows}
+    lines = []
+    for heading, group in groupby(
+        rows, key=lambda row: f"{row.label}, {row.cell.recipe}, {row.cell.setting}"
+    ):
+        lines.append(Line(heading))
+        for row in group:
+            name = row.cell.backbone + (f" ({row.kernels})" if len(kernels) > 1 else "")
+            style = STYLES[L2BN]
+            lines.append(Line(name, row.difference, row.differences, style["color"], style["marker"]))
+    lines.append(Line("Pooled, n cells"))
+    for full, name in ((True, f"{FULL_EPOCHS} epochs and more"), (False, f"under {FULL_EPOCHS} epochs")):
+        chosen = [row for row in rows if row.full_length is full]
+        if chosen:
+            lines.append(Line(name, pooled(chosen)))
+    return _dots(lines)
+
+
+def _dots(lines: Sequence[Line]) -> Figure:
+    figure = Figure(figsize=(6.4, 0.23 * len(lines) + 0.95), layout="constrained")
+    axes = figure.subplots()
+    beside: Any = {"transform": axes.get_yaxis_transform(), "va": "center"}
+    axes.axvline(0, color="#222222", linewidth=0.8)
+    for text, x in (("mean", 1.09), ("n", 1.15)):
+        axes.text(x, -1, text, ha="right", color=GREY, **beside)
+    for place, line in enumerate(lines):
+        result = line.result
+        if result is None or result.mean is None:
+            axes.text(-0.01, place, line.name, ha="right", fontweight="bold", **beside)
+            continue
+        axes.plot(line.values, [place] * len(line.values), "|", color=GREY, markersize=7, markeredgewidth=0.9)
+        if result.low is not None and result.high is not None:
+            axes.plot([result.low, result.high], [place, place], color=line.color, linewidth=1.4)
+        face = "white" if result.low is None else line.color
+        axes.plot(
+            result.mean, place, line.marker, color=line.color, markerfacecolor=face, markersize=5.5, zorder=3
+        )
+        axes.text(1.09, place, signed(result.mean), ha="right", **beside)
+        axes.text(1.15, place, str(result.n), ha="right", **beside)
+    axes.set_yticks(
+        *zip(*((place, line.name) for place, line in enumerate(lines) if line.result), strict=True)
+    )
+    axes.set_ylim(len(lines) - 0.4, -1.4)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(
+        "L2BN − BN, test top-1 after the last epoch (points)\n"
+        "line: 95 % interval; hollow: n too small for one; ticks: single seeds"
+    )
+    return figure

@@ -1,0 +1,106 @@
+"""Published accuracies, read from `results/reference/baselines.yaml`, and when one may stand beside ours."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from l2bn.errors import UserError
+from l2bn.records import Record
+from l2bn.reporting.comparison import Comparison
+
+EPOCHS = {"last": "last epoch", "paper": "paper", "weights": "published weights", "best": "best epoch"}
+"""The kinds of a published number, the most comparable with ours first, and what a table calls them."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A BN accuracy of somebody else, percent."""
+
+    accuracy: float
+    kind: str  # a key of EPOCHS
+    best: float | None  # at the best epoch, where the source reports it
+    source: str
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """What the L2BN paper reports for a pair, percent; None where the user entered nothing."""
+
+    bn: float | None
+    l2bn: float | None
+    where: str
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The published rows. An empty one compares with nothing."""
+
+    bn: list[Mapping[str, Any]] = field(default_factory=list)
+    images: Mapping[str, Any] = field(default_factory=dict)
+    acoustic: Mapping[str, Any] = field(default_factory=dict)
+
+    def published(self, comparison: Comparison) -> Published | None:
+        """The BN accuracy whose data set, net (its parameters too, if known) and recipe are our arm's."""
+        if comparison.bn is None:
+            return None
+        record = comparison.bn.records[0]
+        for table in self.bn:
+            row = table.get(record.baseline or "", {}).get(record.backbone)
+            if row and table["recipe"] == record.recipe and _same_net(row, record):
+                kind = next(kind for kind in EPOCHS if kind in row)
+                return Published(row[kind], kind, row.get("best"), table["source"])
+        return None
+
+    def paper(self, comparison: Comparison) -> PaperRow | None:
+        """The paper's row of the same data set and backbone, if a user has entered it."""
+        if not comparison.records:
+            return None
+        record = comparison.records[0]
+        row = self.images.get(record.baseline or "", {}).get(record.backbone)
+        if row is None or row.get("recipe", record.recipe) != record.recipe:
+            return None
+        return PaperRow(row.get("bn"), row.get("l2bn"), row.get("where", ""))
+
+
+def _same_net(row: Mapping[str, Any], record: Record) -> bool:
+    return bool(row.get("parameters", record.parameters) == record.parameters)
+
+
+def read_reference(path: Path) -> Reference:
+    """The published rows of a file. Raises UserError where it is missing or not laid out as it says."""
+    try:
+        content = yaml.safe_load(path.read_text())
+        reference = Reference(
+            content["bn"], content["l2bn"]["image_classification"], content["l2bn"]["acoustic_scenes"]
+        )
+        _check(reference)
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be used as the published accuracies: {type(error).__name__}: {error}; "
+            "its header says how it is laid out"
+        ) from error
+    return reference
+
+
+def _check(reference: Reference) -> None:
+    for table in reference.bn:
+        if not {"source", "recipe"} < table.keys():
+            raise ValueError(f"a table of `bn` needs a source, a recipe and a data set, it has {list(table)}")
+        for dataset in table.keys() - {"source", "recipe"}:
+            for net, row in table[dataset].items():
+                _check_row(f"{dataset}: {net}", row, EPOCHS.keys(), {"parameters"})
+    for dataset, rows in reference.images.items():
+        for net, row in rows.items():
+            _check_row(f"{dataset}: {net}", row, {"bn", "l2bn"}, {"where", "recipe"})
+
+
+def _check_row(name: str, row: Mapping[str, Any], accuracies: Any, others: set[str]) -> None:
+    given = {key: row[key] for key in row.keys() & set(accuracies)}
+    if not given or row.keys() - given.keys() - others:
+        raise ValueError(f"{name} may have {sorted(accuracies)} and {sorted(others)}, it has {sorted(row)}")
+    for key, value in given.items():
+        if not isinstance(value, int | float) or not 0 <= value <= 100:
+            raise ValueError(f"{name}: {key} must be an accuracy in percent, it is {value!r}")

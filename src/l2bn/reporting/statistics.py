@@ -1,0 +1,156 @@
+"""The numbers behind a table: mean and spread, paired differences, corrections, and how many seeds would do.
+
+BN and L2BN start from the same weights and see the same batches when they share a seed, so a comparison is
+paired: the difference is taken seed by seed, and its spread, not that of the two arms, decides.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil, isfinite, sqrt
+from statistics import fmean, stdev
+
+from scipy import stats
+
+MIN_PAIRS = 3
+"""With fewer differences there is no interval and no p-value: for two, Student's t is 12.7."""
+
+LEVEL = 0.95
+"""Coverage of every interval; 1 minus it is the error that tests and sample sizes assume."""
+
+NO_SPREAD = 1e-9
+"""Differences this close are equal: accuracies are counts, and Student's t needs a spread."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with Student's interval; what its n or its spread cannot carry is None.
+
+    `low`, `high` bound the mean at `LEVEL`; `p` is two-sided against a mean of zero. All in the unit of the
+    values.
+    """
+
+    n: int
+    mean: float | None = None
+    std: float | None = None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+
+    @property
+    def reason(self) -> str:
+        """Why there is no interval; empty where there is one."""
+        if self.low is not None:
+            return ""
+        if self.n < MIN_PAIRS:
+            return "n too small"
+        return "no spread"
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean, sample standard deviation (n - 1), and from `MIN_PAIRS` values on Student's interval and p-value.
+
+    Equal values have no spread to measure an error by: no interval and no p-value then, however many they
+    are.
+    """
+    n = len(values)
+    if n == 0:
+        return Estimate(0)
+    if not all(map(isfinite, values)):
+        raise ValueError(f"values must be finite, got {list(values)}; leave diverged runs out and count them")
+    mean = fmean(values)
+    if n == 1:
+        return Estimate(1, mean)
+    std = stdev(values)
+    if n < MIN_PAIRS or std < NO_SPREAD:
+        return Estimate(n, mean, std)
+    error = std / sqrt(n)
+    reach = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * error
+    p = 2 * float(stats.t.sf(abs(mean) / error, n - 1))
+    return Estimate(n, mean, std, mean - reach, mean + reach, p)
+
+
+def paired_differences(reference: Mapping[int, float], other: Mapping[int, float]) -> list[float]:
+    """`other - reference` for each seed that both have, in the order of the seeds."""
+    return [other[seed] - reference[seed] for seed in sorted(reference.keys() & other.keys())]
+
+
+def pooled_estimate(cells: Sequence[Sequence[float]]) -> Estimate:
+    """One mean difference over many cells, each given by its paired differences; empty cells are left out.
+
+    The model: the true difference varies from cell to cell around the mean that is sought, and a cell's own
+    mean adds the noise of its seeds. The cell is the unit: its mean difference is one observation, all
+    weigh alike, and Student's interval runs over the cells (a random-effects estimate with equal weights
+    and the variance of Hartung and Knapp, Statistics in Medicine 20 (2001) 1771 and 3875; recommended over
+    the older DerSimonian-Laird interval for few cells by IntHout et al., BMC Med. Res. Methodol. 14 (2014)
+    25). Weighting by inverse variance is left out on purpose: a variance estimated from 3 to 5 seeds would
+    make the weights noise. It speaks about cells like these, not only about these, so a grid of one or two
+    cells gives no interval.
+    """
+    return estimate([fmean(cell) for cell in cells if cell])
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Holm's step-down correction over the p-values that exist; None stays None and does not count.
+
+    Source: S. Holm, Scandinavian Journal of Statistics 6 (1979) 65-70. Controls the probability of one or
+    more false rejections whatever the dependence, which matters here: cells share a test set.
+    """
+    order = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
+    corrected: list[float | None] = [None] * len(p_values)
+    largest = 0.0
+    for rank, (p, i) in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p))
+        corrected[i] = largest
+    return corrected
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A standard deviation pooled over cells, its degrees of freedom, and its own interval at `LEVEL`."""
+
+    std: float
+    degrees: int
+    low: float
+    high: float
+
+
+def pooled_spread(cells: Sequence[Sequence[float]]) -> Spread | None:
+    """Standard deviation of a paired difference within a cell, pooled over cells; None without any pair.
+
+    Assumes that the spread is the same in all cells; the interval is that of a chi-squared variance.
+    """
+    degrees = sum(max(len(cell) - 1, 0) for cell in cells)
+    if degrees == 0:
+        return None
+    squares = sum((len(cell) - 1) * stdev(cell) ** 2 for cell in cells if len(cell) > 1)
+    low, high = stats.chi2.ppf([(1 + LEVEL) / 2, (1 - LEVEL) / 2], degrees)
+    return Spread(sqrt(squares / degrees), degrees, sqrt(squares / low), sqrt(squares / high))
+
+
+def power(n: int, std: float, difference: float) -> float:
+    """Probability that a paired t-test of n pairs at `LEVEL` sees a true `difference`; noncentral t."""
+    if std < NO_SPREAD:
+        return 1.0
+    critical = float(stats.t.ppf((1 + LEVEL) / 2, n - 1))
+    shift = difference * sqrt(n) / std
+    # Beyond this shift the tail is 1 to all digits, and the noncentral distribution loses its own.
+    if shift > 10 * critical:
+        return 1.0
+    return float(stats.nct.sf(critical, n - 1, shift) + stats.nct.cdf(-critical, n - 1, shift))
+
+
+def seeds_needed(std: float, difference: float = 0.3, wanted: float = 0.8) -> int:
+    """Fewest pairs whose t-test sees `difference` with probability `wanted`; at least `MIN_PAIRS`.
+
+    `std` is that of a paired difference, in the unit of `difference`.
+    """
+    if std < 0 or difference <= 0 or not 0 < wanted < 1:
+        raise ValueError(
+            f"std must be >= 0, difference > 0 and wanted in (0, 1); got {std}, {difference}, {wanted}"
+        )
+    quantiles = stats.norm.ppf((1 + LEVEL) / 2) + stats.norm.ppf(wanted)
+    # The normal approximation is never above the t-test's number, so the search starts just under it.
+    n = max(MIN_PAIRS, ceil((quantiles * std / difference) ** 2))
+    while power(n, std, difference) < wanted:
+        n += 1
+    return n

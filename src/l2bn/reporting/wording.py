@@ -1,0 +1,64 @@
+"""How a number is written: the texts that tables, figures and claims share."""
+
+from collections.abc import Iterable
+
+from l2bn.reporting.comparison import Arm, Comparison
+from l2bn.reporting.statistics import Estimate, estimate
+
+NONE = "–"
+
+
+def signed(value: float | None) -> str:
+    """Points with their sign, the minus a real one."""
+    if value is None:
+        return NONE
+    text = f"{value:+.2f}"
+    return "0.00" if text in ("+0.00", "-0.00") else text.replace("-", "−")
+
+
+def interval(result: Estimate) -> str:
+    """`[low, high]`, or why there is none."""
+    if result.low is None:
+        return result.reason if result.n else NONE
+    return f"[{signed(result.low)}, {signed(result.high)}]"
+
+
+def probability(p: float | None, result: Estimate) -> str:
+    """A p-value that may have been corrected, or why its estimate has none."""
+    if p is None:
+        return result.reason if result.n else NONE
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def mean_std(values: Iterable[float]) -> str:
+    """`mean ± std`, without the spread where there is only one value."""
+    result = estimate(list(values))
+    if result.mean is None:
+        return NONE
+    return f"{result.mean:.2f}" + (f" ± {result.std:.2f}" if result.std is not None else "")
+
+
+def accuracy(arm: Arm | None, missing: int) -> str:
+    """`mean ± std (n)` over the finished runs, with what else became of the seeds."""
+    if arm is None:
+        return "missing"
+    n, other = len(arm.accuracies), lost(arm, missing)
+    if not n:
+        return other
+    return f"{mean_std(arm.accuracies.values())} ({n}{'; ' + other if other else ''})"
+
+
+def lost(arm: Arm, missing: int) -> str:
+    """What became of the seeds without a result; empty where all have one."""
+    counts = {"diverged": arm.diverged, "missing": missing}
+    return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+
+
+def setting(comparison: Comparison) -> str:
+    """Precision, what else is not the default, and the norm's kernel path if it was run."""
+    return comparison.cell.setting + (f", {comparison.kernels} kernels" if comparison.other else "")
+
+
+def plural(noun: str, count: int) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"

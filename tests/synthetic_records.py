@@ -1,0 +1,106 @@
+"""Records without training: invented runs in the real schema, for the tests of what reads records."""
+
+import json
+import math
+import random
+from collections.abc import Iterable
+from pathlib import Path
+
+import yaml
+
+from l2bn.records import CONFIG, ENVIRONMENT, METRICS, Metrics, Record, write_metrics
+
+
+def write_run(
+    root: Path,
+    *,
+    dataset: str = "cifar10",
+    backbone: str = "resnet20",
+    norm: str = "bn",
+    recipe: str = "cosine_200",
+    seed: int = 0,
+    accuracy: float = 92.0,
+    best: float | None = None,
+    epochs: int = 200,
+    curve: int | None = None,
+    status: str = "finished",
+    label: str | None = None,
+    baseline: str | None = None,
+    precision: str = "32-true",
+    kernels: str | None = None,
+    parameters: int = 272474,
+    identity: dict[str, object] | None = None,
+) -> Record:
+    """One run that ends at `accuracy`; `curve` epochs are written to metrics.jsonl (default: one)."""
+    folder = root / dataset / backbone / norm / recipe / f"seed{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(yaml.safe_dump({"seed": seed}))
+    (folder / ENVIRONMENT).write_text(json.dumps({"packages": {}}))
+    rows = list(_epochs(accuracy, curve or 1, seed, norm))
+    if curve is None:
+        rows[0]["epoch"] = 1
+    write_metrics(folder / METRICS, rows)
+    last = rows[-1] | {"epoch": epochs}
+    record = Record(
+        folder=folder,
+        status=status,
+        dataset=dataset,
+        backbone=backbone,
+        norm=norm,
+        recipe=recipe,
+        seed=seed,
+        label=label
+        or {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "digits": "Digits"}.get(dataset, dataset),
+        baseline=baseline,
+        precision=precision,
+        kernels=kernels or ("stock" if norm == "bn" else "plain"),
+        hash=f"{hash((dataset, backbone, norm, recipe, seed)) & 0xFFFFFFFFFFFFFFFF:016x}",
+        identity={"recipe": {"epochs": epochs}, "seed": seed} | (identity or {}),
+        epochs=epochs,
+        updates=epochs * 195,
+        train_images=50_000,
+        test_images=10_000,
+        parameters=parameters,
+        norm_layers=19,
+        last=last if status == "finished" else {},
+        best=last | {"test/top1": accuracy if best is None else best} if status == "finished" else {},
+        seconds=100.0,
+        divergence=None if status == "finished" else "loss is nan in epoch 1, step 7",
+    )
+    record.write()
+    return record
+
+
+def _epochs(accuracy: float, epochs: int, seed: int, norm: str) -> Iterable[Metrics]:
+    """A curve as a cosine recipe gives it: steep, then noisy, then still; noise by seed and norm."""
+    noise = random.Random(f"{seed}{norm}")
+    for epoch in range(1, epochs + 1):
+        left = 1 - epoch / epochs
+        value = (
+            accuracy - 9 * left**0.7 - 40 * left * math.exp(-20 * epoch / epochs) - 7 * left * noise.random()
+        )
+        value = max(10.0, value)
+        yield {
+            "epoch": epoch,
+            "step": epoch * 195,
+            "lr": 0.1 * left,
+            "train/loss": 2.3 * left,
+            "train/top1": value,
+            "test/loss": 2.3 * left,
+            "test/top1": value,
+            "test/top5": 99.0,
+            "seconds": 1.0,
+            "images_per_second": 1000.0,
+            "peak_memory_bytes": None,
+        }
+
+
+def write_pairs(
+    root: Path, bn: Iterable[float], differences: Iterable[float], *, norm: str = "l2bn", **cell: object
+) -> list[Record]:
+    """BN runs of these accuracies at seeds 0, 1, ... and a partner of each, that much better."""
+    records = []
+    for seed, (accuracy, difference) in enumerate(zip(bn, differences, strict=True)):
+        records.append(write_run(root, seed=seed, accuracy=accuracy, **cell))
+        records.append(write_run(root, seed=seed, accuracy=accuracy + difference, norm=norm, **cell))
+    return records

@@ -1,0 +1,160 @@
+"""Wrong input: one message that names the field, what it got and what it takes; nothing is left behind."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.errors import CompactHydraException
+
+from conftest import ROOT, Train
+
+# What is given, and what the message must name. Hydra prints these exceptions without a traceback.
+WRONG = [
+    # names
+    ("dataset=cifar11", ["dataset/cifar11", "cifar10"]),
+    ("backbone=resnet21", ["backbone/resnet21", "resnet20"]),
+    ("norm=batchnorm", ["norm/batchnorm", "l2bn"]),
+    ("recipe=long", ["recipe/long", "cosine_200"]),
+    ("compute=gpu", ["compute/gpu", "auto"]),
+    ("experiment=table", ["experiment/table", "demo"]),
+    # unknown keys, at every level
+    ("epochs=3", ["epochs"]),
+    ("+epochs=3", ["unknown key epochs", "recipe"]),
+    ("recipe.epoch=3", ["recipe.epoch"]),
+    ("+recipe.epoch=3", ["unknown key recipe.epoch", "did you mean epochs"]),
+    ("+recipe.schedule.gamma=3", ["unknown key recipe.schedule.gamma", "peak"]),
+    ("+dataset.path=data", ["unknown key dataset.path", "label"]),
+    ("+dataset.augmentation.pad=4", ["unknown key dataset.augmentation.pad", "padding"]),
+    ("+backbone.width=2", ["unknown key backbone.width", "depth"]),
+    ("+norm.gamma=2", ["unknown key norm.gamma", "scale"]),
+    ("+compute.gpus=2", ["unknown key compute.gpus", "devices"]),
+    ("+checkpoint.every=2", ["unknown key checkpoint.every", "every_steps"]),
+    # wrong types
+    ("seed=null", ["seed", "None", "whole number"]),
+    ("seed=one", ["seed", "'one'", "whole number"]),
+    ("seed=-1", ["seed", "-1"]),
+    ("seed=1.5", ["seed", "1.5"]),
+    ("seed=true", ["seed", "True"]),
+    ("recipe.epochs=many", ["recipe.epochs", "'many'", "whole number"]),
+    ("recipe.epochs=2.5", ["recipe.epochs", "2.5", "whole number"]),
+    ("recipe.epochs=null", ["recipe.epochs", "None", "whole number"]),
+    ("recipe.epochs=true", ["recipe.epochs", "True", "whole number"]),
+    ("recipe.batch_size=[32]", ["recipe.batch_size", "[32]", "whole number"]),
+    ("recipe.lr=high", ["recipe.lr", "'high'", "number"]),
+    ("recipe.lr=nan", ["recipe.lr", "nan", "finite"]),
+    ("recipe.lr=inf", ["recipe.lr", "inf", "finite"]),
+    ("recipe.nesterov=1", ["recipe.nesterov", "1", "true or false"]),
+    ("recipe.schedule=cosine", ["recipe.schedule", "'cosine'", "_target_"]),
+    ("recipe.schedule=null", ["recipe.schedule", "None", "_target_"]),
+    ("recipe=step_200 recipe.schedule.milestones=100", ["recipe.schedule.milestones", "100", "list"]),
+    ("recipe=step_200 recipe.schedule.milestones=[a]", ["recipe.schedule.milestones", "['a']", "list"]),
+    ("dataset.label=7", ["dataset.label", "7", "text"]),
+    ("dataset.subset=some", ["dataset.subset", "'some'", "whole number"]),
+    ("dataset.mean=0.5", ["dataset.mean", "0.5", "list"]),
+    ("dataset.augmentation=flip", ["dataset.augmentation", "'flip'", "_target_"]),
+    ("compute.threads=all", ["compute.threads", "'all'", "whole number"]),
+    ("compute.compile=yes", ["compute.compile", "'yes'", "true or false"]),
+    ("checkpoint.keep_epochs=3", ["checkpoint.keep_epochs", "3", "list"]),
+    ("norm.eps=small", ["norm.eps", "'small'", "number"]),
+    ("progress=loud", ["progress", "'loud'", "true or false"]),
+    ("runs_dir=null", ["runs_dir", "None", "text"]),
+    # values out of range
+    ("recipe.epochs=0", ["epochs", "0", "at least 1"]),
+    ("recipe.batch_size=-32", ["batch_size", "-32", "at least 1"]),
+    ("recipe.lr=0", ["lr", "0", "greater than 0"]),
+    ("recipe.momentum=1", ["momentum", "1", "[0, 1)"]),
+    ("recipe.momentum=0", ["nesterov", "momentum"]),
+    ("recipe.weight_decay=-0.1", ["weight_decay", "-0.1", "negative"]),
+    ("recipe.label_smoothing=2", ["label_smoothing", "2", "[0, 1)"]),
+    ("recipe.mixup=-1", ["mixup", "-1", "negative"]),
+    ("recipe.schedule.peak=1", ["peak", "1", "between 0 and 1"]),
+    ("recipe=step_200 recipe.schedule.milestones=[9,3]", ["milestones", "[9, 3]", "rising"]),
+    ("recipe.batch_size=100000", ["batch_size", "100000"]),
+    ("dataset.subset=0", ["dataset.subset", "0"]),
+    ("dataset.subset=5000", ["dataset.subset", "5000"]),
+    ("dataset.subset=16", ["batch_size", "16"]),
+    ("dataset.validation=1", ["dataset.validation", "1"]),
+    ("dataset.validation=-0.1", ["dataset.validation", "-0.1"]),
+    ("dataset.mean=[0.5]", ["dataset.mean", "[0.5]", "three"]),
+    ("dataset.augmentation.padding=-1", ["padding", "-1"]),
+    ("backbone.depth=21", ["depth", "21", "20"]),
+    ("backbone.shortcut=none", ["backbone.shortcut", "'none'", "projection"]),
+    ("norm.scale=max", ["norm.scale", "'max'", "rms"]),
+    ("norm.fused=maybe", ["norm.fused", "'maybe'", "auto"]),
+    ("compute.device=tpu", ["compute.device", "'tpu'", "cuda"]),
+    ("compute.devices=0", ["devices", "0", "at least 1"]),
+    ("compute.devices=3", ["batch_size", "devices", "3"]),
+    ("compute.precision=half", ["compute.precision", "'half'", "bf16-mixed"]),
+    ("compute.device=cpu compute.precision=16-mixed", ["16-mixed", "CUDA"]),
+    ("compute.threads=0", ["threads", "0", "at least 1"]),
+    ("compute.workers=-1", ["workers", "-1"]),
+    ("checkpoint.every_steps=-1", ["every_steps", "-1"]),
+    ("checkpoint.keep_epochs=[0]", ["keep_epochs", "[0]"]),
+    # data that is not there, or not as it should be
+    ("dataset=cifar10 dataset.download=false dataset.root=nowhere", ["nowhere", "dataset.root", "image_folder"]),
+    ("dataset=image_folder", ["dataset.root"]),
+    ("dataset=image_folder dataset.root=nowhere dataset.label=x", ["nowhere"]),
+    # targets
+    ("backbone._target_=os.system", ["backbone._target_", "os.system", "configs/"]),
+    ("backbone._target_=torch.os.system", ["backbone._target_", "torch.os.system", "configs/"]),
+    ("recipe.schedule._target_=builtins.eval", ["recipe.schedule._target_", "builtins.eval"]),
+    ("norm._target_=null", ["norm", "_target_"]),
+    # folders
+    ("runs_dir=/proc/runs", ["runs_dir", "/proc/runs"]),
+]
+assert len(WRONG) >= 60
+
+
+@pytest.mark.parametrize(("given", "named"), WRONG, ids=[given for given, _ in WRONG])
+def test_a_wrong_configuration_is_named(given: str, named: list[str], train: Train, tmp_path: Path) -> None:
+    with pytest.raises(CompactHydraException) as error:
+        train(*given.split())
+    for word in named:
+        assert word in str(error.value)
+    assert not (tmp_path / "runs").exists()
+
+
+COMMANDS = [
+    "dataset=cifar11",
+    "backbone=resnet21",
+    "+recipe.epoch=3",
+    "recipe.epochs=0",
+    "seed=null",
+    "dataset=cifar10 dataset.download=false dataset.root=nowhere",
+    "compute.device=cpu compute.precision=16-mixed",
+    "backbone._target_=torch.os.system",
+]
+
+
+@pytest.mark.parametrize("given", COMMANDS)
+def test_as_a_command_too_it_leaves_one_message_and_no_folder(given: str, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), f"runs_dir={runs}", *given.split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    for word in dict(WRONG)[given]:
+        assert word in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_key_in_a_yaml_is_named_with_its_file(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    from l2bn.training import build
+
+    configs = tmp_path / "configs"
+    shutil.copytree(ROOT / "configs", configs)
+    (configs / "recipe" / "mine.yaml").write_text(
+        (configs / "recipe" / "short.yaml").read_text().replace("momentum", "momentun")
+    )
+    monkeypatch.setattr(build, "CONFIGS", configs)
+    monkeypatch.setattr("conftest.ROOT", tmp_path)
+    build._yaml_files.cache_clear()
+    with pytest.raises(CompactHydraException) as error:
+        train("recipe=mine")
+    build._yaml_files.cache_clear()
+    assert "unknown key recipe.momentun in configs/recipe/mine.yaml; did you mean momentum?" in str(error.value)

@@ -1,0 +1,107 @@
+"""Checkpoints: whole or not there, the last two kept, a damaged one passed over and never deleted."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from l2bn.durable import write_durably
+from l2bn.errors import UserError
+from l2bn.training.checkpoint import CheckpointPolicy, Checkpoints
+
+CPU = torch.device("cpu")
+
+
+def saved(folder: Path, *positions: tuple[int, int], keep_epochs: tuple[int, ...] = ()) -> Checkpoints:
+    checkpoints = Checkpoints(folder, list(keep_epochs))
+    for epoch, step in positions:
+        checkpoints.save(epoch, step, {"at": [epoch, step], "weight": torch.full((3,), float(epoch))})
+    return checkpoints
+
+
+def places(checkpoints: Checkpoints) -> list[str]:
+    return [path.name.partition(".")[0] for path in checkpoints.paths()]
+
+
+def test_the_newest_is_loaded(tmp_path: Path) -> None:
+    state = saved(tmp_path, (1, 0), (1, 50), (2, 0)).load(CPU)
+    assert state is not None
+    assert state["at"] == [2, 0]
+    assert torch.equal(state["weight"], torch.full((3,), 2.0))
+
+
+def test_without_any_there_is_nothing_to_load(tmp_path: Path) -> None:
+    assert Checkpoints(tmp_path / "none", []).load(CPU) is None
+
+
+def test_the_last_two_are_kept_and_those_asked_for(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, (1, 0), (2, 0), (2, 10), (3, 0), (4, 0), keep_epochs=(2,))
+    assert places(checkpoints) == ["epoch0002-step0000000", "epoch0003-step0000000", "epoch0004-step0000000"]
+
+
+def test_order_is_by_number_not_by_name(tmp_path: Path) -> None:
+    state = saved(tmp_path, (9999, 0), (10000, 0)).load(CPU)
+    assert state is not None
+    assert state["at"] == [10000, 0]
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a checkpoint", None], ids=["empty", "foreign", "a flipped bit"])
+def test_a_damaged_newest_is_passed_over(
+    damage: bytes | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = saved(tmp_path, (1, 0), (2, 0))
+    newest = checkpoints.paths()[-1]
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data if damage is None else damage)
+    state = checkpoints.load(CPU)
+    assert state is not None
+    assert state["at"] == [1, 0]
+    assert str(newest) in caplog.text
+    assert newest.exists()
+
+
+def test_where_all_are_damaged_they_are_named_and_kept(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, (1, 0), (2, 0))
+    for path in checkpoints.paths():
+        path.write_bytes(b"damaged")
+    with pytest.raises(UserError) as error:
+        checkpoints.load(CPU)
+    for path in checkpoints.paths():
+        assert str(path) in str(error.value)
+    assert len(checkpoints.paths()) == 2
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    class Payload:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (Path.touch, (tmp_path / "executed",))
+
+    checkpoints = Checkpoints(tmp_path / "checkpoints", [])
+    checkpoints.save(1, 0, {"model": Payload()})
+    with pytest.raises(UserError, match="epoch0001"):
+        checkpoints.load(CPU)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_durably(path, "old")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_durably(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_policy_says_when() -> None:
+    assert [step for step in range(1, 10) if CheckpointPolicy(every_steps=3).due(step)] == [3, 6, 9]
+    assert not CheckpointPolicy(every_steps=0).due(1000)
+    with pytest.raises(ValueError, match="every_steps"):
+        CheckpointPolicy(every_steps=-1)
+    with pytest.raises(ValueError, match="keep_epochs"):
+        CheckpointPolicy(keep_epochs=[0])

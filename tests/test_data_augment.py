@@ -1,0 +1,79 @@
+"""Crop and flip: windows of the padded image, each image its own, all equally often, half of them mirrored."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binomtest, chisquare
+
+from l2bn.data.augment import CropFlip
+
+
+def random_images(count: int, size: int, seed: int = 0) -> torch.Tensor:
+    """Pixels from 1 to 255, so that no window of one looks like the padding."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 5), st.integers(1, 7), st.integers(1, 6), st.booleans(), st.integers(0, 1000))
+def test_output_is_the_drawn_window_of_the_padded_image(
+    padding: int, size: int, count: int, flip: bool, seed: int
+) -> None:
+    augmentation = CropFlip(padding, flip)
+    images = random_images(count, size, seed)
+    numbers = augmentation.draw(count, torch.Generator().manual_seed(seed))
+    outputs = augmentation.apply(images, numbers)
+    padded = F.pad(images, [padding] * 4)
+    for output, image, (row, column, mirror) in zip(outputs, padded, numbers.tolist(), strict=True):
+        window = image[:, row : row + size, column : column + size]
+        assert torch.equal(output, window.flip(-1) if mirror else window)
+    assert numbers[:, :2].min() >= 0
+    assert numbers[:, :2].max() <= 2 * padding
+    assert set(numbers[:, 2].tolist()) <= ({0, 1} if flip else {0})
+
+
+def test_offsets_are_uniform_and_half_of_the_images_are_mirrored() -> None:
+    numbers = CropFlip(4, True).draw(20_000, torch.Generator().manual_seed(0))
+    windows = torch.bincount(numbers[:, 0] * 9 + numbers[:, 1], minlength=81)
+    assert chisquare(windows.numpy()).pvalue > 0.01
+    assert binomtest(int(numbers[:, 2].sum()), 20_000).pvalue > 0.01
+
+
+def test_samples_of_a_batch_differ_from_each_other() -> None:
+    images = random_images(1, 8).repeat(200, 1, 1, 1)
+    outputs = CropFlip(2, True)(images, torch.Generator().manual_seed(0))
+    assert len(torch.unique(outputs, dim=0)) == 50  # 25 windows, mirrored or not
+
+
+def test_the_generator_alone_decides() -> None:
+    images = random_images(16, 8)
+    first, second = (CropFlip()(images, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, CropFlip()(images, torch.Generator().manual_seed(4)))
+
+
+def test_input_is_left_as_it_was() -> None:
+    images = random_images(16, 8)
+    before = images.clone()
+    CropFlip()(images, torch.Generator().manual_seed(0))
+    assert torch.equal(images, before)
+
+
+def test_without_padding_and_flip_nothing_changes() -> None:
+    images = random_images(4, 8)
+    assert torch.equal(CropFlip(0, False)(images, torch.Generator()), images)
+
+
+def test_negative_padding_is_refused() -> None:
+    with pytest.raises(ValueError, match="padding=-1: give a number of pixels, 0 or more"):
+        CropFlip(-1)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_makes_the_same_images() -> None:
+    images = random_images(16, 8)
+    on_cpu, on_gpu = (CropFlip()(images.to(d), torch.Generator().manual_seed(0)).cpu() for d in ("cpu", "cuda"))
+    assert torch.equal(on_cpu, on_gpu)

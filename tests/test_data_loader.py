@@ -1,0 +1,314 @@
+"""A batch is a pure function of (seed, epoch, step), whoever makes it.
+
+One battery for the three ways of holding a data set: in memory, as files, as shards.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from l2bn.data import imagenet as files
+from l2bn.data import imagenet_wds as shards
+from l2bn.data.augment import CropFlip
+from l2bn.data.imagenet_wds import LANES, WINDOW, Shards
+from l2bn.data.loader import Loader, evaluation_loader, training_loader
+from l2bn.data.splits import Images, Splits, make_splits
+from l2bn.errors import UserError
+from official_formats import imagenet, imagenet_wds
+
+COMMON: dict[str, Any] = {"label": "data", "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
+COUNT, BATCH = 50, 8
+
+
+def in_memory() -> Splits:
+    random = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (COUNT, 3, 6, 6), dtype=torch.uint8, generator=random)
+    # A label of its own tells a test which image it sees.
+    return make_splits(
+        Images(images, torch.arange(COUNT)),
+        Images(images[:21], torch.arange(21)),
+        COUNT,
+        6,
+        augmentation=CropFlip(2, True),
+        **COMMON,
+    )
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Splits]:
+    folder = tmp_path_factory.mktemp("imagenet")
+    imagenet(folder, {"train": "train", "val": "val", "devkit": "devkit"}, COUNT, 21)
+    imagenet_wds(folder / "shards", {}, COUNT, 21)
+    return {
+        "memory": in_memory(),
+        "files": numbered(files.imagenet(str(folder), devkit="devkit", image_size=16, **COMMON)),
+        "shards": numbered(
+            shards.imagenet_wds(str(folder / "shards"), image_size=16, cache=str(folder / "cache"), **COMMON)
+        ),
+    }
+
+
+def numbered(splits: Splits) -> Splits:
+    train, test = (
+        dataclasses.replace(split, labels=torch.arange(len(split)))  # type: ignore[type-var]
+        for split in (splits.train, splits.test)
+    )
+    return dataclasses.replace(splits, train=train, test=test)
+
+
+@pytest.fixture(params=["memory", "files", "shards"])
+def splits(request: pytest.FixtureRequest, sources: dict[str, Splits]) -> Splits:
+    return sources[request.param]
+
+
+def train(splits: Splits, **options: Any) -> Loader:
+    options = {"batch_size": BATCH, "seed": 0, "device": "cpu", **options}
+    return training_loader(splits.train, splits=splits, **options)
+
+
+def evaluate(splits: Splits, **options: Any) -> Loader:
+    options = {"batch_size": BATCH, "device": "cpu", **options}
+    return evaluation_loader(splits.test, splits=splits, **options)
+
+
+def same(first: list[tuple[Tensor, Tensor]], second: list[tuple[Tensor, Tensor]]) -> bool:
+    return len(first) == len(second) and all(
+        torch.equal(a, b) for pair in zip(first, second, strict=True) for a, b in zip(*pair, strict=True)
+    )
+
+
+def labels(batches: list[tuple[Tensor, Tensor]]) -> list[int]:
+    return torch.cat([batch for _, batch in batches]).tolist()
+
+
+def test_an_epoch_holds_each_sample_once_but_those_that_fill_no_batch(splits: Splits) -> None:
+    loader = train(splits)
+    batches = list(loader.epoch(0))
+    assert len(batches) == len(loader) == COUNT // BATCH
+    assert all(len(images) == len(targets) == BATCH for images, targets in batches)
+    assert len(set(labels(batches))) == COUNT // BATCH * BATCH
+
+
+def test_batches_are_normalised_float32(splits: Splits) -> None:
+    (images, targets), *_ = train(splits).epoch(0)
+    assert (images.dtype, targets.dtype) == (torch.float32, torch.int64)
+    assert images.shape[1:] == (3, splits.image_size, splits.image_size)
+    pixels = 255 * (images * torch.tensor(splits.std).view(3, 1, 1) + torch.tensor(splits.mean).view(3, 1, 1))
+    torch.testing.assert_close(pixels, pixels.round(), rtol=0, atol=1e-3)
+    assert pixels.round().min() >= 0
+    assert pixels.round().max() <= 255
+
+
+def test_same_seed_and_epoch_give_the_same_batches_and_others_do_not(splits: Splits) -> None:
+    loader = train(splits)
+    first = list(loader.epoch(3))
+    assert same(first, list(loader.epoch(3)))
+    assert same(first, list(train(splits).epoch(3)))
+    for other in (train(splits).epoch(4), train(splits, seed=1).epoch(3)):
+        assert labels(first) != labels(list(other))
+
+
+def test_epochs_see_the_same_image_differently(splits: Splits) -> None:
+    def of_image(number: int, epoch: int) -> Tensor:
+        (found,) = [
+            image
+            for images, targets in train(splits, batch_size=10).epoch(epoch)
+            for image, target in zip(images, targets, strict=True)
+            if target == number
+        ]
+        return found
+
+    assert sum(not torch.equal(of_image(number, 0), of_image(number, 1)) for number in range(10)) >= 8
+
+
+@pytest.mark.parametrize("start", [1, 4, COUNT // BATCH])
+def test_start_equals_skipping(splits: Splits, start: int) -> None:
+    loader = train(splits)
+    assert same(list(loader.epoch(1, start)), list(loader.epoch(1))[start:])
+
+
+def test_start_does_not_make_the_batches_before(sources: dict[str, Splits]) -> None:
+    opened = []
+
+    class Watched(type(sources["files"].train)):  # type: ignore[misc]
+        def __getitem__(self, index: int) -> Any:
+            opened.append(index)
+            return super().__getitem__(index)
+
+    split = Watched(**vars(sources["files"].train))
+    loader = training_loader(split, splits=sources["files"], batch_size=BATCH, seed=0, device="cpu")
+    (batch,) = loader.epoch(0, len(loader) - 1)
+    assert opened == batch[1].tolist()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_number_of_workers_changes_nothing(splits: Splits, workers: int) -> None:
+    with_workers, without = train(splits, workers=workers), train(splits)
+    for epoch, start in ((0, 0), (1, 2)):
+        assert same(list(with_workers.epoch(epoch, start)), list(without.epoch(epoch, start)))
+    assert same(list(evaluate(splits, workers=workers).epoch(0)), list(evaluate(splits).epoch(0)))
+
+
+def test_an_epoch_left_in_the_middle_does_not_disturb_the_next(splits: Splits) -> None:
+    loader = train(splits, workers=2)
+    for _ in loader.epoch(0):
+        break
+    assert same(list(loader.epoch(1)), list(train(splits).epoch(1)))
+
+
+@pytest.mark.parametrize("source", ["memory", "files"])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_slices_of_the_ranks_make_up_the_global_batch(
+    sources: dict[str, Splits], source: str, world_size: int
+) -> None:
+    whole = list(train(sources[source]).epoch(2))
+    ranks = [list(train(sources[source], rank=rank, world_size=world_size).epoch(2)) for rank in range(world_size)]
+    joined = [tuple(map(torch.cat, zip(*slices, strict=True))) for slices in zip(*ranks, strict=True)]
+    assert same(whole, joined)  # type: ignore[arg-type]
+
+
+def test_ranks_read_shards_of_their_own(sources: dict[str, Splits]) -> None:
+    split = sources["shards"].train
+    assert isinstance(split, Shards)
+    read = []
+    for rank in range(2):
+        batches = list(train(sources["shards"], rank=rank, world_size=2).epoch(0))
+        assert len(batches) == COUNT // BATCH
+        assert all(len(targets) == BATCH // 2 for _, targets in batches)
+        read.append(set(split.shard[labels(batches)].tolist()))
+    assert len(read[0]) == len(read[1]) == len(split.files) // 2
+    assert not read[0] & read[1]
+
+
+def many_shards(count: int, samples: int) -> Shards:
+    total = count * samples
+    shard = torch.arange(total) // samples
+    return Shards(
+        tuple(Path(f"{i}.tar") for i in range(count)),
+        shard,
+        shard,
+        shard,
+        shard,
+        # Nothing is read: a plan needs the index alone.
+        names=shard.numpy().astype("S"),
+        transform=lambda image: image,
+    )
+
+
+@pytest.mark.parametrize("workers", [2, 3, 8])
+def test_shards_are_split_over_workers_where_their_number_divides_the_lanes(workers: int) -> None:
+    split = many_shards(2 * LANES, 40)
+    plan = split.plan(torch.Generator().manual_seed(0), 10, 2 * LANES * 4, 0, 1)
+    assert torch.cat(plan).sort().values.tolist() == list(range(len(split)))
+    # The k-th batch is made by worker k modulo their number.
+    owners = [set(split.shard[torch.cat(plan[w::workers])].tolist()) for w in range(workers)]
+    assert sum(map(len, owners)) == len(set().union(*owners)) == 2 * LANES
+
+
+def test_shuffling_mixes_the_shards_of_a_window() -> None:
+    split = many_shards(LANES * WINDOW, 40)
+    (first, *_) = split.plan(torch.Generator().manual_seed(0), 40, 1, 0, 1)
+    assert len(set(split.shard[first].tolist())) == WINDOW
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_rank_has_as_many_steps_though_shards_do_not_divide_evenly(world_size: int) -> None:
+    split = many_shards(7, 11)
+    share = 4
+    steps = len(split) // (share * world_size)
+    for rank in range(world_size):
+        plan = split.plan(torch.Generator().manual_seed(0), share, steps, rank, world_size)
+        assert [len(batch) for batch in plan] == [share] * steps
+    if world_size == 1:
+        assert len(set(torch.cat(plan).tolist())) == steps * share
+
+
+def test_fewer_shards_than_ranks_are_refused() -> None:
+    with pytest.raises(UserError, match="2 shards of training images cannot be split over 3 devices"):
+        many_shards(2, 12).plan(torch.Generator(), 2, 4, 2, 3)
+
+
+def test_evaluation_is_in_order_with_nothing_dropped_or_augmented(splits: Splits) -> None:
+    loader = evaluate(splits)
+    batches = list(loader.epoch(0))
+    assert len(batches) == len(loader) == 3
+    assert labels(batches) == list(range(21))
+    assert same(batches, list(loader.epoch(5)))
+    pixels, _ = splits.test[20]
+    expected = (pixels / 255 - torch.tensor(splits.mean).view(3, 1, 1)) / torch.tensor(splits.std).view(3, 1, 1)
+    torch.testing.assert_close(batches[-1][0][-1], expected)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+def test_evaluation_is_shared_out_over_ranks(splits: Splits, world_size: int) -> None:
+    seen: list[int] = []
+    for rank in range(world_size):
+        loader = evaluate(splits, rank=rank, world_size=world_size)
+        batches = list(loader.epoch(0))
+        assert len(batches) == len(loader)
+        assert all(len(targets) for _, targets in batches)
+        seen += labels(batches)
+    assert sorted(seen) == list(range(21))
+
+
+def test_channels_last_changes_the_layout_alone(splits: Splits) -> None:
+    for make in (train, evaluate):
+        plain, last = list(make(splits).epoch(0)), list(make(splits, channels_last=True).epoch(0))
+        assert same(plain, last)
+        assert all(images.is_contiguous(memory_format=torch.channels_last) for images, _ in last)
+        assert all(images.is_contiguous() for images, _ in plain)
+
+
+@pytest.mark.parametrize("batch_size", [COUNT + 1, 0, -4])
+def test_a_batch_that_the_data_cannot_fill_is_refused(splits: Splits, batch_size: int) -> None:
+    with pytest.raises(UserError, match=rf"recipe.batch_size={batch_size}.* {COUNT} training images"):
+        train(splits, batch_size=batch_size)
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused(splits: Splits) -> None:
+    with pytest.raises(UserError, match=r"recipe\.batch_size=8 is shared out over 3 devices"):
+        train(splits, world_size=3)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_global_random_state_is_left_alone(splits: Splits, workers: int) -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    for _ in train(splits, workers=workers).epoch(0):
+        pass
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_file_is_named_once_without_a_traceback(
+    tmp_path: Path, workers: int, damaged: Callable[[Path], Splits]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        list(evaluate(damaged(tmp_path), workers=workers).epoch(0))
+    assert "ILSVRC2012_val_00000003.JPEG: cannot be decoded" in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+
+
+@pytest.fixture
+def damaged() -> Callable[[Path], Splits]:
+    def make(folder: Path) -> Splits:
+        imagenet(folder, {"train": "train", "val": "val", "devkit": "devkit"}, 8, 8)
+        file = folder / "val" / "ILSVRC2012_val_00000003.JPEG"
+        file.write_bytes(file.read_bytes()[:500])
+        return files.imagenet(str(folder), devkit="devkit", image_size=16, **COMMON)
+
+    return make
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_gets_the_same_batches(splits: Splits) -> None:
+    on_cpu = list(train(splits).epoch(0))
+    on_gpu = [(images.cpu(), targets.cpu()) for images, targets in train(splits, device="cuda").epoch(0)]
+    torch.testing.assert_close(on_gpu, on_cpu)

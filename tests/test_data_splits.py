@@ -1,0 +1,139 @@
+"""The choices that every data set offers: subset, validation, normalisation."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from l2bn.data.splits import Images, Splits, make_splits, pixel_statistics, stratified_order
+from l2bn.errors import UserError
+
+
+def numbered(labels: list[int]) -> Images:
+    """Images whose every pixel is the image's number, so that a test sees which ones it holds."""
+    pixels = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 4).contiguous()
+    return Images(pixels, torch.tensor(labels))
+
+
+def numbers(split: Any) -> list[int]:
+    return split.images[:, 0, 0, 0].tolist()
+
+
+def splits(**common: Any) -> Splits:
+    common = {"label": "Data", "mean": [0.5] * 3, "std": [0.5] * 3, **common}
+    return make_splits(numbered([i % 4 for i in range(200)]), numbered([0, 1, 2, 3]), 4, 4, **common)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=80))
+def test_every_prefix_of_the_stratified_order_holds_each_class_in_proportion(labels: list[int]) -> None:
+    tensor = torch.tensor(labels)
+    order = stratified_order(tensor, "test")
+    assert order.sort().values.tolist() == list(range(len(labels)))
+    share = torch.bincount(tensor, minlength=5) / len(labels)
+    for length in range(1, len(labels) + 1):
+        counts = torch.bincount(tensor[order[:length]], minlength=5)
+        assert (counts - share * length).abs().max() <= 1.5  # half an image of each of two classes, rounded up
+
+
+def test_stratified_order_is_random_within_a_class() -> None:
+    order = stratified_order(torch.zeros(100, dtype=torch.int64), "test").tolist()
+    assert order != sorted(order)
+
+
+def test_subset_is_stratified_fixed_and_nested() -> None:
+    small, large = splits(subset=20), splits(subset=50)
+    assert torch.bincount(small.train.labels).tolist() == [5] * 4
+    assert set(numbers(small.train)) < set(numbers(large.train))
+    assert numbers(small.train) == numbers(splits(subset=20).train) == sorted(numbers(small.train))
+    assert numbers(small.test) == numbers(splits().test)
+
+
+def test_validation_takes_a_stratified_share_of_the_training_images_and_leaves_the_test_set() -> None:
+    tuned = splits(validation=0.1)
+    held, kept = numbers(tuned.test), numbers(tuned.train)
+    assert len(held) == 20
+    assert torch.bincount(tuned.test.labels).tolist() == [5] * 4
+    assert sorted(held + kept) == list(range(200))
+
+
+def test_validation_is_the_same_for_every_subset() -> None:
+    tuned = splits(validation=0.1, subset=40)
+    assert numbers(tuned.test) == numbers(splits(validation=0.1).test)
+    assert len(tuned.train) == 40
+    assert not set(numbers(tuned.train)) & set(numbers(tuned.test))
+
+
+@pytest.mark.parametrize(
+    ("choice", "label"),
+    [
+        ({}, "Data"),
+        ({"subset": 100}, "Data, 100 images"),
+        ({"validation": 0.1}, "Data, validation"),
+        ({"validation": 0.1, "subset": 100}, "Data, validation, 100 images"),
+    ],
+)
+def test_label_says_so_and_the_baseline_goes(choice: dict[str, Any], label: str) -> None:
+    result = splits(baseline="published", **choice)
+    assert result.label == label
+    assert result.baseline == (None if choice else "published")
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        ({"subset": 0}, "dataset.subset=0: give a number from 1 to 200"),
+        ({"subset": 201}, "dataset.subset=201: give a number from 1 to 200"),
+        ({"validation": 1.0}, "dataset.validation=1.0"),
+        ({"validation": -0.1}, "dataset.validation=-0.1"),
+        ({"validation": 0.001}, "would hold out 0 of 200"),
+        ({"validation": 0.5, "subset": 101}, "from 1 to 100"),
+        ({"mean": None}, "go together"),
+        ({"std": None}, "go together"),
+        ({"mean": [0.5]}, "three numbers each"),
+        ({"std": [0.5, 0.0, 0.5]}, "std above 0"),
+    ],
+)
+def test_a_choice_that_cannot_be_fulfilled_is_named(choice: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        splits(**choice)
+
+
+def test_pixel_statistics_are_those_of_numpy() -> None:
+    images = torch.randint(0, 256, (5000, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    images[:, 1] //= 3
+    mean, std = pixel_statistics(images)
+    scaled = images.numpy().astype(np.float64) / 255
+    np.testing.assert_allclose(mean, scaled.mean((0, 2, 3)), rtol=1e-12)
+    np.testing.assert_allclose(std, scaled.std((0, 2, 3)), rtol=1e-12)
+
+
+def test_normalisation_is_computed_from_the_training_images_alone() -> None:
+    result = splits(mean=None, std=None, subset=40)
+    assert isinstance(result.train, Images)
+    mean, std = pixel_statistics(result.train.images)
+    assert (list(result.mean), list(result.std)) == (mean, std)
+
+
+def test_a_constant_channel_is_centred_only() -> None:
+    black = Images(torch.zeros(4, 3, 2, 2, dtype=torch.uint8), torch.arange(4))
+    result = make_splits(black, black, 4, 2, label="black")
+    assert (result.mean, result.std) == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        (torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64)),
+        (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)),
+        (torch.zeros(2, 3, 4, 5, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)),
+        (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64)),
+        (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2)),
+    ],
+)
+def test_images_of_another_kind_are_refused(images: torch.Tensor, labels: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        Images(images, labels)

@@ -1,0 +1,138 @@
+"""Figures from records: that they are drawn, the same each time, and show what the records hold."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
+from l2bn.records import METRICS, Record
+from l2bn.reporting.comparison import grid, read_checked
+from l2bn.reporting.figures import RC, STYLES, curves, differences, read_curves, write_figures
+from synthetic_records import write_pairs, write_run
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> list[Record]:
+    root = tmp_path / "runs"
+    write_pairs(root, [90, 91, 92], [0.1, 0.2, 0.6], curve=12, epochs=12)
+    write_pairs(root, [93, 93.2, 93.4], [-0.1, -0.2, -0.6], backbone="vgg16", curve=12, epochs=12)
+    write_pairs(root, [70], [1.5], dataset="cifar10_jpeg", recipe="short", label="CIFAR-10 (JPEG)", epochs=1)
+    write_run(root, norm="l2bn", seed=7, status="diverged", epochs=12)
+    write_run(root, norm="l2bn_rms", epochs=12)
+    return read_checked(root)[0]
+
+
+def draw_curves(records: Sequence[Record], dataset: str) -> Figure:
+    rows = [row for row in grid(records) if row.cell.dataset == dataset and row.arms]
+    return curves(rows, read_curves(records)[0])
+
+
+def texts(figure: Figure) -> Iterator[str]:
+    for axes in figure.axes:
+        yield from (axes.get_title(loc=place) for place in ("left", "center", "right"))
+        yield from (text.get_text() for text in axes.texts)
+        yield from (label.get_text() for label in axes.get_yticklabels())
+        legend = axes.get_legend()
+        yield from (text.get_text() for text in legend.get_texts()) if legend else ()
+
+
+def test_one_page_a_data_set_and_recipe_as_png_and_svg(tmp_path: Path, records: list[Record]) -> None:
+    paths, problems = write_figures(records, tmp_path / "figures")
+    assert problems == []
+    assert sorted(path.name for path in paths) == [
+        "curves-cifar10-cosine_200.png",
+        "curves-cifar10-cosine_200.svg",
+        "curves-cifar10_jpeg-short.png",
+        "curves-cifar10_jpeg-short.svg",
+        "differences.png",
+        "differences.svg",
+    ]
+    assert all(path.stat().st_size > 5_000 for path in paths)
+
+
+def test_the_same_records_give_the_same_bytes(tmp_path: Path, records: list[Record]) -> None:
+    first, second = (write_figures(records, tmp_path / name)[0] for name in ("first", "second"))
+    assert len(first) == 6
+    for a, b in zip(first, second, strict=True):
+        assert a.read_bytes() == b.read_bytes(), a.name
+        assert b"202" not in a.read_bytes()[:600] or a.suffix == ".png"  # no date in the head of an SVG
+
+
+def test_a_curve_is_the_mean_of_its_runs_with_a_band(records: list[Record]) -> None:
+    figure = draw_curves(records, "cifar10")
+    panel = figure.axes[0]
+    assert panel.get_title(loc="left") == "resnet20"
+    arm = next(row for row in grid(records) if row.cell.backbone == "resnet20" and row.differences).bn
+    assert arm
+    runs = [[row["test/top1"] for row in record.metrics()] for record in arm.records]
+    expected = [sum(column) / 3 for column in zip(*runs, strict=True)]
+    assert list(panel.lines[0].get_ydata()) == pytest.approx(expected)
+    assert list(panel.lines[0].get_xdata()) == list(range(1, 13))
+    assert len(panel.collections) == 2  # a band an arm
+    vertices = panel.collections[0].get_paths()[0].vertices
+    last = [y for x, y in vertices if x == 12]
+    assert (min(last), max(last)) == pytest.approx((90, 92))  # 91 ± 1
+
+
+def test_legends_tell_n_and_what_diverged(records: list[Record]) -> None:
+    shown = list(texts(draw_curves(records, "cifar10")))
+    assert "BN  91.00 ± 1.00  (n = 3)" in shown
+    assert "L2BN  91.30 ± 1.25  (n = 3)" in shown
+    assert "diverged: 1 L2BN" in shown
+
+
+def test_the_last_epochs_are_inside_the_panel(records: list[Record]) -> None:
+    for panel in draw_curves(records, "cifar10").axes:
+        low, high = panel.get_ylim()
+        for line in panel.lines:
+            assert low < line.get_ydata()[-1] < high
+
+
+def test_dots_stand_at_the_differences_and_lines_span_the_intervals(records: list[Record]) -> None:
+    rows = [row for row in grid(records) if row.arms]
+    axes = differences(rows).axes[0]
+    drawn = {
+        tuple(round(float(x), 9) for x in line.get_xdata())
+        for line in axes.lines
+        if line.get_marker() in ("None", None)
+    }
+    expected = [row.difference for row in rows if row.difference.low is not None]
+    assert len(expected) == 2
+    assert {(round(e.low, 9), round(e.high, 9)) for e in expected} <= drawn
+    hollow = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
+    # The JPEG pair has one seed, and neither pooled estimate has three cells.
+    assert len(hollow) == 3
+    shown = list(texts(axes.figure))
+    assert "CIFAR-10 (JPEG), short, 32-true" in shown
+    assert "+1.50" in shown
+
+
+def test_arms_differ_in_more_than_colour() -> None:
+    a, b = STYLES.values()
+    assert a["linestyle"] != b["linestyle"]
+    assert a["marker"] != b["marker"]
+    light, dark = (0.2126 * r + 0.7152 * g + 0.0722 * b for r, g, b in (to_rgb(s["color"]) for s in (b, a)))
+    assert light - dark > 0.2  # in greyscale
+
+
+def test_a_run_without_readable_epochs_is_named_and_left_out(tmp_path: Path, records: list[Record]) -> None:
+    broken = next(record for record in records if record.norm == "l2bn" and record.backbone == "vgg16")
+    (broken.folder / METRICS).write_text('{"epoch": 1')
+    paths, problems = write_figures(records, tmp_path / "figures")
+    assert [problem.folder for problem in problems] == [broken.folder]
+    assert len(paths) == 6
+
+
+def test_nothing_is_drawn_without_records(tmp_path: Path) -> None:
+    assert write_figures([], tmp_path / "figures") == ([], [])
+    assert not (tmp_path / "figures").exists()
+
+
+def test_drawing_leaves_matplotlibs_settings_alone(tmp_path: Path, records: list[Record]) -> None:
+    before = mpl.rcParams.copy()
+    write_figures(records, tmp_path / "figures")
+    assert mpl.rcParams == before
+    assert RC["svg.hashsalt"] == "l2bn"

@@ -1,0 +1,114 @@
+"""Schedules against the formulas of their papers, and what the optimizer is given."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from l2bn.training.optim import Cosine, Exponential, MultiStep, OneCycle, Recipe
+
+SETTINGS = {
+    "epochs": 10,
+    "batch_size": 4,
+    "lr": 0.1,
+    "momentum": 0.9,
+    "nesterov": True,
+    "weight_decay": 5e-4,
+    "decay_norm_and_bias": True,
+    "label_smoothing": 0.0,
+    "mixup": 0.0,
+    "schedule": Cosine(),
+}
+
+
+def test_cosine_stepped_per_epoch_is_torchs() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=200)
+    schedule = Cosine(per_epoch=True)
+    for epoch in range(200):
+        assert schedule(epoch + 0.7, 200) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_cosine_falls_smoothly_from_one_to_nought() -> None:
+    assert Cosine()(0, 10) == 1
+    assert Cosine()(5, 10) == pytest.approx(0.5)
+    assert Cosine()(10, 10) == pytest.approx(0)
+    assert Cosine()(3.3, 10) == pytest.approx((1 + math.cos(math.pi * 0.33)) / 2)
+
+
+def test_cosine_after_a_warmup_starts_at_its_full_height() -> None:
+    schedule = Cosine(warmup_epochs=2)
+    assert [schedule(epoch, 10) for epoch in (0, 1, 2)] == [0, 0.5, 1]
+    assert schedule(6, 10) == pytest.approx(0.5)
+
+
+def test_steps_fall_at_their_milestones() -> None:
+    schedule = MultiStep(milestones=[100, 150], gamma=0.1)
+    assert [schedule(e, 200) for e in (0, 99.999, 100, 149.9, 150, 199)] == pytest.approx(
+        [1, 1, 0.1, 0.1, 0.01, 0.01]
+    )
+
+
+def test_steps_after_a_low_start() -> None:
+    schedule = MultiStep(milestones=[100], warmup_epochs=1, start_factor=0.1)
+    assert schedule(0, 200) == pytest.approx(0.1)
+    assert schedule(1, 200) == 1
+
+
+def test_exponential_falls_by_its_factor_each_epoch() -> None:
+    assert Exponential(gamma=0.98)(17.5, 300) == pytest.approx(0.98**17)
+
+
+def test_one_cycle_peaks_where_told_and_ends_at_nought() -> None:
+    schedule = OneCycle(peak=0.25)
+    values = [schedule(i / 100, 1) for i in range(101)]
+    assert values[0] == pytest.approx(1 / 25)
+    assert max(values) == values[25] == 1
+    assert values[100] == 0
+    assert values[:26] == sorted(values[:26])
+    assert values[25:] == sorted(values[25:], reverse=True)
+
+
+def test_weight_decay_may_spare_norms_and_biases() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    recipe = Recipe(**{**SETTINGS, "decay_norm_and_bias": False})
+    decay = {
+        id(p): group["weight_decay"] for group in recipe.optimizer(model).param_groups for p in group["params"]
+    }
+    assert len(decay) == 6
+    for name, parameter in model.named_parameters():
+        assert decay[id(parameter)] == (5e-4 if name in ("0.weight", "3.weight") else 0)
+    (group,) = Recipe(**SETTINGS).optimizer(model).param_groups
+    assert group["weight_decay"] == 5e-4
+    assert len(group["params"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("epochs", 0),
+        ("batch_size", -1),
+        ("lr", 0.0),
+        ("momentum", 1.0),
+        ("weight_decay", -1e-4),
+        ("label_smoothing", 1.0),
+        ("mixup", -0.1),
+    ],
+)
+def test_a_value_out_of_range_is_named(key: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"^{key} must .*{value}"):
+        Recipe(**{**SETTINGS, key: value})
+
+
+def test_nesterov_needs_momentum() -> None:
+    with pytest.raises(ValueError, match="nesterov needs a momentum"):
+        Recipe(**{**SETTINGS, "momentum": 0.0})
+
+
+@pytest.mark.parametrize("milestones", [[150, 100], [0, 10], [5, 5]])
+def test_milestones_must_rise(milestones: list[int]) -> None:
+    with pytest.raises(ValueError, match="milestones"):
+        MultiStep(milestones=milestones)

@@ -1,0 +1,505 @@
+"""Tables from records: what shares a row, what each number is, and that the committed ones are up to date."""
+
+import csv
+import io
+import json
+import os
+import random
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from l2bn.errors import UserError
+from l2bn.records import SUMMARY, Record
+from l2bn.reporting.comparison import grid, natural, other_norms, pooled, read_checked
+from l2bn.reporting.markup import Table, latex, markdown
+from l2bn.reporting.published import Reference, read_reference
+from l2bn.reporting.tables import BEGIN, END, documents, readme_with_block
+from l2bn.reporting.terminal import terminal
+from synthetic_records import write_pairs, write_run
+
+ROOT = Path(__file__).parents[1]
+REFERENCE = ROOT / "results/reference/baselines.yaml"
+
+
+@pytest.fixture
+def reference() -> Reference:
+    return read_reference(REFERENCE)
+
+
+def rows_of(records: Sequence[Record], reference: Reference, name: str = "grid.csv") -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(documents(records, [], reference)[name])))
+
+
+def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "scripts" / name, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+# ---- What a number is ------------------------------------------------------------------------------------
+
+
+def test_a_row_holds_the_numbers_of_its_records(tmp_path: Path, reference: Reference) -> None:
+    write_pairs(tmp_path, [92.0, 92.3, 92.6], [0.1, 0.2, 0.6], baseline="cifar10")
+    (row,) = rows_of(read_checked(tmp_path)[0], reference)
+    assert (row["label"], row["backbone"], row["recipe"]) == ("CIFAR-10", "resnet20", "cosine_200")
+    assert (row["bn_n"], row["bn_mean"], row["bn_std"]) == ("3", "92.3000", "0.3000")
+    assert (row["l2bn_n"], row["l2bn_mean"]) == ("3", "92.6000")
+    assert (row["pairs"], row["difference"], row["difference_std"]) == ("3", "0.3000", "0.2646")
+    # 4.302653 = t(0.975) at 2 degrees of freedom; 0.264575 / sqrt(3) = 0.152753.
+    assert (row["low"], row["high"]) == ("-0.3572", "0.9572")
+    assert row["p"] == row["p_holm"] == "0.1885"
+    assert (row["published_bn"], row["published_kind"], row["distance"]) == ("92.5600", "last", "-0.2600")
+    assert row["paper_bn"] == row["paper_l2bn"] == ""
+
+
+def test_the_last_epoch_is_the_result_and_the_best_is_shown_apart(
+    tmp_path: Path, reference: Reference
+) -> None:
+    for norm in ("bn", "l2bn"):
+        write_run(tmp_path, norm=norm, accuracy=90.0, best=99.0)
+    records = read_checked(tmp_path)[0]
+    (row,) = rows_of(records, reference)
+    assert (row["bn_mean"], row["bn_best_epoch_mean"]) == ("90.0000", "99.0000")
+    main, best = documents(records, [], reference)["grid.md"].split("## Best epoch")
+    assert "99.00" not in main
+    assert "99.00" in best
+    assert "chosen on the test set" in best
+
+
+def test_holms_correction_runs_over_the_table(tmp_path: Path, reference: Reference) -> None:
+    for backbone, spread in (("resnet20", 0.01), ("resnet32", 0.05), ("resnet44", 1.0)):
+        write_pairs(
+            tmp_path, [90, 91, 92], [0.3 - spread, 0.3, 0.3 + spread], backbone=backbone, baseline="cifar10"
+        )
+    rows = rows_of(read_checked(tmp_path)[0], reference)
+    p = [float(row["p"]) for row in rows]
+    assert p == sorted(p)
+    assert [float(row["p_holm"]) for row in rows] == pytest.approx([3 * p[0], 2 * p[1], p[2]], abs=2e-4)
+
+
+def test_few_pairs_say_so(tmp_path: Path, reference: Reference) -> None:
+    write_pairs(tmp_path, [90.0, 91.0], [0.1, 0.2])
+    table = documents(read_checked(tmp_path)[0], [], reference)["grid.md"]
+    assert "| +0.15 | n too small | n too small |" in table
+
+
+def test_pooled_line_and_seeds_line(tmp_path: Path, reference: Reference) -> None:
+    for backbone, shift in (("resnet20", 0.0), ("resnet32", 0.1), ("resnet44", 0.2)):
+        write_pairs(tmp_path, [90, 91, 92], [shift, shift + 0.3, shift + 0.6], backbone=backbone)
+    write_pairs(tmp_path, [70], [9.0], recipe="short", epochs=5)
+    records = read_checked(tmp_path)[0]
+    table = documents(records, [], reference)["grid.md"]
+    # Mean 0.4, standard deviation 0.1 over three cells: 4.3027 * 0.1 / sqrt(3) = 0.2484.
+    assert "30 epochs and more: +0.40 points over 3 data set × backbone cells" in table
+    assert "[+0.15, +0.65]" in table
+    assert "under 30 epochs: +9.00 points over 1 data set × backbone cell " in table
+    assert "Seeds to see 0.3 points with 80 % power: 10 (" in table  # an effect of one standard deviation
+    assert "deviation of 0.30 points (0.19 to 0.66; 6 degrees of freedom)" in table
+
+
+def test_a_cell_under_two_recipes_is_pooled_once(tmp_path: Path) -> None:
+    for recipe, difference in (("cosine_200", 0.2), ("step_200", 0.4)):
+        write_pairs(tmp_path, [90.0], [difference], recipe=recipe)
+    result = pooled(grid(read_checked(tmp_path)[0]))
+    assert (result.n, result.mean) == (1, pytest.approx(0.3))
+
+
+# ---- What may share a row --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"recipe": "step_200"},
+        {"recipe": "cosine_200,lr=0.2"},
+        {"precision": "bf16-mixed"},
+        {"kernels": "plain+compiled"},
+        {"dataset": "cifar10,subset=10000"},
+        {"backbone": "resnet20,shortcut=identity"},
+        {"identity": {"devices": 2}},
+    ],
+    ids=lambda other: "-".join(map(str, other)),
+)
+def test_unequal_conditions_never_share_a_row(
+    tmp_path: Path, reference: Reference, other: dict[str, object]
+) -> None:
+    write_run(tmp_path, norm="bn", seed=0)
+    write_run(tmp_path, norm="l2bn", seed=0, **other)
+    rows = rows_of(read_checked(tmp_path)[0], reference)
+    assert len(rows) == 2
+    assert all(row["pairs"] == "0" and row["difference"] == "" for row in rows)
+
+
+def test_two_kernel_paths_are_two_rows_against_the_same_bn(tmp_path: Path, reference: Reference) -> None:
+    write_run(tmp_path, norm="bn", accuracy=90.0)
+    write_run(tmp_path / "a", norm="l2bn", kernels="plain", accuracy=91.0)
+    write_run(tmp_path / "b", norm="l2bn", kernels="fused", accuracy=92.0)
+    records = read_checked(tmp_path)[0]
+    rows = rows_of(records, reference)
+    assert [(row["kernels"], row["difference"]) for row in rows] == [("fused", "2.0000"), ("plain", "1.0000")]
+    assert "32-true, fused kernels |" in documents(records, [], reference)["grid.md"]
+
+
+def test_a_changed_default_under_an_old_name_is_an_error(tmp_path: Path) -> None:
+    write_run(tmp_path, norm="bn", identity={"recipe": {"lr": 0.1, "momentum": 0.9}})
+    write_run(tmp_path, norm="l2bn", identity={"recipe": {"lr": 0.2, "new": 1}})
+    with pytest.raises(UserError, match=r"recipe\.lr.*bn/cosine_200/seed0 and .*l2bn/cosine_200/seed0"):
+        read_checked(tmp_path)
+
+
+def test_seeds_norms_and_new_options_are_no_unequal_conditions(tmp_path: Path) -> None:
+    write_run(tmp_path, norm="bn", seed=0, identity={"norm": {"eps": None}})
+    write_run(tmp_path, norm="l2bn", seed=1, identity={"norm": {"eps": 0.1}, "recipe": {"mixup": 0.0}})
+    assert len(read_checked(tmp_path)[0]) == 2
+
+
+def test_other_norms_stand_in_a_table_of_their_own(tmp_path: Path, reference: Reference) -> None:
+    write_pairs(tmp_path, [90, 91, 92], [0.1, 0.2, 0.3])
+    for norm in ("l2bn_rms", "l2bn,eps=0.001", "bn,momentum=0.01"):
+        write_run(tmp_path, norm=norm, accuracy=91.0)
+    records = read_checked(tmp_path)[0]
+    assert [row["norm"] for row in rows_of(records, reference)] == ["l2bn"]
+    rows = rows_of(records, reference, "norms.csv")
+    assert [row["norm"] for row in rows] == ["bn,momentum=0.01", "l2bn,eps=0.001", "l2bn_rms"]
+    assert {row["difference"] for row in rows} == {"1.0000"}
+    assert len(other_norms(records)) == 3
+
+
+# ---- What is not there -----------------------------------------------------------------------------------
+
+
+def test_missing_cells_and_seeds_and_diverged_runs_are_counted(tmp_path: Path, reference: Reference) -> None:
+    write_pairs(tmp_path, [90, 91, 92], [0.1, 0.2, 0.3])
+    write_run(tmp_path, norm="bn", seed=3, accuracy=91.0)
+    write_run(tmp_path, norm="l2bn", seed=4, status="diverged")
+    write_run(tmp_path, backbone="vgg16", norm="bn", accuracy=90.0)
+    write_run(tmp_path, dataset="cifar100", backbone="vgg16", norm="l2bn", status="diverged")
+    records = read_checked(tmp_path)[0]
+    table = documents(records, [], reference)["grid.md"].split("## Best")[0]
+    assert "| CIFAR-10 | resnet20 | cosine_200 | 91.00 ± 0.82 (4; 1 missing) " in table
+    assert "| 91.20 ± 1.10 (3; 1 diverged, 1 missing) | +0.20 |" in table
+    assert "| CIFAR-10 | vgg16 | cosine_200 | 90.00 (1) | missing | – |" in table
+    assert "| CIFAR-100 | vgg16 | cosine_200 | missing | 1 diverged | – |" in table
+    assert "| CIFAR-100 | resnet20 | cosine_200 | missing | missing | – |" in table
+    assert "Runs: 8 finished, 2 diverged, 4 missing whose seed the other arm has" in table
+    assert "1 cell of the grid without any run" in table
+
+
+def test_side_experiments_do_not_widen_the_grid(tmp_path: Path, reference: Reference) -> None:
+    write_run(tmp_path, dataset="cifar10", backbone="resnet20")
+    write_run(tmp_path, dataset="cifar100,subset=1000", backbone="vgg16,width=2")
+    assert len(rows_of(read_checked(tmp_path)[0], reference)) == 2
+
+
+def test_labels_of_jpeg_and_subset_data_show(tmp_path: Path, reference: Reference) -> None:
+    write_run(tmp_path, dataset="cifar10_jpeg", label="CIFAR-10 (JPEG)")
+    write_run(tmp_path, dataset="cifar10,subset=10000", label="CIFAR-10, 10,000 images", baseline=None)
+    table = documents(read_checked(tmp_path)[0], [], reference)["grid.md"]
+    assert "| CIFAR-10 (JPEG) |" in table
+    assert "| CIFAR-10, 10,000 images |" in table
+
+
+def test_no_records_make_tables_that_say_so(tmp_path: Path, reference: Reference) -> None:
+    texts = documents(*read_checked(tmp_path), reference)
+    assert set(texts) == {f"{name}.{kind}" for name in ("grid", "norms") for kind in ("md", "csv", "tex")}
+    assert all("No record yet." in text for name, text in texts.items() if not name.endswith("csv"))
+    assert rows_of([], reference) == []
+    assert texts["grid.csv"].startswith("dataset,label,backbone,")
+
+
+# ---- Beside published numbers ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cell", "expected"),
+    [
+        ({}, ("92.5600", "last")),
+        (
+            {"backbone": "resnet20,shortcut=identity", "recipe": "step_200", "parameters": 269722},
+            ("91.2500", "paper"),
+        ),
+        ({"backbone": "resnet56"}, ("94.2100", "last")),
+        ({"baseline": None}, ("", "")),
+        ({"baseline": "cifar100"}, ("68.4800", "last")),
+        ({"baseline": "imagenet"}, ("", "")),
+        ({"recipe": "step_200"}, ("", "")),
+        ({"recipe": "cosine_200,epochs=100"}, ("", "")),
+        ({"backbone": "resnet20,shortcut=identity"}, ("", "")),
+        ({"parameters": 269722}, ("", "")),
+        (
+            {"backbone": "imagenet_resnet50", "recipe": "imagenet_90", "baseline": "imagenet"},
+            ("76.1300", "weights"),
+        ),
+        (
+            {"backbone": "resnet110,shortcut=identity", "recipe": "step_200"},
+            ("", ""),
+        ),
+    ],
+)
+def test_published_numbers_stand_only_beside_equal_data_net_and_recipe(
+    tmp_path: Path, reference: Reference, cell: dict[str, object], expected: tuple[str, str]
+) -> None:
+    write_run(tmp_path, **({"baseline": "cifar10"} | cell))
+    (row,) = rows_of(read_checked(tmp_path)[0], reference)
+    assert (row["published_bn"], row["published_kind"]) == expected
+
+
+def test_every_reference_names_configs_that_exist() -> None:
+    """A renamed backbone or recipe would silently lose its comparison."""
+    tables = [table for table in read_reference(REFERENCE).bn if table["recipe"]]
+    assert len(tables) >= 4
+    recipes = {path.stem for path in (ROOT / "configs/recipe").glob("*.yaml")}
+    backbones = {path.stem for path in (ROOT / "configs/backbone").glob("*.yaml")}
+    for table in tables:
+        assert table["recipe"] in recipes
+        for dataset in table.keys() - {"source", "recipe"}:
+            assert {net.split(",")[0] for net in table[dataset]} <= backbones
+
+
+def test_the_papers_numbers_fill_their_column_once_entered(tmp_path: Path, reference: Reference) -> None:
+    write_pairs(tmp_path, [92.0], [0.1], baseline="cifar10")
+    write_pairs(tmp_path, [92.0], [0.1], baseline="cifar10", recipe="step_200")
+    records = read_checked(tmp_path)[0]
+    assert "No number of the L2BN paper's image tables" in documents(records, [], reference)["grid.md"]
+    text = REFERENCE.read_text()
+    for entry, count in (
+        ('{bn: 91.11, l2bn: 92.22, where: "v6, table 2"}', 2),
+        ("{bn: 91.11, l2bn: 92.22, where: v6, recipe: step_200}", 1),
+    ):
+        path = tmp_path / "baselines.yaml"
+        path.write_text(
+            text.replace(
+                "image_classification: {}", f"image_classification: {{cifar10: {{resnet20: {entry}}}}}"
+            )
+        )
+        table = documents(records, [], read_reference(path))["grid.md"]
+        assert table.count("| 91.11 / 92.22") == count
+        assert "No number of the L2BN paper" not in table
+        assert "L2BN paper, v6" in table
+
+
+NO_PAPER = "l2bn: {image_classification: {}, acoustic_scenes: {}}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "bn: []",
+        "bn: [{source: x",
+        "bn: [{source: x, recipe: y, cifar10: {resnet20: {last: 192.0}}}]\n" + NO_PAPER,
+        "bn: [{source: x, recipe: y, cifar10: {resnet20: {lst: 92.0}}}]\n" + NO_PAPER,
+        "bn: [{source: x, cifar10: {resnet20: {last: 92.0}}}]\n" + NO_PAPER,
+        "bn: []\nl2bn: {image_classification: {cifar10: {resnet20: {ours: 1.0}}}, acoustic_scenes: {}}",
+    ],
+)
+def test_a_reference_file_with_a_mistake_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "baselines.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"baselines\.yaml"):
+        read_reference(path)
+
+
+# ---- Bad records -----------------------------------------------------------------------------------------
+
+
+def test_two_results_of_one_cell_and_seed_are_an_error_naming_both(tmp_path: Path) -> None:
+    write_run(tmp_path / "here", accuracy=92.0)
+    write_run(tmp_path / "there", accuracy=92.1)
+    with pytest.raises(UserError, match=r"here/.*seed0 and .*there/.*seed0"):
+        read_checked(tmp_path)
+
+
+def test_the_same_run_twice_counts_once(tmp_path: Path) -> None:
+    write_run(tmp_path / "here", accuracy=92.0)
+    record = write_run(tmp_path / "there", accuracy=92.0)
+    content = json.loads((record.folder / SUMMARY).read_text())
+    content["last"]["seconds"], content["seconds"] = 77.0, 777.0  # what it cost may differ
+    (record.folder / SUMMARY).write_text(json.dumps(content))
+    assert len(read_checked(tmp_path)[0]) == 1
+
+
+def spoil(folder: Path, how: str) -> None:
+    path = folder / SUMMARY
+    content = json.loads(path.read_text())
+    match how:
+        case "half-written":
+            path.write_text(path.read_text()[:200])
+        case "foreign":
+            path.write_text('{"accuracy": 99}')
+        case "binary":
+            path.write_bytes(b"\xff\xfe\x00")
+        case "null accuracy":
+            content["last"]["test/top1"] = None
+            path.write_text(json.dumps(content))
+        case "accuracy over 100":
+            content["best"]["test/top1"] = 101.0
+            path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("how", ["half-written", "foreign", "binary", "null accuracy", "accuracy over 100"])
+def test_bad_records_are_named_counted_and_left_out(tmp_path: Path, how: str) -> None:
+    write_pairs(tmp_path, [90, 91, 92], [0.1, 0.2, 0.3])
+    spoil(tmp_path / "cifar10/resnet20/l2bn/cosine_200/seed1", how)
+    records, problems = read_checked(tmp_path)
+    assert len(records) == 5
+    assert [problem.folder.name for problem in problems] == ["seed1"]
+    assert "1 unreadable record left out" in documents(records, problems, Reference())["grid.md"]
+    out = tmp_path / "tables"
+    lenient = run_script("tables.py", "--runs", tmp_path, "--out", out)
+    strict = run_script("tables.py", "--runs", tmp_path, "--out", out, "--strict")
+    assert (lenient.returncode, strict.returncode) == (0, 1)
+    for result in (lenient, strict):
+        assert "seed1" in result.stdout
+        assert "1 record left out" in result.stdout
+
+
+def test_the_script_says_what_is_wrong_without_a_traceback(tmp_path: Path) -> None:
+    result = run_script("tables.py", "--runs", tmp_path / "nowhere")
+    assert result.returncode == 1
+    assert "nowhere is no folder of records" in result.stderr
+    assert "Traceback" not in result.stderr
+    empty = run_script("tables.py", "--runs", tmp_path)
+    assert empty.returncode == 0
+    assert "No ended run here yet" in empty.stdout
+
+
+# ---- How it is written -----------------------------------------------------------------------------------
+
+
+def test_the_terminal_table_fits_and_reads(tmp_path: Path) -> None:
+    write_pairs(tmp_path, [90, 91, 92], [-0.1, -0.2, -0.3], dataset="digits")
+    write_run(tmp_path, dataset="digits", norm="l2bn,eps=0.001,momentum=0.01", accuracy=91.0, seed=7)
+    write_run(tmp_path, dataset="digits", norm="l2bn", status="diverged", seed=8)
+    records, problems = read_checked(tmp_path)
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(terminal(records, problems))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 100
+    assert "Digits · resnet20 · cosine_200 · 32-true" in text
+    lines = [re.split(r"  +", line.strip()) for line in text.splitlines()]
+    assert ["norm", "accuracy", "difference", "95 % interval", "runs"] in lines
+    assert ["bn", "91.00 ± 1.00", "3; 2 missing"] in lines
+    assert ["l2bn", "90.80 ± 0.90", "−0.20", "[−0.45, +0.05]", "3; 1 diverged, 1 missing"] in lines
+
+
+def test_the_order_and_place_of_the_records_change_nothing(tmp_path: Path, reference: Reference) -> None:
+    for backbone in ("resnet20", "vgg16"):
+        write_pairs(tmp_path, [90.1, 91.2, 92.4], [0.1, 0.25, 0.3], backbone=backbone)
+    write_run(tmp_path, norm="l2bn_rms", accuracy=91.0)
+    records = read_checked(tmp_path)[0]
+    expected = documents(records, [], reference)
+    random.Random(0).shuffle(records)
+    assert documents(records, [], reference) == expected
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    assert documents(read_checked(moved)[0], [], reference) == expected
+
+
+def test_rows_are_sorted_as_a_reader_would() -> None:
+    names = ["resnet110", "resnet20", "vgg16", "resnet56", "mobilenetv2_x0_5"]
+    assert sorted(names, key=natural) == ["mobilenetv2_x0_5", "resnet20", "resnet56", "resnet110", "vgg16"]
+
+
+def test_markup_keeps_special_characters() -> None:
+    table = Table("T", ("a_b", "x"), frozenset({"x"}), (("50 % & #1 | y", "−0.1 ± <2"),), ("See a_b*¹.",))
+    assert markdown(table) == (
+        "| a_b | x |\n| --- | ---: |\n| 50 % & #1 \\| y | −0.1 ± <2 |\n\nSee a\\_b\\*¹.\n"
+    )
+    text = latex(table)
+    assert r"a\_b & x \\" in text
+    assert r"50 \% \& \#1 | y & $-$0.1 $\pm$ $<$2 \\" in text
+    assert r"a\_b*\textsuperscript{1}." in text
+    assert r"\begin{tabular}{lr}" in text
+
+
+def test_latex_has_one_cell_a_column(tmp_path: Path, reference: Reference) -> None:
+    write_pairs(tmp_path, [90, 91, 92], [0.1, 0.2, 0.3], baseline="cifar10", label="A & B_{50 %}")
+    text = documents(read_checked(tmp_path)[0], [], reference)["grid.tex"]
+    columns = re.search(r"\\begin\{tabular\}\{([lr]+)\}", text)
+    assert columns
+    rows = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert len(rows) == 2
+    assert all(len(re.findall(r"(?<!\\)&", row)) == len(columns[1]) - 1 for row in rows)
+    body = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
+    assert body.count("{") - body.count(r"\{") == body.count("}") - body.count(r"\}")
+    assert body.isascii()
+
+
+def test_the_readmes_block_is_replaced_and_nothing_else(tmp_path: Path, reference: Reference) -> None:
+    write_run(tmp_path)
+    records, problems = read_checked(tmp_path)
+    text = readme_with_block(f"before\n\n{BEGIN}\nold\n{END}\n\nafter\n", records, problems, reference)
+    assert text.startswith(f"before\n\n{BEGIN}\n\n| Data set |")
+    assert text.endswith(f"\n{END}\n\nafter\n")
+    assert "old" not in text
+    assert readme_with_block(text, records, problems, reference) == text
+    for bad in ("", BEGIN, END, f"{END}\n{BEGIN}\n", f"{BEGIN}{END}{BEGIN}{END}"):
+        with pytest.raises(UserError, match="end of results"):
+            readme_with_block(bad, records, problems, reference)
+
+
+def test_every_column_is_defined_in_the_results_readme(tmp_path: Path, reference: Reference) -> None:
+    text = (ROOT / "results/README.md").read_text()
+    defined = set(re.findall(r"`([a-z0-9_*]+)`", text))
+    for name, prefix in (("grid.csv", "l2bn"), ("norms.csv", "norm")):
+        header = documents([], [], reference)[name].split("\n")[0].split(",")
+        assert len(header) > 30
+        for column in header:
+            assert defined & {column, re.sub(f"^(bn|{prefix})_", "*_", column)}, column
+
+
+# ---- The committed tables, and many records --------------------------------------------------------------
+
+
+def test_the_committed_tables_and_the_readme_are_what_the_records_give(reference: Reference) -> None:
+    """`make tables` brings them up to date."""
+    folder = ROOT / "results/records"
+    records, problems = read_checked(folder) if folder.is_dir() else ([], [])
+    assert problems == []
+    expected = documents(records, problems, reference)
+    committed = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "results/tables").iterdir()}
+    assert committed == expected
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme == readme_with_block(readme, records, problems, reference)
+
+
+@pytest.mark.slow
+def test_ten_thousand_records_in_ten_seconds_and_a_gigabyte(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    for dataset in range(10):
+        for backbone in range(20):
+            bn = [90 + rng.gauss(0, 0.2) for _ in range(25)]
+            write_pairs(
+                tmp_path / "runs",
+                bn,
+                [rng.gauss(0.1, 0.2) for _ in bn],
+                dataset=f"data{dataset}",
+                backbone=f"net{backbone}",
+            )
+    begin = time.perf_counter()
+    arguments = ("--runs", tmp_path / "runs", "--out", tmp_path / "tables")
+    result = run_script("tables.py", *arguments)
+    seconds = time.perf_counter() - begin
+    kilobytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    assert result.returncode == 0, result.stderr
+    rows = (tmp_path / "tables/grid.csv").read_text().splitlines()
+    assert len(rows) == 201
+    print(f"{seconds:.1f} s, {kilobytes / 2**20:.2f} GiB on {os.cpu_count()} cores")
+    assert seconds < 10
+    assert kilobytes < 2**20
+
+
+def test_reporting_never_loads_torch() -> None:
+    """So that a table is there at once."""
+    modules = [f"l2bn.reporting.{path.stem}" for path in (ROOT / "src/l2bn/reporting").glob("[a-z]*.py")]
+    assert len(modules) > 5
+    code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,187 @@
+"""A run, from its configuration to its record."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import ROOT, TINY, Train
+from l2bn.records import COST_KEYS, METRICS, Record, read_metrics
+from l2bn.training import session
+from l2bn.training.interruption import EXIT_CODE, Interruption
+from l2bn.training.loop import Trainer
+
+NORMS = sorted(path.stem for path in (ROOT / "configs" / "norm").glob("*.yaml"))
+assert len(NORMS) >= 2
+
+EPOCHS = "recipe.epochs=2"
+
+
+def results(record: Record) -> list[dict[str, Any]]:
+    """The metrics of a record, without what they cost."""
+    return [{k: v for k, v in row.items() if k not in COST_KEYS} for row in record.metrics()]
+
+
+def weights(record: Record) -> dict[str, torch.Tensor]:
+    newest = sorted((record.folder / "checkpoints").glob("*.pt"))[-1]
+    return torch.load(newest, weights_only=True)["model"]
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.fixture
+def losses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The loss of every update of the runs that follow."""
+    seen: list[float] = []
+    forward = Trainer.forward
+
+    def spy(self: Trainer, *arguments: Any) -> Any:
+        loss, logits = forward(self, *arguments)
+        seen.append(loss.item())
+        return loss, logits
+
+    monkeypatch.setattr(Trainer, "forward", spy)
+    return seen
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, updates: int) -> None:
+    """Interrupt the next run after so many updates."""
+
+    class Counting(Interruption):
+        looks = 0
+
+        @property
+        def signal(self) -> Any:
+            self.looks += 1
+            return "told" if self.looks >= updates else None
+
+        @signal.setter
+        def signal(self, _: Any) -> None: ...
+
+        def leave(self) -> None:
+            raise SystemExit(EXIT_CODE)
+
+    monkeypatch.setattr(session, "Interruption", Counting)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_twenty_updates_lower_the_loss(norm: str, train: Train, losses: list[float]) -> None:
+    train(f"norm={norm}", "dataset.subset=160", "dataset.augmentation=null", "recipe.epochs=4", *TINY[1:])
+    assert len(losses) == 20
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_same_seed_gives_the_same_bits(norm: str, train: Train, losses: list[float], tmp_path: Path) -> None:
+    one = train(f"norm={norm}", EPOCHS, *TINY)
+    first = losses.copy()
+    losses.clear()
+    other = train(f"norm={norm}", EPOCHS, *TINY, f"runs_dir={tmp_path / 'again'}")
+    assert len(first) == 16
+    assert losses == first
+    assert results(one) == results(other)
+    assert equal(weights(one), weights(other))
+
+
+def test_another_seed_gives_another_run(train: Train, losses: list[float]) -> None:
+    train("recipe.epochs=1", *TINY)
+    first = losses.copy()
+    losses.clear()
+    train("recipe.epochs=1", *TINY, "seed=1")
+    assert losses[0] != first[0]
+
+
+def test_both_arms_start_from_the_same_weights(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = []
+    monkeypatch.setattr(Trainer, "fit", lambda self, position: starts.append(self.network.state_dict()))
+    monkeypatch.setattr(session, "make_record", lambda *_: pytest.fail("not reached"))
+    for norm in ("bn", "l2bn"):
+        with pytest.raises(pytest.fail.Exception):
+            train(f"norm={norm}", *TINY)
+    assert equal(*starts)
+
+
+@pytest.mark.parametrize("stop", [3, 9, 12], ids=["in the first epoch", "after an epoch", "in the second epoch"])
+def test_a_resumed_run_equals_the_uninterrupted_one(
+    stop: int, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = train(EPOCHS, *TINY)
+    with monkeypatch.context() as patch:
+        stop_after(patch, stop)
+        with pytest.raises(SystemExit) as left:
+            train(EPOCHS, *TINY, f"runs_dir={tmp_path / 'resumed'}")
+    assert left.value.code == EXIT_CODE
+    folder = tmp_path / "resumed" / whole.folder.relative_to(tmp_path / "runs")
+    assert not (folder / "summary.json").exists()
+    with caplog.at_level("INFO"):
+        resumed = train(EPOCHS, *TINY, f"runs_dir={tmp_path / 'resumed'}")
+    assert "resumed after" in caplog.text
+    assert results(resumed) == results(whole)
+    assert equal(weights(resumed), weights(whole))
+
+
+def test_evaluation_agrees_with_batch_statistics_after_enough_updates(train: Train) -> None:
+    """The running variance of a unit L2BN starts far off; by the end of the demo's recipe it must be there."""
+    record = train("norm=l2bn", "progress=false")
+    assert record.updates >= 200
+    assert abs(record.last["test/top1"] - record.last["train/top1"]) < 3
+    assert record.last["test/top1"] > 95
+
+
+def test_a_finished_run_is_left_alone(train: Train, losses: list[float]) -> None:
+    record = train("recipe.epochs=1", *TINY)
+    before = {path: path.stat().st_mtime_ns for path in record.folder.rglob("*")}
+    losses.clear()
+    assert train("recipe.epochs=1", *TINY) == record
+    assert losses == []
+    assert {path: path.stat().st_mtime_ns for path in record.folder.rglob("*")} == before
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_as_diverged(train: Train) -> None:
+    record = train("recipe.lr=1e30", "recipe.epochs=2", *TINY)
+    assert record.status == "diverged"
+    assert record.divergence is not None
+    assert "epoch 1, step" in record.divergence
+    assert record.last == {}
+    assert json.loads((record.folder / "summary.json").read_text())["status"] == "diverged"
+
+
+def test_the_record_holds_what_the_run_was(train: Train) -> None:
+    record = train("norm=l2bn", EPOCHS, *TINY, "seed=3")
+    assert record.folder.parts[-5:] == ("digits,subset=256", "resnet20", "l2bn", "short,epochs=2", "seed3")
+    assert (record.dataset, record.norm, record.seed) == ("digits,subset=256", "l2bn", 3)
+    assert record.parameters == 272_474
+    assert record.norm_layers == 21
+    assert record.train_images == 256
+    assert record.updates == 16
+    assert record.metrics()[-1] == record.last
+    assert len(read_metrics(record.folder / METRICS)) == 2
+    facts = json.loads((record.folder / "env.json").read_text())["starts"]
+    assert len(facts) == 1
+    assert torch.__version__.startswith(facts[0]["packages"]["torch"])
+
+
+def test_tensorboard_holds_the_same_numbers(train: Train) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    record = train(EPOCHS, *TINY)
+    events = EventAccumulator(str(record.folder / "tb"))
+    events.Reload()
+    for tag in ("train/loss", "test/top1"):
+        drawn = [(event.step, event.value) for event in events.Scalars(tag)]
+        assert drawn == [(row["epoch"], pytest.approx(row[tag])) for row in record.metrics()]
+
+
+def test_dropout_and_mixup_follow_from_seed_and_place(train: Train, losses: list[float], tmp_path: Path) -> None:
+    """What is drawn from the global generators before an update must not reach it."""
+    options = ("backbone=vgg11", "recipe.mixup=0.2", "recipe.epochs=1", "dataset.subset=64", *TINY[1:])
+    train(*options)
+    first = losses.copy()
+    losses.clear()
+    torch.manual_seed(12345)
+    train(*options, f"runs_dir={tmp_path / 'again'}")
+    assert losses == first
