@@ -17,9 +17,7 @@ RECORDS = ROOT / "results/records"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", "--records", type=Path, default=RECORDS, help="folder of runs or records")
     parser.add_argument("--out", type=Path, help="file to write (default: see above)")
     parser.add_argument("--strict", action="store_true", help="exit with 1 if a record had to be left out")

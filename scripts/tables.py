@@ -21,9 +21,7 @@ RECORDS = ROOT / "results/records"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", "--records", type=Path, default=RECORDS, help="folder of runs or records")
     parser.add_argument("--out", type=Path, help="folder for Markdown, CSV and LaTeX (default: see above)")
     parser.add_argument("--readme", type=Path, help="file whose block between the markers is replaced")

@@ -54,8 +54,7 @@ def test_steps_fall_at_their_milestones() -> None:
 
 def test_steps_after_a_low_start() -> None:
     schedule = MultiStep(milestones=[100], warmup_epochs=1, start_factor=0.1)
-    assert schedule(0, 200) == pytest.approx(0.1)
-    assert schedule(1, 200) == 1
+    assert [schedule(e, 200) for e in (0, 0.99, 1, 99.9, 100)] == pytest.approx([0.1, 0.1, 1, 1, 0.1])
 
 
 def test_exponential_falls_by_its_factor_each_epoch() -> None:

@@ -37,7 +37,7 @@ class Cosine:
 
 @dataclass(frozen=True, kw_only=True)
 class MultiStep:
-    """Times `gamma` at each of the milestones (in epochs), after a warm-up at `start_factor` and upwards."""
+    """Times `gamma` at each of the milestones (in epochs); `start_factor` during the first `warmup_epochs`."""
 
     milestones: list[int]
     gamma: float = 0.1
@@ -53,7 +53,7 @@ class MultiStep:
 
     def __call__(self, epoch: float, epochs: int) -> float:
         if epoch < self.warmup_epochs:
-            return _warmup(epoch, self.warmup_epochs, self.start_factor)
+            return self.start_factor
         return self.gamma ** sum(epoch >= milestone for milestone in self.milestones)
 
 

@@ -14,11 +14,12 @@ from l2bn.norms.swap import swap_norm
 from l2bn.records import CONFIG, SUMMARY, InvalidRecordError, Record
 from l2bn.seeding import derive_seed
 from l2bn.training.build import Builder
-from l2bn.training.checkpoint import CheckpointPolicy
+from l2bn.training.checkpoint import CheckpointPolicy, Checkpoints
 from l2bn.training.compute import Compute
 from l2bn.training.identity import Cell, Config, differences, identity
+from l2bn.training.loop import evaluate
 from l2bn.training.optim import Recipe
-from l2bn.training.session import Job, train
+from l2bn.training.session import Job, make_loaders, train
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def run(config: Config, cell: Cell, files: list[str]) -> Record:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"runs_dir: cannot make the folder {folder}: {error.strerror}") from error
-        job.compute.fabric().launch(train, job)
+        job.compute.fabric().launch(train, job)  # type: ignore[arg-type]  # the job is handed on
         record = Record.read(folder)
     log.info("%s: %s; record in %s", cell, _result(record), folder)
     return record
@@ -121,6 +122,32 @@ def make_job(config: Config, settings: Settings, cell: Cell, folder: Path, build
         checkpoint=checkpoint,
         progress=settings.progress,
     )
+
+
+def evaluate_run(folder: Path, device: str = "auto", root: str | None = None) -> tuple[float, float, float | None]:
+    """Loss, top-1 and top-5 accuracy in percent of a run's last weights on its test images.
+
+    `root` says where the data set lies, if not where it lay in training. Raises UserError.
+    """
+    try:
+        config = yaml.safe_load((folder / CONFIG).read_text())
+    except OSError as error:
+        raise UserError(f"{folder} is not the folder of a run: {CONFIG}: {error.strerror}") from error
+    cell = Cell(**config.pop("cell"))
+    config["compute"].update(device=device, devices=1)
+    if root is not None:
+        config["dataset"]["root"] = root
+    builder = Builder()
+    job = make_job(config, read_settings(config, builder), cell, folder, builder)
+    job.compute.set_up()
+    fabric = job.compute.fabric()
+    state = Checkpoints(folder / "checkpoints", []).load(fabric.device)
+    if state is None:
+        raise UserError(f"{folder} has no checkpoint to evaluate")
+    job.model.load_state_dict(state["model"])
+    network, _ = job.compute.place(job.model, fabric.device, updates=0)
+    _, test_loader = make_loaders(job, fabric)
+    return evaluate(network, test_loader, job.splits.num_classes, fabric)
 
 
 def _result(record: Record) -> str:

@@ -1,0 +1,26 @@
+"""Copy the records of ended runs to results/records: python scripts/publish.py runs/cifar10/resnet20/*/*/*."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from l2bn.records import InvalidRecordError, publish
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Copy the records of ended runs to results/records.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run")
+    parser.add_argument("--to", type=Path, default=Path("results/records"), help="results/records by default")
+    arguments = parser.parse_args()
+    failures = 0
+    for run in arguments.runs:
+        try:
+            print(publish(run, arguments.to))
+        except (InvalidRecordError, OSError) as error:
+            print(f"{run}: not published: {error}", file=sys.stderr)
+            failures += 1
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
