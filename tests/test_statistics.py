@@ -114,9 +114,7 @@ def test_equal_weights_are_hartung_and_knapps_variance() -> None:
 
 @pytest.mark.parametrize("between", [0.0, 0.2])
 @pytest.mark.parametrize("seeds", [(3, 3, 3, 3, 3, 3), (1, 3, 3, 3, 5, 5)])
-def test_the_pooled_interval_covers_the_truth_as_often_as_it_says(
-    between: float, seeds: tuple[int, ...]
-) -> None:
+def test_the_pooled_interval_covers_the_truth_as_often_as_it_says(between: float, seeds: tuple[int, ...]) -> None:
     rng = np.random.default_rng(0)
     covered, runs = 0, 2000
     for _ in range(runs):

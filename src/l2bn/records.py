@@ -216,6 +216,9 @@ def _check_values(record: Record) -> None:
         raise InvalidRecordError(f"{SUMMARY}: status is {record.status!r}, not finished or diverged")
     for name, row in (("last", record.last), ("best", record.best)):
         reason = _bad_metrics(row) if row or record.status == "finished" else None
+        accuracy = row.get("test/top1")
+        if not reason and row and (accuracy is None or not 0 <= accuracy <= 100):
+            reason = f"a test/top1 of {accuracy}, which is no percentage"
         if reason:
             raise InvalidRecordError(f"{SUMMARY}: {name}: {reason}")
     if record.status == "finished" and record.last["epoch"] != record.epochs:

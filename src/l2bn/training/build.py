@@ -19,6 +19,7 @@ import yaml
 from hydra.utils import get_object
 
 from l2bn.errors import UserError
+from l2bn.records import MACHINE_PATHS
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -122,6 +123,12 @@ def _find_targets(value: object) -> Iterator[str]:
             yield value["_target_"]
         for child in value.values():
             yield from _find_targets(child)
+
+
+def machine_keys(file: str) -> dict[str, Any]:
+    """What a file of configs/ says of places on the machine."""
+    content = _yaml_files().get(file) or {}
+    return {key: value for key, value in content.items() if key in MACHINE_PATHS}
 
 
 def _sets(file: str, place: str) -> bool:

@@ -1,5 +1,6 @@
 """Where and how a run computes: devices, precision, kernels."""
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,8 +9,7 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from l2bn.norms.fused import select_kernels
-
-convert_sync = None
+from l2bn.norms.sync import convert_sync
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,8 @@ class Compute:
         """Set this process's threads and kernels."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
+        elif self.devices > 1:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.devices))
         torch.use_deterministic_algorithms(self.deterministic)
         torch.backends.cudnn.benchmark = not self.deterministic
 

@@ -28,6 +28,14 @@ class Cell:
     recipe: str
     seed: int
 
+    def __post_init__(self) -> None:
+        for group in GROUPS:
+            name = getattr(self, group)
+            if not isinstance(name, str) or name in ("", ".", "..") or "/" in name:
+                raise ValueError(f"{group} must be a plain name, not {name!r}")
+        if not isinstance(self.seed, int):
+            raise ValueError(f"seed must be a whole number, not {self.seed!r}")
+
     @property
     def path(self) -> Path:
         """The run's folder, relative to the folder of all runs."""

@@ -1,6 +1,8 @@
 """Leaving a run in good order when the machine is needed elsewhere, and keeping others out of it meanwhile."""
 
+import ctypes
 import fcntl
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
@@ -10,20 +12,20 @@ from types import FrameType
 
 from l2bn.errors import UserError
 
-EXIT_CODE = 75  # sysexits.h: a temporary failure, "the same command may succeed later"; it resumes
+EXIT_CODE = 75  # sysexits.h: a temporary failure; the same command goes on where this one stopped
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-_DEFAULTS = (signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler, None)
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Interruption:
     """Notes the first signal, so that the step under way can be finished; a second one ends the process.
 
-    A handler that was there before is called as well: submitit requeues its job on SIGUSR2 by one.
+    A handler that was there before is called at the end: submitit requeues its job on SIGUSR2 by one.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self._previous: dict[signal.Signals, object] = {}
+        self._previous: dict[signal.Signals, signal._HANDLER] = {}
 
     def __enter__(self) -> "Interruption":
         for number in SIGNALS:
@@ -32,21 +34,30 @@ class Interruption:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.signal = signal.Signals(number)
+        for child in multiprocessing.active_children():  # the other processes of a run on several devices
+            if child.pid:
+                os.kill(child.pid, signal.SIGTERM)
 
     def leave(self) -> None:
-        """End the process with `EXIT_CODE`, or hand over to the handler that was there before."""
-        assert self.signal
-        previous = self._previous[self.signal]
-        if previous not in _DEFAULTS and callable(previous):
-            previous(self.signal, None)
+        """End the process with `EXIT_CODE`, once a handler that was there before has done its part."""
+        previous = self._previous.get(self.signal) if self.signal else None
+        if callable(previous) and previous is not signal.default_int_handler:
+            previous(int(self.signal or 0), None)
         raise SystemExit(EXIT_CODE)
+
+
+def follow_parent() -> None:
+    """Make this process one that ends with its parent, and that leaves the terminal's Ctrl-C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGKILL") and os.uname().sysname == "Linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextmanager

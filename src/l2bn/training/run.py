@@ -13,13 +13,13 @@ from l2bn.errors import UserError
 from l2bn.norms.swap import swap_norm
 from l2bn.records import CONFIG, SUMMARY, InvalidRecordError, Record
 from l2bn.seeding import derive_seed
-from l2bn.training.build import Builder
+from l2bn.training.build import Builder, machine_keys
 from l2bn.training.checkpoint import CheckpointPolicy, Checkpoints
 from l2bn.training.compute import Compute
 from l2bn.training.identity import Cell, Config, differences, identity
 from l2bn.training.loop import evaluate
 from l2bn.training.optim import Recipe
-from l2bn.training.session import Job, make_loaders, train
+from l2bn.training.session import Job, launch, make_loaders
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def run(config: Config, cell: Cell, files: list[str]) -> Record:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"runs_dir: cannot make the folder {folder}: {error.strerror}") from error
-        job.compute.fabric().launch(train, job)  # type: ignore[arg-type]  # the job is handed on
+        launch(job)
         record = Record.read(folder)
     log.info("%s: %s; record in %s", cell, _result(record), folder)
     return record
@@ -124,21 +124,23 @@ def make_job(config: Config, settings: Settings, cell: Cell, folder: Path, build
     )
 
 
-def evaluate_run(folder: Path, device: str = "auto", root: str | None = None) -> tuple[float, float, float | None]:
-    """Loss, top-1 and top-5 accuracy in percent of a run's last weights on its test images.
+def replay(folder: Path, runs_dir: str, root: str | None = None) -> Record:
+    """Train the run of a record once more, under `runs_dir`. Raises UserError.
 
-    `root` says where the data set lies, if not where it lay in training. Raises UserError.
+    A record may come from anybody: its YAML is read as plain values, and only what stands in `configs/` is
+    called.
     """
-    try:
-        config = yaml.safe_load((folder / CONFIG).read_text())
-    except OSError as error:
-        raise UserError(f"{folder} is not the folder of a run: {CONFIG}: {error.strerror}") from error
-    cell = Cell(**config.pop("cell"))
-    config["compute"].update(device=device, devices=1)
-    if root is not None:
-        config["dataset"]["root"] = root
+    config, cell = read_config(folder, root)
+    return run({**config, "runs_dir": runs_dir}, cell, [])
+
+
+def evaluate_run(folder: Path, device: str = "auto", root: str | None = None) -> tuple[float, float, float | None]:
+    """Loss, top-1 and top-5 accuracy in percent of a run's last weights on its test images. Raises UserError."""
+    config, cell = read_config(folder, root)
+    compute = {**config["compute"], "device": device, "devices": 1, "sync_bn": False}
     builder = Builder()
-    job = make_job(config, read_settings(config, builder), cell, folder, builder)
+    settings = read_settings(config, builder)
+    job = make_job({**config, "compute": compute}, settings, cell, folder, builder)
     job.compute.set_up()
     fabric = job.compute.fabric()
     state = Checkpoints(folder / "checkpoints", []).load(fabric.device)
@@ -148,6 +150,27 @@ def evaluate_run(folder: Path, device: str = "auto", root: str | None = None) ->
     network, _ = job.compute.place(job.model, fabric.device, updates=0)
     _, test_loader = make_loaders(job, fabric)
     return evaluate(network, test_loader, job.splits.num_classes, fabric)
+
+
+def read_config(folder: Path, root: str | None = None) -> tuple[Config, Cell]:
+    """The configuration and cell of a run or a published record.
+
+    `root` says where the data set lies, if not where it lay in training. The paths that publishing leaves out
+    are those of the data set's YAML. Raises UserError for a file that is missing or not a run's.
+    """
+    path = folder / CONFIG
+    try:
+        config = yaml.safe_load(path.read_text())
+        cell = Cell(**config.pop("cell"))
+        dataset = {**machine_keys(f"dataset/{cell.dataset.partition(',')[0]}.yaml"), **config["dataset"]}
+        config = {"runs_dir": "runs", **config, "dataset": dataset}
+    except OSError as error:
+        raise UserError(f"{folder} is not the folder of a run: {CONFIG}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not the configuration of a run: {error}") from error
+    if root is not None:
+        config["dataset"]["root"] = root
+    return config, cell
 
 
 def _result(record: Record) -> str:

@@ -1,15 +1,20 @@
 """The life of one run: restored, trained, saved at every turn, and recorded at its end."""
 
 import contextlib
+import copy
+import functools
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from lightning_fabric import Fabric
 from torch import nn
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from l2bn.data.loader import Loader, evaluation_loader, training_loader
 from l2bn.data.splits import Splits
@@ -21,7 +26,7 @@ from l2bn.training.checkpoint import CheckpointPolicy, Checkpoints
 from l2bn.training.compute import Compute
 from l2bn.training.environment import FACTS_BEHIND_BITS, describe_environment
 from l2bn.training.identity import Cell, differences, hash_identity
-from l2bn.training.interruption import Interruption, sole_owner
+from l2bn.training.interruption import EXIT_CODE, Interruption, follow_parent, sole_owner
 from l2bn.training.journal import Journal
 from l2bn.training.loop import DivergedError, Position, Totals, Trainer
 from l2bn.training.optim import Recipe
@@ -29,6 +34,7 @@ from l2bn.training.progress import ProgressDisplay
 
 log = logging.getLogger(__name__)
 
+WEIGHTS = "weights.safetensors"
 EVALUATION_BATCH = 512
 AGREE_EVERY = 10  # updates after which several ranks ask each other whether one was told to leave
 
@@ -51,6 +57,38 @@ class Job:
     progress: bool
 
 
+def launch(job: Job) -> None:
+    """Train a job on its devices, as the only process at work on it.
+
+    Raises UserError; ends the process with `interruption.EXIT_CODE` once it was told to leave.
+    """
+    fabric = job.compute.fabric()
+    with sole_owner(job.folder):
+        write_durably(job.folder / CONFIG, job.config)
+        if job.compute.devices == 1:
+            fabric.launch(functools.partial(train, job=job))
+            return
+        with Interruption() as interruption:
+            try:
+                fabric.launch(functools.partial(train, job=job))
+            except ProcessRaisedException as error:
+                raise UserError(_last_line(error.msg)) from error
+            except ProcessExitedException as error:
+                if error.exit_code == EXIT_CODE:
+                    interruption.leave()
+                raise UserError(
+                    f"{job.cell}: the process of device {error.error_index} was ended "
+                    f"({error.signal_name or f'exit code {error.exit_code}'}); "
+                    "the same command resumes from the last checkpoint"
+                ) from error
+
+
+def _last_line(traceback: str) -> str:
+    """What an exception of another process says, of the traceback that came over."""
+    own = f"{UserError.__module__}.{UserError.__qualname__}: "
+    return traceback.rpartition(own)[2] if own in traceback else traceback.strip().splitlines()[-1]
+
+
 def train(fabric: Fabric, job: Job) -> None:
     """Train a run from its last checkpoint, or from the start, to its end and its record.
 
@@ -58,14 +96,15 @@ def train(fabric: Fabric, job: Job) -> None:
     """
     lead = fabric.is_global_zero
     with contextlib.ExitStack() as stack:
-        if lead:
-            stack.enter_context(sole_owner(job.folder))
-            write_durably(job.folder / CONFIG, job.config)
         interruption = stack.enter_context(Interruption())
+        if fabric.world_size > 1:
+            follow_parent()
         job.compute.set_up()
         train_loader, test_loader = make_loaders(job, fabric)
         steps, epochs = len(train_loader), job.recipe.epochs
-        network, kernels = job.compute.place(job.model, fabric.device, updates=epochs * steps)
+        # Several processes are handed one memory: the images may stay there, the weights must not.
+        own = copy.deepcopy(job.model) if fabric.world_size > 1 else job.model
+        network, kernels = job.compute.place(own, fabric.device, updates=epochs * steps)
         model, optimizer = fabric.setup(network, job.recipe.optimizer(network))
 
         state = _State(fabric, job, network, optimizer)
@@ -123,13 +162,35 @@ def train(fabric: Fabric, job: Job) -> None:
             after_epoch=after_epoch,
         )
         divergence = None
-        try:
-            trainer.fit(position)
-        except DivergedError as error:
-            divergence = str(error)
-            log.error("%s: %s; recorded as diverged", job.cell, error)
-        if lead:
-            make_record(job, position, kernels, divergence).write()
+        with explain_faults(job):
+            try:
+                trainer.fit(position)
+            except DivergedError as error:
+                divergence = str(error)
+                log.error("%s: %s; recorded as diverged", job.cell, error)
+            if lead:
+                state.save_weights(job.folder / WEIGHTS)
+                make_record(job, position, kernels, divergence).write()
+
+
+@contextlib.contextmanager
+def explain_faults(job: Job) -> Iterator[None]:
+    """Say in a user's words what the machine could not do; the last checkpoint stands in every case."""
+    again = "the same command goes on from the last checkpoint"
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{job.cell}: cannot write to {job.folder}: {error.strerror or error}; {again}") from error
+    except torch.OutOfMemoryError as error:
+        first = str(error).partition(". ")[0]
+        raise UserError(
+            f"{job.cell}: out of memory: {first}; take a smaller recipe.batch_size, more compute.devices or "
+            "compute.precision=bf16-mixed"
+        ) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(f"{job.cell}: a process that decodes images was ended: {error}; {again}") from error
 
 
 def make_loaders(job: Job, fabric: Fabric) -> tuple[Loader, Loader]:
@@ -201,6 +262,11 @@ class _State:
             "position": {**vars(position), "totals": totals},
         }
         self._checkpoints.save(position.epoch, position.step, state)
+
+    def save_weights(self, path: Path) -> None:
+        """Write the weights alone, in a format that anything can read."""
+        weights = {key: value.contiguous() for key, value in self._network.state_dict().items()}
+        write_durably(path, safetensors.torch.save(weights))
 
     def restore(self) -> Position:
         """Put the newest whole checkpoint back and return its position, or the start of the run.

@@ -1,0 +1,31 @@
+"""Measure speed and memory; prints a table, and with --json also writes result, table and plot.
+
+python scripts/benchmark.py norm --json results/benchmarks/norm.json    the layer alone
+python scripts/benchmark.py step --json results/benchmarks/step.json    whole training steps
+"""
+
+import argparse
+import sys
+
+from l2bn.benchmarks import norm, step
+from l2bn.errors import UserError
+
+BENCHMARKS = {"norm": norm, "step": step}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    for name, benchmark in BENCHMARKS.items():
+        command = commands.add_parser(name, description=benchmark.__doc__)
+        benchmark.add_arguments(command)
+        command.set_defaults(run=benchmark.run)
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,185 @@
+"""Records: written whole, read back equal, and a mangled one named and left out."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from l2bn.records import (
+    METRICS,
+    SUMMARY,
+    InvalidRecordError,
+    Record,
+    publish,
+    read_metrics,
+    read_records,
+    write_metrics,
+)
+
+EPOCHS = 3
+
+
+def row(epoch: int) -> dict[str, float | None]:
+    return {
+        "epoch": epoch,
+        "step": 10 * epoch,
+        "lr": 0.1,
+        "train/loss": 1 / epoch,
+        "train/top1": 50.0 + epoch,
+        "test/loss": 1.1 / epoch,
+        "test/top1": 48.0 + epoch,
+        "test/top5": None,
+        "seconds": 1.5,
+        "images_per_second": 100.0,
+        "peak_memory_bytes": 1000,
+    }
+
+
+def written(folder: Path, **changes: object) -> Record:
+    """A finished run's record, as the run writes it."""
+    folder.mkdir(parents=True)
+    rows = [row(epoch) for epoch in range(1, EPOCHS + 1)]
+    (folder / "config.yaml").write_text("dataset: {label: Digits, root: /home/me/data}\nruns_dir: /home/me/runs\n")
+    (folder / "env.json").write_text('{"starts": []}\n')
+    write_metrics(folder / METRICS, rows)
+    content: dict[str, object] = {
+        "status": "finished",
+        "dataset": "digits",
+        "backbone": "resnet20",
+        "norm": "bn",
+        "recipe": "short",
+        "seed": 0,
+        "label": "Digits",
+        "baseline": None,
+        "precision": "32-true",
+        "kernels": "stock",
+        "hash": "0123456789abcdef",
+        "identity": {"seed": 0},
+        "epochs": EPOCHS,
+        "updates": 10 * EPOCHS,
+        "train_images": 100,
+        "test_images": 50,
+        "parameters": 10,
+        "norm_layers": 1,
+        "last": rows[-1],
+        "best": rows[-1],
+        "seconds": 4.5,
+    }
+    record = Record(folder=folder, **{**content, **changes})  # type: ignore[arg-type]
+    record.write()
+    return record
+
+
+def test_a_record_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    record = written(tmp_path / "run")
+    assert Record.read(tmp_path / "run") == record
+    assert read_records(tmp_path) == ([record], [])
+    assert record.metrics() == [row(1), row(2), row(3)]
+
+
+def test_a_run_that_has_not_ended_is_no_record_and_no_problem(tmp_path: Path) -> None:
+    written(tmp_path / "run")
+    (tmp_path / "run" / SUMMARY).unlink()
+    assert read_records(tmp_path) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("status", "done", "status"),
+        ("seed", "0", "seed"),
+        ("epochs", 4, "last epoch is not epoch 4"),
+        ("last", {}, "missing"),
+        ("last", {**row(3), "test/top1": "high"}, "not finite"),
+        ("last", {**row(3), "test/top1": 101.0}, "no percentage"),
+        ("last", {**row(3), "test/top1": None}, "no percentage"),
+        ("seconds", True, "seconds"),
+        ("label", None, "label"),
+        ("schema", 99, "schema"),
+        ("comment", "hello", "unknown"),
+    ],
+)
+def test_a_wrong_value_is_named(key: str, value: object, reason: str, tmp_path: Path) -> None:
+    written(tmp_path / "run")
+    path = tmp_path / "run" / SUMMARY
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    records, (problem,) = read_records(tmp_path)
+    assert records == []
+    assert problem.folder == tmp_path / "run"
+    assert reason in problem.reason
+
+
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_mangled_record_is_left_out_or_read_as_it_was(data: st.DataObject, tmp_path: Path) -> None:
+    """Cut, flipped or overwritten bytes: the reader names the folder or finds the very same record; no exception
+    of another kind."""
+    folder = tmp_path / data.draw(st.uuids().map(str))
+    record = written(folder)
+    path = folder / SUMMARY
+    content = bytearray(path.read_bytes())
+    match data.draw(st.sampled_from(["cut", "flip", "replace", "garbage"])):
+        case "cut":
+            content = content[: data.draw(st.integers(0, len(content) - 3))]
+        case "flip":
+            content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+        case "replace":
+            place = data.draw(st.integers(0, len(content) - 1))
+            content[place : place + 8] = data.draw(st.binary(min_size=1, max_size=16))
+        case "garbage":
+            content = bytearray(data.draw(st.binary(max_size=200)))
+    path.write_bytes(content)
+    records, problems = read_records(folder)
+    assert len(records) + len(problems) == 1
+    for problem in problems:
+        assert problem.folder == folder
+        assert problem.reason
+    for found in records:  # a changed digit or letter within a value cannot be told from the truth
+        assert found.status == record.status
+        assert isinstance(found.seed, int)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "{",
+        "[]",
+        '{"epoch": 3}',
+        json.dumps({**row(3), "epoch": 7}),
+        json.dumps(row(3)).replace("0.1", "NaN", 1),
+    ],
+)
+def test_a_bad_line_of_metrics_is_named(line: str, tmp_path: Path) -> None:
+    path = tmp_path / METRICS
+    write_metrics(path, [row(1), row(2)])
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(InvalidRecordError, match=r"metrics.jsonl, line 3"):
+        read_metrics(path)
+
+
+def test_publishing_leaves_the_machine_behind(tmp_path: Path) -> None:
+    record = written(tmp_path / "run")
+    (tmp_path / "run" / "checkpoints").mkdir()
+    folder = publish(tmp_path / "run", tmp_path / "records")
+    assert folder == tmp_path / "records/digits/resnet20/bn/short/seed0"
+    assert {path.name for path in folder.iterdir()} == {"config.yaml", "env.json", METRICS, SUMMARY}
+    assert Record.read(folder) == record
+    assert "/home/me" not in (folder / "config.yaml").read_text()
+    assert publish(tmp_path / "run", tmp_path / "records") == folder
+
+
+def test_publishing_does_not_replace_another_result(tmp_path: Path) -> None:
+    publish(written(tmp_path / "one").folder, tmp_path / "records")
+    with pytest.raises(FileExistsError, match="another result"):
+        publish(written(tmp_path / "other", seconds=9.0).folder, tmp_path / "records")
+
+
+def test_publishing_needs_an_ended_run(tmp_path: Path) -> None:
+    written(tmp_path / "run")
+    (tmp_path / "run" / SUMMARY).unlink()
+    with pytest.raises(InvalidRecordError, match=r"summary\.json"):
+        publish(tmp_path / "run", tmp_path / "records")
+    assert not (tmp_path / "records").exists()
