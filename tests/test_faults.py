@@ -3,6 +3,7 @@
 After every fault the run is issued again where it can be, and must equal the one that met none.
 """
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -69,15 +70,12 @@ def test_a_full_disk(small_disk: Path, train: Train, at_update: Arrange) -> None
         return train(EPOCHS, *TINY, f"runs_dir={small_disk}")
 
     def fill(_: Trainer) -> None:
-        with (small_disk / "ballast").open("wb") as file, pytest.raises(OSError, match="No space"):
-            while True:
-                file.write(b"0" * 4096)
-                file.flush()
+        with contextlib.suppress(OSError), (small_disk / "ballast").open("wb", buffering=0) as file:
+            while file.write(b"0" * 4096):
+                pass
 
     at_update(10, fill)  # in the second epoch, with the first one's checkpoint written
-    with pytest.raises(
-        UserError, match=r"cannot write .*No space left on device.*goes on from the last checkpoint"
-    ):
+    with pytest.raises(UserError, match=r"cannot write .*No space left on device"):
         run()
     (small_disk / "ballast").unlink()
     lost_nothing(small_disk, run, whole)
@@ -95,7 +93,7 @@ def test_a_folder_made_read_only(train: Train, at_update: Arrange, tmp_path: Pat
 
     at_update(10, freeze)
     try:
-        with pytest.raises(UserError, match="cannot write .*Permission denied"):
+        with pytest.raises(UserError, match=r"cannot write .*Permission denied"):
             train(EPOCHS, *TINY)
     finally:
         os.seteuid(user)
@@ -107,7 +105,7 @@ def test_a_folder_made_read_only(train: Train, at_update: Arrange, tmp_path: Pat
 def test_a_folder_deleted_under_the_run(train: Train, at_update: Arrange, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     at_update(10, lambda _: shutil.rmtree(runs))
-    with pytest.raises(UserError, match="cannot write .*No such file or directory"):
+    with pytest.raises(UserError, match=r"cannot write .*No such file or directory"):
         train(EPOCHS, *TINY)
     assert read_records(tmp_path) == ([], [])
     assert train(EPOCHS, *TINY).status == "finished"
@@ -120,7 +118,7 @@ def test_a_device_out_of_memory(train: Train, at_update: Arrange, tmp_path: Path
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     at_update(10, exhaust)
-    with pytest.raises(UserError, match="out of memory: CUDA out of memory; take a smaller recipe.batch_size"):
+    with pytest.raises(UserError, match=r"out of memory: CUDA out of memory; take a smaller recipe\.batch_size"):
         train(EPOCHS, *TINY)
     lost_nothing(tmp_path / "runs", lambda: train(EPOCHS, *TINY), whole)
 

@@ -1,11 +1,526 @@
-"""Which kernels compute L2BN."""
+"""L2BN at batch norm's memory traffic: one reading pass and one read-write pass, forward and backward.
+
+For the definition (Wang et al., arXiv:2207.02625) see l2bn.py. With the per-sample, per-channel moments of x,
+everything between the two passes is small. Letters: N batch, C channels, P positions, M = N*P. Maps are rows here,
+(N, C, P) or for channels_last (N, P, C), with `axis` that of P.
+
+    m = mean_p x;  var = mean_p (x - m)^2                                                       (N, C)
+    ||x_n||^2 = P sum_c (var + m^2);  s = a / ||x_n||                                           (N, 1)
+    zc = s m - mu,  mu = mean_n s m;  v = mean_n (s^2 var + zc^2);  inv = 1 / sqrt(v + eps);  k = inv w
+    y = (x - m) A + B,  A = s k,  B = zc k + b
+
+    backward, of the gradient g of y:
+    sg = sum_p g;  sgx = sum_p g (x - m);  gb = sum_n sg;  gw = sum_n (s sgx + zc sg) inv
+    c1 = -k gw inv / M;  c0 = -k gb / M + c1 zc
+    r = (s / a)^2 sum_c (k (sgx + m sg) + c0 m P + c1 s P var);  e = s (c1 s - r)
+    dx = g A + (x - m) e + f,  f = s (c0 - r m)
+
+Called from eager code, forward and backward are each one kernel that inductor compiles for the kind of map at hand.
+Dynamo takes no part, so there are no guards to check at every call and no recompile limit to fall over. Inside a
+model that is itself compiled, the same formulas are traced into the model's graph.
+"""
+
+import logging
+import math
+import threading
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+logger = logging.getLogger(__name__)
+
+TINY = 1e-12  # as in torch.nn.functional.normalize; norms are float32 at least, where its square is no zero
+
+
+# ------------------------------------------------------------------------------------------------ formulas on rows
+
+
+class Moments(NamedTuple):
+    """What the first pass leaves of x: small, and kept for backward."""
+
+    m: Tensor  # (N, C) mean over the positions
+    var: Tensor  # (N, C) biased variance over the positions
+    norm2: Tensor  # (N, 1) the sample's squared l2 norm
+
+
+class Line(NamedTuple):
+    """y = (x - m) A + B, and the inverse deviation that both hold."""
+
+    slope: Tensor  # (N, C)
+    shift: Tensor  # (N, C)
+    inv: Tensor  # (C,)
+
+
+def widened(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def moments(x: Tensor, axis: int) -> Moments:
+    """The reading pass.
+
+    The moments are taken of x - x0, with x0 the first position of each sample and channel: a mean far above the
+    spread would otherwise cancel the variance away.
+    """
+    wide, positions = widened(x), x.shape[axis]
+    x0 = wide.select(axis, 0)
+    d = wide - x0.unsqueeze(axis)
+    shifted = d.sum(axis) / positions
+    var = ((d * d).sum(axis) / positions - shifted * shifted).clamp_min(0)
+    m = shifted + x0
+    return Moments(m, var, positions * (var + m * m).sum(1, keepdim=True))
+
+
+def sample_scale(norm2: Tensor, a: float) -> Tensor:
+    """What each sample is multiplied with: 0 if it is all zero, NaN if its norm is not finite."""
+    s = a / norm2.clamp_min(TINY**2).sqrt()
+    return torch.where(norm2 == 0, 0.0, torch.where(norm2 < math.inf, s, math.nan))
+
+
+def batch_statistics(moments: Moments, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of z over samples and positions, (C,)."""
+    mu = (s * moments.m).mean(0)
+    return mu, (s * s * moments.var + (s * moments.m - mu).square()).mean(0)
+
+
+def line(
+    moments: Moments, s: Tensor, mu: Tensor, v: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Line:
+    """What the second pass multiplies with and adds."""
+    inv = 1 / (v + eps).sqrt()
+    k = inv if weight is None else inv * weight
+    shift = (s * moments.m - mu) * k
+    return Line(s * k, shift if bias is None else shift + bias, inv)
+
+
+def apply_line(x: Tensor, m: Tensor, slope: Tensor, shift: Tensor, axis: int) -> Tensor:
+    """The read-write pass."""
+    centred = widened(x) - m.unsqueeze(axis)
+    return (centred * slope.unsqueeze(axis) + shift.unsqueeze(axis)).to(x.dtype)
+
+
+def gradient_sums(g: Tensor, x: Tensor, m: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """The reading pass of backward: sums over the positions of g and of g (x - m), (N, C)."""
+    wide = widened(g)
+    return wide.sum(axis), (wide * (widened(x) - m.unsqueeze(axis))).sum(axis)
+
+
+def parameter_gradients(
+    sg: Tensor, sgx: Tensor, m: Tensor, s: Tensor, mu: Tensor, inv: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of weight and bias, (C,)."""
+    return ((s * sgx + (s * m - mu) * sg) * inv).sum(0), sg.sum(0)
+
+
+def input_gradient_terms(
+    sg: Tensor,
+    sgx: Tensor,
+    gw: Tensor,
+    gb: Tensor,
+    moments: Moments,
+    s: Tensor,
+    mu: Tensor,
+    inv: Tensor,
+    weight: Tensor | None,
+    count: float | Tensor,
+    positions: int,
+) -> tuple[Tensor, Tensor]:
+    """Of dx = g A + (x - m) e + f: e and f, (N, C). `count` is M, over which the statistics were taken."""
+    m, var, norm2 = moments
+    k = inv if weight is None else inv * weight
+    c1 = -k * gw * inv / count
+    c0 = -k * gb / count + c1 * (s * m - mu)
+    along_x = (k * (sgx + m * sg) + positions * (c0 * m + c1 * s * var)).sum(1, keepdim=True)
+    r = torch.where(norm2 > TINY**2, along_x / norm2, 0.0)  # below tiny, s does not depend on x
+    e = s * (c1 * s - r)
+    return e, s * (c0 - r * m)
+
+
+def apply_gradient(g: Tensor, x: Tensor, m: Tensor, slope: Tensor, e: Tensor, f: Tensor, axis: int) -> Tensor:
+    """The read-write pass of backward."""
+    centred = widened(x) - m.unsqueeze(axis)
+    dx = widened(g) * slope.unsqueeze(axis) + centred * e.unsqueeze(axis) + f.unsqueeze(axis)
+    return dx.to(x.dtype)
+
+
+def forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, a: float, eps: float, axis: int
+) -> tuple[Tensor, Tensor, Tensor, Line, Moments]:
+    """y, the batch's mean and variance, and what backward needs."""
+    taken = moments(x, axis)
+    s = sample_scale(taken.norm2, a)
+    mu, v = batch_statistics(taken, s)
+    drawn = line(taken, s, mu, v, weight, bias, eps)
+    return apply_line(x, taken.m, drawn.slope, drawn.shift, axis), mu, v, drawn, taken
+
+
+def backward(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    inv: Tensor,
+    mu: Tensor,
+    taken: Moments,
+    a: float,
+    axis: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias, and the small terms of the first."""
+    n, positions = x.shape[0], x.shape[axis]
+    s = sample_scale(taken.norm2, a)
+    slope = s * (inv if weight is None else inv * weight)
+    sg, sgx = gradient_sums(g, x, taken.m, axis)
+    gw, gb = parameter_gradients(sg, sgx, taken.m, s, mu, inv)
+    e, f = input_gradient_terms(sg, sgx, gw, gb, taken, s, mu, inv, weight, n * positions, positions)
+    return apply_gradient(g, x, taken.m, slope, e, f, axis), gw, gb, slope, e, f
+
+
+# --------------------------------------------------------------------------------------------- maps, seen as rows
+
+
+def position_axis(x: Tensor) -> int:
+    """Where P stands when the map x is seen as rows without a copy: 1 if the channels lie innermost."""
+    if x.ndim == 2 or x[0, 0].numel() == 1:
+        return 1
+    return 1 if x.stride(1) == 1 and x.shape[1] > 1 else 2
+
+
+def dense(x: Tensor, axis: int) -> Tensor:
+    """x (N, C, ...) itself if its memory is that of dense rows, else a copy that is."""
+    if axis == 2 or x.ndim == 2:
+        return x.contiguous()
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def as_rows(x: Tensor, axis: int) -> Tensor:
+    n, channels = x.shape[:2]
+    return x.reshape(n, channels, -1) if axis == 2 else x.movedim(1, -1).reshape(n, -1, channels)
+
+
+def as_map(rows: Tensor, like: Tensor, axis: int) -> Tensor:
+    if axis == 2 or like.stride(-1) == 1:  # the latter: one position, of which both formats may be said
+        return rows.reshape(like.shape)
+    return rows.reshape(like.movedim(1, -1).shape).movedim(-1, 1)
+
+
+def update_running(
+    mean: Tensor | None, var: Tensor | None, mu: Tensor, v: Tensor, momentum: float | Tensor, count: float
+) -> None:
+    """Batch norm's rule, in place: towards the mean and the unbiased variance."""
+    if mean is not None and var is not None:
+        mean.copy_(widened(mean) + momentum * (mu - widened(mean)))
+        var.copy_(widened(var) + momentum * (v * (count / (count - 1)) - widened(var)))
+
+
+# ------------------------------------------------------------------------------- kernels, for eager callers
+
+
+def forward_kernel(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    tracked: Tensor | None,
+    a: float,
+    eps: float,
+    momentum: float | None,
+    axis: int,
+) -> tuple[Tensor, ...]:
+    rows = as_rows(x, axis)
+    y, mu, v, drawn, taken = forward(rows, weight, bias, a, eps, axis)
+    step = momentum if tracked is None else 1.0 / tracked
+    if step is not None:
+        update_running(mean, var, mu, v, step, x.numel() / x.shape[1])
+    # All that is small is returned, also where backward does not ask for it: as an output it is computed once,
+    # not again for every element of the second pass.
+    return as_map(y, x, axis), drawn.inv, mu, *taken, drawn.slope, drawn.shift
+
+
+def backward_kernel(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    inv: Tensor,
+    mu: Tensor,
+    m: Tensor,
+    var: Tensor,
+    norm2: Tensor,
+    a: float,
+    axis: int,
+) -> tuple[Tensor, ...]:
+    g_rows, x_rows = as_rows(g, axis), as_rows(x, axis)
+    dx, *small = backward(g_rows, x_rows, weight, inv, mu, Moments(m, var, norm2), a, axis)
+    return as_map(dx, x, axis), *small
+
+
+def evaluation_kernel(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    a: float,
+    eps: float,
+    axis: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By the running statistics: only the samples' norms have to be read from x before the second pass."""
+    rows = as_rows(x, axis)
+    s = sample_scale(widened(rows).square().sum((1, 2)).unsqueeze(1), a)
+    inv = 1 / (widened(var) + eps).sqrt()
+    k = inv if weight is None else inv * weight
+    shift = -widened(mean) * k if bias is None else bias - widened(mean) * k
+    slope, shift = s * k, shift.expand(x.shape[0], -1)
+    y = (widened(rows) * slope.unsqueeze(axis) + shift.unsqueeze(axis)).to(x.dtype)
+    return as_map(y, x, axis), slope, shift
+
+
+Kernel = Callable[..., list[Tensor]]
+
+STATIC_KINDS = 4
+"""So many batch and image sizes of one channel count get a kernel of their own; all others share one that is
+compiled for any size, so that inputs of ever new sizes do not compile for ever."""
+
+_kernels: dict[Any, Kernel] = {}
+_kinds: Counter[Any] = Counter()
+_compiling = threading.Lock()
+
+
+def run_kernel(
+    function: Callable[..., Tensor | tuple[Tensor, ...]], tensors: tuple[Tensor | None, ...], *constants: Any
+) -> list[Tensor]:
+    """What function(*tensors, *constants) returns, listed, by a kernel for tensors of their kind.
+
+    A kind is shapes, strides, types and devices; its kernel is compiled by inductor at the first call.
+    """
+    kind = (
+        function,
+        constants,
+        torch.get_num_threads(),
+        *[None if t is None else (t.dtype, t.device, t.shape, t.stride()) for t in tensors],
+    )
+    kernel = _kernels.get(kind)
+    if kernel is None:
+        with _compiling:
+            kernel = _kernels[kind] = _new_kernel(function, tensors, constants)
+    return kernel(*[t for t in tensors if t is not None])
+
+
+def _new_kernel(
+    function: Callable[..., Any], tensors: tuple[Tensor | None, ...], constants: tuple[Any, ...]
+) -> Kernel:
+    sizes = next(t.shape for t in tensors if t is not None)
+    common = (
+        function,
+        constants,
+        torch.get_num_threads(),
+        *[None if t is None else (t.dtype, t.device, t.ndim) for t in tensors],
+    )
+    _kinds[common, sizes[1]] += 1
+    if _kinds[common, sizes[1]] <= STATIC_KINDS:
+        return _compile(function, tensors, constants, "fake")
+    any_size = (common, tuple(size == 1 for size in sizes))  # the compiler takes a size of 1 for a constant
+    if any_size not in _kernels:
+        _kernels[any_size] = _compile(function, tensors, constants, "symbolic")
+    return _kernels[any_size]
+
+
+def _compile(
+    function: Callable[..., Any],
+    tensors: tuple[Tensor | None, ...],
+    constants: tuple[Any, ...],
+    sizes: Literal["fake", "symbolic"],
+) -> Kernel:
+    # Imported here: they are slow, and needed only where a kernel is built.
+    from torch._inductor import compile as compile_graph
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    given = [t is not None for t in tensors]
+
+    def of_tensors(*present: Tensor) -> list[Tensor]:
+        rest = iter(present)
+        return listed(function(*(next(rest) if is_given else None for is_given in given), *constants))
+
+    present = [t.detach() for t in tensors if t is not None]
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(present[0].device.type, enabled=False):
+        graph = make_fx(of_tensors, tracing_mode=sizes)(*present)
+        inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+        compiled: Kernel = compile_graph(graph, inputs)
+        return compiled
+
+
+def listed(result: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+class _Training(torch.autograd.Function):
+    """Batch statistics, by compiled kernels."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        tracked: Tensor | None,
+        a: float,
+        eps: float,
+        momentum: float | None,
+    ) -> Tensor:
+        ctx.axis, ctx.a, ctx.eps, ctx.bias = position_axis(x), a, eps, bias
+        tensors = dense(x, ctx.axis), weight, bias, mean, var, tracked
+        y, inv, mu, *small = run_kernel(forward_kernel, tensors, a, eps, momentum, ctx.axis)
+        m, var_within, norm2, _, _ = small
+        ctx.save_for_backward(x, weight, inv, mu, m, var_within, norm2)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, weight, *small = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: the definition has the further derivatives
+            return *_graph_of_gradients(g, x, weight, ctx.bias, ctx.a, ctx.eps), *[None] * 6
+        tensors = dense(g, ctx.axis), dense(x, ctx.axis), weight, *small
+        dx, gw, gb, *_ = run_kernel(backward_kernel, tensors, ctx.a, ctx.axis)
+        return (
+            dx,
+            None if weight is None else gw.to(weight.dtype),
+            None if ctx.bias is None else gb.to(ctx.bias.dtype),
+            *[None] * 6,
+        )
+
+
+def _graph_of_gradients(
+    g: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, a: float, eps: float
+) -> list[Tensor | None]:
+    inputs = [x, weight, bias]
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    axes = tuple(range(1, x.ndim))
+    wide = widened(x)
+    s = sample_scale(wide.square().sum(axes, keepdim=True), a)
+    w, b = (None if t is None else widened(t) for t in (weight, bias))
+    y = F.batch_norm(wide * s, None, None, w, b, training=True, eps=eps).to(x.dtype)
+    gradients = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
+    return [next(gradients) if t is not None and t.requires_grad else None for t in inputs]
+
+
+class _TracedTraining(torch.autograd.Function):
+    """Batch statistics of rows, by formulas that a compiled model takes into its graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, a: float, eps: float, axis: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, mu, v, drawn, taken = forward(x, weight, bias, a, eps, axis)
+        ctx.save_for_backward(x, weight, drawn.inv, mu, *taken)
+        ctx.a, ctx.axis = a, axis
+        ctx.weight_dtype = None if weight is None else weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(mu, v)
+        return y, mu, v
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, *_: Tensor) -> Any:
+        x, weight, inv, mu, m, var, norm2 = ctx.saved_tensors
+        dx, gw, gb = backward(g, x, weight, inv, mu, Moments(m, var, norm2), ctx.a, ctx.axis)[:3]
+        return (
+            dx,
+            None if ctx.weight_dtype is None else gw.to(ctx.weight_dtype),
+            None if ctx.bias_dtype is None else gb.to(ctx.bias_dtype),
+            None,
+            None,
+            None,
+        )
+
+
+# --------------------------------------------------------------------------------------- what the layer calls
+
+
+def train(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    tracked: Tensor | None,
+    a: float,
+    eps: float,
+    momentum: float | None,
+) -> Tensor:
+    """L2BN by the batch's statistics, with the running ones moved; `tracked` takes momentum's place if given."""
+    if not torch.compiler.is_compiling():
+        return _Training.apply(x, weight, bias, mean, var, tracked, a, eps, momentum)
+    axis = position_axis(x)
+    # Rows are made out here: inside, Dynamo would have the gradient of a channels_last map copied to (N, C, P).
+    y, mu, v = _TracedTraining.apply(as_rows(x, axis), weight, bias, a, eps, axis)
+    step = momentum if tracked is None else 1.0 / tracked
+    if step is not None:
+        with torch.no_grad():
+            update_running(mean, var, mu, v, step, x.numel() / x.shape[1])
+    return as_map(y, x, axis)
+
+
+def evaluate(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, a: float, eps: float
+) -> Tensor:
+    """L2BN by the running statistics; in eager code without gradients."""
+    axis = position_axis(x)
+    if torch.compiler.is_compiling():
+        return evaluation_kernel(x, weight, bias, mean, var, a, eps, axis)[0]
+    return run_kernel(evaluation_kernel, (dense(x, axis), weight, bias, mean, var), a, eps, axis)[0]
+
+
+# ------------------------------------------------------------------------------------------ which kernels to use
+
+
+@cache
+def compiler_works(device_type: str) -> bool:
+    """Whether inductor can build and run a kernel for this device; logs the reason once if not."""
+    if device_type not in ("cpu", "cuda"):
+        logger.info("L2BN takes the plain composition: no fused kernels for device %s", device_type)
+        return False
+    try:
+        _compile(torch.add, (torch.ones(2, device=device_type), torch.ones(2, device=device_type)), (), "fake")(
+            torch.ones(2, device=device_type), torch.ones(2, device=device_type)
+        )
+    except Exception as error:  # whatever a missing or broken tool chain raises
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        logger.warning("L2BN takes the plain composition: no compiler works for %s (%s)", device_type, reason)
+        return False
+    return True
+
+
+UPDATES_A_KERNEL = 100
+"""Compiling for one more channel count is earned back in about so many updates; see select_kernels."""
 
 
 def select_kernels(model: nn.Module, device: torch.device | str, updates: int) -> str:
-    """Decide how the model's L2BN layers are computed in a run of so many updates; for the record."""
+    """Decide, for a run of so many updates, how the L2BN layers left at fused="auto" are computed.
+
+    Returns what belongs into the run's record: "fused", "plain", or "stock" for a model without L2BN. One line is
+    logged with the reason.
+    """
     from l2bn.norms.l2bn import _L2BatchNorm  # the layer itself is built on this module
 
-    return "plain" if any(isinstance(layer, _L2BatchNorm) for layer in model.modules()) else "stock"
+    layers = [layer for layer in model.modules() if isinstance(layer, _L2BatchNorm)]
+    if not layers:
+        return "stock"
+    undecided = [layer for layer in layers if layer.fused == "auto"]
+    if undecided:
+        needed = UPDATES_A_KERNEL * len({layer.num_features for layer in undecided})
+        works = updates >= needed and compiler_works(torch.device(device).type)
+        if updates < needed:
+            logger.info(
+                "L2BN takes the plain composition: %d updates do not earn back the compilation (%d would)",
+                updates,
+                needed,
+            )
+        elif works:
+            logger.info("L2BN takes fused kernels in %d layers", len(undecided))
+        for layer in undecided:
+            layer.fused = "on" if works else "off"
+    return "fused" if any(layer.fused == "on" for layer in layers) else "plain"

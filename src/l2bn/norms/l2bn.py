@@ -112,31 +112,27 @@ class _L2BatchNorm(_BatchNorm):
         """Whether the fused formulas serve this call; what batch norm refuses is left to it to refuse."""
         if self.fused == "off" or x.shape[1] != self.num_features or not x.is_floating_point():
             return False
-        if self._takes_batch_statistics():
-            enough = x.numel() > x.shape[1]
-        else:
-            enough = x.numel() > 0
+        if x.numel() <= (x.shape[1] if self._takes_batch_statistics() else 0):
+            return False
         if torch.compiler.is_compiling():
-            return enough and not torch.compiler.is_exporting()  # an exported graph shows the definition
-        plain_tensor = type(x) is Tensor or type(x) is nn.Parameter
+            return not torch.compiler.is_exporting()  # an exported graph shows the definition
+        needs_grad = torch.is_grad_enabled() and (
+            x.requires_grad or any(p.requires_grad for p in self.parameters())
+        )
         return (
-            enough
-            and plain_tensor
-            and (self._takes_batch_statistics() or not torch.is_grad_enabled() or not self._needs_grad(x))
-            and not torch.jit.is_tracing()
+            type(x) in (Tensor, nn.Parameter)
+            and (self._takes_batch_statistics() or not needs_grad)  # the kernels of evaluation have no backward
+            and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
             and (self.fused == "on" or fused.compiler_works(x.device.type))
         )
 
     def _takes_batch_statistics(self) -> bool:
         return self.training or self.running_mean is None
 
-    def _needs_grad(self, x: Tensor) -> bool:
-        return x.requires_grad or (self.weight is not None and self.weight.requires_grad)
-
     def _by_kernels(self, x: Tensor) -> Tensor:
         a = norm_of(self.scale, x.shape[1:].numel())
         weight, bias, mean, var = self.weight, self.bias, self.running_mean, self.running_var
-        if not self._takes_batch_statistics():
+        if not self.training and mean is not None and var is not None:
             return fused.evaluate(x, weight, bias, mean, var, a, self.eps)
         tracked = None
         if not self.training or not self.track_running_stats:

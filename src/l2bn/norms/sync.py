@@ -1,0 +1,189 @@
+"""Batch statistics that are joint across the ranks of a data-parallel run, for BN and for L2BN, on CPU and CUDA.
+
+Only sums over samples and positions, a few numbers a channel, pass between the ranks; the l2 step is local to a
+sample. The formulas are those of fused.py with the collectives between them, and BN is their case s = 1. The stock
+`SyncBatchNorm` refuses CPU tensors, and its conversion would drop the l2 step.
+"""
+
+import logging
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from l2bn.norms import fused
+from l2bn.norms.l2bn import (
+    L2BatchNorm1d,
+    L2BatchNorm2d,
+    L2BatchNorm3d,
+    L2BatchNormAct2d,
+    _L2BatchNorm,
+    norm_of,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class _JointNorm(torch.autograd.Function):
+    """y, and over the samples of all ranks the mean, the biased variance and the number of values."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        a: float | None,
+        eps: float,
+        group: dist.ProcessGroup | None,
+        compiled: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        axis = fused.position_axis(x)
+        rows = fused.as_rows(fused.dense(x, axis), axis)
+        taken = fused.Moments(*_run(compiled, fused.moments, (rows,), axis))
+        if a is None:  # BN: no sample is scaled, and none of the gradient passes through a norm
+            taken = taken._replace(norm2=torch.zeros_like(taken.norm2))
+        s = torch.ones_like(taken.norm2) if a is None else fused.sample_scale(taken.norm2, a)
+
+        own_mu, own_v = fused.batch_statistics(taken, s)
+        own = torch.cat([own_mu, own_v, own_mu.new_tensor([x.numel() / x.shape[1]])])
+        gathered = own.new_empty(dist.get_world_size(group) * len(own))
+        dist.all_gather_into_tensor(gathered, own, group=group)
+        mus, vs, counts = gathered.view(-1, len(own)).tensor_split((len(own_mu), len(own) - 1), dim=1)
+        count = counts.sum()
+        mu = (mus * counts).sum(0) / count
+        v = ((vs + (mus - mu).square()) * counts).sum(0) / count
+
+        slope, shift, inv = fused.line(taken, s, mu, v, weight, bias, eps)
+        (y,) = _run(compiled, fused.apply_line, (rows, taken.m, slope, shift), axis)
+        ctx.save_for_backward(x, weight, slope, inv, mu, count, s, *taken)
+        ctx.axis, ctx.group, ctx.compiled, ctx.has_bias = axis, group, compiled, bias is not None
+        ctx.mark_non_differentiable(mu, v, count)
+        return fused.as_map(y, x, axis), mu, v, count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor, *_: Tensor) -> Any:
+        x, weight, slope, inv, mu, count, s, *moments = ctx.saved_tensors
+        taken, axis, compiled = fused.Moments(*moments), ctx.axis, ctx.compiled
+        rows, g_rows = (fused.as_rows(fused.dense(t, axis), axis) for t in (x, g))
+        sg, sgx = _run(compiled, fused.gradient_sums, (g_rows, rows, taken.m), axis)
+        gw, gb = fused.parameter_gradients(sg, sgx, taken.m, s, mu, inv)
+        joint = torch.cat([gw, gb])
+        dist.all_reduce(joint, group=ctx.group)
+        joint_gw, joint_gb = joint.chunk(2)
+        e, f = fused.input_gradient_terms(
+            sg, sgx, joint_gw, joint_gb, taken, s, mu, inv, weight, count, rows.shape[axis]
+        )
+        (dx,) = _run(compiled, fused.apply_gradient, (g_rows, rows, taken.m, slope, e, f), axis)
+        return (
+            fused.as_map(dx, x, axis),
+            None if weight is None else gw.to(weight.dtype),
+            gb.to(x.dtype if weight is None else weight.dtype) if ctx.has_bias else None,
+            *[None] * 4,
+        )
+
+
+def _run(compiled: bool, function: Any, tensors: tuple[Tensor, ...], axis: int) -> list[Tensor]:
+    return fused.run_kernel(function, tensors, axis) if compiled else fused.listed(function(*tensors, axis))
+
+
+class _Sync(_BatchNorm):
+    """In training with several ranks, batch statistics over all of them; else what the layer does anyway."""
+
+    process_group: dist.ProcessGroup | None
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - BN's own name
+        alone = not dist.is_initialized() or dist.get_world_size(self.process_group) == 1
+        return super().forward(input) if alone or not self.training else self._joint(input)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _joint(self, x: Tensor) -> Tensor:
+        self._check_input_dim(x)  # type: ignore[no-untyped-call]
+        a, compiled = None, False
+        if isinstance(self, _L2BatchNorm):
+            a = norm_of(self.scale, x.shape[1:].numel())
+            compiled = self.fused == "on" or (self.fused == "auto" and fused.compiler_works(x.device.type))
+        y, mu, v, count = _JointNorm.apply(x, self.weight, self.bias, a, self.eps, self.process_group, compiled)
+        if self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            momentum = 1.0 / self.num_batches_tracked if self.momentum is None else self.momentum
+            with torch.no_grad():
+                fused.update_running(self.running_mean, self.running_var, mu, v, momentum, count)
+        return y
+
+
+class SyncBatchNorm1d(_Sync, nn.BatchNorm1d): ...
+
+
+class SyncBatchNorm2d(_Sync, nn.BatchNorm2d): ...
+
+
+class SyncBatchNorm3d(_Sync, nn.BatchNorm3d): ...
+
+
+class SyncL2BatchNorm1d(_Sync, L2BatchNorm1d): ...
+
+
+class SyncL2BatchNorm2d(_Sync, L2BatchNorm2d): ...
+
+
+class SyncL2BatchNorm3d(_Sync, L2BatchNorm3d): ...
+
+
+class SyncL2BatchNormAct2d(L2BatchNormAct2d, SyncL2BatchNorm2d): ...
+
+
+class SyncBatchNormAct2d(SyncBatchNorm2d):
+    """timm's `BatchNormAct2d`: the norm, then dropout and activation."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - BN's own name
+        return self.act(self.drop(super().forward(input)))
+
+
+COUNTERPARTS: dict[type[nn.Module], type[_Sync]] = {
+    nn.BatchNorm1d: SyncBatchNorm1d,
+    nn.BatchNorm2d: SyncBatchNorm2d,
+    nn.BatchNorm3d: SyncBatchNorm3d,
+    L2BatchNorm1d: SyncL2BatchNorm1d,
+    L2BatchNorm2d: SyncL2BatchNorm2d,
+    L2BatchNorm3d: SyncL2BatchNorm3d,
+    L2BatchNormAct2d: SyncL2BatchNormAct2d,
+}
+
+
+def convert_sync(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> int:
+    """Make the batch statistics of each BN and L2BN layer joint across a group's ranks (None: all ranks).
+
+    In place: the layers keep their identity, parameters and state-dict keys, and change their class. Returns
+    their number; a model that has none is left as it is.
+
+    Raises:
+        TypeError: a batch norm layer has a `forward` of its own. Nothing is changed then.
+    """
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and not isinstance(m, _Sync)]
+    classes = [_counterpart(layer) for layer in layers]
+    for layer, cls in zip(layers, classes, strict=True):
+        layer.__class__ = cls
+        layer.process_group = process_group  # type: ignore[assignment]
+    logger.info("%s: batch statistics of %d layers are joint across ranks", type(model).__name__, len(layers))
+    return len(layers)
+
+
+def _counterpart(layer: _BatchNorm) -> type[_Sync]:
+    if type(layer) in COUNTERPARTS:
+        return COUNTERPARTS[type(layer)]
+    from timm.layers.norm_act import BatchNormAct2d  # here, for a slow import that few models need
+
+    if type(layer) is BatchNormAct2d:
+        return SyncBatchNormAct2d
+    raise TypeError(
+        f"no synchronised form of {type(layer).__module__}.{type(layer).__qualname__} is known: accepted are "
+        "nn.BatchNorm1d, 2d and 3d, their L2BN counterparts and timm's BatchNormAct2d"
+    )

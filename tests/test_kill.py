@@ -1,0 +1,108 @@
+"""SIGKILL at any instant: the command is issued again, and the run ends as if nothing had happened.
+
+Each kill is of a real process, at an instant drawn from a printed seed: while it starts, trains, evaluates, or in
+the middle of writing a checkpoint. Afterwards the final weights, and the metrics in every field but what they
+cost, must equal those of a run that was left alone, bit for bit.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+from l2bn.records import Record, read_records
+from test_training import equal, results, weights
+
+SEED = 20220706
+# Two updates an epoch and a checkpoint after each: something is always being written.
+RUN = ("dataset.subset=64", "dataset.validation=0.05", "recipe.epochs=40", "checkpoint.every_steps=1")
+SWEEP = ("-m", "norm=bn,l2bn")
+
+
+def start(runs: Path, options: tuple[str, ...]) -> "subprocess.Popen[bytes]":
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "train.py"),
+        *options,
+        *RUN,
+        f"runs_dir={runs}",
+        "progress=false",
+    ]
+    return subprocess.Popen(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def finish(runs: Path, options: tuple[str, ...]) -> list[Record]:
+    assert start(runs, options).wait(timeout=600) == 0
+    records, problems = read_records(runs)
+    assert problems == []
+    return records
+
+
+def kill_once(runs: Path, options: tuple[str, ...], draw: random.Random, life: float) -> str:
+    """Start the command and kill it: "at a write", "at an instant", or "" if it ended before."""
+    process = start(runs, options)
+    began = time.monotonic()
+    at_a_write = draw.random() < 0.3
+    # A third of a life goes by before the first update; killing there proves little.
+    instant = began + life * draw.uniform(0.3, 1.0)
+    while process.poll() is None:
+        writing = at_a_write and any(runs.rglob("checkpoints/.*.tmp"))
+        if writing or time.monotonic() > instant + (life if at_a_write else 0):
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return "at a write" if writing else "at an instant"
+        time.sleep(0.0002 if at_a_write else 0.002)
+    return ""
+
+
+def endure(kills: int, options: tuple[str, ...], folder: Path) -> None:
+    """Kill the command so many times, in as many runs as that takes, and hold each against one left alone."""
+    draw = random.Random(SEED)
+    began = time.monotonic()
+    whole = finish(folder / "whole", options)
+    life = time.monotonic() - began
+    done: list[str] = []
+    attempt = 0
+    while len(done) < kills:
+        attempt += 1
+        runs = folder / f"killed{attempt}"
+        while len(done) < kills and (how := kill_once(runs, options, draw, life)):
+            done.append(how)
+            for record in read_records(runs)[0]:  # what claims to be finished is
+                assert record.last["epoch"] == record.epochs
+        survived = finish(runs, options)
+        assert len(survived) == len(whole)
+        for one, other in zip(survived, whole, strict=True):
+            assert results(one) == results(other)
+            assert equal(weights(one), weights(other))
+    print(f"seed {SEED}: {kills} kills, {done.count('at a write')} of them in the middle of a checkpoint's write")
+
+
+def test_ten_kills(tmp_path: Path) -> None:
+    endure(10, ("norm=l2bn",), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kills", "options"),
+    [
+        (30, ("norm=l2bn",)),
+        (12, ("norm=bn", "compute.device=cpu", "compute.devices=2")),
+        (12, SWEEP),
+    ],
+    ids=["one process", "two devices", "a multirun"],
+)
+def test_many_kills(kills: int, options: tuple[str, ...], tmp_path: Path) -> None:
+    endure(kills, options, tmp_path)
