@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup demo test test-all lint format tables figures claims bench bench-norm tensorboard
+.PHONY: help setup demo test test-all lint format list tables figures claims bench bench-norm tensorboard
 
 help: ## what there is
 	@echo "make TARGET, or make DATASET-BACKBONE-NORM to train, e.g. make cifar-resnet-l2bn ARGS='seed=1'"
@@ -26,15 +26,18 @@ demo: setup ## BN against L2BN on scikit-learn's digits: 6 runs, a table and a f
 	@echo "curves        make tensorboard LOGDIR=runs/demo"
 
 test: setup lint ## lint, types and the fast tests
-	python -m pytest
+	python -m pytest --numprocesses auto
 
 test-all: setup lint ## all tests, the long ones too
-	python -m pytest -m 'slow or not slow'
+	python -m pytest --numprocesses auto -m "slow or not slow"
 
 lint: setup ## ruff and mypy
 	ruff check .
 	ruff format --check .
 	mypy
+
+list: setup ## every data set, backbone, norm, recipe and experiment, one line each
+	@python scripts/list.py
 
 tables: setup ## results/tables and the README's block, from results/records
 	python scripts/tables.py

@@ -71,9 +71,7 @@ def overview(groups: Sequence[str] = GROUPS, width: int = 110) -> Text:
             text.append(f"{row.name:<{names}}", style="cyan").append(count)
             text.append(f"  {shorten(row.summary, room, placeholder=' …')}\n")
         text.append("\n")
-    return text.append(
-        "Parameters at 10 classes; of the nets for ImageNet and of library models, at 1,000.", "dim"
-    )
+    return text.append("Parameters at 10 classes; of the nets for ImageNet and of library models, at 1,000.", "dim")
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

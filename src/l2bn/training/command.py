@@ -39,5 +39,6 @@ def resolve(config: DictConfig, *, missing: bool = False) -> dict[str, Any]:
 
 def _quieten() -> None:
     """Leave out what libraries say that a user can do nothing about."""
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    for name, level in (("lightning_fabric", logging.WARNING), ("torch.utils.cpp_extension", logging.ERROR)):
+        logging.getLogger(name).setLevel(level)
     warnings.filterwarnings("ignore", module="lightning_fabric")

@@ -1,0 +1,227 @@
+"""CIFAR-10 and CIFAR-100 from archives in the official format, and from nothing else."""
+
+import pickle
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torchvision import datasets
+
+from l2bn.data import cifar
+from l2bn.data.archive import Archive
+from l2bn.data.cifar import cifar10, cifar100, load_arrays
+from l2bn.data.splits import Images, Splits
+from l2bn.errors import UserError
+from official_formats import cifar10 as write_cifar10
+from official_formats import cifar100 as write_cifar100
+from official_formats import cifar_batch, python2_pickle, tar_gz
+
+COMMON: dict[str, Any] = {"label": "CIFAR", "baseline": "cifar"}
+
+
+def pixels_of(split: Any) -> np.ndarray[Any, Any]:
+    assert isinstance(split, Images)
+    return split.images.numpy()
+
+
+def test_cifar10_joins_the_batches_in_order(tmp_path: Path) -> None:
+    write_cifar10(tmp_path, {}, 40, 20)
+    splits = cifar10(str(tmp_path), download=False, **COMMON)
+    batches = [cifar_batch(8, part, labels=10) for part in range(1, 6)]
+    expected = np.concatenate([batch["data"] for batch in batches]).reshape(40, 3, 32, 32)
+    np.testing.assert_array_equal(pixels_of(splits.train), expected)
+    np.testing.assert_array_equal(pixels_of(splits.test).reshape(20, -1), cifar_batch(20, 6)["data"])
+    assert splits.train.labels.tolist() == [i % 10 for _ in range(5) for i in range(8)]
+    assert splits.classes == tuple(f"class {i}" for i in range(10))
+    assert (splits.num_classes, splits.image_size, splits.baseline) == (10, 32, "cifar")
+
+
+@pytest.mark.parametrize(("labels", "classes"), [("fine", 100), ("coarse", 20)])
+def test_cifar100_reads_the_labels_asked_for(tmp_path: Path, labels: Any, classes: int) -> None:
+    write_cifar100(tmp_path, {}, 40, 20)
+    splits = cifar100(str(tmp_path), download=False, labels=labels, **COMMON)
+    assert splits.train.labels.tolist() == [i % classes for i in range(40)]
+    assert splits.classes == tuple(f"{labels} {i}" for i in range(classes))
+    assert splits.num_classes == classes
+    assert (splits.label, splits.baseline) == (("CIFAR", "cifar") if labels == "fine" else ("CIFAR, coarse", None))
+
+
+def test_torchvision_reads_the_same_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_cifar10(tmp_path, {}, 40, 20)
+    monkeypatch.setattr(datasets.CIFAR10, "_check_integrity", lambda _: True)
+    monkeypatch.setattr(datasets.CIFAR10, "_load_meta", lambda _: None)  # that one checks an md5 sum, too
+    reference = datasets.CIFAR10(tmp_path, train=True)
+    ours = cifar10(str(tmp_path), download=False, **COMMON).train
+    np.testing.assert_array_equal(pixels_of(ours).transpose(0, 2, 3, 1), reference.data)
+    assert ours.labels.tolist() == reference.targets
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def archived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An archive on a server of its own, with its true checksum in the place of the official one."""
+    served = tmp_path / "served" / "cifar-10-batches-py"
+    write_cifar10(served.parent, {}, 40, 20)
+    path = tar_gz(served)
+    md5 = datasets.utils.calculate_md5(path)
+    monkeypatch.setenv("no_proxy", "*")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=str(path.parent))) as server:
+        threading.Thread(target=server.serve_forever).start()
+        url = f"http://127.0.0.1:{server.server_port}/{path.name}"
+        monkeypatch.setattr(cifar, "CIFAR10", Archive(url, md5, served.name))
+        yield path
+        server.shutdown()
+
+
+def read(root: Path, download: bool = True) -> Splits:
+    return cifar10(str(root), download=download, **COMMON)
+
+
+def test_a_missing_archive_is_downloaded_once(archived: Path, tmp_path: Path) -> None:
+    root = tmp_path / "new folder, äöü"
+    first = read(root)
+    archived.unlink()
+    np.testing.assert_array_equal(pixels_of(first.train), pixels_of(read(root).train))
+    assert sorted(path.name for path in root.iterdir()) == ["cifar-10-batches-py", archived.name]
+
+
+def test_an_archive_that_was_put_there_by_hand_is_unpacked(archived: Path) -> None:
+    root = archived.parent
+    (root / "cifar-10-batches-py").rename(root / "moved away")
+    assert len(read(root, download=False).train) == 40
+
+
+def test_an_archive_with_another_checksum_is_refused(archived: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / archived.name).write_bytes(archived.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"has the md5 sum \w{32}, not \w{32}: it is damaged") as caught:
+        read(root)
+    assert str(root / archived.name) in str(caught.value)
+    assert not (root / "cifar-10-batches-py").exists()
+
+
+def test_a_download_with_another_checksum_is_not_kept(archived: Path, tmp_path: Path) -> None:
+    archived.write_bytes(b"not what it was")
+    with pytest.raises(UserError, match="cannot be downloaded"):
+        read(tmp_path / "root")
+    assert not list((tmp_path / "root").iterdir())
+
+
+@pytest.mark.parametrize("download", [False, True])
+@pytest.mark.parametrize(("name", "function"), [("CIFAR10", cifar10), ("CIFAR100", cifar100)])
+def test_what_is_missing_is_said_with_the_ways_to_provide_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, download: bool, name: str, function: Any
+) -> None:
+    official: Archive = getattr(cifar, name)
+    unreachable = Archive((tmp_path / "nothing" / official.file).as_uri(), official.md5, official.folder)
+    monkeypatch.setattr(cifar, name, unreachable)
+    with pytest.raises(UserError) as caught:
+        function(str(tmp_path / "root"), download=download, **COMMON)
+    message = str(caught.value)
+    for part in (
+        str(tmp_path / "root"),
+        official.file,
+        official.folder,
+        official.md5,
+        unreachable.url,
+        "dataset.root=",
+        "dataset=image_folder",
+    ):
+        assert part in message
+    assert ("cannot be downloaded" in message) == download
+
+
+def test_the_official_addresses_are_torchvisions() -> None:
+    assert cifar.CIFAR10.url == datasets.CIFAR10.url
+    assert cifar.CIFAR10.file == datasets.CIFAR10.filename
+    assert cifar.CIFAR100.file == datasets.CIFAR100.filename
+
+
+class Payload:
+    """Pickled as a call that would write a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return (Path.touch, (self.file,))
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_a_payload_is_refused_and_not_executed(tmp_path: Path, protocol: int) -> None:
+    write_cifar10(tmp_path, {}, 40, 20)
+    batch = tmp_path / "cifar-10-batches-py" / "data_batch_3"
+    trace = tmp_path / "executed"
+    payload = {**cifar_batch(8, 3, labels=10), "extra": Payload(trace)}
+    batch.write_bytes(pickle.dumps(payload, protocol))
+    pickle.loads(batch.read_bytes())  # the payload is a live one
+    assert trace.exists()
+    trace.unlink()
+    with pytest.raises(UserError, match="is refused, it is no pickle of plain arrays") as caught:
+        cifar10(str(tmp_path), download=False, **COMMON)
+    assert str(batch) in str(caught.value)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["os.system", "builtins.eval", "numpy.load", "numpy.core.multiarray.fromfile", "numpy.f2py.os"]
+)
+def test_the_unpickler_knows_arrays_only(tmp_path: Path, name: str) -> None:
+    module, _, attribute = name.rpartition(".")
+    file = tmp_path / "batch"
+    file.write_bytes(f"c{module}\n{attribute}\n.".encode())
+    with pytest.raises(UserError, match=f"it asks for {module}"):
+        load_arrays(file)
+
+
+def test_pickles_of_python_2_and_3_are_read_alike(tmp_path: Path) -> None:
+    batch = cifar_batch(4, 0, labels=10)
+    (tmp_path / "old").write_bytes(python2_pickle(batch))
+    (tmp_path / "new").write_bytes(pickle.dumps(batch, 4))
+    assert b"numpy.core.multiarray" in (tmp_path / "old").read_bytes()
+    old, new = load_arrays(tmp_path / "old"), load_arrays(tmp_path / "new")
+    np.testing.assert_array_equal(old.pop("data"), new.pop("data"))
+    assert old == new
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "no .*data_batch_2"),
+        (b"", "is refused"),
+        (python2_pickle(cifar_batch(8, 2, labels=10))[:5000], "is refused"),
+        (pickle.dumps([1, 2]), "holds no dictionary"),
+        (pickle.dumps({"data": np.zeros((8, 3072), np.float32), "labels": [0] * 8}), "is no batch of CIFAR images"),
+        (pickle.dumps({"data": np.zeros((8, 3072), np.uint8), "labels": [0] * 7}), "is no batch of CIFAR images"),
+        (
+            pickle.dumps({"data": np.zeros((8, 3072), np.uint8), "labels": [10] * 8}),
+            "labels outside the 10 classes",
+        ),
+    ],
+)
+def test_a_damaged_batch_is_named(tmp_path: Path, content: bytes | None, words: str) -> None:
+    write_cifar10(tmp_path, {}, 40, 20)
+    batch = tmp_path / "cifar-10-batches-py" / "data_batch_2"
+    batch.unlink()
+    if content is not None:
+        batch.write_bytes(content)
+    with pytest.raises(UserError, match=words) as caught:
+        cifar10(str(tmp_path), download=False, **COMMON)
+    assert str(batch.parent) in str(caught.value)
+
+
+def test_labels_are_int64_and_pixels_uint8(tmp_path: Path) -> None:
+    write_cifar10(tmp_path, {}, 40, 20)
+    pixels, label = cifar10(str(tmp_path), download=False, **COMMON).train[3]
+    assert (pixels.dtype, pixels.shape, label) == (torch.uint8, (3, 32, 32), 3)

@@ -1,0 +1,185 @@
+"""Shards: the same images and labels as the files they were packed from, found by an index."""
+
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import webdataset
+
+from l2bn.data import imagenet_wds as module
+from l2bn.data.folder import list_images
+from l2bn.data.imagenet import imagenet
+from l2bn.data.imagenet_wds import Shards, imagenet_wds, pack, pack_imagenet
+from l2bn.data.loader import evaluation_loader
+from l2bn.data.splits import Splits
+from l2bn.errors import UserError
+from official_formats import WNIDS, add_member, jpeg, pixels
+from official_formats import imagenet as write_files
+from official_formats import imagenet_wds as write_shards
+
+NODE = {"train": "train", "val": "val", "devkit": "ILSVRC2012_devkit_t12"}
+COMMON: dict[str, Any] = {"label": "ImageNet", "mean": [0.5] * 3, "std": [0.25] * 3}
+
+
+def read(root: Path, **options: Any) -> Splits:
+    return imagenet_wds(str(root), **{"image_size": 16, "cache": str(root.parent / "cache"), **COMMON, **options})
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    write_shards(tmp_path / "shards", {}, 20, 8)
+    return tmp_path / "shards"
+
+
+def test_samples_come_in_order_with_their_classes(shards: Path) -> None:
+    splits = read(shards)
+    assert splits.train.labels.tolist() == [index % 4 for index in range(20)]
+    assert isinstance(splits.train, Shards)
+    assert splits.train.shard.tolist() == [0] * 7 + [1] * 7 + [2] * 6
+    assert (len(splits.test), splits.num_classes, splits.classes) == (8, 4, ())
+
+
+def test_packed_files_hold_what_the_files_hold(tmp_path: Path) -> None:
+    write_files(tmp_path, NODE, 12, 8)
+    pack_imagenet(tmp_path, tmp_path / "packed")
+    files, shards = imagenet(str(tmp_path), image_size=16, **COMMON), read(tmp_path / "packed")
+    assert shards.classes == files.classes == WNIDS
+
+    def content(split: Any) -> list[tuple[int, bytes]]:
+        split = split.select(torch.arange(len(split)), like=files.test)  # without random crops
+        return sorted(
+            (label, image.numpy().tobytes()) for image, label in map(split.__getitem__, range(len(split)))
+        )
+
+    assert content(files.test) == content(shards.test)
+    assert content(files.train) == content(shards.train)
+
+
+def test_packing_shuffles_and_fills_the_shards(tmp_path: Path) -> None:
+    write_files(tmp_path, NODE, 12, 8)
+    assert pack(list_images(tmp_path / "train"), tmp_path / "packed", "train", samples=5) == 3
+    pack(list_images(tmp_path / "train"), tmp_path / "packed", "val", samples=12)
+    splits = read(tmp_path / "packed")
+    assert isinstance(splits.train, Shards)
+    assert torch.bincount(splits.train.shard).tolist() == [5, 5, 2]
+    labels = splits.train.labels.tolist()
+    assert labels != sorted(labels)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves its files to the collector
+def test_webdataset_reads_what_was_packed(tmp_path: Path) -> None:
+    write_files(tmp_path, NODE, 12, 8)
+    pack(list_images(tmp_path / "train"), tmp_path / "packed", "train")
+    dataset = webdataset.WebDataset(str(tmp_path / "packed" / "train-000000.tar"), shardshuffle=False)
+    labels = [label for _, label in dataset.decode("pil").to_tuple("jpg", "cls")]
+    assert sorted(labels) == sorted([0, 1, 2, 3] * 3)
+
+
+def test_packing_over_shards_is_refused(shards: Path, tmp_path: Path) -> None:
+    write_files(tmp_path, NODE, 12, 8)
+    with pytest.raises(UserError, match=r"holds train-\*\.tar already"):
+        pack(list_images(tmp_path / "train"), shards, "train")
+
+
+def test_the_index_is_made_once_and_again_when_a_shard_has_changed(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = []
+    samples = module._samples
+    monkeypatch.setattr(module, "_samples", lambda file: listed.append(file.name) or samples(file))
+    first, second = read(shards), read(shards)
+    assert len(listed) == 3 + 2
+    assert torch.equal(first.test[3][0], second.test[3][0])
+    with tarfile.open(shards / "val-000001.tar", "a") as tar:
+        add_member(tar, "new.jpg", jpeg(pixels(1, 30, 30)[0]))
+        add_member(tar, "new.cls", b"3")
+    assert len(read(shards).test) == 9
+    assert len(listed) == 3 + 2 + 2
+
+
+def test_a_damaged_index_is_made_anew(shards: Path) -> None:
+    read(shards)
+    for file in (shards.parent / "cache").iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    assert len(read(shards).train) == 20
+
+
+def test_names_of_classes_come_from_the_file(shards: Path) -> None:
+    (shards / "classes.txt").write_text("".join(f"class {i}\n" for i in range(6)))
+    splits = read(shards)
+    assert (splits.num_classes, splits.classes[5]) == (6, "class 5")
+    (shards / "classes.txt").write_text("only\n")
+    with pytest.raises(UserError, match=r"classes\.txt names 1 classes, but a sample has the class number 3"):
+        read(shards)
+
+
+def test_subset_and_validation(shards: Path) -> None:
+    splits = read(shards, subset=8, validation=0.2)
+    assert torch.bincount(splits.train.labels).tolist() == [2] * 4
+    assert torch.bincount(splits.test.labels).tolist() == [1] * 4
+    assert torch.equal(splits.test[0][0], splits.test[0][0])
+
+
+def damage_image(shards: Path) -> None:
+    """Overwrite the middle of the second validation image, so that the tar file itself stays whole."""
+    splits = read(shards)
+    assert isinstance(splits.test, Shards)
+    content = bytearray((shards / "val-000000.tar").read_bytes())
+    start, size = int(splits.test.offset[1]), int(splits.test.size[1])
+    content[start : start + size] = bytes(size)
+    (shards / "val-000000.tar").write_bytes(content)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_image_is_named_with_its_shard(shards: Path, workers: int) -> None:
+    damage_image(shards)
+    splits = read(shards)
+    loader = evaluation_loader(splits.test, splits=splits, batch_size=4, device="cpu", workers=workers)
+    with pytest.raises(UserError, match=r"val-000000\.tar: 000001\.jpg: cannot be decoded"):
+        list(loader.epoch(0))
+
+
+@pytest.mark.parametrize(
+    ("members", "words"),
+    [
+        ([], "no samples in .*train-000001.tar"),
+        ([("a.jpg", b"x")], r"train-000001\.tar: the sample a needs an image .* but has \.jpg"),
+        ([("a.cls", b"1")], "the sample a needs an image"),
+        ([("a.jpg", b"x"), ("a.cls", b"cat")], r"train-000001\.tar cannot be read"),
+        ([("a.jpg", b"x"), ("a.cls", b"-1")], r"train-000001\.tar.*class number -1"),
+    ],
+)
+def test_a_shard_that_holds_no_samples_is_named(shards: Path, members: list[tuple[str, bytes]], words: str) -> None:
+    with tarfile.open(shards / "train-000001.tar", "w") as tar:
+        for name, content in members:
+            add_member(tar, name, content)
+    with pytest.raises(UserError, match=words):
+        read(shards)
+
+
+@pytest.mark.parametrize("length", [0, 700, 3000])
+def test_a_truncated_shard_is_named(shards: Path, length: int) -> None:
+    file = shards / "train-000001.tar"
+    file.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(UserError, match=r"train-000001\.tar"):
+        read(shards)
+
+
+def test_missing_shards_are_said_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        read(tmp_path)
+    for part in (str(tmp_path), "train-*.tar", "dataset.root=", "--pack", "https://image-net.org"):
+        assert part in str(caught.value)
+
+
+def test_real_photographs(shared_data: Path, tmp_path: Path) -> None:
+    with tarfile.open(shared_data / "imagenet-samples.tar") as tar:
+        tar.extractall(tmp_path, filter="data")
+    tree = list_images(tmp_path / "imagenet-samples")
+    assert [pack(tree, tmp_path / "shards", part, samples=30) for part in ("train", "val")] == [4, 4]
+    splits = read(tmp_path / "shards", image_size=64)
+    assert (len(splits.train), splits.num_classes, splits.classes) == (100, 100, tree.classes)
+    loader = evaluation_loader(splits.test, splits=splits, batch_size=50, device="cpu", workers=2)
+    assert sorted(torch.cat([labels for _, labels in loader.epoch(0)]).tolist()) == list(range(100))

@@ -1,0 +1,105 @@
+"""Every data set of configs/dataset is built from a small stand-in in its official format, and makes batches."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from l2bn.data import fashion_mnist
+from l2bn.data.loader import evaluation_loader, training_loader
+from l2bn.data.splits import Images, Splits, pixel_statistics
+from l2bn.errors import UserError
+from l2bn.training.build import Builder
+from official_formats import CONFIGS, write
+
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def build(name: str, overrides: list[str]) -> Splits:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS.parent), version_base="1.3"):
+        config = compose("train", [f"dataset={name}", *overrides])
+    node: Any = OmegaConf.to_container(config.dataset, resolve=True, throw_on_missing=True)
+    return Builder().build(node, "dataset")
+
+
+def test_there_are_data_sets() -> None:
+    assert len(NAMES) >= 9
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_data_set_makes_batches(name: str, tmp_path: Path) -> None:
+    splits = build(name, write(name, tmp_path / "a folder, äöü"))
+    size = splits.image_size
+    assert splits.label
+    assert len(splits.mean) == len(splits.std) == 3
+    assert splits.num_classes >= 2
+    assert not splits.classes or len(splits.classes) == splits.num_classes
+    for split in (splits.train, splits.test):
+        assert split.labels.dtype == torch.int64
+        assert 0 <= int(split.labels.min()) <= int(split.labels.max()) < splits.num_classes
+        pixels, label = split[0]
+        assert (pixels.dtype, pixels.shape, label) == (torch.uint8, (3, size, size), int(split.labels[0]))
+    train = training_loader(splits.train, splits=splits, batch_size=8, seed=0, device="cpu")
+    images, labels = next(train.epoch(0))
+    assert (images.shape, images.dtype, labels.shape) == ((8, 3, size, size), torch.float32, (8,))
+    assert torch.isfinite(images).all()
+    test = evaluation_loader(splits.test, splits=splits, batch_size=8, device="cpu")
+    assert sum(len(labels) for _, labels in test.epoch(0)) == len(splits.test)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_data_set_offers_subset_and_validation(name: str, tmp_path: Path) -> None:
+    overrides = [*write(name, tmp_path), "dataset.subset=8", "dataset.validation=0.5"]
+    splits = build(name, overrides)
+    assert len(splits.train) == 8
+    assert splits.label.endswith(", validation, 8 images")
+    assert splits.baseline is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_data_set_that_is_not_there_is_said_with_its_place(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path / "no system files")
+    node = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    if "root" not in node:
+        pytest.skip("comes with the project")
+    overrides = [f"dataset.root={tmp_path}/nowhere", "++dataset.label=none"]
+    overrides += ["dataset.download=false"] if "download" in node else []
+    with pytest.raises(UserError, match=str(tmp_path / "nowhere")):
+        build(name, overrides)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_opens_with_what_it_is_and_how_to_run_it(name: str) -> None:
+    lines = (CONFIGS / f"{name}.yaml").read_text().splitlines()
+    header = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
+    assert len(header) >= 2
+    assert any(line.startswith("# Run:") and f"dataset={name}" in line for line in header) or "fetch_data" in str(
+        header
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_normalisation_constants_are_those_of_the_data(name: str) -> None:
+    """Computed anew wherever the data set itself is at hand."""
+    node = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    if node["mean"] is None:
+        pytest.skip("computed for every run")
+    try:
+        splits = build(name, ["dataset.download=false"] if "download" in node else [])
+    except UserError:
+        pytest.skip(f"{node['label']} is not here")
+    if not isinstance(splits.train, Images):
+        pytest.skip("too large to decode; the constants are the field's")
+    mean, std = pixel_statistics(splits.train.images)
+    torch.testing.assert_close(
+        torch.tensor([splits.mean, splits.std]), torch.tensor([mean, std]), rtol=0, atol=1e-4
+    )

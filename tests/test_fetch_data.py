@@ -1,0 +1,57 @@
+"""scripts/fetch_data.py makes a data set ready or ends with one message that says what to do."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from official_formats import imagenet, write
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "fetch_data.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("fetch_data", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_what_was_found_is_printed(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script.main(["cifar10", *write("cifar10", tmp_path)])
+    assert capsys.readouterr().out == "CIFAR-10: 40 images to train on, 20 to test on, 10 classes\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["imagenet"], ["https://image-net.org", "ILSVRC2012_img_train.tar"]),
+        (["cifar100", "dataset.download=false"], ["cifar-100-python.tar.gz", "md5"]),
+        (["nonsense"], ["nonsense", "cifar10"]),
+        (["image_folder"], ["dataset.root"]),
+        (["cifar10", "dataset.rot=x"], ["rot"]),
+    ],
+)
+def test_what_is_missing_or_wrong_is_one_message(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        script.main(arguments)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_imagenet_is_packed_into_shards(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    imagenet(tmp_path, {"train": "train", "val": "val", "devkit": "ILSVRC2012_devkit_t12"}, 12, 8)
+    shards = tmp_path / "shards"
+    overrides = [f"dataset.root={shards}", f"dataset.cache={tmp_path}/cache"]
+    script.main(["imagenet_wds", *overrides, "--pack", str(tmp_path)])
+    assert "12 images to train on, 8 to test on, 4 classes" in capsys.readouterr().out
+    assert sorted(file.name for file in shards.iterdir()) == ["classes.txt", "train-000000.tar", "val-000000.tar"]

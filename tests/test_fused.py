@@ -1,0 +1,342 @@
+"""The fused kernels beside the plain composition, both measured against it in float64.
+
+Errors are norm-wise: of a whole tensor, relative to its norm. The formulas are tried on many shapes as they stand,
+without a compiler; then compiled for sizes left open, on many shapes; then compiled for fixed sizes.
+"""
+
+import contextlib
+import logging
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from l2bn import L2BatchNorm1d, L2BatchNorm2d, L2BatchNorm3d, swap_norm
+from l2bn.norms import fused
+from l2bn.norms.fused import select_kernels
+
+LAYERS = {2: L2BatchNorm1d, 3: L2BatchNorm1d, 4: L2BatchNorm2d, 5: L2BatchNorm3d}
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def outcome(layer: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """Output, gradients, running statistics, and then the output of evaluation."""
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    y.backward(g.to(y.dtype))
+    result = {"y": y.detach(), "dx": x.grad}
+    if layer.weight is not None:
+        result |= {"dw": layer.weight.grad, "db": layer.bias.grad}
+    if layer.running_mean is not None:
+        result |= {"mean": layer.running_mean.clone(), "var": layer.running_var.clone()}
+    with torch.no_grad():
+        result["evaluated"] = layer.eval()(x)
+    return result
+
+
+def assert_exact(x: Tensor, **options: object) -> None:
+    """The fused layer is as near to float64 as the plain one, and like it in type, shape and memory format."""
+    outcomes = {}
+    for name, kernels in (("exact", "off"), ("plain", "off"), ("fused", "on")):
+        torch.manual_seed(1)
+        layer = LAYERS[x.ndim](x.shape[1], fused=kernels, **options)
+        if layer.weight is not None:
+            nn.init.normal_(layer.weight, std=2)
+            nn.init.normal_(layer.bias)
+        g = torch.randn(x.shape)
+        if name == "exact":
+            outcomes[name] = outcome(layer.double(), x.double(), g)
+        else:
+            outcomes[name] = outcome(layer, x, g)
+    rounding = 1e-5 if x.dtype == torch.float32 else torch.finfo(x.dtype).eps
+    for key, exact in outcomes["exact"].items():
+        ours, plain = outcomes["fused"][key], outcomes["plain"][key]
+        assert ours.dtype == plain.dtype, key
+        assert ours.shape == plain.shape, key
+        assert ours.is_contiguous() == plain.is_contiguous(), key
+        scale = exact.norm().clamp_min(1e-30)
+        error, bound = (ours.double() - exact).norm() / scale, (plain.double() - exact).norm() / scale
+        assert error <= max(rounding, 2 * bound), f"{key} is off by {error:.1e}, the plain one by {bound:.1e}"
+
+
+def uncompiled(
+    function: Callable[..., object], tensors: tuple[Tensor | None, ...], *constants: object
+) -> list[Tensor]:
+    return fused.listed(function(*tensors, *constants))
+
+
+@contextlib.contextmanager
+def for_any_size() -> Iterator[None]:
+    """Kernels compiled once for sizes left open, as the fifth and later kinds of one channel count are."""
+    with mock.patch.object(fused, "STATIC_KINDS", 0):
+        yield
+
+
+# Where a sample has one value, or a channel two, the exact gradient is all but zero and no measure for an error.
+SHAPES = st.lists(st.integers(1, 7), min_size=2, max_size=5).filter(
+    lambda shape: math.prod(shape) // shape[0] >= 4 and math.prod(shape) // shape[1] >= 4
+)
+OPTIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "scale": st.sampled_from(["unit", "rms"]),
+        "momentum": st.sampled_from([None, 0.1, 1.0]),
+        "affine": st.booleans(),
+        "track_running_stats": st.booleans(),
+        "eps": st.sampled_from([1e-3, 1e-5]),
+    },
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    shape=SHAPES,
+    options=OPTIONS,
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    channels_last=st.booleans(),
+    seed=st.integers(0, 9999),
+)
+def test_formulas_are_exact(
+    shape: list[int], options: dict[str, object], dtype: torch.dtype, channels_last: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    x = (torch.randn(shape) * torch.logspace(-1, 1, shape[0]).view(-1, *[1] * (len(shape) - 1))).to(dtype)
+    if channels_last and len(shape) in FORMATS:
+        x = x.contiguous(memory_format=FORMATS[len(shape)])
+    with mock.patch.object(fused, "run_kernel", uncompiled):
+        assert_exact(x, **options)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(shape=st.tuples(*[st.integers(2, 19)] * 4), channels_last=st.booleans())
+def test_kernels_for_any_size_are_exact(shape: tuple[int, ...], channels_last: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    with for_any_size():
+        assert_exact(x.contiguous(memory_format=torch.channels_last) if channels_last else x)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "dtype", "options"),
+    [
+        ((6, 4, 5, 3), "contiguous", torch.float32, {}),
+        ((6, 4, 5, 3), "channels_last", torch.float32, {"scale": "rms", "momentum": None}),
+        ((1, 33, 7, 9), "channels_last", torch.bfloat16, {"affine": False}),
+        ((37, 19, 1, 1), "contiguous", torch.float16, {"track_running_stats": False}),
+    ],
+)
+def test_kernels_are_exact(
+    shape: tuple[int, ...], layout: str, dtype: torch.dtype, options: dict[str, object]
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(shape).to(dtype)
+    assert_exact(x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x, **options)
+
+
+@pytest.mark.parametrize("options", [{"scale": "rms"}, {"eps": 1e-12}], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_mean_a_thousand_times_the_spread(options: dict[str, object], layout: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 4, 16, 16) + 1000 * torch.randn(4).sign().view(4, 1, 1)
+    with for_any_size():
+        assert_exact(x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x, **options)
+
+
+def test_large_values_in_float16() -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(8, 4, 6, 6) * 1e4).half()
+    with mock.patch.object(fused, "run_kernel", uncompiled):
+        assert_exact(x)
+        assert_exact(x, scale="rms")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_zero_samples_give_zero_gradients(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 4, 5, 3).to(dtype)
+    x[2] = 0
+    assert_exact(x)
+    x.requires_grad_()
+    L2BatchNorm2d(4, fused="on")(x).sin().sum().backward()
+    assert x.grad.isfinite().all()
+    assert x.grad[2].eq(0).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 3e38])
+def test_what_is_not_finite_is_not_hidden(bad: float) -> None:
+    x = torch.randn(6, 4, 5, 3)
+    x[2, 1, 0, 0] = bad
+    layer = L2BatchNorm2d(4, fused="on")
+    assert layer(x).isnan().all()
+    fresh = L2BatchNorm2d(4, fused="on").eval()
+    with torch.no_grad():
+        y = fresh(x)
+    assert y[2].isnan().all()
+    assert y[[0, 1, 3, 4, 5]].isfinite().all()
+
+
+def test_second_derivatives_are_those_of_the_definition() -> None:
+    layer = L2BatchNorm2d(4, fused="on", dtype=torch.float64)
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, (x,))
+    assert torch.autograd.gradgradcheck(layer, (x,))
+
+
+def test_activations_in_place_and_views_are_allowed() -> None:
+    """timm's activations work in place on the norm's output."""
+    torch.manual_seed(0)
+    x, g = torch.randn(2, 6, 4, 5, 3)
+    gradients = []
+    for kernels in ("on", "off"):
+        leaf = x.clone().requires_grad_()
+        y = L2BatchNorm2d(4, fused=kernels)(leaf * 1)
+        y[0].mul_(2)
+        nn.functional.relu_(y).backward(g)
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_inputs_of_any_strides() -> None:
+    torch.manual_seed(0)
+    base = torch.randn(6, 4, 5, 6)
+    for x in (base[..., ::2], base.transpose(2, 3)[:, :, ::2], base[:, :1].expand(6, 4, 5, 6)[..., :3]):
+        with mock.patch.object(fused, "run_kernel", uncompiled):
+            ours = L2BatchNorm2d(x.shape[1], fused="on")(x)
+        torch.testing.assert_close(ours, L2BatchNorm2d(x.shape[1], fused="off")(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 4, 1)
+    x = torch.randn(6, 3, 5, 3) * 300
+    outputs = []
+    for kernels in ("on", "off"):
+        layer = L2BatchNorm2d(4, fused=kernels)
+        with torch.autocast("cpu", dtype=dtype), mock.patch.object(fused, "run_kernel", uncompiled):
+            y = layer(conv(x))
+        assert y.dtype == dtype
+        assert layer.running_var.dtype == torch.float32
+        y.float().square().sum().backward()
+        assert layer.weight.grad.dtype == torch.float32
+        outputs.append(y)
+    torch.testing.assert_close(*outputs, rtol=2 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing(reentrant: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), L2BatchNorm2d(4, fused="on", momentum=0.0), nn.ReLU())
+    gradients = []
+    for use in (True, False):
+        x = torch.linspace(-1, 1, 6 * 3 * 15).view(6, 3, 5, 3).sin().requires_grad_()
+        y = checkpoint(model, x, use_reentrant=reentrant) if use else model(x)
+        y.square().sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_inside_a_compiled_model(layout: str) -> None:
+    """One graph, no break, both modes, and the formulas' results."""
+    torch.manual_seed(0)
+    results = []
+    x = torch.randn(6, 3, 9, 7)
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    for kernels in ("on", "off"):
+        torch.manual_seed(1)
+        norms = [L2BatchNorm2d(8, fused=kernels), L2BatchNorm2d(4, fused=kernels, momentum=None, affine=False)]
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), norms[0], nn.ReLU(), nn.Conv2d(8, 4, 1), norms[1])
+        model.to(memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format)
+        run = torch.compile(model, fullgraph=True) if kernels == "on" else model
+        y = run(x)
+        y.sin().sum().backward()
+        with torch.no_grad():
+            evaluated = model.eval() and run(x)
+        results.append([y, evaluated, *(p.grad for p in model.parameters()), *model.buffers()])
+    assert results[0][0].stride() == results[1][0].stride()
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_many_kinds_of_map_all_have_kernels() -> None:
+    """No limit to the channel counts; ever new sizes of one of them share a kernel in the end."""
+    compiled = []
+
+    def count(
+        function: Callable[..., object], tensors: object, constants: tuple[object, ...], sizes: str
+    ) -> object:
+        compiled.append(sizes)
+        return lambda *present: uncompiled(function, (present[0], None, None, *present[1:]), *constants)
+
+    with mock.patch.object(fused, "_compile", count), mock.patch.object(fused, "_kernels", {}), torch.no_grad():
+        for channels in range(1, 41):
+            layer = L2BatchNorm2d(channels, affine=False, fused="on").eval()
+            for _ in range(2):
+                assert layer(torch.ones(3, channels, 2, 2)).isfinite().all()
+        assert compiled == ["fake"] * 40
+        compiled.clear()
+        for size in range(3, 30):
+            layer(torch.ones(3, 40, size, 2))
+        assert compiled == ["fake"] * (fused.STATIC_KINDS - 1) + ["symbolic"]
+
+
+def test_selection_of_kernels(caplog: pytest.LogCaptureFixture) -> None:
+    assert select_kernels(nn.Sequential(nn.BatchNorm2d(3)), "cpu", 10**6) == "stock"
+    for updates, works, expected, reason in [
+        (3, True, "plain", "3 updates do not earn back"),
+        (10**6, True, "fused", "fused kernels in 2 layers"),
+        (10**6, False, "plain", ""),
+    ]:
+        model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(4))
+        swap_norm(model, "l2bn")
+        caplog.clear()
+        with (
+            caplog.at_level(logging.INFO, logger="l2bn.norms.fused"),
+            mock.patch.object(fused, "compiler_works", lambda _, works=works: works),
+        ):
+            assert select_kernels(model, "cpu", updates) == expected
+        assert reason in caplog.text
+        assert len(caplog.records) <= 1
+        assert all(f"kernels={expected}" in repr(layer) for layer in model)
+    decided = nn.Sequential(L2BatchNorm2d(3, fused="off"))
+    assert select_kernels(decided, "cpu", 10**6) == "plain"
+    assert select_kernels(nn.Sequential(L2BatchNorm2d(3, fused="on")), "cpu", 1) == "fused"
+
+
+def test_without_a_compiler_the_plain_composition_serves() -> None:
+    code = """
+import logging, sys
+logging.basicConfig(stream=sys.stdout)
+import torch
+from torch import nn
+from l2bn import L2BatchNorm2d
+from l2bn.norms.fused import select_kernels
+layer = L2BatchNorm2d(3)
+x = torch.randn(4, 3, 5, 5)
+assert torch.equal(layer(x), L2BatchNorm2d(3, fused="off")(x))
+assert select_kernels(nn.Sequential(layer), "cpu", 10**6) == "plain"
+assert "kernels=plain" in repr(layer)
+"""
+    environment = {"CXX": "/nowhere/c++", "PATH": "", "HOME": "/"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("no compiler works for cpu") == 1, result.stdout
+
+
+def test_repr_shows_scale_and_kernels() -> None:
+    assert "scale=rms, kernels=auto" in repr(L2BatchNorm2d(3, scale="rms"))
+    assert "scale=unit, kernels=fused" in repr(L2BatchNorm2d(3, fused="on"))
+    assert "scale=unit, kernels=plain" in repr(L2BatchNorm2d(3, fused="off"))

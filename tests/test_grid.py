@@ -1,0 +1,392 @@
+"""The whole grid: everything in configs/ alone, and with everything that it can be chosen together with.
+
+Nothing here knows the name of a data set, backbone, norm or recipe: the tests find them.
+"""
+
+import copy
+import itertools
+import json
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import official_formats
+from conftest import ROOT, Train
+from l2bn.data.splits import Splits
+from l2bn.norms.swap import swap_norm
+from l2bn.training.build import Builder
+from l2bn.training.catalogue import choices, count_parameters, overview, summary
+from l2bn.training.optim import Recipe
+
+CONFIGS = ROOT / "configs"
+GROUPS = ("dataset", "backbone", "norm", "recipe")
+NAMES = {group: sorted(path.stem for path in (CONFIGS / group).glob("*.yaml")) for group in GROUPS}
+EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
+FILES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
+
+# What cannot train together, (backbone, norm): why. At present everything can.
+EXCLUDED: dict[tuple[str, str], str] = {}
+
+Node = dict[str, Any]
+Row = dict[str, str]  # a choice of each group
+
+
+def test_the_batteries_are_not_empty() -> None:
+    assert all(len(names) > 1 for names in [*NAMES.values(), EXPERIMENTS])
+    assert len(FILES) > sum(map(len, NAMES.values()))
+
+
+def read(group: str, name: str) -> Node:
+    """A node as its file has it."""
+    node: Node = yaml.safe_load((CONFIGS / group / f"{name}.yaml").read_text())
+    node.pop("defaults", None)
+    return node
+
+
+def over(node: Node, change: Mapping[str, Any]) -> Node:
+    """A node with the values of another over its own."""
+    both = {
+        key: over(node[key], change[key])
+        for key in node.keys() & change.keys()
+        if isinstance(node[key], dict)
+    }
+    return {**node, **change, **both}
+
+
+@pytest.fixture(scope="module")
+def composed() -> Iterator[Callable[..., Node]]:
+    """Compose the configuration of some overrides to plain values, and the choices that it was made of."""
+
+    def composed(*overrides: str) -> Node:
+        config = compose("train", list(overrides), return_hydra_config=True)
+        made_of = OmegaConf.to_container(config.hydra.runtime.choices)
+        own = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+        return {"choices": made_of, **OmegaConf.to_container(own, resolve=True)}  # type: ignore[dict-item]
+
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        yield composed
+
+
+# Each file.
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_opens_with_what_it_is(file: str) -> None:
+    assert (CONFIGS / file).read_text().startswith("# ")
+    assert len(summary(CONFIGS / file).split()) > 3
+
+
+@pytest.mark.parametrize("name", NAMES["dataset"])
+def test_a_data_set_brings_its_usual_recipe_or_falls_to_that_of_every_run(
+    name: str, composed: Callable[..., Node]
+) -> None:
+    defaults = yaml.safe_load((CONFIGS / "dataset" / f"{name}.yaml").read_text()).get("defaults", [])
+    usual = [entry["override /recipe@_global_.recipe"] for entry in defaults if entry != "_self_"]
+    of_every_run = [entry["recipe"] for entry in main_defaults() if "recipe" in entry]
+    assert composed(f"dataset={name}")["choices"]["recipe"] == (usual or of_every_run)[0]
+    other = next(recipe for recipe in NAMES["recipe"] if recipe not in usual + of_every_run)
+    assert composed(f"dataset={name}", f"recipe={other}")["choices"]["recipe"] == other
+
+
+def main_defaults() -> list[Any]:
+    content: Node = yaml.safe_load((CONFIGS / "train.yaml").read_text())
+    return [entry for entry in content["defaults"] if isinstance(entry, dict)]
+
+
+# The product of the groups. What a run is composed of depends on pairs of choices at most: an exception in
+# recipe_for/ is named by two, and a data set brings a recipe only where none is chosen. So the fast test takes
+# rows in which each pair occurs, and proves of each row that nothing else in it has changed anything.
+
+
+def covering(names: Mapping[str, Sequence[str]]) -> list[Row]:
+    """Rows, far fewer than the product, in which every two choices of different groups meet."""
+
+    def pairs(row: Row) -> set[tuple[tuple[str, str], ...]]:
+        return set(itertools.combinations(sorted(row.items()), 2))
+
+    missing = {
+        tuple(sorted([(a, x), (b, y)]))
+        for a, b in itertools.combinations(names, 2)
+        for x, y in itertools.product(names[a], names[b])
+    }
+    rows = []
+    while missing:
+        row = dict(min(missing))
+        for group in (group for group in names if group not in row):
+            row[group] = max(names[group], key=lambda name: len(pairs({**row, group: name}) & missing))
+        missing -= pairs(row)
+        rows.append(row)
+    return rows
+
+
+ROWS = covering(NAMES)
+
+
+def test_every_pair_of_choices_stands_in_a_row() -> None:
+    for a, b in itertools.combinations(GROUPS, 2):
+        met = {(row[a], row[b]) for row in ROWS}
+        assert met == set(itertools.product(NAMES[a], NAMES[b]))
+
+
+@pytest.fixture(scope="module")
+def elsewhere(composed: Callable[..., Node]) -> Node:
+    """What a configuration says outside the four groups."""
+    return {key: value for key, value in composed().items() if key not in (*GROUPS, "choices")}
+
+
+def check_composition(row: Row, composed: Callable[..., Node], elsewhere: Node) -> None:
+    """Each node is what its file says, the recipe with the exceptions for this data set and backbone."""
+    config = composed(*(f"{group}={name}" for group, name in row.items()))
+    recipe = read("recipe", row["recipe"])
+    for group in ("dataset", "backbone"):
+        exception = CONFIGS / "recipe_for" / group / f"{row[group]}_{row['recipe']}.yaml"
+        if exception.exists():
+            recipe = over(recipe, yaml.safe_load(exception.read_text()))
+    assert config["recipe"] == recipe
+    for group in ("dataset", "backbone", "norm"):
+        assert config[group] == read(group, row[group])
+    assert {key: config[key] for key in elsewhere} == elsewhere
+    assert config["choices"].items() >= row.items()
+    Builder().call(Recipe, config["recipe"], "recipe")
+
+
+@pytest.mark.parametrize("dataset", NAMES["dataset"])
+def test_every_pair_of_choices_composes(dataset: str, composed: Callable[..., Node], elsewhere: Node) -> None:
+    for row in ROWS:
+        if row["dataset"] == dataset:
+            check_composition(row, composed, elsewhere)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dataset", NAMES["dataset"])
+def test_the_whole_product_composes(dataset: str, composed: Callable[..., Node], elsewhere: Node) -> None:
+    for others in itertools.product(*(NAMES[group] for group in GROUPS[1:])):
+        check_composition(dict(zip(GROUPS, (dataset, *others), strict=True)), composed, elsewhere)
+
+
+@pytest.mark.parametrize("group", ["dataset", "backbone"])
+def test_an_exception_is_for_a_pair_that_there_is(group: str) -> None:
+    there_are = {f"{name}_{recipe}" for name, recipe in itertools.product(NAMES[group], NAMES["recipe"])}
+    assert {path.stem for path in (CONFIGS / "recipe_for" / group).glob("*.yaml")} <= there_are
+
+
+# Every backbone with every norm.
+
+
+@pytest.fixture(scope="module", params=NAMES["backbone"])
+def backbone(request: pytest.FixtureRequest) -> nn.Module:
+    torch.manual_seed(0)
+    model: nn.Module = Builder().build({**read("backbone", request.param), "num_classes": 7}, "backbone")
+    return model
+
+
+@pytest.mark.parametrize("norm", NAMES["norm"])
+def test_a_backbone_trains_and_evaluates_with_a_norm(
+    norm: str, backbone: nn.Module, request: pytest.FixtureRequest
+) -> None:
+    skip_if_excluded(request.node.callspec.params["backbone"], norm)
+    model = copy.deepcopy(backbone)
+    batch_norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    node = read("norm", norm)
+    if "fused" in node:
+        node["fused"] = "off"  # what is tested here is the pair, not the kernels
+    assert swap_norm(model, Builder().build(node, "norm")) == len(batch_norms) > 0
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    logits = model.train()(images)
+    assert logits.shape == (2, 7)
+    F.cross_entropy(logits, torch.tensor([0, 6])).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+    before = buffers(model)
+    with torch.inference_mode():
+        logits = model.eval()(images)
+        alone = model(images[:1])
+    assert logits.shape == (2, 7)
+    assert logits.isfinite().all()
+    torch.testing.assert_close(alone, logits[:1], rtol=1e-3, atol=1e-4)  # an image's logits are its own
+    after = buffers(model)
+    assert all(tensor.equal(after[name]) for name, tensor in before.items())
+
+
+def skip_if_excluded(backbone: str, norm: str) -> None:
+    if (backbone, norm) in EXCLUDED:
+        pytest.skip(EXCLUDED[backbone, norm])
+
+
+def test_an_exclusion_is_of_something_there_is() -> None:
+    assert EXCLUDED.keys() <= set(itertools.product(NAMES["backbone"], NAMES["norm"]))
+
+
+def buffers(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.named_buffers()}
+
+
+# Every data set, read from a stand-in in its official format.
+
+SMALL = 64  # pixels; larger images are asked for at this size here
+
+
+def stand_in(name: str, folder: Path) -> list[str]:
+    """Write a stand-in for a data set and return the overrides that lead to it."""
+    overrides = [f"dataset={name}", *official_formats.write(name, folder)]
+    if (read("dataset", name).get("image_size") or 0) > SMALL:
+        overrides.append(f"dataset.image_size={SMALL}")
+    return overrides
+
+
+@pytest.mark.parametrize("name", NAMES["dataset"])
+def test_a_data_set_is_what_its_file_says(name: str, tmp_path: Path, composed: Callable[..., Node]) -> None:
+    node = composed(*stand_in(name, tmp_path))["dataset"]
+    splits: Splits = Builder().build(node, "dataset")
+    assert splits.label == node["label"]
+    assert splits.baseline == node["baseline"]
+    assert len(splits.classes) in (0, splits.num_classes)
+    for split in (splits.train, splits.test):
+        labels = split.labels
+        assert len(split) == len(labels) > 0
+        assert labels.min() >= 0
+        assert labels.max() < splits.num_classes
+        image, label = split[0]
+        assert image.shape == (3, splits.image_size, splits.image_size)
+        assert image.dtype == torch.uint8
+        assert label == labels[0]
+    assert splits.train.labels.unique().numel() > 1
+
+
+# Every experiment.
+
+
+def jobs(experiment: str) -> list[list[str]]:
+    """The overrides of every run that an experiment is made of."""
+    content = yaml.safe_load((CONFIGS / "experiment" / f"{experiment}.yaml").read_text())
+    parameters = content["hydra"]["sweeper"]["params"]
+    for key, value in parameters.items():
+        if value == "glob(*)":
+            parameters[key] = ",".join(NAMES[key])
+    overrides = OverridesParser.create().parse_overrides(
+        [f"{key}={value}" for key, value in parameters.items()]
+    )
+    (batch,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+    return batch
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_composes_in_every_run_and_counts_them(
+    name: str, composed: Callable[..., Node]
+) -> None:
+    content = yaml.safe_load((CONFIGS / "experiment" / f"{name}.yaml").read_text())
+    assert content["hydra"]["mode"] == "MULTIRUN"
+    batch = jobs(name)
+    announced = re.search(r"([\d,]+) runs", summary(CONFIGS / "experiment" / f"{name}.yaml"))
+    if announced:
+        assert int(announced[1].replace(",", "")) == len(batch)
+    seen = set[str]()
+    for job in batch:
+        if seen.issuperset(job):
+            continue  # every choice of it has been composed already
+        seen.update(job)
+        config = composed(f"experiment={name}", *job)
+        assert config["choices"]["experiment"] == name
+        given = dict(override.split("=", 1) for override in job)
+        assert config["choices"].items() >= {k: v for k, v in given.items() if k in GROUPS}.items()
+        Builder().call(Recipe, config["recipe"], "recipe")
+
+
+# A few updates of all that there is, as a user would make them.
+
+
+def smallest_backbone() -> str:
+    return min(NAMES["backbone"], key=lambda name: count_parameters(CONFIGS / "backbone" / f"{name}.yaml"))
+
+
+SMOKE = ("experiment=smoke", "compute.threads=1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES["dataset"])
+def test_smoke_of_a_data_set_with_every_norm(name: str, tmp_path: Path, train: Train) -> None:
+    overrides = [*SMOKE, *stand_in(name, tmp_path / "data"), f"backbone={smallest_backbone()}"]
+    for norm in NAMES["norm"]:
+        record = train(*overrides, f"norm={norm}")
+        assert (record.status, record.updates, record.train_images) == ("finished", 2, 8)
+        assert record.norm == norm
+        assert record.dataset.split(",")[0] == name
+        assert record.baseline is None  # two updates on a few images may stand beside no published number
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES["backbone"])
+def test_smoke_of_a_backbone_with_every_norm(name: str, tmp_path: Path, train: Train) -> None:
+    layers = set()
+    for norm in (norm for norm in NAMES["norm"] if (name, norm) not in EXCLUDED):
+        record = train(*SMOKE, f"backbone={name}", f"norm={norm}")
+        assert (record.status, record.updates) == ("finished", 2)
+        layers.add((record.parameters, record.norm_layers))
+        shutil.rmtree(tmp_path / "runs")  # its checkpoints take up to a gigabyte
+    assert len(layers) == 1
+
+
+@pytest.mark.slow
+def test_smoke_as_a_command_sweeps_over_every_norm(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *SMOKE]
+    command += [f"runs_dir={tmp_path / 'runs'}", f"backbone={smallest_backbone()}"]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path, timeout=600)
+    summaries = [json.loads(path.read_text()) for path in (tmp_path / "runs").rglob("summary.json")]
+    assert sorted(content["norm"] for content in summaries) == NAMES["norm"]
+
+
+# The list of it all.
+
+
+@pytest.fixture(scope="module")
+def listing() -> str:
+    return overview(width=110).plain
+
+
+@pytest.mark.parametrize("group", [*GROUPS, "experiment"])
+def test_the_list_has_a_line_for_each_choice(group: str, listing: str) -> None:
+    for choice in choices(group):
+        lines = re.findall(rf"^{choice.name} +(?:([\d,]+)  )?(.+?)(?: …)?$", listing, re.MULTILINE)
+        assert len(lines) == 1
+        count, text = lines[0]
+        assert choice.summary.startswith(text)
+        assert count == ("" if choice.parameters is None else f"{choice.parameters:,}")
+
+
+def test_the_list_is_at_most_110_columns_wide(listing: str) -> None:
+    assert max(map(len, listing.splitlines())) <= 110
+
+
+def test_the_list_has_the_published_parameter_counts(listing: str) -> None:
+    published = yaml.safe_load((ROOT / "tests" / "backbone_parameters.yaml").read_text())
+    for name, count in ((name, count) for table in published.values() for name, count in table.items()):
+        assert re.search(rf"^{name} +{count:,} ", listing, re.MULTILINE)
+
+
+def test_the_script_prints_one_group_of_the_list(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["list.py", "norm"])
+    runpy.run_path(str(ROOT / "scripts" / "list.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert all(re.search(rf"^{name} ", printed, re.MULTILINE) for name in NAMES["norm"])
+    assert not re.search(rf"^{NAMES['recipe'][0]} ", printed, re.MULTILINE)

@@ -1,0 +1,79 @@
+"""Evaluating and replaying a run or a record, which may come from anybody."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from conftest import ROOT, TINY, Train
+from l2bn.errors import UserError
+from l2bn.records import publish
+from l2bn.training.run import evaluate_run, replay
+from test_training import results
+
+Change = Callable[[dict[str, Any]], Any]
+
+
+@pytest.fixture
+def record(train: Train, tmp_path: Path) -> Path:
+    return publish(train("recipe.epochs=1", *TINY).folder, tmp_path / "records")
+
+
+def test_a_run_is_evaluated_to_the_same_numbers(train: Train) -> None:
+    record = train("norm=l2bn", "recipe.epochs=1", *TINY)
+    loss, top1, top5 = evaluate_run(record.folder)
+    assert (loss, top1, top5) == (record.last["test/loss"], record.last["test/top1"], record.last["test/top5"])
+
+
+def test_a_published_record_is_replayed_to_the_same_numbers(train: Train, tmp_path: Path) -> None:
+    run = train("norm=l2bn", "recipe.epochs=1", *TINY)
+    again = replay(publish(run.folder, tmp_path / "records"), str(tmp_path / "replayed"))
+    assert results(again) == results(run)
+    assert again.hash == run.hash
+
+
+MALICE: dict[str, tuple[Change, str]] = {
+    "a target outside configs/": (lambda c: c["backbone"].update(_target_="os.system"), "os.system"),
+    "a target behind a known prefix": (lambda c: c["norm"].update(_target_="torch.os.system"), "torch.os.system"),
+    "a nested target": (lambda c: c["recipe"]["schedule"].update(_target_="builtins.exec"), "builtins.exec"),
+    "a function of our own": (
+        lambda c: c["dataset"].update(_target_="l2bn.durable.write_durably"),
+        "write_durably",
+    ),
+    "a folder elsewhere": (lambda c: c["cell"].update(dataset="../../elsewhere"), "plain name"),
+    "a seed that is a path": (lambda c: c["cell"].update(seed="../0"), "seed"),
+    "an unknown key": (lambda c: c.update(hydra={"run": {"dir": "/"}}), "hydra"),
+    "no cell": (lambda c: c.pop("cell"), "not the configuration of a run"),
+}
+
+
+@pytest.mark.parametrize("name", MALICE)
+def test_a_malicious_record_runs_nothing(name: str, record: Path, tmp_path: Path) -> None:
+    change, named = MALICE[name]
+    config = yaml.safe_load((record / "config.yaml").read_text())
+    change(config)
+    (record / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match=named):
+        replay(record, str(tmp_path / "replayed"))
+    assert not (tmp_path / "replayed").exists()
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_yaml_that_would_make_objects_makes_none(record: Path, tmp_path: Path) -> None:
+    (record / "config.yaml").write_text(f"!!python/object/apply:os.mkdir ['{tmp_path / 'made'}']\n")
+    with pytest.raises(UserError, match="not the configuration of a run"):
+        replay(record, str(tmp_path / "replayed"))
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("script", ["evaluate.py", "replay.py"])
+def test_a_folder_that_is_no_run_is_named(script: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / script), str(tmp_path / "nowhere")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "nowhere is not the folder of a run: config.yaml" in done.stderr
+    assert "Traceback" not in done.stderr
