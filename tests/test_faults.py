@@ -127,7 +127,7 @@ def test_a_device_out_of_memory(train: Train, at_update: Arrange, tmp_path: Path
 def test_weights_that_are_not_finite(value: float, train: Train, at_update: Arrange) -> None:
     def poison(trainer: Trainer) -> None:
         with torch.no_grad():
-            next(trainer.network.parameters()).view(-1)[0] = value
+            next(trainer.network.parameters()).fill_(value)
 
     at_update(11, poison)
     record = train(EPOCHS, *TINY)

@@ -61,11 +61,7 @@ def read(group: str, name: str) -> Node:
 
 def over(node: Node, change: Mapping[str, Any]) -> Node:
     """A node with the values of another over its own."""
-    both = {
-        key: over(node[key], change[key])
-        for key in node.keys() & change.keys()
-        if isinstance(node[key], dict)
-    }
+    both = {key: over(node[key], change[key]) for key in node.keys() & change.keys() if isinstance(node[key], dict)}
     return {**node, **change, **both}
 
 
@@ -282,17 +278,13 @@ def jobs(experiment: str) -> list[list[str]]:
     for key, value in parameters.items():
         if value == "glob(*)":
             parameters[key] = ",".join(NAMES[key])
-    overrides = OverridesParser.create().parse_overrides(
-        [f"{key}={value}" for key, value in parameters.items()]
-    )
+    overrides = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in parameters.items()])
     (batch,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
     return batch
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_an_experiment_composes_in_every_run_and_counts_them(
-    name: str, composed: Callable[..., Node]
-) -> None:
+def test_an_experiment_composes_in_every_run_and_counts_them(name: str, composed: Callable[..., Node]) -> None:
     content = yaml.safe_load((CONFIGS / "experiment" / f"{name}.yaml").read_text())
     assert content["hydra"]["mode"] == "MULTIRUN"
     batch = jobs(name)

@@ -21,7 +21,7 @@ from test_training import equal, results, weights
 
 SEED = 20220706
 # Two updates an epoch and a checkpoint after each: something is always being written.
-RUN = ("dataset.subset=64", "dataset.validation=0.05", "recipe.epochs=40", "checkpoint.every_steps=1")
+RUN = ("dataset.subset=64", "dataset.validation=0.05", "recipe.epochs=24", "checkpoint.every_steps=1")
 SWEEP = ("-m", "norm=bn,l2bn")
 
 

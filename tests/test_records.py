@@ -1,6 +1,7 @@
 """Records: written whole, read back equal, and a mangled one named and left out."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -116,7 +117,7 @@ def test_a_wrong_value_is_named(key: str, value: object, reason: str, tmp_path: 
 def test_a_mangled_record_is_left_out_or_read_as_it_was(data: st.DataObject, tmp_path: Path) -> None:
     """Cut, flipped or overwritten bytes: the reader names the folder or finds the very same record; no exception
     of another kind."""
-    folder = tmp_path / data.draw(st.uuids().map(str))
+    folder = Path(tempfile.mkdtemp(dir=tmp_path)) / "run"
     record = written(folder)
     path = folder / SUMMARY
     content = bytearray(path.read_bytes())

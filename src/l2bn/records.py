@@ -103,7 +103,7 @@ class Record:
         return record
 
 
-MACHINE_PATHS = frozenset({"root", "cache", "runs_dir"})
+MACHINE_PATHS = frozenset({"root", "devkit", "cache", "runs_dir"})
 
 
 def publish(folder: Path, destination: Path) -> Path:

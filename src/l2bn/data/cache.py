@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from l2bn.errors import UserError
 
 
@@ -23,7 +25,10 @@ def fingerprint(files: Iterable[Path]) -> str:
     """Changes with the name, the size or the time of modification of any of the files."""
     digest = hashlib.sha256()
     for file in files:
-        status = file.stat()
+        try:
+            status = file.stat()
+        except OSError as error:  # a link to nowhere, say
+            raise UserError(f"{file} cannot be read: {error}; replace or remove it") from error
         line = f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n"
         digest.update(line.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
@@ -37,7 +42,7 @@ def replacing(file: Path) -> Iterator[Path]:
         file.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         temporary.replace(file)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter is how safetensors reports a full disk
         raise UserError(f"nothing can be kept in {file.parent} ({error}); set dataset.cache=FOLDER") from error
     finally:
         if file.parent.is_dir():

@@ -16,14 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps
-from rich.console import Console
-from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from l2bn.data.cache import cache_file, fingerprint, replacing
 from l2bn.data.decode import read_rgb
+from l2bn.data.progress import tracked
 from l2bn.data.splits import Common, Images, Splits, make_splits
 from l2bn.errors import UserError
 
@@ -146,18 +145,11 @@ def _decode(tree: Tree, image_size: int | None) -> Tensor:
     paths = tree.paths()
     shape = _read(paths[0], image_size).shape
     pixels = np.empty((len(paths), *shape), dtype=np.uint8)
-    console = Console(stderr=True)
     # Processes, because most of the time spent on a small image is spent in Python.
     with ProcessPoolExecutor(min(os.cpu_count() or 1, len(paths) // CHUNK + 1)) as workers:
-        decoded = track(
-            workers.map(partial(_read, image_size=image_size), paths, chunksize=CHUNK),
-            f"decoding {tree.folder}",
-            total=len(paths),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        decoded = workers.map(partial(_read, image_size=image_size), paths, chunksize=CHUNK)
         try:
-            for index, image in enumerate(decoded):
+            for index, image in enumerate(tracked(decoded, f"decoding {tree.folder}", len(paths))):
                 if image.shape != shape:
                     raise UserError(
                         f"{paths[index]} is {image.shape[0]} pixels wide, {paths[0]} is {shape[0]}; "

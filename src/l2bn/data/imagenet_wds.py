@@ -12,12 +12,11 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Unpack
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -27,6 +26,7 @@ from l2bn.data.cache import cache_file, fingerprint, replacing
 from l2bn.data.decode import read_rgb
 from l2bn.data.folder import SUFFIXES, Tree
 from l2bn.data.imagenet import DEVKIT, LICENCE, Transform, evaluation_transform, list_splits, training_transform
+from l2bn.data.progress import tracked
 from l2bn.data.splits import Common, Splits, make_splits
 from l2bn.errors import UserError
 from l2bn.seeding import generator
@@ -139,7 +139,7 @@ def pack(tree: Tree, folder: Path, prefix: str, samples: int = 1000) -> int:
     order = torch.randperm(len(tree.names), generator=generator(0, "pack")).tolist()
     pattern = str(folder / prefix).replace("%", "%%") + "-%06d.tar"
     with ShardWriter(pattern, maxcount=samples, verbose=0) as writer:
-        for index in track(order, f"packing {tree.folder}", console=Console(stderr=True)):
+        for index in tracked(order, f"packing {tree.folder}"):
             path = tree.folder / tree.names[index]
             suffix = path.suffix.lower().replace("jpeg", "jpg")
             key = f"{index:08}-{path.stem.replace('.', '_')}"
@@ -172,19 +172,18 @@ def _index(files: tuple[Path, ...], cache: str | None) -> dict[str, npt.NDArray[
     file = cache_file(cache, files[0].parent.resolve().name, *map(str, resolved))
     state = fingerprint(resolved)
     try:
-        with np.load(file) as stored:
+        with file.open("rb") as stream, np.load(stream) as stored:
             if str(stored["fingerprint"]) == state:
                 return {key: stored[key] for key in COLUMNS}
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError, KeyError, BadZipFile):
         pass  # never made, or cut short: made anew
-    console = Console(stderr=True)
-    shards = track(files, f"listing {files[0].parent}", console=console, disable=not console.is_terminal)
+    shards = tracked(files, f"listing {files[0].parent}")
     rows = [(number, *sample) for number, shard in enumerate(shards) for sample in _samples(shard)]
     index: dict[str, Any] = {
         key: np.array(column) for key, column in zip(COLUMNS, zip(*rows, strict=True), strict=True)
     }
-    with replacing(file) as temporary, temporary.open("wb") as stream:
-        np.savez(stream, fingerprint=np.array(state), **index)
+    with replacing(file) as temporary, temporary.open("wb") as output:
+        np.savez(output, fingerprint=np.array(state), **index)
     return index
 
 
@@ -207,8 +206,11 @@ def _samples(file: Path) -> list[tuple[int, int, int, bytes]]:
                         f"{file}: the sample {key.removeprefix('/')} needs an image ({', '.join(SUFFIXES)}) and "
                         f"its class number (.cls), but has {', '.join(sorted(parts))}"
                     )
+                number = int(label.read())
+                if number < 0:
+                    raise ValueError(f"{parts['.cls'].name} holds the class number {number}")
                 image_name = image.name.encode(errors="surrogateescape")
-                samples.append((image.offset_data, image.size, int(label.read()), image_name))
+                samples.append((image.offset_data, image.size, number, image_name))
     except (tarfile.TarError, OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read as an uncompressed tar file of samples: {error}") from error
     if not samples:

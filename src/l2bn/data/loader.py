@@ -7,6 +7,7 @@ changes which samples form a batch. A rank takes its slice of the global batch a
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -57,19 +58,24 @@ def training_loader(
     """Random order, augmented; samples that do not fill a last batch are left out of that epoch.
 
     batch_size: over all ranks. workers: processes that decode images; a split in memory needs none.
-    Raises `UserError` if the split does not fill one batch or the batch cannot be shared out evenly.
+    Raises `UserError`, see `check_batch_size`.
     """
-    if not 1 <= batch_size <= len(split):
+    check_batch_size(batch_size, len(split), world_size)
+    kind = _MemoryLoader if isinstance(split, Images) else _WorkerLoader
+    return kind(split, splits, batch_size, seed, torch.device(device), rank, world_size, workers, channels_last)
+
+
+def check_batch_size(batch_size: int, images: int, world_size: int = 1) -> None:
+    """Raise `UserError` unless the images fill one batch and the batch can be shared out evenly."""
+    if not 1 <= batch_size <= images:
         raise UserError(
-            f"recipe.batch_size={batch_size}, but there are {len(split)} training images: "
+            f"recipe.batch_size={batch_size}, but there are {images} training images: "
             "give a batch size from 1 to that number"
         )
     if batch_size % world_size:
         raise UserError(
             f"recipe.batch_size={batch_size} is shared out over {world_size} devices: give a multiple of that"
         )
-    kind = _MemoryLoader if isinstance(split, Images) else _WorkerLoader
-    return kind(split, splits, batch_size, seed, torch.device(device), rank, world_size, workers, channels_last)
 
 
 def evaluation_loader(
@@ -162,9 +168,13 @@ class _Loader(ABC):
 class _MemoryLoader(_Loader):
     """Images that live on the device as uint8."""
 
-    def _fetch(self, epoch: int, steps: list[Tensor]) -> Iterator[Batch]:
+    @cached_property
+    def _resident(self) -> Images:
         assert isinstance(self.split, Images)
-        images, labels = self.split.images.to(self.device), self.split.labels.to(self.device)
+        return Images(self.split.images.to(self.device), self.split.labels.to(self.device))
+
+    def _fetch(self, epoch: int, steps: list[Tensor]) -> Iterator[Batch]:
+        images, labels = self._resident.images, self._resident.labels
         for indices in steps:
             indices = indices.to(self.device, non_blocking=True)
             yield images.index_select(0, indices), labels.index_select(0, indices)
@@ -193,9 +203,11 @@ class _WorkerLoader(_Loader):
         # A stream of its own lets the copy run beside the kernels of the step before.
         cuda = self.device.type == "cuda"
         stream = torch.cuda.Stream(self.device) if cuda else None  # type: ignore[no-untyped-call]
+        error = None
         for batch in self._loader:
             if isinstance(batch, UserError):
-                raise batch
+                error = batch
+                break
             with torch.cuda.stream(stream):
                 images, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
             if stream is not None:
@@ -204,6 +216,9 @@ class _WorkerLoader(_Loader):
                 images.record_stream(current)
                 labels.record_stream(current)
             yield images, labels
+        if error is not None:
+            self._loader = None  # ends the workers here; left to the traceback, they would be collected late
+            raise error
 
 
 _Key = tuple[int, list[int]]  # epoch, indices

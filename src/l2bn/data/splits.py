@@ -162,7 +162,7 @@ def make_splits(
 
 
 def stratified_order(labels: Tensor, purpose: str) -> Tensor:
-    """A fixed random order of all samples in which every prefix holds each class in proportion, within one image.
+    """A fixed random order of all samples in which every prefix holds each class in proportion, up to rounding.
 
     The k-th of a class's n samples, in random order, stands at (k + 1/2) / n of the way.
     """

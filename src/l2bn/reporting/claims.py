@@ -159,9 +159,7 @@ CLAIMS = (
 def claims_markdown(records: Sequence[Record], problems: Sequence[Problem]) -> str:
     """The claims as a Markdown table and the rules under it."""
     findings = [(claim, claim.judge(records)) for claim in CLAIMS]
-    rows = [
-        f"| {claim.number} | {claim.text} | {found.evidence} | {found.verdict} |" for claim, found in findings
-    ]
+    rows = [f"| {claim.number} | {claim.text} | {found.evidence} | {found.verdict} |" for claim, found in findings]
     rules = [f"{claim.number}. {claim.rule}" for claim in CLAIMS]
     left_out = f", {plural('unreadable record', len(problems))} left out" if problems else ""
     return "\n".join(

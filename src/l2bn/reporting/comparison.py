@@ -179,8 +179,7 @@ def distinct(records: Iterable[Record]) -> list[Record]:
 
 def _result(record: Record) -> tuple[object, ...]:
     last, best = (
-        {key: value for key, value in row.items() if key not in COST_KEYS}
-        for row in (record.last, record.best)
+        {key: value for key, value in row.items() if key not in COST_KEYS} for row in (record.last, record.best)
     )
     return record.status, last, best
 
@@ -257,9 +256,7 @@ def grid(records: Iterable[Record]) -> list[Comparison]:
     for (recipe, setting), cells in sweeps.items():
         names = product({cell.dataset for cell in cells}, {cell.backbone for cell in cells})
         planned = {Cell(dataset, recipe, backbone, setting) for dataset, backbone in names}
-        comparisons += [
-            Comparison(cell, L2BN, None, None, labels[cell.dataset]) for cell in planned - measured
-        ]
+        comparisons += [Comparison(cell, L2BN, None, None, labels[cell.dataset]) for cell in planned - measured]
     return sorted(comparisons, key=lambda comparison: (comparison.cell.order, comparison.kernels))
 
 

@@ -199,9 +199,7 @@ def differences(comparisons: Sequence[Comparison]) -> Figure:
     rows = [comparison for comparison in comparisons if comparison.differences]
     kernels = {comparison.kernels for comparison in rows}
     lines = []
-    for heading, group in groupby(
-        rows, key=lambda row: f"{row.label}, {row.cell.recipe}, {row.cell.setting}"
-    ):
+    for heading, group in groupby(rows, key=lambda row: f"{row.label}, {row.cell.recipe}, {row.cell.setting}"):
         lines.append(Line(heading))
         for row in group:
             name = row.cell.backbone + (f" ({row.kernels})" if len(kernels) > 1 else "")
@@ -231,14 +229,10 @@ def _dots(lines: Sequence[Line]) -> Figure:
         if result.low is not None and result.high is not None:
             axes.plot([result.low, result.high], [place, place], color=line.color, linewidth=1.4)
         face = "white" if result.low is None else line.color
-        axes.plot(
-            result.mean, place, line.marker, color=line.color, markerfacecolor=face, markersize=5.5, zorder=3
-        )
+        axes.plot(result.mean, place, line.marker, color=line.color, markerfacecolor=face, markersize=5.5, zorder=3)
         axes.text(1.09, place, signed(result.mean), ha="right", **beside)
         axes.text(1.15, place, str(result.n), ha="right", **beside)
-    axes.set_yticks(
-        *zip(*((place, line.name) for place, line in enumerate(lines) if line.result), strict=True)
-    )
+    axes.set_yticks(*zip(*((place, line.name) for place, line in enumerate(lines) if line.result), strict=True))
     axes.set_ylim(len(lines) - 0.4, -1.4)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)

@@ -194,9 +194,7 @@ def _paper(comparison: Comparison, reference: Reference, wheres: dict[str, str],
 # ---- Lines under the grid ---------------------------------------------------------------------------------
 
 
-def _counts(
-    records: Sequence[Record], comparisons: Sequence[Comparison], problems: Sequence[Problem]
-) -> list[str]:
+def _counts(records: Sequence[Record], comparisons: Sequence[Comparison], problems: Sequence[Problem]) -> list[str]:
     rows = [record for record in records if record.norm in (BN, L2BN)]
     diverged = sum(record.status == "diverged" for record in rows)
     missing = sum(row.missing(arm) for row in comparisons for arm in (row.bn, row.other))

@@ -70,8 +70,11 @@ def overview(groups: Sequence[str] = GROUPS, width: int = 110) -> Text:
             room = width - names - len(count) - 2
             text.append(f"{row.name:<{names}}", style="cyan").append(count)
             text.append(f"  {shorten(row.summary, room, placeholder=' …')}\n")
+        if group == "backbone":
+            text.append("at 10 classes; the nets for ImageNet and those of a library at 1,000\n", style="dim")
         text.append("\n")
-    return text.append("Parameters at 10 classes; of the nets for ImageNet and of library models, at 1,000.", "dim")
+    text.rstrip()
+    return text
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -13,7 +13,7 @@ GROUPS = ("dataset", "backbone", "norm", "recipe")
 
 # Where the files lie, how they are read and which kernels compute the same thing do not change the result
 # beyond rounding, so that a run can move between machines.
-MACHINE_KEYS = frozenset({"root", "download", "cache", "workers", "fused"})
+MACHINE_KEYS = frozenset({"root", "devkit", "download", "cache", "workers", "fused"})
 
 LONGEST_NAME = 200  # bytes; file systems allow 255
 

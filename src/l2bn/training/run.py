@@ -8,6 +8,7 @@ import torch
 import yaml
 from torch import nn
 
+from l2bn.data.loader import check_batch_size
 from l2bn.data.splits import Splits
 from l2bn.errors import UserError
 from l2bn.norms.swap import swap_norm
@@ -96,12 +97,9 @@ def make_job(config: Config, settings: Settings, cell: Cell, folder: Path, build
     recipe: Recipe = builder.call(Recipe, config["recipe"], "recipe")
     compute: Compute = builder.call(Compute, config["compute"], "compute")
     checkpoint: CheckpointPolicy = builder.call(CheckpointPolicy, config["checkpoint"], "checkpoint")
-    if recipe.batch_size % compute.devices:
-        raise UserError(
-            f"recipe.batch_size {recipe.batch_size} is not divisible by compute.devices {compute.devices}"
-        )
     norm = builder.build(config["norm"], "norm")
     splits: Splits = builder.build(config["dataset"], "dataset")
+    check_batch_size(recipe.batch_size, len(splits.train), compute.devices)
     torch.manual_seed(derive_seed(settings.seed, "weights"))
     model: nn.Module = builder.build({**config["backbone"], "num_classes": splits.num_classes}, "backbone")
     try:

@@ -1,0 +1,92 @@
+"""What every benchmark shares: interleaved times, peak memory, copy bandwidth, and the machine they hold for."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from l2bn.durable import write_durably
+from l2bn.training.environment import describe_environment
+
+Action = Callable[[], Any]
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleaved(
+    actions: dict[str, Action], device: torch.device, seconds: float, fewest: int = 15
+) -> dict[str, float]:
+    """Seconds of each action, measured in turn, round after round, so that all feel the same machine.
+
+    Of each action's times this is the median of the faster half: whatever else the machine does can only add
+    time. Rounds are made for about `seconds`, and at least `fewest`; a call too short for the clock is repeated
+    within its turn.
+    """
+    repeats = {}
+    for name, action in actions.items():
+        for _ in range(3):
+            action()
+        synchronise(device)
+        repeats[name] = max(1, round(5e-4 / max(_time(action, 1, device), 1e-6)))
+    times: dict[str, list[float]] = {name: [] for name in actions}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times[next(iter(times))]) < fewest:
+        for name, action in actions.items():
+            times[name].append(_time(action, repeats[name], device))
+    return {name: median(sorted(values)[: (len(values) + 1) // 2]) for name, values in times.items()}
+
+
+def _time(action: Action, repeats: int, device: torch.device) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        action()
+    synchronise(device)
+    return (time.perf_counter() - start) / repeats
+
+
+def peak_memory(action: Action, device: torch.device) -> int:
+    """Most bytes of tensors held at once, above those held before.
+
+    On CUDA by the allocator's own count. On the CPU by summing up the allocations and releases that the profiler
+    records: the resident set of the process would also hold what the allocator keeps for later.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        action()
+        return torch.cuda.max_memory_allocated(device) - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
+        action()
+    assert profile.profiler is not None
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def copy_of(like: Tensor) -> Action:
+    """A copy between two buffers of this size: reads and writes each byte once."""
+    source, target = torch.empty_like(like), torch.empty_like(like)
+    return lambda: target.copy_(source)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Where and with what a benchmark was measured."""
+    return describe_environment(device)
+
+
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path, json.dumps(result, indent=1) + "\n")
