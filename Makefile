@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup demo test test-all lint format list tables figures claims bench bench-norm tensorboard
+.PHONY: help setup demo test test-all lint list tables figures claims bench-norm bench-step tensorboard
 
 help: ## what there is
 	@echo "make TARGET, or make DATASET-BACKBONE-NORM to train, e.g. make cifar-resnet-l2bn ARGS='seed=1'"
@@ -50,6 +50,9 @@ claims: setup ## results/claims.md, from results/records
 
 bench-norm: setup ## time the layer: BN, the plain composition and the fused kernels side by side
 	python scripts/benchmark.py norm --json results/benchmarks/norm.json
+
+bench-step: setup ## time whole training steps with BN and with L2BN
+	python scripts/benchmark.py step --json results/benchmarks/step.json
 
 LOGDIR ?= runs
 tensorboard: setup ## show the curves of all runs in LOGDIR (runs)

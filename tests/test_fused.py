@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -122,6 +122,8 @@ def test_formulas_are_exact(
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@example(shape=(4, 4, 4, 4), channels_last=False)  # the first compiles: equal sizes must not stay equal
+@example(shape=(4, 4, 4, 4), channels_last=True)
 @given(shape=st.tuples(*[st.integers(2, 19)] * 4), channels_last=st.booleans())
 def test_kernels_for_any_size_are_exact(shape: tuple[int, ...], channels_last: bool) -> None:
     torch.manual_seed(0)

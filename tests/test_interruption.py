@@ -47,6 +47,23 @@ def test_a_signal_ends_the_run_in_good_order(number: signal.Signals, tmp_path: P
     assert newest.startswith(f"epoch{len(epochs):04d}-")
 
 
+@pytest.mark.slow
+def test_all_processes_of_a_run_stop_at_one_update(tmp_path: Path) -> None:
+    """Two devices, told through the process that started them; the checkpoint is whole and the run goes on."""
+    options = ("compute.device=cpu", "compute.devices=2", "recipe.epochs=40")
+    process = start(tmp_path, *options)
+    wait_for_epoch(tmp_path)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == EXIT_CODE, output
+    assert not any(tmp_path.rglob("summary.json"))
+    again = start(tmp_path, *options)
+    output, _ = again.communicate(timeout=240)
+    assert again.returncode == 0, output
+    (metrics,) = tmp_path.rglob("metrics.jsonl")
+    assert [json.loads(line)["epoch"] for line in metrics.read_text().splitlines()] == list(range(1, 41))
+
+
 def test_a_second_process_leaves_the_run_to_the_first(tmp_path: Path) -> None:
     first = start(tmp_path, "recipe.epochs=500")
     try:

@@ -1,9 +1,11 @@
 """L2BN in the models of timm and torchvision: everything but the norm stays what it was.
 
-The layers run as the plain composition here, which needs no compilation; test_fused.py compares it with the kernels.
+The layers run as the plain composition here, which needs no compilation; test_fused.py compares it with the
+kernels.
 """
 
 import copy
+from collections import Counter
 
 import pytest
 import timm
@@ -15,6 +17,142 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from l2bn import L2BatchNorm2d, swap_norm
 from l2bn.norms import l2bn
 
-TIMM = {  # name: number of batch norm layers, counted in the definition of the architecture
-    "cspresnet50": None,
+# Batch norm layers by architecture, as timm 1.0.31 and torchvision 0.29.2 build them.
+TIMM = {
+    "cspdarknet53": 67,
+    "cspresnet50": 55,
+    "densenet121": 121,
+    "dla46_c": 48,
+    "dpn48b": 54,
+    "efficientnet_b0": 49,
+    "efficientvit_b0": 26,
+    "ese_vovnet19b_dw": 23,
+    "fastvit_t8": 70,
+    "fbnetc_100": 65,
+    "gernet_s": 45,
+    "ghostnet_050": 80,
+    "hardcorenas_a": 34,
+    "hgnet_tiny": 36,
+    "hrnet_w18_small": 91,
+    "lcnet_050": 27,
+    "mixnet_s": 49,
+    "mnasnet_small": 46,
+    "mobilenetv2_050": 52,
+    "mobilenetv3_small_050": 34,
+    "mobilenetv4_conv_small": 46,
+    "mobileone_s0": 226,
+    "mobilevit_xxs": 32,
+    "regnetx_002": 44,
+    "regnety_002": 44,
+    "repghostnet_050": 112,
+    "repvgg_a0": 61,
+    "res2net50_14w_8s": 149,
+    "resnest14d": 23,
+    "resnet18": 20,
+    "resnetv2_50": 49,
+    "rexnet_100": 62,
+    "selecsls42": 41,
+    "seresnet18": 20,
+    "skresnet18": 36,
+    "starnet_s1": 36,
+    "tf_efficientnet_b0": 49,
+    "tinynet_e": 31,
 }
+TORCHVISION = {
+    "densenet121": 121,
+    "efficientnet_b0": 49,
+    "efficientnet_v2_s": 110,
+    "googlenet": 57,
+    "mnasnet0_5": 52,
+    "mnasnet1_0": 52,
+    "mobilenet_v2": 52,
+    "mobilenet_v3_large": 46,
+    "mobilenet_v3_small": 34,
+    "regnet_x_400mf": 71,
+    "regnet_y_400mf": 53,
+    "resnet18": 20,
+    "resnet34": 36,
+    "resnext50_32x4d": 53,
+    "shufflenet_v2_x0_5": 56,
+    "shufflenet_v2_x1_0": 56,
+    "vgg11_bn": 8,
+}
+MODELS = [*(("timm", *item) for item in TIMM.items()), *(("torchvision", *item) for item in TORCHVISION.items())]
+
+
+def build(library: str, name: str) -> nn.Module:
+    torch.manual_seed(0)
+    if library == "timm":
+        return timm.create_model(name, num_classes=5)
+    options = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
+    return torchvision.models.get_model(name, weights=None, num_classes=5, **options)
+
+
+def plain(bn: _BatchNorm) -> nn.Module:
+    return l2bn.convert(bn, fused="off")
+
+
+def kinds(model: nn.Module) -> Counter[type]:
+    """Of the modules that are no batch norm: activations and all."""
+    return Counter(type(m) for m in model.modules() if not isinstance(m, _BatchNorm))
+
+
+def test_enough_models_are_tried() -> None:
+    assert len(TIMM) >= 25
+    assert len(TORCHVISION) >= 15
+
+
+@pytest.mark.parametrize(("library", "name", "layers"), MODELS)
+def test_swap_changes_the_norm_and_nothing_else(library: str, name: str, layers: int) -> None:
+    stock = build(library, name)
+    random_state = torch.get_rng_state()
+    model = copy.deepcopy(stock)
+    parameters = dict(model.named_parameters())
+    before = {n: (m.eps, m.momentum) for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
+
+    assert swap_norm(model, plain) == layers
+    assert torch.equal(torch.get_rng_state(), random_state), "the swap drew random numbers"
+    after = {n: (m.eps, m.momentum) for n, m in model.named_modules() if isinstance(m, l2bn._L2BatchNorm)}
+    assert after == before
+    assert kinds(model) == kinds(stock)
+    assert all(p is parameters[n] for n, p in model.named_parameters())
+    assert list(model.named_parameters())[-1][0] == list(parameters)[-1]
+
+    stock.load_state_dict(model.state_dict())
+    model.load_state_dict(stock.state_dict())
+    copied = copy.deepcopy(model)
+    x = torch.randn(2, 3, 32, 32)
+    for trained in (model, copied):
+        torch.manual_seed(1)  # for dropout and dropped paths
+        trained(x).square().sum().backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients
+    assert all(g.isfinite().all() for g in gradients)
+    for p, q in zip(model.parameters(), copied.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None)
+        assert p.grad is None or torch.equal(p.grad, q.grad)
+
+
+def test_a_fused_activation_still_acts() -> None:
+    """timm's norm and activation in one layer: the l2 step comes before, the activation after."""
+    torch.manual_seed(0)
+    layer = timm.layers.BatchNormAct2d(4, act_layer=nn.SiLU)
+    x = torch.randn(6, 4, 5, 3)
+    model = nn.Sequential(layer)
+    reference = nn.functional.silu(L2BatchNorm2d(4, fused="off")(x))
+    swap_norm(model, plain)
+    torch.testing.assert_close(model(x), reference)
+
+
+def test_models_without_batch_norm_say_so() -> None:
+    with pytest.raises(ValueError, match="ResNetV2 has no batch norm layer to replace: it has 49 GroupNormAct"):
+        swap_norm(timm.create_model("resnetv2_50x1_bit", num_classes=5), "l2bn")
+
+
+def test_the_layer_as_timms_norm_layer() -> None:
+    model = timm.create_model("resnet18", num_classes=5, norm_layer=L2BatchNorm2d)
+    assert sum(isinstance(layer, L2BatchNorm2d) for layer in model.modules()) == 20
+    for layer in model.modules():
+        if isinstance(layer, L2BatchNorm2d):
+            layer.fused = "off"
+    assert model(torch.randn(2, 3, 32, 32)).isfinite().all()

@@ -1,6 +1,7 @@
 """A run, from its configuration to its record."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from conftest import ROOT, TINY, Train
 from l2bn.records import COST_KEYS, METRICS, Record, read_metrics
 from l2bn.training import session
+from l2bn.training.checkpoint import Checkpoints
 from l2bn.training.interruption import EXIT_CODE, Interruption
 from l2bn.training.loop import Trainer
 
@@ -174,6 +176,29 @@ def test_tensorboard_holds_the_same_numbers(train: Train) -> None:
     for tag in ("train/loss", "test/top1"):
         drawn = [(event.step, event.value) for event in events.Scalars(tag)]
         assert drawn == [(row["epoch"], pytest.approx(row[tag])) for row in record.metrics()]
+
+
+def test_whether_progress_is_shown_changes_nothing(train: Train, tmp_path: Path) -> None:
+    quiet = train("recipe.epochs=1", *TINY)
+    shown = train("recipe.epochs=1", *TINY, "progress=true", f"runs_dir={tmp_path / 'shown'}")
+    assert results(shown) == results(quiet)
+    assert equal(weights(shown), weights(quiet))
+
+
+def test_checkpoints_cost_little(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the default, under 2 % of the time, even of epochs of no more than 1,408 images."""
+    spent = []
+    save = Checkpoints.save
+
+    def timed(*arguments: Any) -> None:
+        began = time.perf_counter()
+        save(*arguments)
+        spent.append(time.perf_counter() - began)
+
+    monkeypatch.setattr(Checkpoints, "save", timed)
+    record = train("recipe.epochs=3", "progress=false")
+    assert len(spent) == 3
+    assert sorted(spent)[1] < 0.02 * record.seconds / 3
 
 
 def test_dropout_and_mixup_follow_from_seed_and_place(train: Train, losses: list[float], tmp_path: Path) -> None:

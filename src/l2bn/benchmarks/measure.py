@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -22,13 +21,13 @@ def synchronise(device: torch.device) -> None:
 
 
 def interleaved(
-    actions: dict[str, Action], device: torch.device, seconds: float, fewest: int = 15
+    actions: dict[str, Action], device: torch.device, seconds: float, fewest: int = 20
 ) -> dict[str, float]:
     """Seconds of each action, measured in turn, round after round, so that all feel the same machine.
 
-    Of each action's times this is the median of the faster half: whatever else the machine does can only add
-    time. Rounds are made for about `seconds`, and at least `fewest`; a call too short for the clock is repeated
-    within its turn.
+    Of each action's times the first decile is taken: whatever else the machine does can only add time, and on a
+    quiet machine decile and median are close. Rounds are made for about `seconds`, and at least `fewest`; a call
+    too short for the clock is repeated within its turn.
     """
     repeats = {}
     for name, action in actions.items():
@@ -41,7 +40,7 @@ def interleaved(
     while time.perf_counter() < end or len(times[next(iter(times))]) < fewest:
         for name, action in actions.items():
             times[name].append(_time(action, repeats[name], device))
-    return {name: median(sorted(values)[: (len(values) + 1) // 2]) for name, values in times.items()}
+    return {name: sorted(values)[len(values) // 10] for name, values in times.items()}
 
 
 def _time(action: Action, repeats: int, device: torch.device) -> float:

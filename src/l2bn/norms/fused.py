@@ -269,7 +269,7 @@ def evaluation_kernel(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """By the running statistics: only the samples' norms have to be read from x before the second pass."""
     rows = as_rows(x, axis)
-    s = sample_scale(widened(rows).square().sum((1, 2)).unsqueeze(1), a)
+    s = sample_scale(widened(rows).square().sum(axis).sum(1, keepdim=True), a)
     inv = 1 / (widened(var) + eps).sqrt()
     k = inv if weight is None else inv * weight
     shift = -widened(mean) * k if bias is None else bias - widened(mean) * k
@@ -336,6 +336,7 @@ def _compile(
 ) -> Kernel:
     # Imported here: they are slow, and needed only where a kernel is built.
     from torch._inductor import compile as compile_graph
+    from torch.fx.experimental import _config as open_sizes
     from torch.fx.experimental.proxy_tensor import make_fx
 
     given = [t is not None for t in tensors]
@@ -345,7 +346,12 @@ def _compile(
         return listed(function(*(next(rest) if is_given else None for is_given in given), *constants))
 
     present = [t.detach() for t in tensors if t is not None]
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(present[0].device.type, enabled=False):
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(present[0].device.type, enabled=False),
+        open_sizes.patch(use_duck_shape=False),  # type: ignore[attr-defined] # sizes that are equal by chance are not equal for ever
+    ):
         graph = make_fx(of_tensors, tracing_mode=sizes)(*present)
         inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
         compiled: Kernel = compile_graph(graph, inputs)

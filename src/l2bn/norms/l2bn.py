@@ -116,15 +116,15 @@ class _L2BatchNorm(_BatchNorm):
             return False
         if torch.compiler.is_compiling():
             return not torch.compiler.is_exporting()  # an exported graph shows the definition
-        needs_grad = torch.is_grad_enabled() and (
-            x.requires_grad or any(p.requires_grad for p in self.parameters())
-        )
         return (
             type(x) in (Tensor, nn.Parameter)
-            and (self._takes_batch_statistics() or not needs_grad)  # the kernels of evaluation have no backward
+            and (self._takes_batch_statistics() or not self._needs_grad(x))  # evaluation's kernels have no backward
             and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
             and (self.fused == "on" or fused.compiler_works(x.device.type))
         )
+
+    def _needs_grad(self, x: Tensor) -> bool:
+        return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
 
     def _takes_batch_statistics(self) -> bool:
         return self.training or self.running_mean is None

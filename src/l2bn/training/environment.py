@@ -1,5 +1,7 @@
 """The facts about machine and software that a record carries: this whitelist and nothing else of either."""
 
+import json
+import logging
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -8,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from l2bn.durable import write_durably
+from l2bn.records import ENVIRONMENT
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("l2bn", "torch", "torchvision", "timm", "lightning-fabric", "hydra-core", "omegaconf", "numpy")
 
@@ -32,6 +39,18 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
+
+
+def note_start(folder: Path, device: torch.device, kernels: str) -> None:
+    """Add this start of a run to `env.json`; say so where it may compute other bits than the one before."""
+    path = folder / ENVIRONMENT
+    starts = json.loads(path.read_text())["starts"] if path.exists() else []
+    facts = {**describe_environment(device), "kernels": kernels}
+    if starts:
+        changed = [key for key in FACTS_BEHIND_BITS if starts[-1].get(key) != facts[key]]
+        if changed:
+            log.warning("resumed with other %s: equal to an uninterrupted run up to rounding", ", ".join(changed))
+    write_durably(path, json.dumps({"starts": [*starts, facts]}, indent=2) + "\n")
 
 
 def _git(*arguments: str) -> str | None:

@@ -33,8 +33,6 @@ class Cell:
             name = getattr(self, group)
             if not isinstance(name, str) or name in ("", ".", "..") or "/" in name:
                 raise ValueError(f"{group} must be a plain name, not {name!r}")
-        if not isinstance(self.seed, int):
-            raise ValueError(f"seed must be a whole number, not {self.seed!r}")
 
     @property
     def path(self) -> Path:

@@ -160,6 +160,8 @@ def read_config(folder: Path, root: str | None = None) -> tuple[Config, Cell]:
     try:
         config = yaml.safe_load(path.read_text())
         cell = Cell(**config.pop("cell"))
+        if cell.seed != config["seed"]:
+            raise ValueError(f"the cell's seed is {cell.seed!r}, the configuration's {config['seed']!r}")
         dataset = {**machine_keys(f"dataset/{cell.dataset.partition(',')[0]}.yaml"), **config["dataset"]}
         config = {"runs_dir": "runs", **config, "dataset": dataset}
     except OSError as error:

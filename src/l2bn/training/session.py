@@ -3,14 +3,12 @@
 import contextlib
 import copy
 import functools
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from lightning_fabric import Fabric
 from torch import nn
@@ -21,16 +19,17 @@ from l2bn.data.splits import Splits
 from l2bn.durable import write_durably
 from l2bn.errors import UserError
 from l2bn.norms.l2bn import warn_if_few_updates
-from l2bn.records import CONFIG, ENVIRONMENT, Record
-from l2bn.training.checkpoint import CheckpointPolicy, Checkpoints
+from l2bn.records import CONFIG, Record
+from l2bn.training.checkpoint import CheckpointPolicy
 from l2bn.training.compute import Compute
-from l2bn.training.environment import FACTS_BEHIND_BITS, describe_environment
-from l2bn.training.identity import Cell, differences, hash_identity
+from l2bn.training.environment import note_start
+from l2bn.training.identity import Cell, hash_identity
 from l2bn.training.interruption import EXIT_CODE, Interruption, follow_parent, sole_owner
 from l2bn.training.journal import Journal
-from l2bn.training.loop import DivergedError, Position, Totals, Trainer
+from l2bn.training.loop import DivergedError, Position, Trainer
 from l2bn.training.optim import Recipe
 from l2bn.training.progress import ProgressDisplay
+from l2bn.training.state import State
 
 log = logging.getLogger(__name__)
 
@@ -107,11 +106,11 @@ def train(fabric: Fabric, job: Job) -> None:
         network, kernels = job.compute.place(own, fabric.device, updates=epochs * steps)
         model, optimizer = fabric.setup(network, job.recipe.optimizer(network))
 
-        state = _State(fabric, job, network, optimizer)
+        state = State(fabric, job.folder, job.identity, job.checkpoint, network, optimizer)
         position = state.restore()
         if lead:
             warn_if_few_updates(job.model, epochs * steps)
-            _note_environment(job.folder, fabric.device, kernels)
+            note_start(job.folder, fabric.device, kernels)
             journal = Journal(job.folder, position.rows)
             stack.callback(journal.close)
         display = stack.enter_context(
@@ -237,70 +236,3 @@ def make_record(job: Job, position: Position, kernels: str, divergence: str | No
         seconds=sum(row["seconds"] or 0.0 for row in rows),
         divergence=divergence,
     )
-
-
-class _State:
-    """All that a checkpoint holds, gathered and put back."""
-
-    def __init__(self, fabric: Fabric, job: Job, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self._fabric, self._job, self._network, self._optimizer = fabric, job, network, optimizer
-        self._checkpoints = Checkpoints(job.folder / "checkpoints", job.checkpoint.keep_epochs)
-
-    def save(self, position: Position) -> None:
-        """Write a checkpoint of the position just reached."""
-        totals = None
-        if position.totals:  # every process's own, in the order of their ranks: (processes, 5)
-            own = torch.cat([position.totals.sums, position.totals.bad_step[None]])
-            totals = self._fabric.all_gather(own).reshape(-1, len(own))  # type: ignore[union-attr]
-        if not self._fabric.is_global_zero:
-            return
-        state = {
-            "identity": self._job.identity,
-            "model": self._network.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "precision": self._fabric.strategy.precision.state_dict(),
-            "position": {**vars(position), "totals": totals},
-        }
-        self._checkpoints.save(position.epoch, position.step, state)
-
-    def save_weights(self, path: Path) -> None:
-        """Write the weights alone, in a format that anything can read."""
-        weights = {key: value.contiguous() for key, value in self._network.state_dict().items()}
-        write_durably(path, safetensors.torch.save(weights))
-
-    def restore(self) -> Position:
-        """Put the newest whole checkpoint back and return its position, or the start of the run.
-
-        Raises UserError for a checkpoint of another run.
-        """
-        state = self._checkpoints.load(self._fabric.device)
-        if state is None:
-            return Position()
-        changed = differences(state["identity"], self._job.identity)
-        if changed:
-            raise UserError(
-                f"the checkpoints in {self._job.folder} are of another run; it differs (there against here) in\n"
-                + "\n".join(f"  {line}" for line in changed)
-            )
-        self._network.load_state_dict(state["model"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._fabric.strategy.precision.load_state_dict(state["precision"])
-        position = Position(**state["position"])
-        if position.totals is not None:
-            own = state["position"]["totals"][self._fabric.global_rank]
-            position.totals = Totals(own[:4], own[4])
-        if self._fabric.is_global_zero:
-            log.info("%s: resumed after epoch %d, step %d", self._job.cell, position.epoch, position.step)
-        return position
-
-
-def _note_environment(folder: Path, device: torch.device, kernels: str) -> None:
-    """Add this process's start to `env.json`; say so where it may compute other bits than the one before."""
-    path = folder / ENVIRONMENT
-    starts = json.loads(path.read_text())["starts"] if path.exists() else []
-    facts = {**describe_environment(device), "kernels": kernels}
-    if starts:
-        changed = [key for key in FACTS_BEHIND_BITS if starts[-1].get(key) != facts[key]]
-        if changed:
-            log.warning("resumed with other %s: equal to an uninterrupted run up to rounding", ", ".join(changed))
-    write_durably(path, json.dumps({"starts": [*starts, facts]}, indent=2) + "\n")
