@@ -65,7 +65,7 @@ class State:
         changed = differences(state["identity"], self._identity)
         if changed:
             raise UserError(
-                f"{self._checkpoints.folder} holds checkpoints of another run, which differs (there against here) in\n"
+                f"{self._checkpoints.folder} is of another run, which differs (there against here) in\n"
                 + "\n".join(f"  {line}" for line in changed)
             )
         self._network.load_state_dict(state["model"])
