@@ -158,6 +158,6 @@ def run(arguments: argparse.Namespace) -> None:
             flush=True,
         )
     result = {"benchmark": "norm", "machine": machine(device), "cells": measured}
-    print("\n" + write_norm_report(result, arguments.json))
-    if arguments.json:
+    if arguments.json:  # first, because it is what took the time
         write_json(arguments.json, result)
+    print("\n" + write_norm_report(result, arguments.json))

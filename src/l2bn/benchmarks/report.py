@@ -14,6 +14,12 @@ def ratio(cell: Cell, norm: str, quantity: str = "seconds") -> float:
     return float(cell[quantity][norm] / cell[quantity]["bn"])
 
 
+def memory_ratio(cells: list[Cell], norm: str) -> str:
+    """Geometric mean over the cells in which the profiler saw memory taken by both; "–" if it saw none."""
+    seen = [c for c in cells if c["peak_bytes"][norm] > 0 and c["peak_bytes"]["bn"] > 0]
+    return f"{geometric_mean(ratio(c, norm, 'peak_bytes') for c in seen):.3f}" if seen else "–"
+
+
 def named(cell: Cell) -> str:
     return f"{'×'.join(map(str, cell['shape']))} {cell['layout']}"
 
@@ -49,7 +55,7 @@ def norm_table(result: dict[str, Any]) -> str:
                 lines.append(
                     f"| {caller} | {phase} | {layout} | {len(cells)} "
                     f"| {geometric_mean(ratio(c, 'naive') for c in cells):.2f} | {geometric_mean(fused):.2f} "
-                    f"| {max(fused):.2f} | {geometric_mean(ratio(c, 'fused', 'peak_bytes') for c in cells):.3f} "
+                    f"| {max(fused):.2f} | {memory_ratio(cells, 'fused')} "
                     f"| {copy:.0%} |"
                 )
     lines += ["", "The worst cells of training:", "", "| called | map | network | BN | fused | ratio |"]

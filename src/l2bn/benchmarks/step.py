@@ -88,6 +88,6 @@ def run(arguments: argparse.Namespace) -> None:
                     flush=True,
                 )
     result = {"benchmark": "step", "machine": machine(device), "rows": rows}
-    print("\n" + write_step_report(result, arguments.json))
-    if arguments.json:
+    if arguments.json:  # first, because it is what took the time
         write_json(arguments.json, result)
+    print("\n" + write_step_report(result, arguments.json))

@@ -4,16 +4,19 @@ For the definition (Wang et al., arXiv:2207.02625) see l2bn.py. With the per-sam
 everything between the two passes is small. Letters: N batch, C channels, P positions, M = N*P. Maps are rows here,
 (N, C, P) or for channels_last (N, P, C), with `axis` that of P.
 
-    m = mean_p x;  var = mean_p (x - m)^2                                                       (N, C)
-    ||x_n||^2 = P sum_c (var + m^2);  s = a / ||x_n||                                           (N, 1)
-    zc = s m - mu,  mu = mean_n s m;  v = mean_n (s^2 var + zc^2);  inv = 1 / sqrt(v + eps);  k = inv w
-    y = (x - m) A + B,  A = s k,  B = zc k + b
+    x0 = the first position of x;  d = x - x0;  m = mean_p d;  var = mean_p (d - m)^2           (N, C)
+    ||x_n||^2 = P sum_c (var + (x0 + m)^2);  s = a / ||x_n||                                    (N, 1)
+    zm = s (x0 + m);  mu = mean_n zm;  zc = zm - mu;  v = mean_n (s^2 var + zc^2);  inv = 1 / sqrt(v + eps)
+    y = d A + B,  k = inv w,  A = s k,  B = (zc - s m) k + b
 
     backward, of the gradient g of y:
-    sg = sum_p g;  sgx = sum_p g (x - m);  gb = sum_n sg;  gw = sum_n (s sgx + zc sg) inv
+    sg = sum_p g;  sgx = sum_p g d - m sg;  gb = sum_n sg;  gw = sum_n (s sgx + zc sg) inv
     c1 = -k gw inv / M;  c0 = -k gb / M + c1 zc
-    r = (s / a)^2 sum_c (k (sgx + m sg) + c0 m P + c1 s P var);  e = s (c1 s - r)
-    dx = g A + (x - m) e + f,  f = s (c0 - r m)
+    r = sum_c (k (sgx + (x0 + m) sg) + P (c0 (x0 + m) + c1 s var)) / ||x_n||^2;  e = s (c1 s - r)
+    dx = g A + d e + f,  f = s (c0 - r (x0 + m)) - m e
+
+A mean far above the spread would cancel the digits of the spread away. So x enters as its distance from x0, a shift
+that costs no pass over x, and zm is centred with a reference taken out of x0.
 
 Called from eager code, forward and backward are each one kernel that inductor compiles for the kind of map at hand.
 Dynamo takes no part, so there are no guards to check at every call and no recompile limit to fall over. Inside a
@@ -43,13 +46,22 @@ TINY = 1e-12  # as in torch.nn.functional.normalize; norms are float32 at least,
 class Moments(NamedTuple):
     """What the first pass leaves of x: small, and kept for backward."""
 
-    m: Tensor  # (N, C) mean over the positions
+    m: Tensor  # (N, C) mean over the positions, as distance from the first of them
     var: Tensor  # (N, C) biased variance over the positions
     norm2: Tensor  # (N, 1) the sample's squared l2 norm
 
 
+class Features(NamedTuple):
+    """The normalized features z, as the batch statistics see them."""
+
+    s: Tensor  # (N, 1) what each sample is multiplied with
+    zc: Tensor  # (N, C) mean over the positions, centred over the samples
+    mu: Tensor  # (C,) mean over samples and positions
+    v: Tensor  # (C,) biased variance over samples and positions
+
+
 class Line(NamedTuple):
-    """y = (x - m) A + B, and the inverse deviation that both hold."""
+    """y = d A + B, and the inverse deviation that both hold."""
 
     slope: Tensor  # (N, C)
     shift: Tensor  # (N, C)
@@ -60,60 +72,71 @@ def widened(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
+def origin(x: Tensor, axis: int) -> Tensor:
+    """x0, (N, C)."""
+    return widened(x.select(axis, 0))
+
+
+def distance(x: Tensor, axis: int) -> Tensor:
+    """d, in the shape of x."""
+    return widened(x) - origin(x, axis).unsqueeze(axis)
+
+
 def moments(x: Tensor, axis: int) -> Moments:
-    """The reading pass.
+    """The reading pass."""
+    positions = x.shape[axis]
+    d = distance(x, axis)
+    m = d.sum(axis) / positions
+    var = ((d * d).sum(axis) / positions - m * m).clamp_min(0)
+    mean = origin(x, axis) + m
+    return Moments(m, var, positions * (var + mean * mean).sum(1, keepdim=True))
 
-    The moments are taken of x - x0, with x0 the first position of each sample and channel: a mean far above the
-    spread would otherwise cancel the variance away.
+
+def squared_target(x: Tensor, rms: bool) -> int:
+    """a^2: the squared norm that each sample of x (N, ...) is given, D for a root mean square of 1.
+
+    Taken from the shape, so that a kernel for any size need not be told.
     """
-    wide, positions = widened(x), x.shape[axis]
-    x0 = wide.select(axis, 0)
-    d = wide - x0.unsqueeze(axis)
-    shifted = d.sum(axis) / positions
-    var = ((d * d).sum(axis) / positions - shifted * shifted).clamp_min(0)
-    m = shifted + x0
-    return Moments(m, var, positions * (var + m * m).sum(1, keepdim=True))
+    return math.prod(x.shape[1:]) if rms else 1
 
 
-def sample_scale(norm2: Tensor, a: float) -> Tensor:
+def sample_scale(norm2: Tensor, a2: int) -> Tensor:
     """What each sample is multiplied with: 0 if it is all zero, NaN if its norm is not finite."""
-    s = a / norm2.clamp_min(TINY**2).sqrt()
+    s = (a2 / norm2.clamp_min(TINY**2)).sqrt()
     return torch.where(norm2 == 0, 0.0, torch.where(norm2 < math.inf, s, math.nan))
 
 
-def batch_statistics(moments: Moments, s: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of z over samples and positions, (C,)."""
-    mu = (s * moments.m).mean(0)
-    return mu, (s * s * moments.var + (s * moments.m - mu).square()).mean(0)
+def features(x0: Tensor, taken: Moments, s: Tensor) -> Features:
+    """Statistics of s x over samples and positions."""
+    reference, level = x0.mean(0), s.mean(0)
+    zm = s * (x0 - reference + taken.m)
+    zc = zm - zm.mean(0) + reference * (s - level)
+    return Features(s, zc, zm.mean(0) + reference * level, (s * s * taken.var + zc * zc).mean(0))
 
 
-def line(
-    moments: Moments, s: Tensor, mu: Tensor, v: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Line:
+def line(m: Tensor, z: Features, weight: Tensor | None, bias: Tensor | None, eps: float) -> Line:
     """What the second pass multiplies with and adds."""
-    inv = 1 / (v + eps).sqrt()
+    inv = 1 / (z.v + eps).sqrt()
     k = inv if weight is None else inv * weight
-    shift = (s * moments.m - mu) * k
-    return Line(s * k, shift if bias is None else shift + bias, inv)
+    shift = (z.zc - z.s * m) * k
+    return Line(z.s * k, shift if bias is None else shift + bias, inv)
 
 
-def apply_line(x: Tensor, m: Tensor, slope: Tensor, shift: Tensor, axis: int) -> Tensor:
+def apply_line(x: Tensor, slope: Tensor, shift: Tensor, axis: int) -> Tensor:
     """The read-write pass."""
-    centred = widened(x) - m.unsqueeze(axis)
-    return (centred * slope.unsqueeze(axis) + shift.unsqueeze(axis)).to(x.dtype)
+    return (distance(x, axis) * slope.unsqueeze(axis) + shift.unsqueeze(axis)).to(x.dtype)
 
 
 def gradient_sums(g: Tensor, x: Tensor, m: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """The reading pass of backward: sums over the positions of g and of g (x - m), (N, C)."""
+    """The reading pass of backward: sg and sgx, (N, C)."""
     wide = widened(g)
-    return wide.sum(axis), (wide * (widened(x) - m.unsqueeze(axis))).sum(axis)
+    sg = wide.sum(axis)
+    return sg, (wide * distance(x, axis)).sum(axis) - m * sg
 
 
-def parameter_gradients(
-    sg: Tensor, sgx: Tensor, m: Tensor, s: Tensor, mu: Tensor, inv: Tensor
-) -> tuple[Tensor, Tensor]:
+def parameter_gradients(sg: Tensor, sgx: Tensor, s: Tensor, zc: Tensor, inv: Tensor) -> tuple[Tensor, Tensor]:
     """Of weight and bias, (C,)."""
-    return ((s * sgx + (s * m - mu) * sg) * inv).sum(0), sg.sum(0)
+    return ((s * sgx + zc * sg) * inv).sum(0), sg.sum(0)
 
 
 def input_gradient_terms(
@@ -121,61 +144,55 @@ def input_gradient_terms(
     sgx: Tensor,
     gw: Tensor,
     gb: Tensor,
-    moments: Moments,
+    x0: Tensor,
+    taken: Moments,
     s: Tensor,
-    mu: Tensor,
+    zc: Tensor,
     inv: Tensor,
     weight: Tensor | None,
     count: float | Tensor,
     positions: int,
 ) -> tuple[Tensor, Tensor]:
-    """Of dx = g A + (x - m) e + f: e and f, (N, C). `count` is M, over which the statistics were taken."""
-    m, var, norm2 = moments
+    """e and f of dx, (N, C). `count` is M, over which the statistics were taken."""
+    m, var, norm2 = taken
+    mean = x0 + m
     k = inv if weight is None else inv * weight
     c1 = -k * gw * inv / count
-    c0 = -k * gb / count + c1 * (s * m - mu)
-    along_x = (k * (sgx + m * sg) + positions * (c0 * m + c1 * s * var)).sum(1, keepdim=True)
+    c0 = -k * gb / count + c1 * zc
+    along_x = (k * (sgx + mean * sg) + positions * (c0 * mean + c1 * s * var)).sum(1, keepdim=True)
     r = torch.where(norm2 > TINY**2, along_x / norm2, 0.0)  # below tiny, s does not depend on x
     e = s * (c1 * s - r)
-    return e, s * (c0 - r * m)
+    return e, s * (c0 - r * mean) - m * e
 
 
-def apply_gradient(g: Tensor, x: Tensor, m: Tensor, slope: Tensor, e: Tensor, f: Tensor, axis: int) -> Tensor:
+def apply_gradient(g: Tensor, x: Tensor, slope: Tensor, e: Tensor, f: Tensor, axis: int) -> Tensor:
     """The read-write pass of backward."""
-    centred = widened(x) - m.unsqueeze(axis)
-    dx = widened(g) * slope.unsqueeze(axis) + centred * e.unsqueeze(axis) + f.unsqueeze(axis)
+    dx = widened(g) * slope.unsqueeze(axis) + distance(x, axis) * e.unsqueeze(axis) + f.unsqueeze(axis)
     return dx.to(x.dtype)
 
 
 def forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, a: float, eps: float, axis: int
-) -> tuple[Tensor, Tensor, Tensor, Line, Moments]:
-    """y, the batch's mean and variance, and what backward needs."""
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, rms: bool, eps: float, axis: int
+) -> tuple[Tensor, Features, Line, Moments]:
+    """y, and what is small on the way to it."""
     taken = moments(x, axis)
-    s = sample_scale(taken.norm2, a)
-    mu, v = batch_statistics(taken, s)
-    drawn = line(taken, s, mu, v, weight, bias, eps)
-    return apply_line(x, taken.m, drawn.slope, drawn.shift, axis), mu, v, drawn, taken
+    z = features(origin(x, axis), taken, sample_scale(taken.norm2, squared_target(x, rms)))
+    drawn = line(taken.m, z, weight, bias, eps)
+    return apply_line(x, drawn.slope, drawn.shift, axis), z, drawn, taken
 
 
 def backward(
-    g: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    inv: Tensor,
-    mu: Tensor,
-    taken: Moments,
-    a: float,
-    axis: int,
+    g: Tensor, x: Tensor, weight: Tensor | None, inv: Tensor, taken: Moments, rms: bool, axis: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias, and the small terms of the first."""
     n, positions = x.shape[0], x.shape[axis]
-    s = sample_scale(taken.norm2, a)
-    slope = s * (inv if weight is None else inv * weight)
+    x0 = origin(x, axis)
+    z = features(x0, taken, sample_scale(taken.norm2, squared_target(x, rms)))
+    slope = z.s * (inv if weight is None else inv * weight)
     sg, sgx = gradient_sums(g, x, taken.m, axis)
-    gw, gb = parameter_gradients(sg, sgx, taken.m, s, mu, inv)
-    e, f = input_gradient_terms(sg, sgx, gw, gb, taken, s, mu, inv, weight, n * positions, positions)
-    return apply_gradient(g, x, taken.m, slope, e, f, axis), gw, gb, slope, e, f
+    gw, gb = parameter_gradients(sg, sgx, z.s, z.zc, inv)
+    e, f = input_gradient_terms(sg, sgx, gw, gb, x0, taken, z.s, z.zc, inv, weight, n * positions, positions)
+    return apply_gradient(g, x, slope, e, f, axis), gw, gb, slope, e, f
 
 
 # --------------------------------------------------------------------------------------------- maps, seen as rows
@@ -225,19 +242,19 @@ def forward_kernel(
     mean: Tensor | None,
     var: Tensor | None,
     tracked: Tensor | None,
-    a: float,
+    rms: bool,
     eps: float,
     momentum: float | None,
     axis: int,
 ) -> tuple[Tensor, ...]:
     rows = as_rows(x, axis)
-    y, mu, v, drawn, taken = forward(rows, weight, bias, a, eps, axis)
+    y, z, drawn, taken = forward(rows, weight, bias, rms, eps, axis)
     step = momentum if tracked is None else 1.0 / tracked
     if step is not None:
-        update_running(mean, var, mu, v, step, x.numel() / x.shape[1])
+        update_running(mean, var, z.mu, z.v, step, x.numel() / x.shape[1])
     # All that is small is returned, also where backward does not ask for it: as an output it is computed once,
     # not again for every element of the second pass.
-    return as_map(y, x, axis), drawn.inv, mu, *taken, drawn.slope, drawn.shift
+    return as_map(y, x, axis), drawn.inv, *taken, drawn.slope, drawn.shift
 
 
 def backward_kernel(
@@ -245,15 +262,14 @@ def backward_kernel(
     x: Tensor,
     weight: Tensor | None,
     inv: Tensor,
-    mu: Tensor,
     m: Tensor,
     var: Tensor,
     norm2: Tensor,
-    a: float,
+    rms: bool,
     axis: int,
 ) -> tuple[Tensor, ...]:
     g_rows, x_rows = as_rows(g, axis), as_rows(x, axis)
-    dx, *small = backward(g_rows, x_rows, weight, inv, mu, Moments(m, var, norm2), a, axis)
+    dx, *small = backward(g_rows, x_rows, weight, inv, Moments(m, var, norm2), rms, axis)
     return as_map(dx, x, axis), *small
 
 
@@ -263,13 +279,13 @@ def evaluation_kernel(
     bias: Tensor | None,
     mean: Tensor,
     var: Tensor,
-    a: float,
+    rms: bool,
     eps: float,
     axis: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """By the running statistics: only the samples' norms have to be read from x before the second pass."""
     rows = as_rows(x, axis)
-    s = sample_scale(widened(rows).square().sum(axis).sum(1, keepdim=True), a)
+    s = sample_scale(widened(rows).square().sum(axis).sum(1, keepdim=True), squared_target(x, rms))
     inv = 1 / (widened(var) + eps).sqrt()
     k = inv if weight is None else inv * weight
     shift = -widened(mean) * k if bias is None else bias - widened(mean) * k
@@ -374,24 +390,23 @@ class _Training(torch.autograd.Function):
         mean: Tensor | None,
         var: Tensor | None,
         tracked: Tensor | None,
-        a: float,
+        rms: bool,
         eps: float,
         momentum: float | None,
     ) -> Tensor:
-        ctx.axis, ctx.a, ctx.eps, ctx.bias = position_axis(x), a, eps, bias
+        ctx.axis, ctx.rms, ctx.eps, ctx.bias = position_axis(x), rms, eps, bias
         tensors = dense(x, ctx.axis), weight, bias, mean, var, tracked
-        y, inv, mu, *small = run_kernel(forward_kernel, tensors, a, eps, momentum, ctx.axis)
-        m, var_within, norm2, _, _ = small
-        ctx.save_for_backward(x, weight, inv, mu, m, var_within, norm2)
+        y, inv, m, spread, norm2, _, _ = run_kernel(forward_kernel, tensors, rms, eps, momentum, ctx.axis)
+        ctx.save_for_backward(x, weight, inv, m, spread, norm2)
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         x, weight, *small = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: the definition has the further derivatives
-            return *_graph_of_gradients(g, x, weight, ctx.bias, ctx.a, ctx.eps), *[None] * 6
+            return *_graph_of_gradients(g, x, weight, ctx.bias, ctx.rms, ctx.eps), *[None] * 6
         tensors = dense(g, ctx.axis), dense(x, ctx.axis), weight, *small
-        dx, gw, gb, *_ = run_kernel(backward_kernel, tensors, ctx.a, ctx.axis)
+        dx, gw, gb, *_ = run_kernel(backward_kernel, tensors, ctx.rms, ctx.axis)
         return (
             dx,
             None if weight is None else gw.to(weight.dtype),
@@ -401,13 +416,13 @@ class _Training(torch.autograd.Function):
 
 
 def _graph_of_gradients(
-    g: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, a: float, eps: float
+    g: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, rms: bool, eps: float
 ) -> list[Tensor | None]:
     inputs = [x, weight, bias]
     wanted = [t for t in inputs if t is not None and t.requires_grad]
     axes = tuple(range(1, x.ndim))
     wide = widened(x)
-    s = sample_scale(wide.square().sum(axes, keepdim=True), a)
+    s = sample_scale(wide.square().sum(axes, keepdim=True), squared_target(x, rms))
     w, b = (None if t is None else widened(t) for t in (weight, bias))
     y = F.batch_norm(wide * s, None, None, w, b, training=True, eps=eps).to(x.dtype)
     gradients = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
@@ -419,20 +434,20 @@ class _TracedTraining(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, a: float, eps: float, axis: int
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, rms: bool, eps: float, axis: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, mu, v, drawn, taken = forward(x, weight, bias, a, eps, axis)
-        ctx.save_for_backward(x, weight, drawn.inv, mu, *taken)
-        ctx.a, ctx.axis = a, axis
+        y, z, drawn, taken = forward(x, weight, bias, rms, eps, axis)
+        ctx.save_for_backward(x, weight, drawn.inv, *taken)
+        ctx.rms, ctx.axis = rms, axis
         ctx.weight_dtype = None if weight is None else weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(mu, v)
-        return y, mu, v
+        ctx.mark_non_differentiable(z.mu, z.v)
+        return y, z.mu, z.v
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> Any:
-        x, weight, inv, mu, m, var, norm2 = ctx.saved_tensors
-        dx, gw, gb = backward(g, x, weight, inv, mu, Moments(m, var, norm2), ctx.a, ctx.axis)[:3]
+        x, weight, inv, m, var, norm2 = ctx.saved_tensors
+        dx, gw, gb = backward(g, x, weight, inv, Moments(m, var, norm2), ctx.rms, ctx.axis)[:3]
         return (
             dx,
             None if ctx.weight_dtype is None else gw.to(ctx.weight_dtype),
@@ -453,16 +468,16 @@ def train(
     mean: Tensor | None,
     var: Tensor | None,
     tracked: Tensor | None,
-    a: float,
+    rms: bool,
     eps: float,
     momentum: float | None,
 ) -> Tensor:
     """L2BN by the batch's statistics, with the running ones moved; `tracked` takes momentum's place if given."""
     if not torch.compiler.is_compiling():
-        return _Training.apply(x, weight, bias, mean, var, tracked, a, eps, momentum)
+        return _Training.apply(x, weight, bias, mean, var, tracked, rms, eps, momentum)
     axis = position_axis(x)
     # Rows are made out here: inside, Dynamo would have the gradient of a channels_last map copied to (N, C, P).
-    y, mu, v = _TracedTraining.apply(as_rows(x, axis), weight, bias, a, eps, axis)
+    y, mu, v = _TracedTraining.apply(as_rows(x, axis), weight, bias, rms, eps, axis)
     step = momentum if tracked is None else 1.0 / tracked
     if step is not None:
         with torch.no_grad():
@@ -471,13 +486,13 @@ def train(
 
 
 def evaluate(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, a: float, eps: float
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, rms: bool, eps: float
 ) -> Tensor:
     """L2BN by the running statistics; in eager code without gradients."""
     axis = position_axis(x)
     if torch.compiler.is_compiling():
-        return evaluation_kernel(x, weight, bias, mean, var, a, eps, axis)[0]
-    return run_kernel(evaluation_kernel, (dense(x, axis), weight, bias, mean, var), a, eps, axis)[0]
+        return evaluation_kernel(x, weight, bias, mean, var, rms, eps, axis)[0]
+    return run_kernel(evaluation_kernel, (dense(x, axis), weight, bias, mean, var), rms, eps, axis)[0]
 
 
 # ------------------------------------------------------------------------------------------ which kernels to use

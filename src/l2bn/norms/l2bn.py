@@ -41,15 +41,11 @@ def l2_normalize(x: Tensor, scale: Scale = "unit") -> Tensor:
     wide = fused.widened(x)
     axes = tuple(range(1, x.ndim))
     norm = torch.linalg.vector_norm(wide, dim=axes, keepdim=True) if axes else wide.abs()  # (N, 1, ...)
-    factor = norm_of(scale, x.shape[1:].numel()) / norm.clamp_min(fused.TINY)
+    a = math.sqrt(x.shape[1:].numel()) if scale == "rms" else 1.0
+    factor = a / norm.clamp_min(fused.TINY)
     factor = torch.where(norm == 0, 0.0, factor)
     factor = torch.where(norm.isinf(), torch.nan, factor)
     return (wide * factor).to(x.dtype)
-
-
-def norm_of(scale: Scale, size: int) -> float:
-    """The l2 norm `a` that each sample of `size` values is given."""
-    return math.sqrt(size) if scale == "rms" else 1.0
 
 
 class _L2BatchNorm(_BatchNorm):
@@ -130,17 +126,17 @@ class _L2BatchNorm(_BatchNorm):
         return self.training or self.running_mean is None
 
     def _by_kernels(self, x: Tensor) -> Tensor:
-        a = norm_of(self.scale, x.shape[1:].numel())
+        rms = self.scale == "rms"
         weight, bias, mean, var = self.weight, self.bias, self.running_mean, self.running_var
         if not self.training and mean is not None and var is not None:
-            return fused.evaluate(x, weight, bias, mean, var, a, self.eps)
+            return fused.evaluate(x, weight, bias, mean, var, rms, self.eps)
         tracked = None
         if not self.training or not self.track_running_stats:
             mean = var = None
         elif self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             tracked = self.num_batches_tracked if self.momentum is None else None
-        return fused.train(x, weight, bias, mean, var, tracked, a, self.eps, self.momentum)
+        return fused.train(x, weight, bias, mean, var, tracked, rms, self.eps, self.momentum)
 
     def extra_repr(self) -> str:
         stock = super().extra_repr()  # type: ignore[no-untyped-call]

@@ -21,7 +21,6 @@ from l2bn.norms.l2bn import (
     L2BatchNorm3d,
     L2BatchNormAct2d,
     _L2BatchNorm,
-    norm_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -36,30 +35,34 @@ class _JointNorm(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        a: float | None,
+        rms: bool | None,
         eps: float,
         group: dist.ProcessGroup | None,
         compiled: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         axis = fused.position_axis(x)
         rows = fused.as_rows(fused.dense(x, axis), axis)
+        x0 = fused.origin(rows, axis)
         taken = fused.Moments(*_run(compiled, fused.moments, (rows,), axis))
-        if a is None:  # BN: no sample is scaled, and none of the gradient passes through a norm
+        if rms is None:  # BN: no sample is scaled, and none of the gradient passes through a norm
             taken = taken._replace(norm2=torch.zeros_like(taken.norm2))
-        s = torch.ones_like(taken.norm2) if a is None else fused.sample_scale(taken.norm2, a)
+            s = torch.ones_like(taken.norm2)
+        else:
+            s = fused.sample_scale(taken.norm2, fused.squared_target(rows, rms))
 
-        own_mu, own_v = fused.batch_statistics(taken, s)
-        own = torch.cat([own_mu, own_v, own_mu.new_tensor([x.numel() / x.shape[1]])])
-        gathered = own.new_empty(dist.get_world_size(group) * len(own))
-        dist.all_gather_into_tensor(gathered, own, group=group)
-        mus, vs, counts = gathered.view(-1, len(own)).tensor_split((len(own_mu), len(own) - 1), dim=1)
+        own = fused.features(x0, taken, s)
+        sent = torch.cat([own.mu, own.v, own.mu.new_tensor([x.numel() / x.shape[1]])])
+        gathered = sent.new_empty(dist.get_world_size(group) * len(sent))
+        dist.all_gather_into_tensor(gathered, sent, group=group)
+        mus, vs, counts = gathered.view(-1, len(sent)).tensor_split((len(own.mu), len(sent) - 1), dim=1)
         count = counts.sum()
         mu = (mus * counts).sum(0) / count
         v = ((vs + (mus - mu).square()) * counts).sum(0) / count
+        z = fused.Features(s, own.zc + (own.mu - mu), mu, v)
 
-        slope, shift, inv = fused.line(taken, s, mu, v, weight, bias, eps)
-        (y,) = _run(compiled, fused.apply_line, (rows, taken.m, slope, shift), axis)
-        ctx.save_for_backward(x, weight, slope, inv, mu, count, s, *taken)
+        slope, shift, inv = fused.line(taken.m, z, weight, bias, eps)
+        (y,) = _run(compiled, fused.apply_line, (rows, slope, shift), axis)
+        ctx.save_for_backward(x, weight, slope, inv, count, s, z.zc, *taken)
         ctx.axis, ctx.group, ctx.compiled, ctx.has_bias = axis, group, compiled, bias is not None
         ctx.mark_non_differentiable(mu, v, count)
         return fused.as_map(y, x, axis), mu, v, count
@@ -67,18 +70,19 @@ class _JointNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> Any:
-        x, weight, slope, inv, mu, count, s, *moments = ctx.saved_tensors
+        x, weight, slope, inv, count, s, zc, *moments = ctx.saved_tensors
         taken, axis, compiled = fused.Moments(*moments), ctx.axis, ctx.compiled
         rows, g_rows = (fused.as_rows(fused.dense(t, axis), axis) for t in (x, g))
         sg, sgx = _run(compiled, fused.gradient_sums, (g_rows, rows, taken.m), axis)
-        gw, gb = fused.parameter_gradients(sg, sgx, taken.m, s, mu, inv)
+        gw, gb = fused.parameter_gradients(sg, sgx, s, zc, inv)
         joint = torch.cat([gw, gb])
         dist.all_reduce(joint, group=ctx.group)
         joint_gw, joint_gb = joint.chunk(2)
+        x0, positions = fused.origin(rows, axis), rows.shape[axis]
         e, f = fused.input_gradient_terms(
-            sg, sgx, joint_gw, joint_gb, taken, s, mu, inv, weight, count, rows.shape[axis]
+            sg, sgx, joint_gw, joint_gb, x0, taken, s, zc, inv, weight, count, positions
         )
-        (dx,) = _run(compiled, fused.apply_gradient, (g_rows, rows, taken.m, slope, e, f), axis)
+        (dx,) = _run(compiled, fused.apply_gradient, (g_rows, rows, slope, e, f), axis)
         return (
             fused.as_map(dx, x, axis),
             None if weight is None else gw.to(weight.dtype),
@@ -103,11 +107,11 @@ class _Sync(_BatchNorm):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _joint(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)  # type: ignore[no-untyped-call]
-        a, compiled = None, False
+        rms, compiled = None, False
         if isinstance(self, _L2BatchNorm):
-            a = norm_of(self.scale, x.shape[1:].numel())
+            rms = self.scale == "rms"
             compiled = self.fused == "on" or (self.fused == "auto" and fused.compiler_works(x.device.type))
-        y, mu, v, count = _JointNorm.apply(x, self.weight, self.bias, a, self.eps, self.process_group, compiled)
+        y, mu, v, count = _JointNorm.apply(x, self.weight, self.bias, rms, self.eps, self.process_group, compiled)
         if self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             momentum = 1.0 / self.num_batches_tracked if self.momentum is None else self.momentum
