@@ -46,7 +46,7 @@ def assert_exact(x: Tensor, **options: object) -> None:
     """The fused layer is as near to float64 as the plain one, and like it in type, shape and memory format."""
     outcomes = {}
     for name, kernels in (("exact", "off"), ("plain", "off"), ("fused", "on")):
-        torch.manual_seed(1)
+        torch.manual_seed(12345)  # not the input's: a gradient along x gives nothing
         layer = LAYERS[x.ndim](x.shape[1], fused=kernels, **options)
         if layer.weight is not None:
             nn.init.normal_(layer.weight, std=2)
@@ -85,10 +85,10 @@ def for_any_size() -> Iterator[None]:
         yield
 
 
-# Where a sample has one value, a channel two, or all is one channel of one sample, the exact gradient is all but
-# zero, because the norm takes away what it acts on: no measure for an error.
+# With few values a sample or a channel the exact gradient is all but zero, because the norms take away what it acts
+# on: no measure for an error.
 SHAPES = st.lists(st.integers(1, 7), min_size=2, max_size=5).filter(
-    lambda s: math.prod(s) // s[0] >= 4 and math.prod(s) // s[1] >= 4 and s[0] * s[1] > 1
+    lambda s: math.prod(s) // s[0] >= 4 and math.prod(s) // s[1] >= 8 and s[0] * s[1] > 1
 )
 OPTIONS = st.fixed_dictionaries(
     {},
@@ -102,7 +102,7 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     shape=SHAPES,
     options=OPTIONS,

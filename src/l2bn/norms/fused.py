@@ -16,7 +16,7 @@ everything between the two passes is small. Letters: N batch, C channels, P posi
     dx = g A + d e + f,  f = s (c0 - r (x0 + m)) - m e
 
 A mean far above the spread would cancel the digits of the spread away. So x enters as its distance from x0, a shift
-that costs no pass over x, and zm is centred with a reference taken out of x0.
+that costs no pass over x, and what is small, (N, C) and below, is computed in float64.
 
 Called from eager code, forward and backward are each one kernel that inductor compiles for the kind of map at hand.
 Dynamo takes no part, so there are no guards to check at every call and no recompile limit to fall over. Inside a
@@ -37,6 +37,7 @@ from torch.nn import functional as F
 
 logger = logging.getLogger(__name__)
 
+DEVICES = ("cpu", "cuda")  # where inductor's kernels are tried and float64 exists
 TINY = 1e-12  # as in torch.nn.functional.normalize; norms are float32 at least, where its square is no zero
 
 
@@ -48,16 +49,17 @@ class Moments(NamedTuple):
 
     m: Tensor  # (N, C) mean over the positions, as distance from the first of them
     var: Tensor  # (N, C) biased variance over the positions
-    norm2: Tensor  # (N, 1) the sample's squared l2 norm
 
 
 class Features(NamedTuple):
-    """The normalized features z, as the batch statistics see them."""
+    """The normalized features z, as the batch statistics see them; in float64."""
 
-    s: Tensor  # (N, 1) what each sample is multiplied with
-    zc: Tensor  # (N, C) mean over the positions, centred over the samples
-    mu: Tensor  # (C,) mean over samples and positions
-    v: Tensor  # (C,) biased variance over samples and positions
+    mean: Tensor  # (N, C) of x over the positions
+    norm2: Tensor  # (N, 1) the sample's squared l2 norm; 0 where no norm is taken, in BN
+    s: Tensor  # (N, 1) what the sample is multiplied with
+    zc: Tensor  # (N, C) mean of z over the positions, centred over the samples
+    mu: Tensor  # (C,) mean of z over samples and positions
+    v: Tensor  # (C,) biased variance of z over samples and positions
 
 
 class Line(NamedTuple):
@@ -84,12 +86,9 @@ def distance(x: Tensor, axis: int) -> Tensor:
 
 def moments(x: Tensor, axis: int) -> Moments:
     """The reading pass."""
-    positions = x.shape[axis]
     d = distance(x, axis)
-    m = d.sum(axis) / positions
-    var = ((d * d).sum(axis) / positions - m * m).clamp_min(0)
-    mean = origin(x, axis) + m
-    return Moments(m, var, positions * (var + mean * mean).sum(1, keepdim=True))
+    m = d.sum(axis) / x.shape[axis]
+    return Moments(m, ((d * d).sum(axis) / x.shape[axis] - m * m).clamp_min(0))
 
 
 def squared_target(x: Tensor, rms: bool) -> int:
@@ -106,20 +105,28 @@ def sample_scale(norm2: Tensor, a2: int) -> Tensor:
     return torch.where(norm2 == 0, 0.0, torch.where(norm2 < math.inf, s, math.nan))
 
 
-def features(x0: Tensor, taken: Moments, s: Tensor) -> Features:
-    """Statistics of s x over samples and positions."""
-    reference, level = x0.mean(0), s.mean(0)
-    zm = s * (x0 - reference + taken.m)
-    zc = zm - zm.mean(0) + reference * (s - level)
-    return Features(s, zc, zm.mean(0) + reference * level, (s * s * taken.var + zc * zc).mean(0))
+def features(x: Tensor, taken: Moments, rms: bool | None, axis: int) -> Features:
+    """Statistics of z = s x; with `rms` None the sample's norm is left as it is, which is BN."""
+    m, var = taken.m.double(), taken.var.double()
+    mean = origin(x, axis).double() + m
+    norm2 = x.shape[axis] * (var + mean * mean).sum(1, keepdim=True)
+    if rms is None:
+        norm2 = torch.zeros_like(norm2)
+        s = torch.ones_like(norm2)
+    else:
+        s = sample_scale(norm2, squared_target(x, rms))
+    mu = (s * mean).mean(0)
+    zc = s * mean - mu
+    return Features(mean, norm2, s, zc, mu, (s * s * var + zc * zc).mean(0))
 
 
-def line(m: Tensor, z: Features, weight: Tensor | None, bias: Tensor | None, eps: float) -> Line:
+def line(taken: Moments, z: Features, weight: Tensor | None, bias: Tensor | None, eps: float) -> Line:
     """What the second pass multiplies with and adds."""
+    m = taken.m
     inv = 1 / (z.v + eps).sqrt()
     k = inv if weight is None else inv * weight
     shift = (z.zc - z.s * m) * k
-    return Line(z.s * k, shift if bias is None else shift + bias, inv)
+    return Line((z.s * k).to(m.dtype), (shift if bias is None else shift + bias).to(m.dtype), inv)
 
 
 def apply_line(x: Tensor, slope: Tensor, shift: Tensor, axis: int) -> Tensor:
@@ -134,9 +141,9 @@ def gradient_sums(g: Tensor, x: Tensor, m: Tensor, axis: int) -> tuple[Tensor, T
     return sg, (wide * distance(x, axis)).sum(axis) - m * sg
 
 
-def parameter_gradients(sg: Tensor, sgx: Tensor, s: Tensor, zc: Tensor, inv: Tensor) -> tuple[Tensor, Tensor]:
+def parameter_gradients(sg: Tensor, sgx: Tensor, z: Features, inv: Tensor) -> tuple[Tensor, Tensor]:
     """Of weight and bias, (C,)."""
-    return ((s * sgx + zc * sg) * inv).sum(0), sg.sum(0)
+    return ((z.s * sgx + z.zc * sg) * inv).sum(0), sg.double().sum(0)
 
 
 def input_gradient_terms(
@@ -144,25 +151,23 @@ def input_gradient_terms(
     sgx: Tensor,
     gw: Tensor,
     gb: Tensor,
-    x0: Tensor,
     taken: Moments,
-    s: Tensor,
-    zc: Tensor,
+    z: Features,
     inv: Tensor,
     weight: Tensor | None,
     count: float | Tensor,
     positions: int,
 ) -> tuple[Tensor, Tensor]:
     """e and f of dx, (N, C). `count` is M, over which the statistics were taken."""
-    m, var, norm2 = taken
-    mean = x0 + m
+    m, var = taken
     k = inv if weight is None else inv * weight
     c1 = -k * gw * inv / count
-    c0 = -k * gb / count + c1 * zc
-    along_x = (k * (sgx + mean * sg) + positions * (c0 * mean + c1 * s * var)).sum(1, keepdim=True)
-    r = torch.where(norm2 > TINY**2, along_x / norm2, 0.0)  # below tiny, s does not depend on x
-    e = s * (c1 * s - r)
-    return e, s * (c0 - r * mean) - m * e
+    c0 = -k * gb / count + c1 * z.zc
+    along_x = k * (sgx + z.mean * sg) + positions * (c0 * z.mean + c1 * z.s * var)
+    # Below tiny, s does not depend on x.
+    r = torch.where(z.norm2 > TINY**2, along_x.sum(1, keepdim=True) / z.norm2, 0.0)
+    e = z.s * (c1 * z.s - r)
+    return e.to(m.dtype), (z.s * (c0 - r * z.mean) - m * e).to(m.dtype)
 
 
 def apply_gradient(g: Tensor, x: Tensor, slope: Tensor, e: Tensor, f: Tensor, axis: int) -> Tensor:
@@ -176,8 +181,8 @@ def forward(
 ) -> tuple[Tensor, Features, Line, Moments]:
     """y, and what is small on the way to it."""
     taken = moments(x, axis)
-    z = features(origin(x, axis), taken, sample_scale(taken.norm2, squared_target(x, rms)))
-    drawn = line(taken.m, z, weight, bias, eps)
+    z = features(x, taken, rms, axis)
+    drawn = line(taken, z, weight, bias, eps)
     return apply_line(x, drawn.slope, drawn.shift, axis), z, drawn, taken
 
 
@@ -186,12 +191,11 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias, and the small terms of the first."""
     n, positions = x.shape[0], x.shape[axis]
-    x0 = origin(x, axis)
-    z = features(x0, taken, sample_scale(taken.norm2, squared_target(x, rms)))
-    slope = z.s * (inv if weight is None else inv * weight)
+    z = features(x, taken, rms, axis)
+    slope = (z.s * (inv if weight is None else inv * weight)).to(taken.m.dtype)
     sg, sgx = gradient_sums(g, x, taken.m, axis)
-    gw, gb = parameter_gradients(sg, sgx, z.s, z.zc, inv)
-    e, f = input_gradient_terms(sg, sgx, gw, gb, x0, taken, z.s, z.zc, inv, weight, n * positions, positions)
+    gw, gb = parameter_gradients(sg, sgx, z, inv)
+    e, f = input_gradient_terms(sg, sgx, gw, gb, taken, z, inv, weight, n * positions, positions)
     return apply_gradient(g, x, slope, e, f, axis), gw, gb, slope, e, f
 
 
@@ -228,8 +232,8 @@ def update_running(
 ) -> None:
     """Batch norm's rule, in place: towards the mean and the unbiased variance."""
     if mean is not None and var is not None:
-        mean.copy_(widened(mean) + momentum * (mu - widened(mean)))
-        var.copy_(widened(var) + momentum * (v * (count / (count - 1)) - widened(var)))
+        mean.copy_(mean + momentum * (mu - mean))
+        var.copy_(var + momentum * (v * (count / (count - 1)) - var))
 
 
 # ------------------------------------------------------------------------------- kernels, for eager callers
@@ -264,12 +268,11 @@ def backward_kernel(
     inv: Tensor,
     m: Tensor,
     var: Tensor,
-    norm2: Tensor,
     rms: bool,
     axis: int,
 ) -> tuple[Tensor, ...]:
     g_rows, x_rows = as_rows(g, axis), as_rows(x, axis)
-    dx, *small = backward(g_rows, x_rows, weight, inv, Moments(m, var, norm2), rms, axis)
+    dx, *small = backward(g_rows, x_rows, weight, inv, Moments(m, var), rms, axis)
     return as_map(dx, x, axis), *small
 
 
@@ -396,8 +399,8 @@ class _Training(torch.autograd.Function):
     ) -> Tensor:
         ctx.axis, ctx.rms, ctx.eps, ctx.bias = position_axis(x), rms, eps, bias
         tensors = dense(x, ctx.axis), weight, bias, mean, var, tracked
-        y, inv, m, spread, norm2, _, _ = run_kernel(forward_kernel, tensors, rms, eps, momentum, ctx.axis)
-        ctx.save_for_backward(x, weight, inv, m, spread, norm2)
+        y, inv, m, spread, _, _ = run_kernel(forward_kernel, tensors, rms, eps, momentum, ctx.axis)
+        ctx.save_for_backward(x, weight, inv, m, spread)
         return y
 
     @staticmethod
@@ -446,8 +449,8 @@ class _TracedTraining(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> Any:
-        x, weight, inv, m, var, norm2 = ctx.saved_tensors
-        dx, gw, gb = backward(g, x, weight, inv, Moments(m, var, norm2), ctx.rms, ctx.axis)[:3]
+        x, weight, inv, m, var = ctx.saved_tensors
+        dx, gw, gb = backward(g, x, weight, inv, Moments(m, var), ctx.rms, ctx.axis)[:3]
         return (
             dx,
             None if ctx.weight_dtype is None else gw.to(ctx.weight_dtype),
@@ -501,7 +504,7 @@ def evaluate(
 @cache
 def compiler_works(device_type: str) -> bool:
     """Whether inductor can build and run a kernel for this device; logs the reason once if not."""
-    if device_type not in ("cpu", "cuda"):
+    if device_type not in DEVICES:
         logger.info("L2BN takes the plain composition: no fused kernels for device %s", device_type)
         return False
     try:

@@ -108,7 +108,7 @@ class _L2BatchNorm(_BatchNorm):
         """Whether the fused formulas serve this call; what batch norm refuses is left to it to refuse."""
         if self.fused == "off" or x.shape[1] != self.num_features or not x.is_floating_point():
             return False
-        if x.numel() <= (x.shape[1] if self._takes_batch_statistics() else 0):
+        if x.device.type not in fused.DEVICES or x.numel() <= (x.shape[1] if self._takes_batch_statistics() else 0):
             return False
         if torch.compiler.is_compiling():
             return not torch.compiler.is_exporting()  # an exported graph shows the definition

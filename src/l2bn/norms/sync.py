@@ -42,15 +42,8 @@ class _JointNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         axis = fused.position_axis(x)
         rows = fused.as_rows(fused.dense(x, axis), axis)
-        x0 = fused.origin(rows, axis)
         taken = fused.Moments(*_run(compiled, fused.moments, (rows,), axis))
-        if rms is None:  # BN: no sample is scaled, and none of the gradient passes through a norm
-            taken = taken._replace(norm2=torch.zeros_like(taken.norm2))
-            s = torch.ones_like(taken.norm2)
-        else:
-            s = fused.sample_scale(taken.norm2, fused.squared_target(rows, rms))
-
-        own = fused.features(x0, taken, s)
+        own = fused.features(rows, taken, rms, axis)
         sent = torch.cat([own.mu, own.v, own.mu.new_tensor([x.numel() / x.shape[1]])])
         gathered = sent.new_empty(dist.get_world_size(group) * len(sent))
         dist.all_gather_into_tensor(gathered, sent, group=group)
@@ -58,11 +51,11 @@ class _JointNorm(torch.autograd.Function):
         count = counts.sum()
         mu = (mus * counts).sum(0) / count
         v = ((vs + (mus - mu).square()) * counts).sum(0) / count
-        z = fused.Features(s, own.zc + (own.mu - mu), mu, v)
+        z = own._replace(zc=own.zc + (own.mu - mu), mu=mu, v=v)
 
-        slope, shift, inv = fused.line(taken.m, z, weight, bias, eps)
+        slope, shift, inv = fused.line(taken, z, weight, bias, eps)
         (y,) = _run(compiled, fused.apply_line, (rows, slope, shift), axis)
-        ctx.save_for_backward(x, weight, slope, inv, count, s, z.zc, *taken)
+        ctx.save_for_backward(x, weight, slope, inv, count, *taken, *z)
         ctx.axis, ctx.group, ctx.compiled, ctx.has_bias = axis, group, compiled, bias is not None
         ctx.mark_non_differentiable(mu, v, count)
         return fused.as_map(y, x, axis), mu, v, count
@@ -70,17 +63,17 @@ class _JointNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> Any:
-        x, weight, slope, inv, count, s, zc, *moments = ctx.saved_tensors
-        taken, axis, compiled = fused.Moments(*moments), ctx.axis, ctx.compiled
+        x, weight, slope, inv, count, m, var, *statistics = ctx.saved_tensors
+        taken, z = fused.Moments(m, var), fused.Features(*statistics)
+        axis, compiled = ctx.axis, ctx.compiled
         rows, g_rows = (fused.as_rows(fused.dense(t, axis), axis) for t in (x, g))
         sg, sgx = _run(compiled, fused.gradient_sums, (g_rows, rows, taken.m), axis)
-        gw, gb = fused.parameter_gradients(sg, sgx, s, zc, inv)
+        gw, gb = fused.parameter_gradients(sg, sgx, z, inv)
         joint = torch.cat([gw, gb])
         dist.all_reduce(joint, group=ctx.group)
         joint_gw, joint_gb = joint.chunk(2)
-        x0, positions = fused.origin(rows, axis), rows.shape[axis]
         e, f = fused.input_gradient_terms(
-            sg, sgx, joint_gw, joint_gb, x0, taken, s, zc, inv, weight, count, positions
+            sg, sgx, joint_gw, joint_gb, taken, z, inv, weight, count, rows.shape[axis]
         )
         (dx,) = _run(compiled, fused.apply_gradient, (g_rows, rows, slope, e, f), axis)
         return (
