@@ -10,6 +10,7 @@ from torch import nn
 
 from l2bn.norms.fused import select_kernels
 from l2bn.norms.sync import convert_sync
+from l2bn.training.allocator import keep_freed_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,8 @@ class Compute:
         return self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
 
     def set_up(self) -> None:
-        """Set this process's threads and kernels."""
+        """Set this process's memory, threads and kernels."""
+        keep_freed_memory()
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         elif self.devices > 1:
