@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from l2bn import L2BatchNorm1d, L2BatchNorm2d, L2BatchNorm3d, l2_normalize, swap_norm
-from l2bn.norms import fused
-from l2bn.norms.fused import select_kernels
+from l2bn.norms import fused, kernels, selection
+from l2bn.norms.selection import select_kernels
 
 LAYERS = {2: L2BatchNorm1d, 3: L2BatchNorm1d, 4: L2BatchNorm2d, 5: L2BatchNorm3d}
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -42,20 +42,29 @@ def outcome(layer: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
     return result
 
 
+def sizes_of_terms(layer: nn.Module, x: Tensor, y: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """Of the sums that may cancel to almost nothing: what counts for their error is the size of what they sum."""
+    features = l2_normalize(x, layer.scale).square().mean().sqrt()
+    sizes = {"mean": features * (1.0 if layer.momentum is None else layer.momentum), "db": g.norm()}
+    if layer.weight is not None:
+        weight, bias = (p.detach().view(-1, *[1] * (x.ndim - 2)) for p in (layer.weight, layer.bias))
+        sizes["dw"] = (g * (y - bias) / weight).norm()
+    return sizes
+
+
 def assert_exact(x: Tensor, **options: object) -> None:
     """The fused layer is as near to float64 as the plain one, and like it in type, shape and memory format."""
     outcomes = {}
-    for name, kernels in (("exact", "off"), ("plain", "off"), ("fused", "on")):
+    for name, path in (("exact", "off"), ("plain", "off"), ("fused", "on")):
         torch.manual_seed(12345)  # not the input's: a gradient along x gives nothing
-        layer = LAYERS[x.ndim](x.shape[1], fused=kernels, **options)
+        layer = LAYERS[x.ndim](x.shape[1], fused=path, **options)
         if layer.weight is not None:
             nn.init.normal_(layer.weight, std=2)
             nn.init.normal_(layer.bias)
         g = torch.randn(x.shape)
         if name == "exact":
             outcomes[name] = outcome(layer.double(), x.double(), g)
-            features = l2_normalize(x.double(), layer.scale).square().mean().sqrt()
-            outcomes[name]["features"] = features * (1.0 if layer.momentum is None else layer.momentum)
+            terms = sizes_of_terms(layer, x.double(), outcomes[name]["y"], g)
         else:
             outcomes[name] = outcome(layer, x, g)
     rounding = 1e-5 if x.dtype == torch.float32 else torch.finfo(x.dtype).eps
@@ -64,10 +73,7 @@ def assert_exact(x: Tensor, **options: object) -> None:
         assert ours.dtype == plain.dtype, key
         assert ours.shape == plain.shape, key
         assert ours.is_contiguous() == plain.is_contiguous(), key
-        scale = exact.norm()
-        if key == "mean":  # may cancel to almost nothing: what counts is the size of the features
-            scale = scale + outcomes["exact"]["features"]
-        scale = scale.clamp_min(1e-30)
+        scale = (exact.norm() + terms.get(key, 0.0)).clamp_min(1e-30)
         error, bound = (ours.double() - exact).norm() / scale, (plain.double() - exact).norm() / scale
         assert error <= max(rounding, 2 * bound), f"{key} is off by {error:.1e}, the plain one by {bound:.1e}"
 
@@ -75,13 +81,13 @@ def assert_exact(x: Tensor, **options: object) -> None:
 def uncompiled(
     function: Callable[..., object], tensors: tuple[Tensor | None, ...], *constants: object
 ) -> list[Tensor]:
-    return fused.listed(function(*tensors, *constants))
+    return kernels.listed(function(*tensors, *constants))
 
 
 @contextlib.contextmanager
 def for_any_size() -> Iterator[None]:
     """Kernels compiled once for sizes left open, as the fifth and later kinds of one channel count are."""
-    with mock.patch.object(fused, "STATIC_KINDS", 0):
+    with mock.patch.object(kernels, "STATIC_KINDS", 0):
         yield
 
 
@@ -149,21 +155,23 @@ def test_kernels_are_exact(
     assert_exact(x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x, **options)
 
 
-def far_from_zero(layout: str) -> Tensor:
+def far_from_zero(layout: str, side: int) -> Tensor:
     torch.manual_seed(0)
-    x = torch.randn(8, 4, 16, 16) + 1000 * torch.randn(4).sign().view(4, 1, 1)
+    x = torch.randn(8, 4, side, side) + 1000 * torch.randn(4).sign().view(4, 1, 1)
     return x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
 
 
 @pytest.mark.parametrize("options", [{"scale": "rms"}, {"eps": 1e-12}], ids=str)  # else eps hides the error
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_a_mean_a_thousand_times_the_spread(options: dict[str, object], layout: str) -> None:
+@pytest.mark.parametrize("side", [16, 4, 2])
+def test_a_mean_a_thousand_times_the_spread(options: dict[str, object], layout: str, side: int) -> None:
     with mock.patch.object(fused, "run_kernel", uncompiled):
-        assert_exact(far_from_zero(layout), **options)
+        assert_exact(far_from_zero(layout, side), **options)
 
 
-def test_a_mean_a_thousand_times_the_spread_compiled() -> None:
-    assert_exact(far_from_zero("contiguous"), scale="rms")
+@pytest.mark.parametrize("side", [16, 4])
+def test_a_mean_a_thousand_times_the_spread_compiled(side: int) -> None:
+    assert_exact(far_from_zero("contiguous", side), scale="rms")
 
 
 def test_large_values_in_float16() -> None:
@@ -212,9 +220,9 @@ def test_activations_in_place_and_views_are_allowed() -> None:
     torch.manual_seed(0)
     x, g = torch.randn(2, 6, 4, 5, 3)
     gradients = []
-    for kernels in ("on", "off"):
+    for path in ("on", "off"):
         leaf = x.clone().requires_grad_()
-        y = L2BatchNorm2d(4, fused=kernels)(leaf * 1)
+        y = L2BatchNorm2d(4, fused=path)(leaf * 1)
         y[0].mul_(2)
         nn.functional.relu_(y).backward(g)
         gradients.append(leaf.grad)
@@ -236,8 +244,8 @@ def test_autocast(dtype: torch.dtype) -> None:
     conv = nn.Conv2d(3, 4, 1)
     x = torch.randn(6, 3, 5, 3) * 300
     outputs = []
-    for kernels in ("on", "off"):
-        layer = L2BatchNorm2d(4, fused=kernels)
+    for path in ("on", "off"):
+        layer = L2BatchNorm2d(4, fused=path)
         with torch.autocast("cpu", dtype=dtype), mock.patch.object(fused, "run_kernel", uncompiled):
             y = layer(conv(x))
         assert y.dtype == dtype
@@ -269,13 +277,13 @@ def test_inside_a_compiled_model(layout: str) -> None:
     x = torch.randn(6, 3, 9, 7, dtype=torch.float64)
     if layout == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)
-    for kernels in ("on", "off"):
+    for path in ("on", "off"):
         torch.manual_seed(1)
-        norms = [L2BatchNorm2d(8, fused=kernels), L2BatchNorm2d(4, fused=kernels, momentum=None, affine=False)]
+        norms = [L2BatchNorm2d(8, fused=path), L2BatchNorm2d(4, fused=path, momentum=None, affine=False)]
         model = nn.Sequential(nn.Conv2d(3, 8, 3), norms[0], nn.ReLU(), nn.Conv2d(8, 4, 1), norms[1])
         model.to(memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format)
         model.double()
-        run = torch.compile(model, fullgraph=True) if kernels == "on" else model
+        run = torch.compile(model, fullgraph=True) if path == "on" else model
         y = run(x)
         y.sin().sum().backward()
         with torch.no_grad():
@@ -296,16 +304,16 @@ def test_many_kinds_of_map_all_have_kernels() -> None:
         compiled.append(sizes)
         return lambda *present: uncompiled(function, (present[0], None, None, *present[1:]), *constants)
 
-    with mock.patch.object(fused, "_compile", count), mock.patch.object(fused, "_kernels", {}), torch.no_grad():
+    with mock.patch.object(kernels, "_compile", count), mock.patch.object(kernels, "_kernels", {}), torch.no_grad():
         for channels in range(1, 41):
             layer = L2BatchNorm2d(channels, affine=False, fused="on").eval()
             for _ in range(2):
                 assert layer(torch.ones(3, channels, 2, 2)).isfinite().all()
         assert compiled == ["fake"] * 40
         compiled.clear()
-        for size in range(3, 30):
-            layer(torch.ones(3, 40, size, 2))
-        assert compiled == ["fake"] * (fused.STATIC_KINDS - 1) + ["symbolic"]
+        for size in range(fused.FEW_POSITIONS + 1, 2 * fused.FEW_POSITIONS):
+            layer(torch.ones(3, 40, size, 1))
+        assert compiled == ["fake"] * kernels.STATIC_KINDS + ["symbolic"]
 
 
 def test_selection_of_kernels(caplog: pytest.LogCaptureFixture) -> None:
@@ -319,8 +327,8 @@ def test_selection_of_kernels(caplog: pytest.LogCaptureFixture) -> None:
         swap_norm(model, "l2bn")
         caplog.clear()
         with (
-            caplog.at_level(logging.INFO, logger="l2bn.norms.fused"),
-            mock.patch.object(fused, "compiler_works", lambda _, works=works: works),
+            caplog.at_level(logging.INFO, logger="l2bn.norms.selection"),
+            mock.patch.object(selection, "compiler_works", lambda _, works=works: works),
         ):
             assert select_kernels(model, "cpu", updates) == expected
         assert reason in caplog.text
@@ -338,7 +346,7 @@ logging.basicConfig(stream=sys.stdout)
 import torch
 from torch import nn
 from l2bn import L2BatchNorm2d
-from l2bn.norms.fused import select_kernels
+from l2bn.norms.selection import select_kernels
 layer = L2BatchNorm2d(3)
 x = torch.randn(4, 3, 5, 5)
 assert torch.equal(layer(x), L2BatchNorm2d(3, fused="off")(x))

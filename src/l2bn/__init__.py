@@ -8,14 +8,19 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from l2bn.norms.l2bn import L2BatchNorm1d, L2BatchNorm2d, L2BatchNorm3d, l2_normalize
+    from l2bn.norms.l2_step import l2_normalize
+    from l2bn.norms.l2bn import L2BatchNorm1d, L2BatchNorm2d, L2BatchNorm3d
     from l2bn.norms.swap import swap_norm
 
 __all__ = ["L2BatchNorm1d", "L2BatchNorm2d", "L2BatchNorm3d", "l2_normalize", "swap_norm"]
 
 __version__ = metadata.version("l2bn")
 
-_HOMES = {name: "l2bn.norms.swap" if name == "swap_norm" else "l2bn.norms.l2bn" for name in __all__}
+_HOMES = {
+    **dict.fromkeys(__all__, "l2bn.norms.l2bn"),
+    "l2_normalize": "l2bn.norms.l2_step",
+    "swap_norm": "l2bn.norms.swap",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,7 @@ from l2bn.benchmarks.norm import NETWORKS
 from l2bn.benchmarks.report import write_step_report
 from l2bn.norms.l2bn import convert
 from l2bn.norms.swap import swap_norm
+from l2bn.training.allocator import keep_freed_memory
 
 NORMS: dict[str, Callable[[Any], nn.Module]] = {
     "bn": lambda bn: bn,
@@ -57,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    keep_freed_memory()  # as a run does
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)

@@ -25,27 +25,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from l2bn.norms import fused
+from l2bn.norms import fused, kernels
+from l2bn.norms.l2_step import Scale, l2_normalize, widened
 
-Scale = Literal["unit", "rms"]
 Fused = Literal["auto", "on", "off"]
 
 logger = logging.getLogger(__name__)
-
-
-def l2_normalize(x: Tensor, scale: Scale = "unit") -> Tensor:
-    """Divide each sample by its l2 norm over all axes but the first ("rms": by its root mean square).
-
-    x and the result are (N, ...), in the same type; norms are taken in float32 at least.
-    """
-    wide = fused.widened(x)
-    axes = tuple(range(1, x.ndim))
-    norm = torch.linalg.vector_norm(wide, dim=axes, keepdim=True) if axes else wide.abs()  # (N, 1, ...)
-    a = math.sqrt(x.shape[1:].numel()) if scale == "rms" else 1.0
-    factor = a / norm.clamp_min(fused.TINY)
-    factor = torch.where(norm == 0, 0.0, factor)
-    factor = torch.where(norm.isinf(), torch.nan, factor)
-    return (wide * factor).to(x.dtype)
 
 
 class _L2BatchNorm(_BatchNorm):
@@ -100,7 +85,7 @@ class _L2BatchNorm(_BatchNorm):
 
     def _plain(self, x: Tensor) -> Tensor:
         """The definition itself: the reference for the fused kernels."""
-        wide = fused.widened(x)
+        wide = widened(x)
         own = next((t.dtype for t in (self.weight, self.running_mean) if t is not None), wide.dtype)
         return super().forward(l2_normalize(wide, self.scale).to(own)).to(x.dtype)
 
@@ -108,7 +93,9 @@ class _L2BatchNorm(_BatchNorm):
         """Whether the fused formulas serve this call; what batch norm refuses is left to it to refuse."""
         if self.fused == "off" or x.shape[1] != self.num_features or not x.is_floating_point():
             return False
-        if x.device.type not in fused.DEVICES or x.numel() <= (x.shape[1] if self._takes_batch_statistics() else 0):
+        if x.device.type not in kernels.DEVICES or x.numel() <= (
+            x.shape[1] if self._takes_batch_statistics() else 0
+        ):
             return False
         if torch.compiler.is_compiling():
             return not torch.compiler.is_exporting()  # an exported graph shows the definition
@@ -116,7 +103,7 @@ class _L2BatchNorm(_BatchNorm):
             type(x) in (Tensor, nn.Parameter)
             and (self._takes_batch_statistics() or not self._needs_grad(x))  # evaluation's kernels have no backward
             and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-            and (self.fused == "on" or fused.compiler_works(x.device.type))
+            and (self.fused == "on" or kernels.compiler_works(x.device.type))
         )
 
     def _needs_grad(self, x: Tensor) -> bool:

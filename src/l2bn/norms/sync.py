@@ -1,7 +1,7 @@
 """Batch statistics that are joint across the ranks of a data-parallel run, for BN and for L2BN, on CPU and CUDA.
 
 Only sums over samples and positions, a few numbers a channel, pass between the ranks; the l2 step is local to a
-sample. The formulas are those of fused.py with the collectives between them, and BN is their case s = 1. The stock
+sample. The formulas are those of rows.py with the collectives between them, and BN is their case s = 1. The stock
 `SyncBatchNorm` refuses CPU tensors, and its conversion would drop the l2 step.
 """
 
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from l2bn.norms import fused
+from l2bn.norms import rows
+from l2bn.norms.fused import update_running
+from l2bn.norms.kernels import compiler_works, listed, run_kernel
 from l2bn.norms.l2bn import (
     L2BatchNorm1d,
     L2BatchNorm2d,
@@ -22,6 +24,7 @@ from l2bn.norms.l2bn import (
     L2BatchNormAct2d,
     _L2BatchNorm,
 )
+from l2bn.norms.layout import as_map, as_rows, dense, position_axis
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +43,10 @@ class _JointNorm(torch.autograd.Function):
         group: dist.ProcessGroup | None,
         compiled: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        axis = fused.position_axis(x)
-        rows = fused.as_rows(fused.dense(x, axis), axis)
-        taken = fused.Moments(*_run(compiled, fused.moments, (rows,), axis))
-        own = fused.features(rows, taken, rms, axis)
+        axis = position_axis(x)
+        x_rows = as_rows(dense(x, axis), axis)
+        taken = rows.Moments(*_run(compiled, rows.moments, (x_rows,), axis))
+        own = rows.features(x_rows, taken, rms, axis)
         sent = torch.cat([own.mu, own.v, own.mu.new_tensor([x.numel() / x.shape[1]])])
         gathered = sent.new_empty(dist.get_world_size(group) * len(sent))
         dist.all_gather_into_tensor(gathered, sent, group=group)
@@ -53,31 +56,31 @@ class _JointNorm(torch.autograd.Function):
         v = ((vs + (mus - mu).square()) * counts).sum(0) / count
         z = own._replace(zc=own.zc + (own.mu - mu), mu=mu, v=v)
 
-        slope, shift, inv = fused.line(taken, z, weight, bias, eps)
-        (y,) = _run(compiled, fused.apply_line, (rows, slope, shift), axis)
+        slope, shift, inv = rows.line(taken, z, weight, bias, eps)
+        (y,) = _run(compiled, rows.apply_line, (x_rows, slope, shift), axis)
         ctx.save_for_backward(x, weight, slope, inv, count, *taken, *z)
         ctx.axis, ctx.group, ctx.compiled, ctx.has_bias = axis, group, compiled, bias is not None
         ctx.mark_non_differentiable(mu, v, count)
-        return fused.as_map(y, x, axis), mu, v, count
+        return as_map(y, x, axis), mu, v, count
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> Any:
         x, weight, slope, inv, count, m, var, *statistics = ctx.saved_tensors
-        taken, z = fused.Moments(m, var), fused.Features(*statistics)
+        taken, z = rows.Moments(m, var), rows.Features(*statistics)
         axis, compiled = ctx.axis, ctx.compiled
-        rows, g_rows = (fused.as_rows(fused.dense(t, axis), axis) for t in (x, g))
-        sg, sgx = _run(compiled, fused.gradient_sums, (g_rows, rows, taken.m), axis)
-        gw, gb = fused.parameter_gradients(sg, sgx, z, inv)
+        x_rows, g_rows = (as_rows(dense(t, axis), axis) for t in (x, g))
+        sg, sgx = _run(compiled, rows.gradient_sums, (g_rows, x_rows, taken.m), axis)
+        gw, gb = rows.parameter_gradients(sg, sgx, z, inv)
         joint = torch.cat([gw, gb])
         dist.all_reduce(joint, group=ctx.group)
         joint_gw, joint_gb = joint.chunk(2)
-        e, f = fused.input_gradient_terms(
-            sg, sgx, joint_gw, joint_gb, taken, z, inv, weight, count, rows.shape[axis]
+        e, f = rows.input_gradient_terms(
+            sg, sgx, joint_gw, joint_gb, taken, z, inv, weight, count, x_rows.shape[axis]
         )
-        (dx,) = _run(compiled, fused.apply_gradient, (g_rows, rows, slope, e, f), axis)
+        (dx,) = _run(compiled, rows.apply_gradient, (g_rows, x_rows, slope, e, f), axis)
         return (
-            fused.as_map(dx, x, axis),
+            as_map(dx, x, axis),
             None if weight is None else gw.to(weight.dtype),
             gb.to(x.dtype if weight is None else weight.dtype) if ctx.has_bias else None,
             *[None] * 4,
@@ -85,7 +88,7 @@ class _JointNorm(torch.autograd.Function):
 
 
 def _run(compiled: bool, function: Any, tensors: tuple[Tensor, ...], axis: int) -> list[Tensor]:
-    return fused.run_kernel(function, tensors, axis) if compiled else fused.listed(function(*tensors, axis))
+    return run_kernel(function, tensors, axis) if compiled else listed(function(*tensors, axis))
 
 
 class _Sync(_BatchNorm):
@@ -103,13 +106,13 @@ class _Sync(_BatchNorm):
         rms, compiled = None, False
         if isinstance(self, _L2BatchNorm):
             rms = self.scale == "rms"
-            compiled = self.fused == "on" or (self.fused == "auto" and fused.compiler_works(x.device.type))
+            compiled = self.fused == "on" or (self.fused == "auto" and compiler_works(x.device.type))
         y, mu, v, count = _JointNorm.apply(x, self.weight, self.bias, rms, self.eps, self.process_group, compiled)
         if self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             momentum = 1.0 / self.num_batches_tracked if self.momentum is None else self.momentum
             with torch.no_grad():
-                fused.update_running(self.running_mean, self.running_var, mu, v, momentum, count)
+                update_running(self.running_mean, self.running_var, mu, v, momentum, count)
         return y
 
 

@@ -8,7 +8,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
-from l2bn.norms.fused import select_kernels
+from l2bn.norms.selection import select_kernels
 from l2bn.norms.sync import convert_sync
 from l2bn.training.allocator import keep_freed_memory
 

@@ -1,0 +1,190 @@
+"""The formulas for maps of many positions: what lies between two passes over the map is small.
+
+With the per-sample, per-channel moments of x the batch statistics of the normalized features follow without another
+look at the map, so that forward is one reading pass and one read-write pass, batch norm's own traffic. Letters: N
+batch, C channels, P positions, M = N*P. Rows are (N, C, P) or (N, P, C), see layout.py.
+
+    x0 = the first position of x;  d = x - x0;  m = mean_p d;  var = mean_p (d - m)^2           (N, C)
+    ||x_n||^2 = P sum_c (var + (x0 + m)^2);  s = a / ||x_n||                                    (N, 1)
+    zm = s (x0 + m);  mu = mean_n zm;  zc = zm - mu;  v = mean_n (s^2 var + zc^2);  inv = 1 / sqrt(v + eps)
+    y = d A + B,  k = inv w,  A = s k,  B = (zc - s m) k + b
+
+    backward, of the gradient g of y:
+    sg = sum_p g;  sgx = sum_p g d - m sg;  gb = sum_n sg;  gw = sum_n (s sgx + zc sg) inv
+    c1 = -k gw inv / M;  c0 = -k gb / M + c1 zc
+    r = sum_c (k (sgx + (x0 + m) sg) + P (c0 (x0 + m) + c1 s var)) / ||x_n||^2;  e = s (c1 s - r)
+    dx = g A + d e + f,  f = s (c0 - r (x0 + m)) - m e
+
+A mean far above the spread would cancel the digits of the spread away. So x enters as its distance from x0, a shift
+that costs no pass over x, and what is small, (N, C) and below, is computed in float64.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from l2bn.norms.kernels import computed_once
+from l2bn.norms.l2_step import TINY, sample_scale, squared_target, widened
+
+Saved = tuple[Tensor, ...]
+
+
+class Moments(NamedTuple):
+    """What the first pass leaves of x: small, and kept for backward."""
+
+    m: Tensor  # (N, C) mean over the positions, as distance from the first of them
+    var: Tensor  # (N, C) biased variance over the positions
+
+
+class Features(NamedTuple):
+    """The normalized features z, as the batch statistics see them; in float64."""
+
+    mean: Tensor  # (N, C) of x over the positions
+    norm2: Tensor  # (N, 1) the sample's squared l2 norm; 0 where no norm is taken, in BN
+    s: Tensor  # (N, 1) what the sample is multiplied with
+    zc: Tensor  # (N, C) mean of z over the positions, centred over the samples
+    mu: Tensor  # (C,) mean of z over samples and positions
+    v: Tensor  # (C,) biased variance of z over samples and positions
+
+
+class Line(NamedTuple):
+    """y = d A + B, and the inverse deviation that both hold."""
+
+    slope: Tensor  # (N, C)
+    shift: Tensor  # (N, C)
+    inv: Tensor  # (C,)
+
+
+def origin(x: Tensor, axis: int) -> Tensor:
+    """x0, (N, C)."""
+    return widened(x.select(axis, 0))
+
+
+def distance(x: Tensor, axis: int) -> Tensor:
+    """d, in the shape of x."""
+    return widened(x) - origin(x, axis).unsqueeze(axis)
+
+
+def moments(x: Tensor, axis: int) -> Moments:
+    """The reading pass."""
+    d = distance(x, axis)
+    m = d.sum(axis) / x.shape[axis]
+    return Moments(m, ((d * d).sum(axis) / x.shape[axis] - m * m).clamp_min(0))
+
+
+def features(x: Tensor, taken: Moments, rms: bool | None, axis: int) -> Features:
+    """Statistics of z = s x; with `rms` None the sample's norm is left as it is, which is BN."""
+    m, var = taken.m.double(), taken.var.double()
+    mean = origin(x, axis).double() + m
+    norm2 = x.shape[axis] * (var + mean * mean).sum(1, keepdim=True)
+    if rms is None:
+        norm2 = torch.zeros_like(norm2)
+        s = torch.ones_like(norm2)
+    else:
+        s = sample_scale(norm2, squared_target(x, rms))
+    mu = (s * mean).mean(0)
+    zc = s * mean - mu
+    return Features(mean, norm2, s, zc, mu, (s * s * var + zc * zc).mean(0))
+
+
+def line(taken: Moments, z: Features, weight: Tensor | None, bias: Tensor | None, eps: float) -> Line:
+    """What the second pass multiplies with and adds."""
+    m = taken.m
+    inv = 1 / (z.v + eps).sqrt()
+    k = inv if weight is None else inv * weight
+    shift = (z.zc - z.s * m) * k
+    return Line((z.s * k).to(m.dtype), (shift if bias is None else shift + bias).to(m.dtype), inv)
+
+
+def apply_line(x: Tensor, slope: Tensor, shift: Tensor, axis: int) -> Tensor:
+    """The read-write pass."""
+    slope, shift = computed_once(slope), computed_once(shift)
+    return (distance(x, axis) * slope.unsqueeze(axis) + shift.unsqueeze(axis)).to(x.dtype)
+
+
+def gradient_sums(g: Tensor, x: Tensor, m: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """The reading pass of backward: sg and sgx, (N, C)."""
+    wide = widened(g)
+    sg = wide.sum(axis)
+    return sg, (wide * distance(x, axis)).sum(axis) - m * sg
+
+
+def parameter_gradients(sg: Tensor, sgx: Tensor, z: Features, inv: Tensor) -> tuple[Tensor, Tensor]:
+    """Of weight and bias, (C,)."""
+    return ((z.s * sgx + z.zc * sg) * inv).sum(0), sg.double().sum(0)
+
+
+def input_gradient_terms(
+    sg: Tensor,
+    sgx: Tensor,
+    gw: Tensor,
+    gb: Tensor,
+    taken: Moments,
+    z: Features,
+    inv: Tensor,
+    weight: Tensor | None,
+    count: float | Tensor,
+    positions: int,
+) -> tuple[Tensor, Tensor]:
+    """e and f of dx, (N, C). `count` is M, over which the statistics were taken."""
+    m, var = taken
+    k = inv if weight is None else inv * weight
+    c1 = -k * gw * inv / count
+    c0 = -k * gb / count + c1 * z.zc
+    along_x = k * (sgx + z.mean * sg) + positions * (c0 * z.mean + c1 * z.s * var)
+    # Below tiny, s does not depend on x.
+    r = torch.where(z.norm2 > TINY**2, along_x.sum(1, keepdim=True) / z.norm2, 0.0)
+    e = z.s * (c1 * z.s - r)
+    return e.to(m.dtype), (z.s * (c0 - r * z.mean) - m * e).to(m.dtype)
+
+
+def apply_gradient(g: Tensor, x: Tensor, slope: Tensor, e: Tensor, f: Tensor, axis: int) -> Tensor:
+    """The read-write pass of backward."""
+    slope, e, f = computed_once(slope), computed_once(e), computed_once(f)
+    dx = widened(g) * slope.unsqueeze(axis) + distance(x, axis) * e.unsqueeze(axis) + f.unsqueeze(axis)
+    return dx.to(x.dtype)
+
+
+def forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, rms: bool, eps: float, axis: int
+) -> tuple[Tensor, Tensor, Tensor, Saved]:
+    """y like x; mean and biased variance (C,) of the normalized features; what backward needs besides x."""
+    taken = moments(x, axis)
+    z = features(x, taken, rms, axis)
+    drawn = line(taken, z, weight, bias, eps)
+    return apply_line(x, drawn.slope, drawn.shift, axis), z.mu, z.v, (drawn.inv, *taken)
+
+
+def backward(
+    g: Tensor, x: Tensor, weight: Tensor | None, saved: Saved, rms: bool, axis: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias."""
+    inv, taken = saved[0], Moments(*saved[1:])
+    n, positions = x.shape[0], x.shape[axis]
+    z = features(x, taken, rms, axis)
+    slope = (z.s * (inv if weight is None else inv * weight)).to(taken.m.dtype)
+    sg, sgx = gradient_sums(g, x, taken.m, axis)
+    gw, gb = parameter_gradients(sg, sgx, z, inv)
+    e, f = input_gradient_terms(sg, sgx, gw, gb, taken, z, inv, weight, n * positions, positions)
+    return apply_gradient(g, x, slope, e, f, axis), gw, gb
+
+
+def evaluate(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    rms: bool,
+    eps: float,
+    axis: int,
+) -> Tensor:
+    """y by the running statistics: only the samples' norms have to be read from x before the second pass."""
+    wide = widened(x)
+    s = sample_scale((wide * wide).sum(axis).sum(1, keepdim=True), squared_target(x, rms))
+    inv = 1 / (widened(var) + eps).sqrt()
+    k = inv if weight is None else inv * weight
+    shift = -widened(mean) * k if bias is None else bias - widened(mean) * k
+    slope, shift = computed_once(s * k), computed_once(shift)
+    return (wide * slope.unsqueeze(axis) + shift.unsqueeze(axis - 1)).to(x.dtype)
