@@ -103,12 +103,15 @@ def evaluation(call: Callable[[Tensor], Tensor], x: Tensor) -> Action:
     return step
 
 
-def cells(maps: list[Map], device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
+CALLERS = ("eager", "compiled")
+
+
+def cells(maps: list[Map], callers: list[str], device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
     for kind in maps:
         for layout in ("contiguous", "channels_last"):
             memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
             x, g = (torch.randn(kind.shape, device=device).to(memory_format=memory_format) for _ in range(2))
-            for caller in ("eager", "compiled"):
+            for caller in callers:
                 for phase in ("training", "evaluation"):
                     actions, memory = {}, {}
                     for name, make in LAYERS.items():
@@ -138,6 +141,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="threads of the CPU (default: torch's own choice)")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--callers", nargs="+", choices=CALLERS, default=list(CALLERS))
     parser.add_argument("--maps", type=int, help="at most so many maps of each network (default: all)")
     parser.add_argument("--seconds", type=float, default=1.0, help="measuring time of a cell (default: 1)")
 
@@ -150,7 +154,7 @@ def run(arguments: argparse.Namespace) -> None:
     device = torch.device(arguments.device)
     maps = list({m.shape: m for name in arguments.networks for m in maps_of(name, arguments.maps)}.values())
     measured = []
-    for cell in cells(maps, device, arguments.seconds):
+    for cell in cells(maps, arguments.callers, device, arguments.seconds):
         measured.append(cell)
         times = cell["seconds"]
         print(

@@ -1,5 +1,6 @@
 """From a benchmark's JSON to what a reader sees: a Markdown table, and for the layer a plot."""
 
+import math
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -50,6 +51,8 @@ def norm_table(result: dict[str, Any]) -> str:
                     for c in result["cells"]
                     if (c["caller"], c["phase"]) == (caller, phase) and layout in (c["layout"], "both")
                 ]
+                if not cells:
+                    continue
                 fused = [ratio(c, "fused") for c in cells]
                 copy = sorted(c["copy_fraction"] for c in cells)[len(cells) // 2]
                 lines.append(
@@ -93,8 +96,12 @@ def plot_norm(result: dict[str, Any], path: Path) -> None:
     """Ratio against the size of the map, one panel a way of calling, in training."""
     import matplotlib.pyplot as plt  # here, for a slow import that only a written report needs
 
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
-    for panel, caller in zip(panels, ("eager", "compiled"), strict=True):
+    callers = [caller for caller in ("eager", "compiled") if caller in {c["caller"] for c in result["cells"]}]
+    figure, grid = plt.subplots(
+        1, len(callers), figsize=(4.5 * len(callers), 3.6), sharey=True, squeeze=False, layout="constrained"
+    )
+    panels = grid[0]
+    for panel, caller in zip(panels, callers, strict=True):
         for norm, colour in (("naive", "tab:gray"), ("fused", "tab:blue")):
             for layout, marker in (("contiguous", "o"), ("channels_last", "^")):
                 cells = [
@@ -102,10 +109,8 @@ def plot_norm(result: dict[str, Any], path: Path) -> None:
                     for c in result["cells"]
                     if (c["caller"], c["layout"], c["phase"]) == (caller, layout, "training")
                 ]
-                n, c, h, w = zip(*(cell["shape"] for cell in cells), strict=True)
-                elements = [a * b * d * e * 4 / 2**20 for a, b, d, e in zip(n, c, h, w, strict=True)]
                 panel.scatter(
-                    elements,
+                    [math.prod(cell["shape"]) * 4 / 2**20 for cell in cells],
                     [ratio(cell, norm) for cell in cells],
                     s=22,
                     color=colour,

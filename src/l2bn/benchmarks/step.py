@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from l2bn.benchmarks.measure import Action, interleaved, machine, peak_memory, write_json
-from l2bn.benchmarks.norm import NETWORKS
+from l2bn.benchmarks.norm import CALLERS, NETWORKS
 from l2bn.benchmarks.report import write_step_report
 from l2bn.norms.l2bn import convert
 from l2bn.norms.swap import swap_norm
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="threads of the CPU (default: torch's own choice)")
     networks = ["ResNet-20", "MobileNetV2", "ResNet-50"]
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=networks)
-    parser.add_argument("--callers", nargs="+", choices=["eager", "compiled"], default=["eager", "compiled"])
+    parser.add_argument("--callers", nargs="+", choices=CALLERS, default=list(CALLERS))
     parser.add_argument("--layouts", nargs="+", default=["contiguous", "channels_last"])
     parser.add_argument("--batch", type=int, help="images a step (default: 128 at 32x32, 32 at 224x224)")
     parser.add_argument("--seconds", type=float, default=20.0, help="measuring time of a row (default: 20)")
