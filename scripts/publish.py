@@ -4,7 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from l2bn.records import InvalidRecordError, publish
+from l2bn.publishing import publish
+from l2bn.records import InvalidRecordError
 
 
 def main() -> int:

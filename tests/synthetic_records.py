@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import yaml
 
-from l2bn.records import CONFIG, ENVIRONMENT, METRICS, Metrics, Record, write_metrics
+from l2bn.records import CONFIG, ENVIRONMENT, METRICS, Metrics, Record, write_lines
 
 
 def write_run(
@@ -41,7 +41,7 @@ def write_run(
     if curve is None:
         rows[0]["epoch"] = 1
     with patch("os.fsync"):  # invented records need not survive a power cut
-        write_metrics(folder / METRICS, rows)
+        write_lines(folder / METRICS, rows)
     last = rows[-1] | {"epoch": epochs}
     record = Record(
         folder=folder,

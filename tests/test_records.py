@@ -8,15 +8,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from l2bn.publishing import publish
 from l2bn.records import (
     METRICS,
     SUMMARY,
     InvalidRecordError,
     Record,
-    publish,
     read_metrics,
     read_records,
-    write_metrics,
+    write_lines,
 )
 
 EPOCHS = 3
@@ -44,7 +44,7 @@ def written(folder: Path, **changes: object) -> Record:
     rows = [row(epoch) for epoch in range(1, EPOCHS + 1)]
     (folder / "config.yaml").write_text("dataset: {label: Digits, root: /home/me/data}\nruns_dir: /home/me/runs\n")
     (folder / "env.json").write_text('{"starts": []}\n')
-    write_metrics(folder / METRICS, rows)
+    write_lines(folder / METRICS, rows)
     content: dict[str, object] = {
         "status": "finished",
         "dataset": "digits",
@@ -155,7 +155,7 @@ def test_a_mangled_record_is_left_out_or_read_as_it_was(data: st.DataObject, tmp
 )
 def test_a_bad_line_of_metrics_is_named(line: str, tmp_path: Path) -> None:
     path = tmp_path / METRICS
-    write_metrics(path, [row(1), row(2)])
+    write_lines(path, [row(1), row(2)])
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(InvalidRecordError, match=r"metrics.jsonl, line 3"):
         read_metrics(path)

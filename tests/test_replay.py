@@ -11,7 +11,7 @@ import yaml
 
 from conftest import ROOT, TINY, Train
 from l2bn.errors import UserError
-from l2bn.records import publish
+from l2bn.publishing import publish
 from l2bn.training.run import evaluate_run, replay
 from test_training import results
 

@@ -6,17 +6,17 @@
     summary.json    written last and in one step; its existence means that the run has ended, and its `status`
                     says whether it finished or diverged
 
+A run that was looked into more closely holds more files: see `measurements.py`.
+
 Tables and figures read nothing but records. This module imports no heavy library, so that they start fast.
 """
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self
-
-import yaml
 
 from l2bn.durable import write_durably
 
@@ -104,32 +104,7 @@ class Record:
 
 
 MACHINE_PATHS = frozenset({"root", "devkit", "cache", "runs_dir"})
-
-
-def publish(folder: Path, destination: Path) -> Path:
-    """Copy the record of an ended run to its cell under `destination`; returns the new folder.
-
-    Checkpoints and TensorBoard's files stay behind, and so do the paths of this machine in `config.yaml`.
-    Raises InvalidRecordError if the run has not ended or is damaged, FileExistsError if another result of the
-    same cell and seed is there already.
-    """
-    record = Record.read(folder)
-    record.metrics()
-    target = destination / record.dataset / record.backbone / record.norm / record.recipe / f"seed{record.seed}"
-    if (target / SUMMARY).exists() and Record.read(target) != record:
-        raise FileExistsError(f"{target} holds another result of this cell and seed; move it away to replace it")
-    target.mkdir(parents=True, exist_ok=True)
-    config = yaml.safe_load((folder / CONFIG).read_text())
-    write_durably(target / CONFIG, yaml.safe_dump(_without_machine_paths(config), sort_keys=False))
-    for name in (ENVIRONMENT, METRICS, SUMMARY):
-        write_durably(target / name, (folder / name).read_bytes())
-    return target
-
-
-def _without_machine_paths(node: Any) -> Any:
-    if not isinstance(node, dict):
-        return node
-    return {key: _without_machine_paths(value) for key, value in node.items() if key not in MACHINE_PATHS}
+"""Keys of `config.yaml` that say where things lie on a machine, and nothing of the run."""
 
 
 def read_records(root: Path) -> tuple[list[Record], list[Problem]]:
@@ -145,28 +120,43 @@ def read_records(root: Path) -> tuple[list[Record], list[Problem]]:
 
 def read_metrics(path: Path) -> list[Metrics]:
     """The lines of a `metrics.jsonl`. Raises InvalidRecordError naming the first bad line."""
+    rows = read_lines(path, _bad_metrics)
+    for number, row in enumerate(rows, start=1):
+        if row["epoch"] != number:
+            raise InvalidRecordError(f"{path.name}, line {number}: not the epoch of its line")
+    return rows
+
+
+def read_lines(path: Path, reason: Callable[[object], str | None]) -> list[Any]:
+    """The values of a file of JSON lines; `reason` says why a value does not belong there, or None.
+
+    Raises InvalidRecordError naming the first bad line.
+    """
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRecordError(f"{path.name} cannot be read: {error}") from error
-    return list(_parse_metrics(path, lines))
+    return [_parse_line(line, f"{path.name}, line {number}", reason) for number, line in enumerate(lines, 1)]
 
 
-def _parse_metrics(path: Path, lines: list[str]) -> Iterator[Metrics]:
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InvalidRecordError(f"{path.name}, line {number} is not JSON: {error}") from error
-        reason = _bad_metrics(row)
-        if reason or row["epoch"] != number:
-            raise InvalidRecordError(f"{path.name}, line {number}: {reason or 'not the epoch of its line'}")
-        yield row
+def _parse_line(line: str, place: str, reason: Callable[[object], str | None]) -> Any:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRecordError(f"{place} is not JSON: {error}") from error
+    if found := reason(value):
+        raise InvalidRecordError(f"{place}: {found}")
+    return value
 
 
-def write_metrics(path: Path, rows: list[Metrics]) -> None:
-    """Replace `metrics.jsonl` by these epochs, in one step."""
-    write_durably(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Replace a file of JSON lines, in one step."""
+    write_durably(path, "".join(map(as_line, rows)))
+
+
+def as_line(row: Mapping[str, Any]) -> str:
+    """A row as it stands in a file of JSON lines. Raises ValueError for a number that is not finite."""
+    return json.dumps(row, allow_nan=False) + "\n"
 
 
 def _bad_metrics(row: object) -> str | None:
@@ -175,11 +165,11 @@ def _bad_metrics(row: object) -> str | None:
         return "not an object"
     if row.keys() != METRIC_KEYS:
         return f"missing {sorted(METRIC_KEYS - row.keys())}, unknown {sorted(row.keys() - METRIC_KEYS)}"
-    bad = [key for key, value in row.items() if not (value is None or _is_finite_number(value))]
+    bad = [key for key, value in row.items() if not (value is None or is_finite_number(value))]
     return f"not finite numbers: {bad}" if bad else None
 
 
-def _is_finite_number(value: object) -> bool:
+def is_finite_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

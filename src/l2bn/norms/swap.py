@@ -51,6 +51,29 @@ def swap_norm(model: nn.Module, norm: str | Norm) -> int:
     return len(layers)
 
 
+def norm_layers(model: nn.Module) -> tuple[str, ...]:
+    """The names of the batch norm layers of `model`; after a swap those of what stands in their places."""
+    return tuple(name for name, layer in model.named_modules() if isinstance(layer, _BatchNorm))
+
+
+def stock_class(bn: nn.Module) -> type[_BatchNorm]:
+    """What a norm has to stand for: nn.BatchNorm1d, 2d or 3d, or timm's BatchNormAct2d.
+
+    Raises TypeError for anything else, a batch norm layer with a `forward` of its own too.
+    """
+    for stock in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+        if isinstance(bn, stock) and type(bn).forward is stock.forward:
+            return stock
+    from timm.layers.norm_act import BatchNormAct2d  # here, for a slow import that few models need
+
+    if type(bn) is BatchNormAct2d:
+        return BatchNormAct2d
+    raise TypeError(
+        f"no norm can stand for {type(bn).__module__}.{type(bn).__qualname__}: accepted are nn.BatchNorm1d, 2d and "
+        "3d, subclasses that keep their forward, and timm's BatchNormAct2d"
+    )
+
+
 def _named(name: str) -> Norm:
     package = __name__.rpartition(".")[0]
     if name.isidentifier() and find_spec(f"{package}.{name}") is not None:

@@ -70,16 +70,11 @@ class Checkpoints:
         """
         damaged = []
         for path in reversed(self.paths()):
-            data = path.read_bytes()
-            if _digest(data) != _match(path)["digest"]:
-                reason = "its checksum is not that of its content"
-            else:
-                try:  # weights_only: tensors and plain values, never a pickled object that could run code
-                    return torch.load(io.BytesIO(data), map_location=device, weights_only=True)
-                except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-                    reason = str(error).splitlines()[0]
-            log.warning("the checkpoint %s is damaged, trying the one before: %s", path, reason)
-            damaged.append(path)
+            try:
+                return self.read(path, device)
+            except ValueError as error:
+                log.warning("the checkpoint %s is damaged, trying the one before: %s", path, error)
+                damaged.append(path)
         if damaged:
             names = "\n".join(f"  {path}" for path in damaged)
             raise UserError(
@@ -87,6 +82,17 @@ class Checkpoints:
                 "nothing was deleted; restore one of them, or remove the run's folder to start it anew"
             )
         return None
+
+    @staticmethod
+    def read(path: Path, device: torch.device) -> dict[str, Any]:
+        """The state in one file. Raises ValueError saying why, if it is damaged."""
+        data = path.read_bytes()
+        if _digest(data) != _match(path)["digest"]:
+            raise ValueError("its checksum is not that of its content")
+        try:  # weights_only: tensors and plain values, never a pickled object that could run code
+            return torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(str(error).splitlines()[0]) from error
 
     def paths(self) -> list[Path]:
         """All checkpoints, oldest first."""

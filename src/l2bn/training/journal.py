@@ -1,41 +1,114 @@
-"""The metrics of a run, for tables (`metrics.jsonl`) and for eyes (TensorBoard): one call writes both."""
+"""What a run finds out as it goes, for tables (JSON lines) and for eyes (TensorBoard): one call writes both."""
 
-import json
+import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from l2bn.records import METRICS, Metrics, write_metrics
+from l2bn import measurements
+from l2bn.errors import UserError
+from l2bn.measurements import FEATURES, SIDES, STATISTICS, FeatureRow, Measures, Sample, StatisticsRow
+from l2bn.records import METRICS, InvalidRecordError, Metrics, as_line, write_lines
 
 
 class Journal:
-    """Opens with the epochs that a checkpoint knows of, and forgets what was written after it.
+    """Opens with what a checkpoint knows of, and forgets what was written after it.
 
     A run that was cut off between a checkpoint and its line, or the other way round, so has no epoch twice and
-    none missing. TensorBoard's files are made anew from the same epochs.
+    none missing. Measurements are on the disk before the checkpoint of their position, so what is to be kept of
+    them stands in their own files. TensorBoard's files are made anew from the same lines.
     """
 
-    def __init__(self, folder: Path, rows: list[Metrics]) -> None:
+    def __init__(self, folder: Path, rows: list[Metrics], step: float) -> None:
+        """`rows` are the epochs done, `step` the updates made. Raises UserError."""
         # Imported here, because it takes seconds that a skipped run need not spend.
         from torch.utils.tensorboard import SummaryWriter
 
-        self._path = folder / METRICS
-        write_metrics(self._path, rows)
+        self._folder = folder
+        write_lines(folder / METRICS, rows)
+        try:
+            features, statistics = measurements.keep(folder, step)
+        except InvalidRecordError as error:
+            raise UserError(f"{folder}: {error}\nmove this file away to go on without it") from error
         shutil.rmtree(folder / "tb", ignore_errors=True)
         self._writer = SummaryWriter(str(folder / "tb"))
         for row in rows:
             self._draw(row)
+        for line in features:
+            self._draw_features(line)
+        for line in statistics:
+            self._draw_statistics(line)
 
     def append(self, row: Metrics) -> None:
         """Add one epoch to both."""
-        with self._path.open("a") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+        with (self._folder / METRICS).open("a") as file:
+            file.write(as_line(row))
         self._draw(row)
+
+    def append_features(self, row: FeatureRow, sample: Sample | None) -> None:
+        """Add the features measured in one epoch, and a sample of them if there is one."""
+        _append_durably(self._folder / FEATURES, row)
+        if sample:
+            measurements.write_sample(self._folder, sample)
+        self._draw_features(row)
+
+    def append_statistics(self, row: StatisticsRow) -> None:
+        """Add a comparison of running and batch statistics."""
+        _append_durably(self._folder / STATISTICS, row)
+        self._draw_statistics(row)
 
     def close(self) -> None:
         self._writer.close()
 
     def _draw(self, row: Metrics) -> None:
-        for tag, value in row.items():
-            if tag != "epoch" and value is not None:
-                self._writer.add_scalar(tag, value, row["epoch"])
+        self._add_scalars({tag: value for tag, value in row.items() if tag != "epoch"}, row["epoch"])
         self._writer.flush()
+
+    def _draw_features(self, row: FeatureRow) -> None:
+        """A chart a measure and side, with all layers; a histogram of the norms at the input of each layer."""
+        epoch = row["epoch"]
+        self._add_scalars({f"penultimate/{name}": value for name, value in row["penultimate"].items()}, epoch)
+        for layer in row["layers"]:
+            name = layer["name"]
+            scalars = {f"{m} {side}/{name}": value for side in SIDES for m, value in layer[side].items()}
+            self._add_scalars({f"shrink/{name}": layer["shrink"], **scalars}, epoch)
+            self._add_histogram(f"norms/{name}", layer["norms"], layer["input"], epoch)
+        self._writer.flush()
+
+    def _draw_statistics(self, row: StatisticsRow) -> None:
+        self._add_scalars(
+            {f"statistics/{tag.replace('/', ' ')}": row[tag] for tag in row if tag != "step"}, row["step"]
+        )
+        self._writer.flush()
+
+    def _add_scalars(self, values: Mapping[str, float | None], at: float | None) -> None:
+        for tag, value in values.items():
+            if value is not None:
+                self._writer.add_scalar(tag, value, at)
+
+    def _add_histogram(self, tag: str, norms: Mapping[str, Any], measures: Measures, at: int) -> None:
+        mean, cv = measures["norm_mean"], measures["norm_cv"]
+        if mean is None or cv is None:
+            return
+        counts, images = norms["counts"], sum(norms["counts"])
+        limits = [2 ** ((norms["first"] + i) / measurements.BINS_AN_OCTAVE) for i in range(len(counts) + 1)]
+        self._writer.add_histogram_raw(
+            tag,
+            min=limits[0],
+            max=limits[-1],
+            num=images,
+            sum=images * mean,
+            sum_squares=images * mean**2 * (1 + cv**2),
+            bucket_limits=limits[1:],
+            bucket_counts=counts,
+            global_step=at,
+        )
+
+
+def _append_durably(path: Path, row: Mapping[str, Any]) -> None:
+    """Add a line that is on the disk when this returns."""
+    with path.open("a") as file:
+        file.write(as_line(row))
+        file.flush()
+        os.fsync(file.fileno())

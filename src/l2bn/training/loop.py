@@ -8,6 +8,7 @@ import random
 import resource
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -81,13 +82,23 @@ class Position:
     rows: list[Metrics] = field(default_factory=list)  # metrics of the epochs done
 
 
+BeforeBatch = Callable[[Tensor], None]
+"""Called with the labels (N,) of the images that the network is given next."""
+
+
+def unwatched(epoch: int) -> AbstractContextManager[BeforeBatch | None]:
+    """An evaluation that nobody looks into."""
+    return nullcontext()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
     """What a run is made of.
 
     `model` is `network` as it is trained: on its device, with its precision, its gradients shared by all
     processes. `after_step` and `after_epoch` are called with the position just reached: where a checkpoint can
-    be written, progress be shown, or the run be left.
+    be written, progress be shown, or the run be left. Within `watch`, which is given the epochs done, the network
+    is evaluated: where its features can be looked into.
     """
 
     fabric: Fabric
@@ -101,13 +112,17 @@ class Trainer:
     seed: int
     after_step: Callable[[Position], None]
     after_epoch: Callable[[Position], None]
+    watch: Callable[[int], AbstractContextManager[BeforeBatch | None]] = unwatched
 
     def fit(self, position: Position) -> None:
         """Train from a position to the end of the recipe. Raises DivergedError."""
         while position.epoch < self.recipe.epochs:
             totals = self.train_epoch(position)
             train_loss, train_top1, _ = totals.means(self.classes)
-            test_loss, test_top1, test_top5 = evaluate(self.network, self.test, self.classes, self.fabric)
+            with self.watch(position.epoch + 1) as before_batch:
+                test_loss, test_top1, test_top5 = evaluate(
+                    self.network, self.test, self.classes, self.fabric, before_batch
+                )
             if not math.isfinite(test_loss):
                 raise DivergedError(f"the test loss is not finite after epoch {position.epoch + 1}")
             position.epoch, position.step, position.totals = position.epoch + 1, 0, None
@@ -174,7 +189,9 @@ class Trainer:
 
 
 @torch.inference_mode()
-def evaluate(network: nn.Module, loader: Loader, classes: int, fabric: Fabric) -> tuple[float, float, float | None]:
+def evaluate(
+    network: nn.Module, loader: Loader, classes: int, fabric: Fabric, before_batch: BeforeBatch | None = None
+) -> tuple[float, float, float | None]:
     """Loss, top-1 and top-5 accuracy in percent (None under 5 classes) over all images of a loader."""
     if fabric.world_size > 1:  # each process has updated its own running statistics; the first one's count
         for buffer in network.buffers():
@@ -182,6 +199,8 @@ def evaluate(network: nn.Module, loader: Loader, classes: int, fabric: Fabric) -
     network.eval()
     totals = Totals.zeros(fabric.device)
     for step, (images, labels) in enumerate(loader.epoch(0)):
+        if before_batch is not None:
+            before_batch(labels)
         with fabric.autocast():
             logits = network(images).float()
         totals.add(step, F.cross_entropy(logits, labels), logits, labels)

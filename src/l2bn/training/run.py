@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 import yaml
+from lightning_fabric import Fabric
 from torch import nn
 
-from l2bn.data.loader import check_batch_size
+from l2bn.data.loader import Loader, check_batch_size
 from l2bn.data.splits import Splits
 from l2bn.errors import UserError
-from l2bn.norms.swap import swap_norm
+from l2bn.norms.swap import norm_layers, swap_norm
 from l2bn.records import CONFIG, SUMMARY, InvalidRecordError, Record
 from l2bn.seeding import derive_seed
 from l2bn.training.build import Builder, machine_keys
@@ -19,12 +20,13 @@ from l2bn.training.checkpoint import CheckpointPolicy, Checkpoints
 from l2bn.training.compute import Compute
 from l2bn.training.identity import Cell, Config, differences, identity
 from l2bn.training.loop import evaluate
+from l2bn.training.observation import AnalysisPolicy, check_observable
 from l2bn.training.optim import Recipe
 from l2bn.training.session import Job, launch, make_loaders
 
 log = logging.getLogger(__name__)
 
-NODES = ("dataset", "backbone", "norm", "recipe", "compute", "checkpoint")
+NODES = ("dataset", "backbone", "norm", "recipe", "compute", "checkpoint", "analysis")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,15 +99,19 @@ def make_job(config: Config, settings: Settings, cell: Cell, folder: Path, build
     recipe: Recipe = builder.call(Recipe, config["recipe"], "recipe")
     compute: Compute = builder.call(Compute, config["compute"], "compute")
     checkpoint: CheckpointPolicy = builder.call(CheckpointPolicy, config["checkpoint"], "checkpoint")
+    # A record from before there was an analysis says nothing of one.
+    analysis: AnalysisPolicy = builder.call(AnalysisPolicy, config.get("analysis", {}), "analysis")
     norm = builder.build(config["norm"], "norm")
     splits: Splits = builder.build(config["dataset"], "dataset")
     check_batch_size(recipe.batch_size, len(splits.train), compute.devices)
     torch.manual_seed(derive_seed(settings.seed, "weights"))
     model: nn.Module = builder.build({**config["backbone"], "num_classes": splits.num_classes}, "backbone")
+    layers = norm_layers(model)
     try:
-        norm_layers = swap_norm(model, norm)
+        swap_norm(model, norm)
     except (ValueError, TypeError) as error:
         raise UserError(f"norm: {error}") from error
+    check_observable(analysis, model, splits.num_classes, compute.compile)
     return Job(
         cell=cell,
         folder=folder,
@@ -114,10 +120,11 @@ def make_job(config: Config, settings: Settings, cell: Cell, folder: Path, build
         seed=settings.seed,
         splits=splits,
         model=model,
-        norm_layers=norm_layers,
+        norm_layers=layers,
         recipe=recipe,
         compute=compute,
         checkpoint=checkpoint,
+        analysis=analysis,
         progress=settings.progress,
     )
 
@@ -134,20 +141,38 @@ def replay(folder: Path, runs_dir: str, root: str | None = None) -> Record:
 
 def evaluate_run(folder: Path, device: str = "auto", root: str | None = None) -> tuple[float, float, float | None]:
     """Loss, top-1 and top-5 accuracy in percent of a run's last weights on its test images. Raises UserError."""
+    opened = open_run(folder, device, root)
+    state = opened.checkpoints.load(opened.fabric.device)
+    if state is None:
+        raise UserError(f"{folder} has no checkpoint to evaluate")
+    opened.network.load_state_dict(state["model"])
+    return evaluate(opened.network, opened.test, opened.job.splits.num_classes, opened.fabric)
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """A run that is there, on a device, without its weights."""
+
+    job: Job
+    fabric: Fabric
+    network: nn.Module
+    test: Loader
+    checkpoints: Checkpoints
+
+
+def open_run(folder: Path, device: str = "auto", root: str | None = None) -> OpenedRun:
+    """The run in a folder as it was, on one device and not compiled. Raises UserError."""
     config, cell = read_config(folder, root)
-    compute = {**config["compute"], "device": device, "devices": 1, "sync_bn": False}
+    # Not compiled: the same weights, and their features can be seen.
+    compute = {**config["compute"], "device": device, "devices": 1, "sync_bn": False, "compile": False}
     builder = Builder()
     settings = read_settings(config, builder)
     job = make_job({**config, "compute": compute}, settings, cell, folder, builder)
     job.compute.set_up()
     fabric = job.compute.fabric()
-    state = Checkpoints(folder / "checkpoints", []).load(fabric.device)
-    if state is None:
-        raise UserError(f"{folder} has no checkpoint to evaluate")
-    job.model.load_state_dict(state["model"])
     network, _ = job.compute.place(job.model, fabric.device, updates=0)
-    _, test_loader = make_loaders(job, fabric)
-    return evaluate(network, test_loader, job.splits.num_classes, fabric)
+    _, test = make_loaders(job, fabric)
+    return OpenedRun(job, fabric, network, test, Checkpoints(folder / "checkpoints", []))
 
 
 def read_config(folder: Path, root: str | None = None) -> tuple[Config, Cell]:

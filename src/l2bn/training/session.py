@@ -15,7 +15,7 @@ from torch import nn
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from l2bn.data.loader import Loader, evaluation_loader, training_loader
-from l2bn.data.splits import Splits
+from l2bn.data.splits import Splits, stratified_order
 from l2bn.durable import write_durably
 from l2bn.errors import UserError
 from l2bn.norms.l2bn import warn_if_few_updates
@@ -27,6 +27,7 @@ from l2bn.training.identity import Cell, hash_identity
 from l2bn.training.interruption import EXIT_CODE, Interruption, follow_parent, sole_owner
 from l2bn.training.journal import Journal
 from l2bn.training.loop import DivergedError, Position, Trainer
+from l2bn.training.observation import AnalysisPolicy, Network, Observer
 from l2bn.training.optim import Recipe
 from l2bn.training.progress import ProgressDisplay
 from l2bn.training.state import State
@@ -49,10 +50,11 @@ class Job:
     seed: int
     splits: Splits
     model: nn.Module
-    norm_layers: int
+    norm_layers: tuple[str, ...]  # their names
     recipe: Recipe
     compute: Compute
     checkpoint: CheckpointPolicy
+    analysis: AnalysisPolicy
     progress: bool
 
 
@@ -111,8 +113,17 @@ def train(fabric: Fabric, job: Job) -> None:
         if lead:
             warn_if_few_updates(job.model, epochs * steps)
             note_start(job.folder, fabric.device, kernels)
-            journal = Journal(job.folder, position.rows)
+            journal = Journal(job.folder, position.rows, position.epoch * steps + position.step)
             stack.callback(journal.close)
+        observer = Observer(
+            policy=job.analysis,
+            fabric=fabric,
+            network=Network(module=network, layers=job.norm_layers, classes=job.splits.num_classes),
+            make_shuffled=functools.partial(make_shuffled_loader, job, fabric),
+            epochs=epochs,
+            steps=steps,
+            journal=journal if lead else None,
+        )
         display = stack.enter_context(
             ProgressDisplay(
                 str(job.cell),
@@ -133,6 +144,7 @@ def train(fabric: Fabric, job: Job) -> None:
 
         def after_step(position: Position) -> None:
             display.step(position.epoch, position.step, position.seconds)
+            observer.after_step(position)
             leaving = must_leave(position.step)
             if position.step < steps and (leaving or job.checkpoint.due(position.step)):
                 state.save(position)
@@ -140,6 +152,7 @@ def train(fabric: Fabric, job: Job) -> None:
                     interruption.leave()
 
         def after_epoch(position: Position) -> None:
+            observer.after_epoch(position)
             state.save(position)
             if lead:
                 journal.append(position.rows[-1])
@@ -159,6 +172,7 @@ def train(fabric: Fabric, job: Job) -> None:
             seed=job.seed,
             after_step=after_step,
             after_epoch=after_epoch,
+            watch=observer.watch,
         )
         divergence = None
         with explain_faults(job):
@@ -194,7 +208,23 @@ def explain_faults(job: Job) -> Iterator[None]:
 
 def make_loaders(job: Job, fabric: Fabric) -> tuple[Loader, Loader]:
     """The loaders of training and test images, of this process's share of each batch."""
-    placing: dict[str, Any] = {
+    placing = _placing(job, fabric)
+    return (
+        training_loader(job.splits.train, batch_size=job.recipe.batch_size, seed=job.seed, **placing),
+        evaluation_loader(job.splits.test, batch_size=EVALUATION_BATCH, **placing),
+    )
+
+
+def make_shuffled_loader(job: Job, fabric: Fabric) -> Loader:
+    """The test images in about equal batches, each with all classes in proportion; the same in every run."""
+    test = job.splits.test
+    batches = -(-len(test) // EVALUATION_BATCH)
+    shuffled = test.select(stratified_order(test.labels, "statistics"))
+    return evaluation_loader(shuffled, batch_size=-(-len(test) // batches), **_placing(job, fabric))
+
+
+def _placing(job: Job, fabric: Fabric) -> dict[str, Any]:
+    return {
         "splits": job.splits,
         "device": fabric.device,
         "rank": fabric.global_rank,
@@ -202,10 +232,6 @@ def make_loaders(job: Job, fabric: Fabric) -> tuple[Loader, Loader]:
         "workers": job.compute.workers,
         "channels_last": job.compute.channels_last,
     }
-    return (
-        training_loader(job.splits.train, batch_size=job.recipe.batch_size, seed=job.seed, **placing),
-        evaluation_loader(job.splits.test, batch_size=EVALUATION_BATCH, **placing),
-    )
 
 
 def make_record(job: Job, position: Position, kernels: str, divergence: str | None) -> Record:
@@ -230,7 +256,7 @@ def make_record(job: Job, position: Position, kernels: str, divergence: str | No
         train_images=len(job.splits.train),
         test_images=len(job.splits.test),
         parameters=sum(p.numel() for p in job.model.parameters()),
-        norm_layers=job.norm_layers,
+        norm_layers=len(job.norm_layers),
         last=rows[-1] if rows else {},
         best=max(rows, key=lambda row: row["test/top1"] or 0.0) if rows else {},
         seconds=sum(row["seconds"] or 0.0 for row in rows),

@@ -1,0 +1,42 @@
+"""Measure the features of runs that are there: python scripts/analyze.py --run RUN [RUN...].
+
+The measures (src/l2bn/analysis/features.py defines them) go to the runs' features.jsonl and to TensorBoard, and a
+table of each run is printed. With --checkpoints all kept checkpoints are measured, not the last alone.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", nargs="+", type=Path, required=True, metavar="RUN", help="the folder of a run")
+    parser.add_argument("--checkpoints", action="store_true", help="every kept checkpoint, not the last alone")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    parser.add_argument("--root", help="where the data set lies, if not where it lay in training")
+    arguments = parser.parse_args()
+    from rich.console import Console  # imported here: --help need not wait for torch
+
+    from l2bn.errors import UserError
+    from l2bn.reporting.layers import layers_table
+    from l2bn.training.analyze import analyze
+
+    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    failures = 0
+    for run in arguments.run:
+        try:
+            rows = analyze(
+                run, every_checkpoint=arguments.checkpoints, device=arguments.device, root=arguments.root
+            )
+        except UserError as error:
+            print(error, file=sys.stderr)
+            failures += 1
+            continue
+        for row in rows:
+            console.print(layers_table(str(run), row))
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""A control of L2BN: all samples are divided by one number, the running mean of their norms.
+
+    z_n = a * x_n / r,  r a running mean of ||x_n||_2;  y = BN(z)
+
+The features get the scale that they have in L2BN, and with it the weight of eps and the start of the running
+variance, while the norms stay as unequal as they were. What it has over BN is a side effect of the scale; what
+L2BN has over it comes from equal norms and their gradient.
+
+r is a buffer, so the state dict is not BN's. It is used in training too, constant to the gradient, and updated
+before: cumulatively through the first 1/momentum batches, since a start at any fixed number would be far off,
+then by momentum.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from l2bn.norms.l2bn import Scale
+from l2bn.norms.stepped import TINY, put_before, target_norm
+
+BN_SHAPED = False
+
+
+def convert(
+    bn: _BatchNorm, eps: float | None = None, momentum: float | None = None, scale: Scale = "unit"
+) -> nn.Module:
+    """The layer that stands in the place of `bn`, on the same parameters, and with two buffers more.
+
+    `momentum` is also that of the running mean of norms. `scale` is that of L2BN, for the sample whose norm is
+    the mean: "unit" (l2 norm 1) or "rms" (root mean square 1).
+    """
+    step = DivideByMeanNorm(scale, bn.momentum if momentum is None else momentum)
+    return put_before(bn, step.to(next(bn.buffers(), torch.empty(0)).device), eps, momentum)
+
+
+class DivideByMeanNorm(nn.Module):
+    """Divide all samples by the running mean of their norms; a batch in training updates it first."""
+
+    running_norm: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, scale: Scale, momentum: float | None) -> None:
+        super().__init__()
+        self.scale = scale
+        self.momentum = momentum
+        self.register_buffer("running_norm", torch.ones(()))
+        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, ...) to the same."""
+        if self.training:
+            self._track(x.detach())
+        return x * (target_norm(x, self.scale) / self.running_norm.clamp_min(TINY))
+
+    def _track(self, x: Tensor) -> None:
+        norm = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim))).mean()
+        self.num_batches_tracked.add_(1)
+        share = 1.0 / self.num_batches_tracked
+        if self.momentum is not None:
+            share = share.clamp_min(self.momentum)
+        self.running_norm.lerp_(norm.to(self.running_norm.dtype), share)

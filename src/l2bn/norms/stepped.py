@@ -1,0 +1,93 @@
+"""Batch norm layers that first change their input: what the controls of L2BN are made of.
+
+A control differs from L2BN in one point of the l2 step alone, so that what it changes can be told from what comes
+along. It is computed plainly, by a function of its own and then BN itself; it has no fused kernels and no form with
+statistics that are joint across ranks.
+"""
+
+import math
+from collections.abc import Callable
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from l2bn.norms.l2bn import Scale
+from l2bn.norms.swap import stock_class
+
+TINY = 1e-12  # as in l2_normalize
+
+Step = Callable[[Tensor], Tensor]
+"""(N, C, ...) to the same shape and type, float32 at least. A module among them may hold buffers."""
+
+
+class _Stepped(_BatchNorm):
+    """What the layers share."""
+
+    step: Step
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - BN's own name
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        wide = input.to(torch.promote_types(input.dtype, torch.float32))
+        own = next((t.dtype for t in (self.weight, self.running_mean) if t is not None), wide.dtype)
+        return super().forward(self.step(wide).to(own)).to(input.dtype)
+
+
+class SteppedBatchNorm1d(_Stepped, nn.BatchNorm1d): ...
+
+
+class SteppedBatchNorm2d(_Stepped, nn.BatchNorm2d): ...
+
+
+class SteppedBatchNorm3d(_Stepped, nn.BatchNorm3d): ...
+
+
+class SteppedBatchNormAct2d(SteppedBatchNorm2d):
+    """In place of timm's `BatchNormAct2d`, whose dropout and activation it takes over."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - BN's own name
+        return self.act(self.drop(super().forward(input)))
+
+
+def target_norm(x: Tensor, scale: Scale) -> float:
+    """The l2 norm that L2BN gives each sample of (N, ...). Raises ValueError for a scale that there is not."""
+    if scale not in get_args(Scale):
+        raise ValueError(f"scale is {scale!r}; it may be {' or '.join(get_args(Scale))}")
+    return math.sqrt(x.shape[1:].numel()) if scale == "rms" else 1.0
+
+
+def factors(x: Tensor, axes: tuple[int, ...], length: float) -> Tensor:
+    """What makes the l2 norm of x over some axes this long: 0 where it is all zero, NaN where it is not finite.
+
+    As in `l2_normalize`, an all-zero slice passes no gradient.
+    """
+    norm = torch.linalg.vector_norm(x, dim=axes, keepdim=True)
+    factor = torch.where(norm == 0, 0.0, length / norm.clamp_min(TINY))
+    return torch.where(norm.isinf(), torch.nan, factor)
+
+
+_COUNTERPARTS: dict[type[_BatchNorm], type[_Stepped]] = {
+    nn.BatchNorm1d: SteppedBatchNorm1d,
+    nn.BatchNorm2d: SteppedBatchNorm2d,
+    nn.BatchNorm3d: SteppedBatchNorm3d,
+}
+
+
+def put_before(bn: _BatchNorm, step: Step, eps: float | None = None, momentum: float | None = None) -> nn.Module:
+    """A layer on bn's own parameters and buffers that takes `step` of its input first.
+
+    `eps` and `momentum` keep bn's own when None. Raises TypeError for a layer that it cannot stand for.
+    """
+    cls = _COUNTERPARTS.get(stock_class(bn), SteppedBatchNormAct2d)
+    layer = cls(bn.num_features, bn.eps, bn.momentum, bn.affine, bn.track_running_stats, device="meta")
+    layer._parameters.update(bn._parameters)
+    layer._buffers.update(bn._buffers)
+    layer._modules.update(bn._modules)
+    layer.eps = bn.eps if eps is None else eps
+    layer.momentum = bn.momentum if momentum is None else momentum
+    layer.step = step
+    return layer.train(bn.training)

@@ -1,0 +1,37 @@
+"""Publishing a run: its record, without the checkpoints and without the paths of the machine."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from l2bn import measurements
+from l2bn.durable import write_durably
+from l2bn.records import CONFIG, ENVIRONMENT, MACHINE_PATHS, METRICS, SUMMARY, Record
+
+
+def publish(folder: Path, destination: Path) -> Path:
+    """Copy the record of an ended run to its cell under `destination`; returns the new folder.
+
+    Checkpoints and TensorBoard's files stay behind, and so do the paths of this machine in `config.yaml`.
+    Raises InvalidRecordError if the run has not ended or is damaged, FileExistsError if another result of the
+    same cell and seed is there already.
+    """
+    record = Record.read(folder)
+    record.metrics()
+    measured = measurements.check(folder)
+    target = destination / record.dataset / record.backbone / record.norm / record.recipe / f"seed{record.seed}"
+    if (target / SUMMARY).exists() and Record.read(target) != record:
+        raise FileExistsError(f"{target} holds another result of this cell and seed; move it away to replace it")
+    target.mkdir(parents=True, exist_ok=True)
+    config = yaml.safe_load((folder / CONFIG).read_text())
+    write_durably(target / CONFIG, yaml.safe_dump(_without_machine_paths(config), sort_keys=False))
+    for name in (ENVIRONMENT, METRICS, *measured, SUMMARY):
+        write_durably(target / name, (folder / name).read_bytes())
+    return target
+
+
+def _without_machine_paths(node: Any) -> Any:
+    if not isinstance(node, dict):
+        return node
+    return {key: _without_machine_paths(value) for key, value in node.items() if key not in MACHINE_PATHS}
