@@ -18,6 +18,7 @@ WRONG = [
     ("recipe=long", ["recipe/long", "cosine_200"]),
     ("compute=gpu", ["compute/gpu", "auto"]),
     ("experiment=table", ["experiment/table", "demo"]),
+    ("analysis=yes", ["analysis/yes", "statistics"]),
     # unknown keys, at every level
     ("epochs=3", ["epochs"]),
     ("+epochs=3", ["unknown key epochs", "recipe"]),
@@ -30,6 +31,7 @@ WRONG = [
     ("+norm.gamma=2", ["unknown key norm.gamma", "scale"]),
     ("+compute.gpus=2", ["unknown key compute.gpus", "devices"]),
     ("+checkpoint.every=2", ["unknown key checkpoint.every", "every_steps"]),
+    ("+analysis.epochs=2", ["unknown key analysis.epochs", "every"]),
     # wrong types
     ("seed=null", ["seed", "None", "whole number"]),
     ("seed=one", ["seed", "'one'", "whole number"]),
@@ -91,6 +93,11 @@ WRONG = [
     ("compute.workers=-1", ["workers", "-1"]),
     ("checkpoint.every_steps=-1", ["every_steps", "-1"]),
     ("checkpoint.keep_epochs=[0]", ["keep_epochs", "[0]"]),
+    ("analysis.every=-1", ["analysis", "every", "-1"]),
+    ("analysis.statistics_every=0", ["analysis", "statistics_every", "0"]),
+    ("analysis=on compute.compile=true", ["analysis", "compute.compile", "analyze.py"]),
+    ("norm=group_norm norm.channels=0", ["norm", "channels", "0", "at least 1"]),
+    ("norm=l2bn_position norm.scale=max", ["norm.scale", "'max'", "rms"]),
     # data that is not there, or not as it should be
     ("dataset=cifar10 dataset.download=false dataset.root=nowhere", ["nowhere", "dataset.root", "image_folder"]),
     ("dataset=image_folder", ["dataset.root"]),

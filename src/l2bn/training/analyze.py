@@ -40,7 +40,8 @@ def analyze(
         if not found:
             raise UserError(f"{folder} has no checkpoint after an epoch to analyze")
         rows = [row for row, _ in reversed(found)]
-        _write(folder, rows, found[0][1] if rows[-1]["epoch"] == run.job.recipe.epochs else None)
+        kept = run.job.analysis.sample and rows[-1]["epoch"] == run.job.recipe.epochs
+        _write(folder, rows, found[0][1] if kept else None)
     return rows
 
 

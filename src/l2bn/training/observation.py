@@ -28,11 +28,13 @@ class AnalysisPolicy:
     """When a run is looked into.
 
     every: features are measured after every so many epochs, and after the last (0: never; None: about 20 times).
+    sample: whether penultimate features of a few images are kept after the last epoch.
     statistics_until: up to this update, accuracy is measured by running and by batch statistics (0: never),
     statistics_every: every so many updates.
     """
 
     every: int | None = 0
+    sample: bool = True
     statistics_until: int = 0
     statistics_every: int = 10
 
@@ -107,7 +109,8 @@ class Observer:
         """Write what was found in the evaluation of the epoch; the sample after the last one only."""
         if self._found and self.journal:
             row, sample = self._found
-            self.journal.append_features(row, sample if position.epoch == self.epochs else None)
+            kept = self.policy.sample and position.epoch == self.epochs
+            self.journal.append_features(row, sample if kept else None)
         self._found = None
 
     def after_step(self, position: Position) -> None:

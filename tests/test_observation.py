@@ -1,0 +1,278 @@
+"""A run that is looked into: the same run, and its measurements in its record."""
+
+import copy
+import json
+import runpy
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from conftest import ROOT, TINY, Train
+from l2bn.analysis.probe import Probe
+from l2bn.errors import UserError
+from l2bn.measurements import FEATURES, SAMPLE, STATISTICS, read_features, read_sample, read_statistics
+from l2bn.norms.swap import norm_layers, swap_norm
+from l2bn.records import Record
+from l2bn.training.analyze import analyze
+from l2bn.training.checkpoint import Checkpoints
+from l2bn.training.journal import Journal
+from l2bn.training.loop import Trainer
+from l2bn.training.observation import AnalysisPolicy, Network, compare_statistics
+from test_training import EPOCHS, equal, results, stop_after, weights
+
+STATISTICS_OFTEN = ("analysis=statistics", "analysis.statistics_every=4")
+
+
+@pytest.fixture
+def twice(train: Train, tmp_path: Path) -> Callable[..., tuple[Record, Record]]:
+    """The same run without and with an analysis."""
+
+    def twice(*overrides: str, analysis: tuple[str, ...] = ("analysis=on",)) -> tuple[Record, Record]:
+        plain = train(*overrides)
+        return plain, train(*overrides, *analysis, f"runs_dir={tmp_path / 'watched'}")
+
+    return twice
+
+
+@pytest.mark.parametrize("analysis", [("analysis=on",), STATISTICS_OFTEN], ids=lambda given: given[0])
+def test_a_run_that_is_looked_into_is_the_same_run(
+    analysis: tuple[str, ...], twice: Callable[..., tuple[Record, Record]]
+) -> None:
+    plain, watched = twice(EPOCHS, *TINY, analysis=analysis)
+    assert results(watched) == results(plain)
+    assert equal(weights(watched), weights(plain))
+    assert watched.hash == plain.hash
+    assert not [plain.folder / name for name in (FEATURES, STATISTICS, SAMPLE) if (plain.folder / name).exists()]
+
+
+def test_dropout_too_draws_what_it_drew(twice: Callable[..., tuple[Record, Record]]) -> None:
+    options = ("backbone=vgg11", "recipe.epochs=1", "dataset.subset=64", *TINY[1:])
+    plain, watched = twice(*options, analysis=("analysis=statistics", "analysis.statistics_every=1"))
+    assert equal(weights(watched), weights(plain))
+
+
+def test_features_go_to_the_record_and_to_tensorboard(train: Train) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    record = train("norm=l2bn", EPOCHS, *TINY, "analysis=on")
+    rows = read_features(record.folder)
+    assert [(row["epoch"], row["step"], row["images"]) for row in rows] == [(1, 8, 360), (2, 16, 360)]
+    assert all(len(row["layers"]) == record.norm_layers for row in rows)
+    sample = read_sample(record.folder)
+    assert sample is not None
+    assert sample.features.shape[1] == 64
+    assert set(sample.labels) == set(range(10))
+
+    events = EventAccumulator(str(record.folder / "tb"), {"histograms": 0})
+    events.Reload()
+    first = rows[0]["layers"][0]
+    for tag, value in (
+        ("penultimate/within_share", rows[0]["penultimate"]["within_share"]),
+        (f"norm_cv input/{first['name']}", first["input"]["norm_cv"]),
+        (f"nc1 output/{first['name']}", first["output"]["nc1"]),
+        (f"shrink/{first['name']}", first["shrink"]),
+    ):
+        drawn = events.Scalars(tag)
+        assert [event.step for event in drawn] == [1, 2]
+        assert drawn[0].value == pytest.approx(value)
+    histogram, _ = events.Histograms(f"norms/{first['name']}")
+    assert histogram.histogram_value.num == 360
+    assert histogram.histogram_value.sum == pytest.approx(360 * first["input"]["norm_mean"], rel=1e-3)
+
+
+def test_how_often_follows_from_the_policy() -> None:
+    def measured(epochs: int, every: int | None) -> list[int]:
+        policy = AnalysisPolicy(every=every)
+        return [epoch for epoch in range(1, epochs + 1) if policy.measures_after(epoch, epochs)]
+
+    assert measured(5, 0) == []
+    assert measured(5, 2) == [2, 4, 5]
+    assert measured(5, None) == [1, 2, 3, 4, 5]
+    assert measured(200, None) == list(range(10, 201, 10))
+    assert AnalysisPolicy(every=None) != AnalysisPolicy()
+
+
+@pytest.mark.parametrize("stop", [5, 12], ids=["in the first epoch", "in the second epoch"])
+def test_a_resumed_run_has_no_line_twice_and_none_missing(
+    stop: int, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = (EPOCHS, *TINY, "analysis=on", "analysis.statistics_until=14", "analysis.statistics_every=3")
+    whole = train(*options)
+    assert [row["step"] for row in read_statistics(whole.folder)] == [3, 6, 9, 12]
+    with monkeypatch.context() as patch:
+        stop_after(patch, stop)
+        with pytest.raises(SystemExit):
+            train(*options, f"runs_dir={tmp_path / 'resumed'}")
+    resumed = train(*options, f"runs_dir={tmp_path / 'resumed'}")
+    for name in (FEATURES, STATISTICS, SAMPLE):
+        assert (resumed.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+
+
+def test_a_run_cut_off_between_line_and_checkpoint_has_no_line_twice(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(EPOCHS, *TINY, "analysis=on")
+    save = Checkpoints.save
+
+    def fail(self: Checkpoints, epoch: int, *arguments: Any) -> None:
+        if epoch == 2:
+            raise OSError(28, "No space left on device")
+        save(self, epoch, *arguments)
+
+    options = (EPOCHS, *TINY, "analysis=on", f"runs_dir={tmp_path / 'resumed'}")
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", fail)
+        with pytest.raises(UserError):
+            train(*options)
+    (features,) = (tmp_path / "resumed").rglob(FEATURES)
+    assert len(features.read_text().splitlines()) == 2, "a line that no checkpoint knows of"
+    with features.open("a") as file:
+        file.write('{"epoch": 3')
+    resumed = train(*options)
+    assert (resumed.folder / FEATURES).read_bytes() == (whole.folder / FEATURES).read_bytes()
+
+
+def test_damaged_measurements_are_named_before_a_run_goes_on(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, 12)
+        with pytest.raises(SystemExit):
+            train(EPOCHS, *TINY, "analysis=on")
+    (features,) = (tmp_path / "runs").rglob(FEATURES)
+    features.write_text('{"epoch": 1}\n')
+    with pytest.raises(UserError, match=r"features\.jsonl, line 1: not a measured epoch\nmove this file away"):
+        train(EPOCHS, *TINY, "analysis=on")
+
+
+def test_at_the_default_it_takes_under_five_percent_of_the_time(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the processor's time, which a busy machine does not stretch; every epoch of so short a run is measured."""
+    spent = {"analysis": 0.0, "run": 0.0}
+
+    def timed(cls: type, name: str, what: str) -> None:
+        method = getattr(cls, name)
+
+        def wrapper(*arguments: Any) -> Any:
+            began = time.process_time()
+            try:
+                return method(*arguments)
+            finally:
+                spent[what] += time.process_time() - began
+
+        monkeypatch.setattr(cls, name, wrapper)
+
+    for name in ("_add", "_take_sample", "row", "sample"):
+        timed(Probe, name, "analysis")
+    timed(Journal, "append_features", "analysis")
+    timed(Trainer, "fit", "run")
+    record = train("recipe.epochs=2", "progress=false", "analysis=on")
+    assert len(read_features(record.folder)) == 2
+    assert 0 < spent["analysis"] < 0.05 * spent["run"]
+
+
+# ---- Running and batch statistics ---------------------------------------------------------------------------
+
+
+class OneBatch:
+    """A loader of one batch."""
+
+    batch_size = 64
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.batch = torch.randn(64, 3, 8, 8, generator=generator), torch.randint(5, (64,), generator=generator)
+
+    def __len__(self) -> int:
+        return 1
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        yield self.batch
+
+
+@pytest.mark.parametrize("norm", ["bn", "l2bn", "l2bn_mean_norm", "group_norm"])
+def test_by_batch_statistics_is_as_in_training_but_for_dropout_and_nothing_moves(norm: str) -> None:
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(), nn.Linear(288, 5))
+    model = nn.Sequential(*layers)
+    names = norm_layers(model)
+    swap_norm(model, norm)
+    for layer in model.modules():
+        if hasattr(layer, "fused"):
+            layer.fused = "off"
+    loader = OneBatch()
+    images, labels = loader.batch
+    accuracies = {}
+    for kind in ("running", "batch"):
+        other = copy.deepcopy(model).eval()
+        other.get_submodule(names[0]).train(kind == "batch")
+        with torch.no_grad():
+            accuracies[kind] = 100 * (other(images).argmax(1) == labels).double().mean().item()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    alone: Any = SimpleNamespace(world_size=1, device=torch.device("cpu"), autocast=nullcontext)
+    row = compare_statistics(Network(module=model.train(), layers=names, classes=5), loader, alone, 30)
+    assert {"running": row["running/top1"], "batch": row["batch/top1"]} == pytest.approx(accuracies)
+    assert row["step"] == 30
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+
+
+def test_at_the_start_evaluation_lags_behind_batch_statistics(train: Train) -> None:
+    """The running variance of a unit L2BN starts far above that of its features."""
+    options = ("norm=l2bn", "recipe.epochs=1", "progress=false", "dataset.subset=700")
+    record = train(*options, "analysis=statistics", "analysis.statistics_until=20")
+    rows = read_statistics(record.folder)
+    assert [row["step"] for row in rows] == [10, 20]
+    assert rows[-1]["batch/top1"] > 2 * rows[-1]["running/top1"]
+
+
+# ---- A run that is there ------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_gives_what_it_would_have_given_in_training(
+    twice: Callable[..., tuple[Record, Record]],
+) -> None:
+    plain, watched = twice("norm=l2bn", EPOCHS, *TINY, "checkpoint.keep_epochs=[1]")
+    (row,) = analyze(plain.folder)
+    assert [row] == read_features(plain.folder) == read_features(watched.folder)[1:]
+    assert (plain.folder / SAMPLE).read_bytes() == (watched.folder / SAMPLE).read_bytes()
+    assert results(plain) == results(watched)
+    rows = analyze(plain.folder, every_checkpoint=True)
+    assert rows == read_features(plain.folder) == read_features(watched.folder)
+
+
+def test_the_script_prints_a_line_for_each_layer(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    record = train("recipe.epochs=1", *TINY)
+    monkeypatch.setattr(sys, "argv", ["analyze.py", "--run", str(record.folder), str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(ROOT / "scripts" / "analyze.py"), run_name="__main__")
+    assert left.value.code == 1
+    printed = capsys.readouterr()
+    assert "nowhere is not the folder of a run" in printed.err
+    (row,) = read_features(record.folder)
+    for layer in row["layers"]:
+        assert f"\n{layer['name']} " in printed.out
+        assert f" {layer['input']['norm_cv']:.3f} " in printed.out
+    assert f"{row['penultimate']['within_share']:.3f}" in printed.out.split("penultimate")[1]
+    assert max(map(len, printed.out.splitlines())) <= 110
+
+
+def test_what_cannot_be_analyzed_is_named(train: Train, tmp_path: Path) -> None:
+    record = train("recipe.epochs=1", *TINY)
+    for path in (record.folder / "checkpoints").glob("*.pt"):
+        path.write_bytes(b"damaged")
+    with pytest.raises(UserError, match="has no checkpoint after an epoch to analyze"):
+        analyze(record.folder)
+    assert not (record.folder / FEATURES).exists()
+    assert json.loads((record.folder / "summary.json").read_text())["status"] == "finished"
