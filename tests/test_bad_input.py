@@ -96,6 +96,7 @@ WRONG = [
     ("analysis.every=-1", ["analysis", "every", "-1"]),
     ("analysis.statistics_every=0", ["analysis", "statistics_every", "0"]),
     ("analysis=on compute.compile=true", ["analysis", "compute.compile", "analyze.py"]),
+    ("norm=l2bn_detached compute.sync_bn=true", ["norm", "no synchronised form", "SteppedBatchNorm2d"]),
     ("norm=group_norm norm.channels=0", ["norm", "channels", "0", "at least 1"]),
     ("norm=l2bn_position norm.scale=max", ["norm.scale", "'max'", "rms"]),
     # data that is not there, or not as it should be

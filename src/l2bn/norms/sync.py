@@ -167,13 +167,18 @@ def convert_sync(model: nn.Module, process_group: dist.ProcessGroup | None = Non
     Raises:
         TypeError: a batch norm layer has a `forward` of its own. Nothing is changed then.
     """
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and not isinstance(m, _Sync)]
-    classes = [_counterpart(layer) for layer in layers]
-    for layer, cls in zip(layers, classes, strict=True):
+    layers = counterparts(model)
+    for layer, cls in layers.items():
         layer.__class__ = cls
         layer.process_group = process_group  # type: ignore[assignment]
     logger.info("%s: batch statistics of %d layers are joint across ranks", type(model).__name__, len(layers))
     return len(layers)
+
+
+def counterparts(model: nn.Module) -> dict[_BatchNorm, type[_Sync]]:
+    """What `convert_sync` would make of each layer. Raises TypeError for one that has no synchronised form."""
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and not isinstance(m, _Sync)]
+    return {layer: _counterpart(layer) for layer in layers}
 
 
 def _counterpart(layer: _BatchNorm) -> type[_Sync]:

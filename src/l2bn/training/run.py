@@ -13,6 +13,7 @@ from l2bn.data.loader import Loader, check_batch_size
 from l2bn.data.splits import Splits
 from l2bn.errors import UserError
 from l2bn.norms.swap import norm_layers, swap_norm
+from l2bn.norms.sync import counterparts
 from l2bn.records import CONFIG, SUMMARY, InvalidRecordError, Record
 from l2bn.seeding import derive_seed
 from l2bn.training.build import Builder, machine_keys
@@ -109,6 +110,8 @@ def make_job(config: Config, settings: Settings, cell: Cell, folder: Path, build
     layers = norm_layers(model)
     try:
         swap_norm(model, norm)
+        if compute.sync_bn:
+            counterparts(model)  # raises where a layer has none
     except (ValueError, TypeError) as error:
         raise UserError(f"norm: {error}") from error
     check_observable(analysis, model, splits.num_classes, compute.compile)
