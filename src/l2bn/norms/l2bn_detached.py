@@ -11,7 +11,7 @@ import functools
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from l2bn.norms.l2bn import Scale
+from l2bn.norms.l2_step import Scale
 from l2bn.norms.stepped import factors, put_before, target_norm
 
 

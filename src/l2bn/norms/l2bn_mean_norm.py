@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from l2bn.norms.l2bn import Scale
-from l2bn.norms.stepped import TINY, put_before, target_norm
+from l2bn.norms.l2_step import TINY, Scale
+from l2bn.norms.stepped import put_before, target_norm
 
 BN_SHAPED = False
 

@@ -13,7 +13,7 @@ import math
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from l2bn.norms.l2bn import Scale
+from l2bn.norms.l2_step import Scale
 from l2bn.norms.stepped import factors, put_before, target_norm
 
 

@@ -13,10 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from l2bn.norms.l2bn import Scale
+from l2bn.norms.l2_step import TINY, Scale, widened
 from l2bn.norms.swap import stock_class
-
-TINY = 1e-12  # as in l2_normalize
 
 Step = Callable[[Tensor], Tensor]
 """(N, C, ...) to the same shape and type, float32 at least. A module among them may hold buffers."""
@@ -29,7 +27,7 @@ class _Stepped(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - BN's own name
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        wide = input.to(torch.promote_types(input.dtype, torch.float32))
+        wide = widened(input)
         own = next((t.dtype for t in (self.weight, self.running_mean) if t is not None), wide.dtype)
         return super().forward(self.step(wide).to(own)).to(input.dtype)
 
