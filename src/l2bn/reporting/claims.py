@@ -2,25 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from l2bn.records import Problem, Record
 from l2bn.reporting.comparison import BN, FULL_EPOCHS, L2BN, Comparison, grid, pooled
+from l2bn.reporting.feature_claims import COMPACT, EQUAL_NORMS, SEPARATED
 from l2bn.reporting.statistics import MIN_PAIRS
+from l2bn.reporting.verdicts import MIN_BACKBONES, Finding, Verdict
 from l2bn.reporting.wording import interval, plural, probability, signed
-
-Verdict = Literal["supported", "contradicted", "not decided at this n", "not measured"]
-
-MIN_BACKBONES = 3
-"""A claim about various models needs at least this many of them."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What the records say about a claim."""
-
-    evidence: str
-    verdict: Verdict
 
 
 @dataclass(frozen=True)
@@ -31,13 +19,6 @@ class Claim:
     text: str
     rule: str
     judge: Callable[[Sequence[Record]], Finding]
-
-
-def _no_features(records: Sequence[Record]) -> Finding:
-    return Finding(
-        f"0 of {plural('record', len(records))} hold a measurement of features.",
-        "not measured",
-    )
 
 
 def _no_parameters_added(records: Sequence[Record]) -> Finding:
@@ -116,19 +97,15 @@ def _no_sound(records: Sequence[Record]) -> Finding:
     )
 
 
-_FEATURES_RULE = (
-    "Needs features of trained networks measured in both arms; no record holds one, so there is no verdict."
-)
-
 CLAIMS = (
     Claim(
         1,
         "Unequal l2 norms of the samples' features keep BN from separating classes and making them compact.",
-        _FEATURES_RULE,
-        _no_features,
+        EQUAL_NORMS.rule,
+        EQUAL_NORMS.judge,
     ),
-    Claim(2, "L2BN makes the features of a class more compact.", _FEATURES_RULE, _no_features),
-    Claim(3, "L2BN makes the features of different classes more distinct.", _FEATURES_RULE, _no_features),
+    Claim(2, "L2BN makes the features of a class more compact.", COMPACT.rule, COMPACT.judge),
+    Claim(3, "L2BN makes the features of different classes more distinct.", SEPARATED.rule, SEPARATED.judge),
     Claim(
         4,
         "L2BN adds no parameters and no hyper-parameters.",

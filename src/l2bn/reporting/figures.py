@@ -76,9 +76,9 @@ def write_figures(records: Sequence[Record], folder: Path) -> tuple[list[Path], 
     with mpl.rc_context(RC):
         for name, group in _pages(comparisons).items():
             if any(arm.accuracies for comparison in group for arm in comparison.arms):
-                paths += _save(curves(group, found), folder, f"curves-{name}")
+                paths += save_figure(curves(group, found), folder, f"curves-{name}")
         if any(comparison.differences for comparison in comparisons):
-            paths += _save(differences(comparisons), folder, "differences")
+            paths += save_figure(differences(comparisons), folder, "differences")
     return paths, problems
 
 
@@ -92,7 +92,8 @@ def _pages(comparisons: Sequence[Comparison]) -> dict[str, list[Comparison]]:
     return pages
 
 
-def _save(figure: Figure, folder: Path, name: str) -> list[Path]:
+def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write a figure as PNG and SVG; the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.{kind}" for kind in ("png", "svg")]
     # Neither the date nor the version of matplotlib, so that the files change only with the records.

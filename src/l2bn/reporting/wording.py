@@ -8,19 +8,19 @@ from l2bn.reporting.statistics import Estimate, estimate
 NONE = "–"
 
 
-def signed(value: float | None) -> str:
+def signed(value: float | None, digits: int = 2) -> str:
     """Points with their sign, the minus a real one."""
     if value is None:
         return NONE
-    text = f"{value:+.2f}"
-    return "0.00" if text in ("+0.00", "-0.00") else text.replace("-", "−")
+    text = f"{value:+.{digits}f}"
+    return text[1:] if float(text) == 0 else text.replace("-", "−")
 
 
-def interval(result: Estimate) -> str:
+def interval(result: Estimate, digits: int = 2) -> str:
     """`[low, high]`, or why there is none."""
     if result.low is None:
         return result.reason if result.n else NONE
-    return f"[{signed(result.low)}, {signed(result.high)}]"
+    return f"[{signed(result.low, digits)}, {signed(result.high, digits)}]"
 
 
 def probability(p: float | None, result: Estimate) -> str:
@@ -30,12 +30,13 @@ def probability(p: float | None, result: Estimate) -> str:
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def mean_std(values: Iterable[float]) -> str:
+def mean_std(values: Iterable[float], digits: int = 2) -> str:
     """`mean ± std`, without the spread where there is only one value."""
     result = estimate(list(values))
     if result.mean is None:
         return NONE
-    return f"{result.mean:.2f}" + (f" ± {result.std:.2f}" if result.std is not None else "")
+    spread = "" if result.std is None else f" ± {result.std:.{digits}f}"
+    return f"{result.mean:.{digits}f}{spread}"
 
 
 def accuracy(arm: Arm | None, missing: int) -> str:
