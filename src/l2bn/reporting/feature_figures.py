@@ -42,15 +42,17 @@ def write_feature_figures(pairs: Sequence[MeasuredPair], folder: Path) -> tuple[
         for pair in pairs:
             name = file_name(pair.cell)
             paths += save_figure(norms_by_depth(pair), folder, f"norms-{name}")
-            if len(pair.reference.epochs) > 1 and pair.reference.epochs == pair.other.epochs:
+            if pair.has_curves:
                 paths += save_figure(through_training(pair), folder, f"training-{name}")
-            try:
-                samples = samples_of(pair)
-            except InvalidRecordError as error:
-                problems.append(Problem(pair.other.arm.records[0].folder, str(error)))
+            if not pair.sampled:
                 continue
-            if samples:
-                paths += save_figure(feature_map(pair, *samples), folder, f"map-{name}")
+            seed, *folders = pair.sampled
+            try:
+                samples = [read_sample(folder) for folder in folders]
+            except InvalidRecordError as error:
+                problems.append(Problem(pair.other.arm.records[0].folder.parent, str(error)))
+                continue
+            paths += save_figure(feature_map(pair, seed, *(s for s in samples if s)), folder, f"map-{name}")
     return paths, problems
 
 
@@ -84,7 +86,7 @@ def norms_by_depth(pair: MeasuredPair) -> Figure:
     Mean over the seeds with a band of ± 1 std; hollow markers, without a line: between classes.
     """
     figure = Figure(figsize=(6.6, 2.9), layout="constrained")
-    panels = figure.subplots(1, 2)
+    panels = figure.subplots(1, 2, sharey=True)
     for panel, side in zip(panels, (INPUT, OUTPUT), strict=True):
         panel.set_title(f"at the {side} of each norm layer")
         for arm, style in _arms(pair):
@@ -98,7 +100,8 @@ def norms_by_depth(pair: MeasuredPair) -> Figure:
             panel.plot(depth, between, **{**style, **hollow}, markersize=3, markeredgewidth=0.7)
         panel.set_ylim(bottom=0)
         panel.set_xlabel("norm layer, in the order in which they run")
-        panel.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+        panel.set_xlim(left=0.2)
+        panel.xaxis.set_major_locator(MaxNLocator(7, integer=True, prune="lower"))
         _grid(panel)
     panels[0].set_ylabel("std / mean of the samples' l2 norms")
     handles, _ = panels[0].get_legend_handles_labels()
@@ -149,16 +152,6 @@ def through_training(pair: MeasuredPair) -> Figure:
 
 
 # ---- A map of the penultimate features --------------------------------------------------------------------------
-
-
-def samples_of(pair: MeasuredPair) -> tuple[int, Sample, Sample] | None:
-    """The lowest seed of which both arms have a sample, and the two. Raises InvalidRecordError."""
-    folders = [{record.seed: record.folder for record in arm.arm.records} for arm in (pair.reference, pair.other)]
-    for seed in sorted(folders[0].keys() & folders[1].keys()):
-        bn, l2bn = (read_sample(folder[seed]) for folder in folders)
-        if bn and l2bn:
-            return seed, bn, l2bn
-    return None
 
 
 def principal_plane(features: Floats) -> tuple[Floats, Floats, Floats]:

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 
-from l2bn.measurements import FeatureRow, read_features
+from l2bn.measurements import SAMPLE, FeatureRow, read_features
 from l2bn.records import InvalidRecordError, Problem, Record
 from l2bn.reporting.comparison import Arm, Cell, arms_of
 from l2bn.reporting.statistics import Estimate, estimate, paired_differences
@@ -94,6 +94,21 @@ class MeasuredPair:
     @property
     def cell(self) -> Cell:
         return self.other.arm.cell
+
+    @property
+    def has_curves(self) -> bool:
+        """Whether the same epochs, more than one, were measured in all runs of both arms."""
+        return len(self.reference.epochs) > 1 and self.reference.epochs == self.other.epochs
+
+    @property
+    def sampled(self) -> tuple[int, Path, Path] | None:
+        """The lowest seed of which both arms hold a sample of penultimate features, and the two folders."""
+        arms = (self.reference, self.other)
+        folders = [{record.seed: record.folder for record in arm.arm.records} for arm in arms]
+        for seed in sorted(folders[0].keys() & folders[1].keys()):
+            if all((folder[seed] / SAMPLE).exists() for folder in folders):
+                return seed, folders[0][seed], folders[1][seed]
+        return None
 
     def differences(self, measure: Measure) -> list[float]:
         """The other minus the reference, seed by seed, in the unit of the measure."""

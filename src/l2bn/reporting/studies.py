@@ -4,6 +4,8 @@ Each reads the records of its own folder under `results/studies/`, where a cell 
 values of one setting; those runs have no place in the grid.
 """
 
+import csv
+import io
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -71,9 +73,14 @@ class EpsStudy:
 
     def shrink(self, norm: str, eps: float) -> list[float]:
         """The shrink factor of each norm layer, in their order, as the mean over the runs that have it."""
-        rows = [self.features[r.folder][-1] for r in self.at(norm, eps).records if r.folder in self.features]
-        layers = [Measure("", SHRINK).by_layer(row) for row in rows]
-        return [fmean(values) for values in zip(*layers, strict=True) if None not in values] if layers else []
+        runs = [layers for record in self.at(norm, eps).records if (layers := self.shrink_of(record))]
+        return [fmean(values) for values in zip(*runs, strict=True)]
+
+    def shrink_of(self, record: Record) -> list[float]:
+        """The shrink factor of each norm layer of one run after its last epoch; empty where it was not measured."""
+        rows = self.features.get(record.folder)
+        layers = Measure("", SHRINK).by_layer(rows[-1]) if rows else []
+        return [value for value in layers if value is not None]
 
 
 def eps_studies(records: Iterable[Record], features: Features) -> list[EpsStudy]:
@@ -166,6 +173,11 @@ class RateStudy:
     runs: Mapping[tuple[int, float, str], Runs]  # by batch size, learning rate and norm
 
     @property
+    def name(self) -> str:
+        """As part of a file's name."""
+        return f"{self.dataset}-{self.backbone}".replace(",", "-")
+
+    @property
     def settings(self) -> list[tuple[int, float]]:
         return sorted({(batch, rate) for batch, rate, _ in self.runs})
 
@@ -241,3 +253,37 @@ def rate_note(study: RateStudy) -> str:
         f"Mean over the settings in which all runs finished, one value a seed: {signed(overall.mean)} points, 95 % "
         f"interval {interval(overall)}, n = {overall.n}. Diverged: {lost[0]} of BN, {lost[1]} of L2BN."
     )
+
+
+# ---- A line a run ---------------------------------------------------------------------------------------------
+
+CSV_COLUMNS = (
+    *("study", "dataset", "label", "backbone", "recipe", "setting", "norm", "eps", "batch_size", "lr", "seed"),
+    *("status", "updates", "top1", "shrink_mean", "shrink_min"),
+)
+
+
+def studies_csv(eps: Iterable[EpsStudy], rates: Iterable[RateStudy]) -> str:
+    """Every run of the studies of eps and of the learning rate."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for study in eps:
+        for (_, value), runs in sorted(study.runs.items()):
+            for record in runs.records:
+                writer.writerow(_csv_row("eps", record, f"{value:g}", study.shrink_of(record)))
+    for rate_study in rates:
+        for _, runs in sorted(rate_study.runs.items()):
+            for record in runs.records:
+                writer.writerow(_csv_row("lr", record, "", []))
+    return file.getvalue()
+
+
+def _csv_row(study: str, record: Record, eps: str, shrinks: list[float]) -> list[object]:
+    cell, recipe = cell_of(record), record.identity["recipe"]
+    names = [study, cell.dataset, record.label, cell.backbone, cell.recipe, cell.setting, record.norm, eps]
+    factors = [f"{fmean(shrinks):.5g}", f"{min(shrinks):.5g}"] if shrinks else ["", ""]
+    top1 = record.last.get("test/top1")
+    accuracy = "" if top1 is None or record.status != "finished" else f"{top1:.4f}"
+    settings = [recipe["batch_size"], f"{recipe['lr']:g}", record.seed, record.status, record.updates]
+    return [*names, *settings, accuracy, *factors]

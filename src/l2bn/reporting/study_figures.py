@@ -33,8 +33,7 @@ def write_study_figures(
         for study in eps:
             paths += save_figure(accuracy_over_eps(study), folder, f"eps-{file_name(study.cell)}")
         for rate_study in rates:
-            name = f"rates-{rate_study.dataset}-{rate_study.backbone}"
-            paths += save_figure(accuracy_over_rates(rate_study), folder, name)
+            paths += save_figure(accuracy_over_rates(rate_study), folder, f"rates-{rate_study.name}")
         for trap in traps:
             paths += save_figure(accuracy_over_updates(trap), folder, f"trap-{file_name(trap.cell)}")
     return paths
