@@ -39,11 +39,13 @@ lint: setup ## ruff and mypy
 list: setup ## every data set, backbone, norm, recipe and experiment, one line each
 	@python scripts/list.py
 
-tables: setup ## results/tables and the README's block, from results/records
+tables: setup ## results/tables, mechanism.md and the README's block, from results/records and results/studies
 	python scripts/tables.py
+	python scripts/mechanism.py tables
 
-figures: setup ## results/figures, from results/records
+figures: setup ## results/figures, from results/records and results/studies
 	python scripts/figures.py
+	python scripts/mechanism.py figures
 
 claims: setup ## results/claims.md, from results/records
 	python scripts/claims.py

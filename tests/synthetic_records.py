@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import yaml
 
+from l2bn.measurements import FEATURES, MEASURES, Sample, write_sample
 from l2bn.records import CONFIG, ENVIRONMENT, METRICS, Metrics, Record, write_lines
 
 
@@ -93,6 +95,48 @@ def _epochs(accuracy: float, epochs: int, seed: int, norm: str) -> Iterable[Metr
             "images_per_second": 1000.0,
             "peak_memory_bytes": None,
         }
+
+
+def write_features(
+    record: Record,
+    *,
+    within_share: float = 0.2,
+    angle: float = 60.0,
+    norm_cv: float = 0.1,
+    shrink: float | None = 0.95,
+    epochs: Iterable[int] = (),
+    layers: int = 3,
+    sample: bool = False,
+) -> None:
+    """Measured features that end at these values, and half of a share more at each measured epoch before."""
+    measured = [*(epoch for epoch in epochs if epoch < record.epochs), record.epochs]
+    rows = []
+    for place, epoch in enumerate(reversed(measured)):
+        measures = dict.fromkeys(MEASURES, 1.0)
+        measures |= {
+            "within_share": within_share * (1 + place / 2),
+            "angle_mean": angle,
+            "norm_cv_between": norm_cv / 2,
+        }
+        inputs = [{**measures, "norm_cv": norm_cv * depth} for depth in range(1, layers + 1)]
+        found = [
+            {
+                "name": f"bn{i}",
+                "shrink": shrink,
+                "norms": {"first": 0, "counts": [10]},
+                "input": given,
+                "output": measures,
+            }
+            for i, given in enumerate(inputs)
+        ]
+        row = {"epoch": epoch, "step": 10 * epoch, "images": 10, "layers": found, "penultimate": measures}
+        rows.append(row)
+    with patch("os.fsync"):
+        write_lines(record.folder / FEATURES, rows[::-1])
+        if sample:
+            labels = np.arange(60) % 3
+            noise = np.random.default_rng(record.seed).normal(size=(60, 8))
+            write_sample(record.folder, Sample((noise + 4 * np.eye(8)[labels]).astype(np.float32), labels))
 
 
 def write_pairs(

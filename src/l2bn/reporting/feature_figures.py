@@ -180,7 +180,7 @@ def feature_map(pair: MeasuredPair, seed: int, bn: Sample, l2bn: Sample) -> Figu
             at = points[sample.labels == kind]
             panel.scatter(*at.T, s=11, color=color, marker=marker, linewidths=0, alpha=0.8, label=str(kind))
         panel.set_xlabel(f"first principal component ({100 * shares[0]:.0f} % of the variance)")
-        panel.set_aspect("equal", adjustable="datalim")
+        panel.set_aspect("equal", adjustable="box")
     panels[0].set_ylabel(f"second ({100 * shares[1]:.0f} %)")
     key = panels[0].get_legend_handles_labels()
     figure.legend(*key, loc="outside right center", title="class", markerscale=1.3)

@@ -1,0 +1,387 @@
+"""Features and studies as tables, figures and verdicts: the numbers are those of the records, or there are none."""
+
+import csv
+import io
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+
+from l2bn.measurements import FEATURES, SAMPLE, STATISTICS
+from l2bn.records import Record, write_lines
+from l2bn.reporting.claims import CLAIMS
+from l2bn.reporting.comparison import BN, L2BN, read_checked
+from l2bn.reporting.feature_claims import CONTROL
+from l2bn.reporting.feature_figures import feature_map, norms_by_depth, principal_plane, through_training
+from l2bn.reporting.feature_tables import QUANTITIES, WITHIN_SHARE, features_csv, norms_table, pair_table
+from l2bn.reporting.features import INPUT, PENULTIMATE, SHRINK, Measure, measured_arms, measured_pairs, read_all
+from l2bn.reporting.figures import RC
+from l2bn.reporting.mechanism import EPS, RATES, TRAP, mechanism_documents, read_evidence, write_mechanism_figures
+from l2bn.reporting.studies import RMS, eps_studies, eps_table, parts_table, rate_note, rate_studies, rate_table
+from l2bn.reporting.study_figures import accuracy_over_eps, accuracy_over_rates, accuracy_over_updates
+from l2bn.reporting.trap import trap_studies, trap_table
+from synthetic_records import write_features, write_run
+
+ROOT = Path(__file__).parents[1]
+
+
+def write_measured(
+    root: Path, norm: str, shares: Sequence[float], *, angles: Sequence[float] = (60.0,) * 9, **cell: object
+) -> None:
+    """A run a seed with these within shares."""
+    for seed, (share, angle) in enumerate(zip(shares, angles, strict=False)):
+        record = write_run(root, norm=norm, seed=seed, accuracy=90.0 + seed, **cell)  # type: ignore[arg-type]
+        cv = 0.2 if norm == BN else 0.1
+        write_features(record, within_share=share, angle=angle, norm_cv=cv, epochs=(10, 100), sample=True)
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> list[Record]:
+    """BN and L2BN with a difference of -0.03 ± 0.01 in within_share, and two controls."""
+    root = tmp_path / "records"
+    write_measured(root, BN, (0.20, 0.22, 0.24), angles=(60, 61, 62))
+    write_measured(root, L2BN, (0.18, 0.19, 0.20), angles=(60, 63, 66))
+    write_measured(root, CONTROL, (0.21, 0.22, 0.23))
+    write_run(root, norm="group_norm", accuracy=70.0)
+    write_run(root, norm=L2BN, seed=7, status="diverged")
+    return read_checked(root)[0]
+
+
+# ---- Reading ------------------------------------------------------------------------------------------------
+
+
+def test_arms_hold_the_runs_that_were_measured_to_their_end(records: list[Record]) -> None:
+    (unfinished,) = (r for r in records if r.norm == "group_norm")
+    write_features(unfinished)
+    (unfinished.folder / FEATURES).write_text((unfinished.folder / FEATURES).read_text().replace("200", "100", 1))
+    features, problems = read_all(records)
+    assert problems == []
+    arms = measured_arms(records, features)
+    assert [arm.arm.norm for arm in arms] == [BN, L2BN, CONTROL]
+    assert arms[1].last(WITHIN_SHARE) == {0: 0.18, 1: 0.19, 2: 0.20}
+    assert arms[1].last(Measure("norm_cv", INPUT)) == pytest.approx(
+        dict.fromkeys(range(3), 0.2)
+    )  # of 0.1, 0.2, 0.3
+    assert arms[1].last(Measure("", SHRINK)) == pytest.approx(dict.fromkeys(range(3), 0.95))
+    assert arms[1].epochs == [10, 100, 200]
+
+
+def test_a_layer_without_a_value_has_no_mean(tmp_path: Path) -> None:
+    write_features(write_run(tmp_path, norm="group_norm"), shrink=None)
+    records, _ = read_checked(tmp_path)
+    (arm,) = measured_arms(records, read_all(records)[0])
+    assert arm.last(Measure("", SHRINK)) == {}
+
+
+def test_unreadable_features_are_named_and_left_out(records: list[Record]) -> None:
+    (records[0].folder / FEATURES).write_text("{")
+    features, problems = read_all(records)
+    assert [problem.folder for problem in problems] == [records[0].folder]
+    assert records[0].folder not in features
+
+
+# ---- Tables -------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_a_pair_holds_means_and_paired_differences(records: list[Record]) -> None:
+    (pair,) = measured_pairs(measured_arms(records, read_all(records)[0]), BN, L2BN)
+    rows = {row[0]: row[1:] for row in pair_table(pair).rows}
+    assert rows["within share, penultimate"] == (
+        *("0.2200 ± 0.0200", "0.1900 ± 0.0100", "−0.0300", "[−0.0548, −0.0052]", "3"),
+    )
+    assert rows["mean angle, penultimate (°)"][2] == "+2.00"
+    assert rows["shrink factor of the norm layers"][:2] == ("0.9500 ± 0.0000", "0.9500 ± 0.0000")
+
+
+def test_the_table_of_norms_sets_each_against_bn_and_l2bn_against_each(records: list[Record]) -> None:
+    arms = measured_arms(records, read_all(records)[0])
+    accuracy, share = (norms_table(arms, quantity) for quantity in QUANTITIES[:2])
+    assert [row[0] for row in share.rows] == [BN, L2BN, CONTROL]
+    control = share.rows[2]
+    assert control[1:3] == ("0.2200 ± 0.0100 (3)", "0.0000")
+    assert control[4:] == ("−0.0300", "no spread")
+    assert share.rows[0][2:4] == ("–", "–")
+    assert accuracy.rows[1][1] == "91.00 ± 1.00 (3; 1 diverged)"
+
+
+def test_the_csv_has_every_measure_of_every_norm(records: list[Record]) -> None:
+    rows = list(csv.DictReader(io.StringIO(features_csv(measured_arms(records, read_all(records)[0])))))
+    assert len(rows) == 3 * (1 + 3 * 14)
+    (row,) = (
+        row for row in rows if (row["norm"], row["place"], row["measure"]) == (L2BN, PENULTIMATE, "within_share")
+    )
+    assert (row["bn_mean"], row["norm_mean"], row["pairs"], row["difference"]) == ("0.22", "0.19", "3", "-0.03")
+
+
+# ---- Figures ------------------------------------------------------------------------------------------------
+
+
+def test_figures_show_what_the_records_hold(records: list[Record]) -> None:
+    (pair,) = measured_pairs(measured_arms(records, read_all(records)[0]), BN, L2BN)
+    with mpl.rc_context(RC):
+        depth = norms_by_depth(pair).axes[0]
+        assert list(depth.lines[0].get_ydata()) == pytest.approx([0.2, 0.4, 0.6])  # BN, input
+        assert list(depth.lines[2].get_ydata()) == pytest.approx([0.1, 0.2, 0.3])
+        assert list(depth.lines[3].get_ydata()) == pytest.approx([0.05] * 3)  # between classes
+        curves = through_training(pair).axes[0]
+        assert list(curves.lines[0].get_xdata()) == [10, 100, 200]
+        assert list(curves.lines[0].get_ydata()) == pytest.approx([0.44, 0.33, 0.22])
+
+
+def test_the_plane_is_that_of_both_networks_and_turns_no_way_by_chance() -> None:
+    generator = np.random.default_rng(0)
+    features = generator.normal(size=(200, 6)) * [5, 3, 1, 1, 1, 1] + 7
+    mean, plane, shares = principal_plane(features)
+    assert np.abs(plane[0, 0]) > 0.95
+    assert np.abs(plane[1, 1]) > 0.9
+    assert plane[0, 0] > 0
+    variances = ((features - mean) @ plane.T).var(0)
+    assert shares == pytest.approx(variances / features.var(0).sum())
+    assert principal_plane(features[::-1])[1] == pytest.approx(plane)
+
+
+def test_the_map_shows_the_same_images_of_both_arms(records: list[Record]) -> None:
+    from l2bn.measurements import read_sample
+
+    (pair,) = measured_pairs(measured_arms(records, read_all(records)[0]), BN, L2BN)
+    assert pair.sampled is not None
+    seed, *folders = pair.sampled
+    assert seed == 0
+    bn, l2bn = (read_sample(folder) for folder in folders)
+    assert bn
+    assert l2bn
+    with mpl.rc_context(RC):
+        left, right = feature_map(pair, seed, bn, l2bn).axes
+    assert len(left.collections) == len(right.collections) == 3
+    drawn = sum(len(points.get_offsets()) for points in left.collections)
+    assert drawn == 60
+    (pair.reference.arm.records[0].folder / SAMPLE).unlink()
+    assert pair.sampled[0] == 1
+
+
+# ---- Claims -------------------------------------------------------------------------------------------------
+
+
+def verdict(root: Path, number: int) -> tuple[str, str]:
+    (claim,) = (claim for claim in CLAIMS if claim.number == number)
+    finding = claim.judge(read_checked(root)[0])
+    return finding.verdict, finding.evidence
+
+
+def write_claims(
+    root: Path, change: float, *, seeds: int = 3, epochs: int = 200, nets: int = 3, measure: str = "share"
+) -> None:
+    """BN and the control at 0.2 and 60°, L2BN differing by about `change` in one of the two."""
+    for net in range(nets):
+        cell = {"backbone": f"net{net}", "epochs": epochs}
+        steps = [change * (1 + 0.1 * net + 0.05 * seed) for seed in range(seeds)]
+        shares = [0.2 + step if measure == "share" else 0.2 for step in steps]
+        angles = [60.0 + step if measure == "angle" else 60.0 for step in steps]
+        write_measured(root, L2BN, shares, angles=angles, **cell)
+        for norm in (BN, CONTROL):
+            write_measured(root, norm, [0.2] * seeds, **cell)
+
+
+@pytest.mark.parametrize(
+    ("number", "measure", "change", "options", "expected"),
+    [
+        (1, "share", -0.02, {}, "supported"),
+        (1, "share", 0.02, {}, "contradicted"),
+        (2, "share", -0.02, {}, "supported"),
+        (2, "share", 0.02, {}, "contradicted"),
+        (3, "angle", 2.0, {}, "supported"),
+        (3, "angle", -2.0, {}, "contradicted"),
+        (2, "share", -0.02, {"nets": 2}, "not decided at this n"),
+        (2, "share", -0.02, {"seeds": 2}, "not decided at this n"),
+        (2, "share", -0.02, {"epochs": 5}, "not decided at this n"),
+        (3, "share", -0.02, {}, "not decided at this n"),
+    ],
+    ids=str,
+)
+def test_the_pooled_interval_of_the_primary_measure_decides(
+    number: int, measure: str, change: float, options: dict[str, int], expected: str, tmp_path: Path
+) -> None:
+    write_claims(tmp_path, change, measure=measure, **options)
+    found, evidence = verdict(tmp_path, number)
+    assert found == expected
+    assert ("L2BN − l2bn_mean_norm" if number == 1 else "L2BN − bn") in evidence
+    assert f"of {options.get('nets', 3)} cells count" in evidence
+
+
+def test_without_the_control_the_cause_is_not_measured(tmp_path: Path) -> None:
+    write_measured(tmp_path, BN, (0.2, 0.21))
+    write_measured(tmp_path, L2BN, (0.1, 0.11))
+    assert verdict(tmp_path, 1)[0] == "not measured"
+    found, evidence = verdict(tmp_path, 2)
+    assert found == "not decided at this n"
+    assert "−0.1000, n too small, n = 2" in evidence
+
+
+# ---- Studies ------------------------------------------------------------------------------------------------
+
+ACCURACY = {BN: 90.0, L2BN: 91.0, RMS: 90.4}
+
+
+def write_eps_study(root: Path, seeds: int = 3) -> None:
+    """At the usual eps, norm 1 is 1.0 better than BN, of which 0.4 come of equal norms; at 1e-12 0.5."""
+    for eps, lost in ((1e-12, 0.5), (1e-5, 0.0)):
+        for norm, accuracy in ACCURACY.items():
+            for seed in range(seeds):
+                better = accuracy + seed - (lost if norm == L2BN else 0) + (0.1 * seed if norm == L2BN else 0)
+                identity = {"norm": {"eps": eps}, "recipe": {"batch_size": 32, "lr": 0.1}}
+                record = write_run(
+                    root, norm=f"{norm},eps={eps:g}", seed=seed, accuracy=better, identity=identity, epochs=5
+                )
+                write_features(record, shrink=0.9 if norm == L2BN and eps == 1e-5 else 1.0)
+    write_run(root, norm="bn,eps=0.001", status="diverged", identity=identity | {"norm": {"eps": 1e-3}}, epochs=5)
+
+
+def test_the_eps_tables_split_the_difference_into_norms_and_eps(tmp_path: Path) -> None:
+    write_eps_study(tmp_path)
+    records, _ = read_checked(tmp_path)
+    (study,) = eps_studies(records, read_all(records)[0])
+    assert study.values == [1e-12, 1e-5, 1e-3]
+    rows = {row[0]: row for row in eps_table(study).rows}
+    assert rows["1e-05"][1:4] == ("91.00 ± 1.00 (3)", "92.10 ± 1.10 (3)", "91.40 ± 1.00 (3)")
+    assert rows["1e-05"][4] == "+1.10"
+    assert rows["1e-05"][8:] == ("1.000 (1.000)", "0.900 (0.900)", "1.000 (1.000)")
+    assert rows["1e-03"][1] == "– (0; 1 diverged)"
+    parts = {row[0]: row for row in parts_table(study).rows}
+    whole, norms, eps = list(parts.values())[:3]
+    assert (whole[1], norms[1], eps[1]) == ("+1.10", "+0.40", "+0.70")
+    assert norms[4] == "no spread"
+    assert eps[4] != "–"
+    assert whole[4] == "–"
+    with mpl.rc_context(RC):
+        left, right = accuracy_over_eps(study).axes
+    assert len(right.lines) == 2  # norm 1 at two values of eps
+    assert len(left.get_legend().get_texts()) == 3
+
+
+def write_rate_study(root: Path) -> None:
+    for batch, rate, gains in ((8, 0.1, (1.0, 2.0, 3.0)), (256, 0.1, (0.0, 0.0, 0.0)), (256, 1.0, (5.0,))):
+        identity = {"recipe": {"batch_size": batch, "lr": rate}}
+        recipe = f"short,batch_size={batch},lr={rate:g}"
+        for seed, gain in enumerate(gains):
+            for norm in (BN, L2BN):
+                accuracy = 80.0 + seed + (gain if norm == L2BN else 0)
+                write_run(root, norm=norm, recipe=recipe, seed=seed, accuracy=accuracy, identity=identity)
+        if len(gains) == 1:
+            write_run(root, norm=BN, recipe=recipe, seed=1, status="diverged", identity=identity)
+
+
+def test_the_rate_table_has_a_row_a_setting_and_its_note_counts(tmp_path: Path) -> None:
+    write_rate_study(tmp_path)
+    (study,) = rate_studies(read_checked(tmp_path)[0])
+    rows = rate_table(study).rows
+    assert [row[:2] for row in rows] == [("8", "0.1"), ("256", "0.1"), ("256", "1")]
+    assert rows[0][5:7] == ("+2.00", "[−0.48, +4.48]")
+    assert rows[2][3] == "80.00 (1; 1 diverged)"
+    note = rate_note(study)
+    assert "Of 3 settings" in note
+    assert "+1.00 points, 95 % interval [−0.24, +2.24], n = 3" in note  # 0.5, 1, 1.5: the whole settings
+    assert "Diverged: 1 of BN, 0 of L2BN" in note
+    with mpl.rc_context(RC):
+        assert len(accuracy_over_rates(study).axes) == 2
+
+
+def write_trap(root: Path, norm: str, lags: Sequence[int]) -> None:
+    for seed, lag in enumerate(lags):
+        record = write_run(root, norm=norm, seed=seed)
+        rows = [
+            {
+                "step": step,
+                "running/loss": None,
+                "running/top1": 10.0 if step < lag else 90.0,
+                "batch/loss": 1.0,
+                "batch/top1": 90.5,
+            }
+            for step in range(10, 310, 10)
+        ]
+        write_lines(record.folder / STATISTICS, rows)
+
+
+def test_the_trap_table_says_when_running_statistics_have_caught_up(tmp_path: Path) -> None:
+    write_trap(tmp_path, BN, (10, 10, 10))
+    write_trap(tmp_path, L2BN, (120, 140, 1000))
+    (study,), problems = trap_studies(read_checked(tmp_path)[0])
+    assert problems == []
+    rows = trap_table(study).rows
+    assert [row[:2] for row in rows] == [
+        *(("bn", "running"), ("bn", "batch"), ("l2bn", "running"), ("l2bn", "batch")),
+    ]
+    assert rows[0][-2:] == ("10", "3")
+    assert rows[2][-2:] == ("120 to 140, 1 never", "3")
+    assert rows[2][2:8] == ("10.00", "10.00", "10.00", "63.33", "63.33", "63.33")
+    with mpl.rc_context(RC):
+        assert len(accuracy_over_updates(study).axes) == 2
+
+
+# ---- The document -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folders(tmp_path: Path, records: list[Record]) -> tuple[Path, Path]:
+    studies = tmp_path / "studies"
+    write_eps_study(studies / EPS)
+    write_rate_study(studies / RATES)
+    write_trap(studies / TRAP, L2BN, (120, 140))
+    return tmp_path / "records", studies
+
+
+def test_the_document_has_all_sections_and_its_figures_exist(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    evidence = read_evidence(*folders)
+    text = mechanism_documents(evidence, "")["mechanism.md"]
+    for title in ("Features of BN and L2BN", "Controls", "How much is eps?", "The running-variance trap"):
+        assert f"\n## {title}\n" in text
+    paths, problems = write_mechanism_figures(evidence, tmp_path / "figures")
+    assert problems == []
+    names = {path.name for path in paths}
+    linked = {part.split(")")[0] for part in text.split("](figures/")[1:]}
+    assert linked == {name for name in names if name.endswith(".png")}
+    assert len(linked) == 6
+    again, _ = write_mechanism_figures(evidence, tmp_path / "again")
+    assert [path.read_bytes() for path in again] == [path.read_bytes() for path in paths]
+
+
+def test_the_reading_is_labelled_with_the_records_it_was_written_from(folders: tuple[Path, Path]) -> None:
+    evidence = read_evidence(*folders)
+    own = f"<!-- written from the records of digest {evidence.digest} -->\n\nIt is so.\n"
+    assert "which are these" in mechanism_documents(evidence, own)["mechanism.md"]
+    write_run(folders[1] / RATES, seed=9, identity={"recipe": {"batch_size": 8, "lr": 1.0}})
+    later = read_evidence(*folders)
+    assert later.digest != evidence.digest
+    text = mechanism_documents(later, own)["mechanism.md"]
+    assert f"**not these** (`{later.digest}`)" in text
+    assert "It is so." in text
+    assert "## Reading" not in mechanism_documents(later, "")["mechanism.md"]
+
+
+def test_without_records_there_is_a_document_and_no_section(tmp_path: Path) -> None:
+    (tmp_path / "records").mkdir()
+    evidence = read_evidence(tmp_path / "records", tmp_path / "studies")
+    assert "##" not in mechanism_documents(evidence, "")["mechanism.md"]
+    assert write_mechanism_figures(evidence, tmp_path / "figures") == ([], [])
+
+
+def test_the_committed_documents_are_what_the_records_give() -> None:
+    """`make tables` brings them up to date."""
+    reading = ROOT / "results/reference/mechanism.md"
+    evidence = read_evidence(ROOT / "results/records", ROOT / "results/studies")
+    text = reading.read_text(encoding="utf-8") if reading.exists() else ""
+    for name, content in mechanism_documents(evidence, text).items():
+        assert (ROOT / "results" / name).read_text(encoding="utf-8") == content, name
+
+
+def test_the_script_writes_all_of_it(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, ROOT / "scripts/mechanism.py", "--runs", folders[0], "--studies", folders[1]]
+    printed = subprocess.run([*command, "--out", out], capture_output=True, text=True, check=True).stdout
+    for name in ("mechanism.md", "tables/features.csv", "tables/studies.csv"):
+        assert str(out / name) in printed
+        assert (out / name).exists()
+    assert len(list((out / "figures").glob("*.svg"))) == 6
