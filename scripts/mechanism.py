@@ -1,7 +1,7 @@
 """Does it work for the reason given? Features, controls and the studies of eps, statistics and learning rate.
 
 python scripts/mechanism.py                        results/records and results/studies, into results/mechanism.md,
-                                                   results/tables/ and results/figures/
+                                                   results/mechanism/, results/figures/ and the README
 python scripts/mechanism.py --runs runs/controls   what is in a folder of runs, into its mechanism/
 """
 
@@ -10,7 +10,15 @@ import sys
 from pathlib import Path
 
 from l2bn.errors import UserError
-from l2bn.reporting.mechanism import mechanism_documents, read_evidence, write_mechanism_figures
+from l2bn.reporting.markup import with_block
+from l2bn.reporting.mechanism import (
+    BEGIN,
+    END,
+    mechanism_documents,
+    read_evidence,
+    readme_block,
+    write_mechanism_figures,
+)
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "results/records"
@@ -39,6 +47,10 @@ def main() -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(content, encoding="utf-8")
             print(path)
+        if published and arguments.out is None:
+            readme = ROOT / "README.md"
+            text = with_block(readme.read_text(encoding="utf-8"), BEGIN, END, readme_block(evidence))
+            readme.write_text(text, encoding="utf-8")
     if "figures" in arguments.what or not arguments.what:
         paths, broken = write_mechanism_figures(evidence, out / "figures")
         print("\n".join(map(str, paths)) or "nothing to draw: no features measured of both bn and l2bn")

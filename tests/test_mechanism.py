@@ -20,7 +20,18 @@ from l2bn.reporting.feature_figures import feature_map, norms_by_depth, principa
 from l2bn.reporting.feature_tables import QUANTITIES, WITHIN_SHARE, features_csv, norms_table, pair_table
 from l2bn.reporting.features import INPUT, PENULTIMATE, SHRINK, Measure, measured_arms, measured_pairs, read_all
 from l2bn.reporting.figures import RC
-from l2bn.reporting.mechanism import EPS, RATES, TRAP, mechanism_documents, read_evidence, write_mechanism_figures
+from l2bn.reporting.markup import with_block
+from l2bn.reporting.mechanism import (
+    BEGIN,
+    END,
+    EPS,
+    RATES,
+    TRAP,
+    mechanism_documents,
+    read_evidence,
+    readme_block,
+    write_mechanism_figures,
+)
 from l2bn.reporting.studies import RMS, eps_studies, eps_table, parts_table, rate_note, rate_studies, rate_table
 from l2bn.reporting.study_figures import accuracy_over_eps, accuracy_over_rates, accuracy_over_updates
 from l2bn.reporting.trap import trap_studies, trap_table
@@ -361,6 +372,13 @@ def test_the_reading_is_labelled_with_the_records_it_was_written_from(folders: t
     assert "## Reading" not in mechanism_documents(later, "")["mechanism.md"]
 
 
+def test_the_readme_has_a_row_a_cell_and_a_figure(folders: tuple[Path, Path]) -> None:
+    block = readme_block(read_evidence(*folders))
+    row = "| 0.400 ± 0.000 | 0.200 ± 0.000 | −0.0300 | [−0.0548, −0.0052] | +2.00 | [−2.97, +6.97] | 3 |"
+    assert row in block
+    assert "(results/figures/norms-cifar10-resnet20-cosine_200.png)" in block
+
+
 def test_without_records_there_is_a_document_and_no_section(tmp_path: Path) -> None:
     (tmp_path / "records").mkdir()
     evidence = read_evidence(tmp_path / "records", tmp_path / "studies")
@@ -375,13 +393,15 @@ def test_the_committed_documents_are_what_the_records_give() -> None:
     text = reading.read_text(encoding="utf-8") if reading.exists() else ""
     for name, content in mechanism_documents(evidence, text).items():
         assert (ROOT / "results" / name).read_text(encoding="utf-8") == content, name
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert with_block(readme, BEGIN, END, readme_block(evidence)) == readme
 
 
 def test_the_script_writes_all_of_it(folders: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, ROOT / "scripts/mechanism.py", "--runs", folders[0], "--studies", folders[1]]
     printed = subprocess.run([*command, "--out", out], capture_output=True, text=True, check=True).stdout
-    for name in ("mechanism.md", "tables/features.csv", "tables/studies.csv"):
+    for name in ("mechanism.md", "mechanism/features.csv", "mechanism/studies.csv"):
         assert str(out / name) in printed
         assert (out / name).exists()
     assert len(list((out / "figures").glob("*.svg"))) == 6

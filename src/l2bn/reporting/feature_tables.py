@@ -59,6 +59,31 @@ def pair_table(pair: MeasuredPair) -> Table:
     return Table("Features of BN and L2BN", columns, frozenset(columns[1:]), tuple(rows))
 
 
+def summary_table(pairs: Sequence[MeasuredPair]) -> Table:
+    """A row a cell: how unequal norms are, and the two measures that decide the claims."""
+    columns = (
+        *(
+            "Data set",
+            "Backbone",
+            "Recipe",
+            "Norm cv, BN",
+            "Norm cv, L2BN",
+            "Within share, L2BN − BN",
+            "95 % interval",
+        ),
+        *("Mean angle, L2BN − BN (°)", "95 % interval of that", "n"),
+    )
+    rows = []
+    for pair in pairs:
+        share, angle = pair.difference(WITHIN_SHARE), pair.difference(ANGLE_MEAN)
+        spreads = (mean_std(arm.last(NORM_CV).values(), 3) for arm in (pair.reference, pair.other))
+        compact = signed(share.mean, 4), interval(share, 4)
+        cell = pair.cell
+        names = pair.other.arm.label, cell.backbone, cell.recipe
+        rows.append((*names, *spreads, *compact, signed(angle.mean), interval(angle), str(share.n)))
+    return Table("Features of BN and L2BN", columns, frozenset(columns[3:]), tuple(rows))
+
+
 @dataclass(frozen=True)
 class Quantity:
     """What the norms of a cell are compared in: the accuracy, or a measure."""
@@ -115,12 +140,13 @@ def features_csv(arms: Sequence[MeasuredArm]) -> str:
         for measure in places:
             reference, own = references.get(arm.arm.cell), estimate(list(arm.last(measure).values()))
             bn = estimate(list(reference.last(measure).values())) if reference else estimate([])
-            pair = MeasuredPair(reference, arm).difference(measure) if reference else estimate([])
+            differences = MeasuredPair(reference, arm).differences(measure) if reference else []
+            pair = estimate(differences if arm is not reference else [])
             cell = arm.arm.cell
             names = (cell.dataset, arm.arm.label, cell.backbone, cell.recipe, cell.setting, arm.arm.norm)
             values = (bn.n, bn.mean, bn.std, own.n, own.mean, own.std)
-            differences = (pair.n, pair.mean, pair.low, pair.high, pair.p)
-            row = (*names, arm.arm.kernels, measure.place, measure.name, *values, *differences)
+            result = (pair.n, pair.mean, pair.low, pair.high, pair.p)
+            row = (*names, arm.arm.kernels, measure.place, measure.name, *values, *result)
             writer.writerow([_number(value) for value in row])
     return file.getvalue()
 

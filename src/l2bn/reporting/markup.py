@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from l2bn.errors import UserError
+
 LATEX = str.maketrans(
     {
         "\\": r"\textbackslash{}",
@@ -80,3 +82,15 @@ def latex(table: Table) -> str:
             "",
         ]
     )
+
+
+def with_block(text: str, begin: str, end: str, content: str) -> str:
+    """A text with what stands between two lines of it replaced.
+
+    Raises UserError unless both lines are there once, in this order.
+    """
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed or begin in after or end in after:
+        raise UserError(f"the README must hold the lines {begin} and {end} once, in this order")
+    return f"{before}{begin}\n\n{content}\n{end}{after}"

@@ -9,7 +9,6 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from l2bn.errors import UserError
 from l2bn.records import Problem, Record
 from l2bn.reporting.comparison import (
     BN,
@@ -22,7 +21,7 @@ from l2bn.reporting.comparison import (
     other_norms,
     pooled,
 )
-from l2bn.reporting.markup import Table, latex, mark, markdown
+from l2bn.reporting.markup import Table, latex, mark, markdown, with_block
 from l2bn.reporting.published import EPOCHS, Reference
 from l2bn.reporting.statistics import estimate, holm, pooled_spread, seeds_needed
 from l2bn.reporting.wording import NONE, accuracy, interval, mean_std, plural, probability, setting, signed
@@ -333,11 +332,7 @@ def readme_with_block(
     readme: str, records: Sequence[Record], problems: Sequence[Problem], reference: Reference
 ) -> str:
     """The README with the grid between its markers. Raises UserError unless both are there, in order."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in after or END in after:
-        raise UserError(f"the README must hold the lines {BEGIN} and {END} once, in this order")
-    return f"{before}{BEGIN}\n\n{markdown(grid_table(records, problems, reference))}\n{END}{after}"
+    return with_block(readme, BEGIN, END, markdown(grid_table(records, problems, reference)))
 
 
 def write_documents(texts: Mapping[str, str], folder: Path) -> list[Path]:
