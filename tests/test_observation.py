@@ -3,6 +3,7 @@
 import copy
 import json
 import runpy
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -276,3 +277,20 @@ def test_what_cannot_be_analyzed_is_named(train: Train, tmp_path: Path) -> None:
         analyze(record.folder)
     assert not (record.folder / FEATURES).exists()
     assert json.loads((record.folder / "summary.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.slow
+def test_two_devices_are_looked_into_as_one_and_the_run_is_the_same(tmp_path: Path) -> None:
+    options = ["norm=l2bn", EPOCHS, *TINY, "compute.device=cpu", "compute.devices=2"]
+    for analysis in ("off", "on", "statistics"):
+        command = [sys.executable, str(ROOT / "scripts" / "train.py"), *options, f"runs_dir={tmp_path / analysis}"]
+        given = [f"analysis={analysis}", "analysis.statistics_every=8"]
+        subprocess.run([*command, *given], check=True, capture_output=True, timeout=600)
+    folders = {name: next((tmp_path / name).rglob("summary.json")).parent for name in ("off", "on", "statistics")}
+    contents = {name: (folder / "weights.safetensors").read_bytes() for name, folder in folders.items()}
+    assert contents["on"] == contents["statistics"] == contents["off"]
+    assert [row["images"] for row in read_features(folders["on"])] == [360, 360]
+    assert [row["step"] for row in read_statistics(folders["statistics"])] == [8, 16]
+    sample = read_sample(folders["on"])
+    assert sample is not None
+    assert len(sample.labels) == 360
