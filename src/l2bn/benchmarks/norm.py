@@ -75,13 +75,17 @@ def maps_of(network: str, most: int | None) -> list[Map]:
 
 
 def compiled_alone(layer: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The layer in a compiled function whose code object, and so Dynamo's count of recompilations, is its own."""
+    """The layer as part of a compiled model, whose layers are traced once each, at the sizes that they have there.
+
+    Its code object, and so Dynamo's count of recompilations, is its own. Left to itself, Dynamo would take a size
+    that differs from the last cell's for one that varies.
+    """
 
     def call(x: Tensor) -> Tensor:
         return layer(x)
 
     own: Any = FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
-    compiled: Callable[[Tensor], Tensor] = torch.compile(own, fullgraph=True)
+    compiled: Callable[[Tensor], Tensor] = torch.compile(own, fullgraph=True, dynamic=False)
     return compiled
 
 

@@ -1,10 +1,10 @@
 """The formulas for maps of few positions, whose (N, C) moments would be as large as the map and their sums short.
 
-The rows (N, C, P) or (N, P, C), see layout.py, are read as a table (N*Q, J) of J adjacent columns: J = C*P and
+The rows (N, C, P) or (N, P, C), see layout.py, are read as a table (N, Q, J) of J adjacent columns: J = C*P and
 Q = 1, or for channels_last J = C and Q = P. Every sum runs along the columns, for a sample, or down them, for a
 batch statistic: over adjacent memory in both cases. Such a map stays in the cache, so a pass more is cheap.
 
-    s = a / ||x_n||                                                                                 (N, 1)
+    s = a / ||x_n||                                                                              (N, 1, 1)
     r = s x in the first row;  d = s x - r;  m = mean d and q = mean d^2 - m^2 of a column             (J,)
     mu = mean (r + m);  v = mean (q + (r + m - mu)^2), over a channel's columns                        (C,)
     y = (s x - mu) k + b,  k = inv w,  inv = 1 / sqrt(v + eps)
@@ -27,14 +27,8 @@ Saved = tuple[Tensor, ...]
 
 
 def as_table(rows: Tensor, axis: int) -> Tensor:
-    """(N*Q, J)."""
-    return rows.flatten(1) if axis == 2 else rows.flatten(0, 1)
-
-
-def over_rows(samples: Tensor, rows: int) -> Tensor:
-    """(N, 1) -> (N*Q, 1): each sample's value in each of its rows."""
-    own = samples.expand(-1, rows // samples.shape[0])
-    return computed_once(own.reshape(rows, 1).contiguous())
+    """(N, Q, J)."""
+    return rows.flatten(1).unsqueeze(1) if axis == 2 else rows
 
 
 def over_columns(channels: Tensor, columns: int) -> Tensor:
@@ -48,23 +42,31 @@ def by_channel(columns: Tensor, channels: int) -> Tensor:
     return columns.view(channels, -1)
 
 
-def by_sample(table: Tensor, samples: int) -> Tensor:
-    """(N*Q, J) -> (N, Q*J)."""
-    return table.view(samples, -1)
-
-
-def squared_norm(table: Tensor, samples: int) -> Tensor:
-    """(N, 1)."""
+def squared_norm(table: Tensor) -> Tensor:
+    """(N, 1, 1)."""
     wide = widened(table)
-    return by_sample(wide * wide, samples).sum(1, keepdim=True)
+    return (wide * wide).sum((1, 2), keepdim=True)
+
+
+def down(table: Tensor) -> Tensor:
+    """(N, Q, J) -> (J,): sums down the columns, in float64 but for groups of a few samples.
+
+    A group is summed along the memory; the sums of all groups, which have to be read across it, are fewer.
+    """
+    n, _, columns = table.shape
+    # A kernel for any size has a SymInt here, of which nothing is known.
+    group = next(k for k in (16, 8, 4, 2, 1) if n % k == 0) if isinstance(n, int) else 1
+    groups = computed_once(table.reshape(n // group, -1, columns).sum(1))
+    return groups.sum(0, dtype=torch.float64)
 
 
 def statistics(z: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     """Mean and biased variance (C,), float64, of a table."""
-    r = z[0]
+    r = z[0, 0]
     d = z - r
-    m = d.mean(0, dtype=torch.float64)
-    q = ((d * d).mean(0, dtype=torch.float64) - m * m).clamp_min(0)
+    count = z.shape[0] * z.shape[1]
+    m = down(d) / count
+    q = (down(d * d) / count - m * m).clamp_min(0)
     mean = by_channel(r + m, channels)
     mu = mean.mean(1)
     return mu, (by_channel(q, channels) + (mean - mu.unsqueeze(1)).square()).mean(1)
@@ -75,14 +77,14 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Saved]:
     """y like x; mean and biased variance (C,) of the normalized features; what backward needs besides x."""
     table, channels = as_table(x, axis), x.shape[3 - axis]
-    norm2 = squared_norm(table, x.shape[0])
-    z = widened(table) * over_rows(sample_scale(norm2, squared_target(x, rms)), table.shape[0])
+    norm2 = squared_norm(table)
+    z = widened(table) * computed_once(sample_scale(norm2, squared_target(x, rms)))
     mu, v = statistics(z, channels)
     inv = 1 / (v + eps).sqrt()
     k = inv if weight is None else inv * weight
     near = mu.to(z.dtype)
     shift = (near - mu) * k if bias is None else bias + (near - mu) * k
-    of_mean, of_z, of_all = (over_columns(t.to(z.dtype), table.shape[1]) for t in (near, k, shift))
+    of_mean, of_z, of_all = (over_columns(t.to(z.dtype), table.shape[2]) for t in (near, k, shift))
     y = (z - of_mean) * of_z + of_all
     return y.to(x.dtype).view(x.shape), mu, v, (norm2, mu, inv)
 
@@ -93,13 +95,13 @@ def backward(
     """Gradients of x, weight and bias."""
     norm2, mu, inv = saved
     table, wide_g = as_table(x, axis), widened(as_table(g, axis))
-    channels, (lines, columns), a2 = mu.shape[0], table.shape, squared_target(x, rms)
-    s = over_rows(sample_scale(norm2, a2), lines)
+    channels, columns, a2 = mu.shape[0], table.shape[2], squared_target(x, rms)
+    s = computed_once(sample_scale(norm2, a2))
     z = widened(table) * s
     near = mu.to(z.dtype)
     d = z - over_columns(near, columns)
-    gb = by_channel(wide_g.sum(0, dtype=torch.float64), channels).sum(1)
-    gd = by_channel((wide_g * d).sum(0, dtype=torch.float64), channels).sum(1)
+    gb = by_channel(down(wide_g), channels).sum(1)
+    gd = by_channel(down(wide_g * d), channels).sum(1)
     gr = gd + (near - mu) * gb
     count = x.numel() // channels
     k = inv if weight is None else inv * weight
@@ -108,8 +110,8 @@ def backward(
     of_g, of_d, of_all = (over_columns(t.to(z.dtype), columns) for t in (k, c1, c0))
     dz = wide_g * of_g - d * of_d - of_all
     # Below tiny, s does not depend on x.
-    along_z = torch.where(norm2 > TINY**2, by_sample(dz * z, x.shape[0]).sum(1, keepdim=True) / a2, 0.0)
-    dx = (dz - z * over_rows(along_z, lines)) * s
+    along_z = torch.where(norm2 > TINY**2, (dz * z).sum((1, 2), keepdim=True) / a2, 0.0)
+    dx = (dz - z * computed_once(along_z)) * s
     return dx.to(x.dtype).view(x.shape), gr * inv, gb
 
 
@@ -125,10 +127,10 @@ def evaluate(
 ) -> Tensor:
     """y by the running statistics."""
     table = as_table(x, axis)
-    s = over_rows(sample_scale(squared_norm(table, x.shape[0]), squared_target(x, rms)), table.shape[0])
+    s = computed_once(sample_scale(squared_norm(table), squared_target(x, rms)))
     inv = 1 / (widened(var) + eps).sqrt()
     k = inv if weight is None else inv * weight
     shift = -widened(mean) * k if bias is None else bias - widened(mean) * k
-    columns = table.shape[1]
+    columns = table.shape[2]
     y = widened(table) * s * over_columns(k, columns) + over_columns(shift, columns)
     return y.to(x.dtype).view(x.shape)

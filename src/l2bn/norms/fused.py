@@ -19,8 +19,8 @@ from l2bn.norms.l2_step import sample_scale, squared_target, widened
 from l2bn.norms.layout import as_map, as_rows, dense, position_axis
 
 FEW_POSITIONS = 16
-"""Up to so many, columns.py is faster. At 128 x 160 x 4 x 4 its kernels take 0.6 (channels_last: 0.8) of the time
-that those of rows.py take, at 128 x 64 x 8 x 8 they take 1.5 (1.1) of it; two AVX-512 cores."""
+"""Up to so many, columns.py is faster: for 128 x 320 x 4 x 4 it takes 0.8 (channels_last: 0.9) of the time of
+rows.py, for 128 x 64 x 8 x 8 1.4 (1.2) of it; forward and backward, two AVX-512 cores."""
 
 
 def formulas_for(positions: int) -> ModuleType:
