@@ -16,7 +16,7 @@ def random_images(count: int, size: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(1, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 5), st.integers(1, 7), st.integers(1, 6), st.booleans(), st.integers(0, 1000))
 def test_output_is_the_drawn_window_of_the_padded_image(
     padding: int, size: int, count: int, flip: bool, seed: int

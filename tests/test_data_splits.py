@@ -27,7 +27,7 @@ def splits(**common: Any) -> Splits:
     return make_splits(numbered([i % 4 for i in range(200)]), numbered([0, 1, 2, 3]), 4, 4, **common)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=80))
 def test_every_prefix_of_the_stratified_order_holds_each_class_in_proportion(labels: list[int]) -> None:
     tensor = torch.tensor(labels)

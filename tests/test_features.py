@@ -231,7 +231,7 @@ def test_batch_norm_in_evaluation_leaves_fishers_ratio_alone() -> None:
     assert after["within_share"] != pytest.approx(measure(summed(features, labels, 4))["within_share"], rel=1e-3)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 10**6),
     classes=st.integers(2, 6),

@@ -108,7 +108,7 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     shape=SHAPES,
     options=OPTIONS,
@@ -127,7 +127,7 @@ def test_formulas_are_exact(
         assert_exact(x, **options)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @example(shape=(4, 4, 4, 4), channels_last=False)  # the first compiles: equal sizes must not stay equal
 @example(shape=(4, 4, 4, 4), channels_last=True)
 @given(shape=st.tuples(*[st.integers(2, 19)] * 4), channels_last=st.booleans())

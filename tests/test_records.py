@@ -112,7 +112,7 @@ def test_a_wrong_value_is_named(key: str, value: object, reason: str, tmp_path: 
     assert reason in problem.reason
 
 
-@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_mangled_record_is_left_out_or_read_as_it_was(data: st.DataObject, tmp_path: Path) -> None:
     """Cut, flipped or overwritten bytes: the reader names the folder or finds the very same record; no exception
