@@ -57,8 +57,8 @@ bench-step: setup ## time whole training steps with BN and with L2BN
 	python scripts/benchmark.py step --json results/benchmarks/step.json
 
 LOGDIR ?= runs
-tensorboard: setup ## show the curves of all runs in LOGDIR (runs)
-	tensorboard --logdir $(LOGDIR)
+tensorboard: setup ## show the curves of all runs in LOGDIR (runs), to this machine alone
+	tensorboard --host 127.0.0.1 --logdir $(LOGDIR)
 
 # make DATASET-BACKBONE-NORM: any names of configs/, and these short ones.
 cifar := cifar10

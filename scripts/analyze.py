@@ -8,8 +8,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from l2bn.errors import UserError, told_plainly
 
-def main() -> int:
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", nargs="+", type=Path, required=True, metavar="RUN", help="the folder of a run")
     parser.add_argument("--checkpoints", action="store_true", help="every kept checkpoint, not the last alone")
@@ -18,7 +20,6 @@ def main() -> int:
     arguments = parser.parse_args()
     from rich.console import Console  # imported here: --help need not wait for torch
 
-    from l2bn.errors import UserError
     from l2bn.reporting.layers import layers_table
     from l2bn.training.analyze import analyze
 
@@ -35,8 +36,10 @@ def main() -> int:
             continue
         for row in rows:
             console.print(layers_table(str(run), row))
-    return 1 if failures else 0
+    if failures:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with told_plainly():
+        main()

@@ -5,10 +5,9 @@ python scripts/benchmark.py step --json results/benchmarks/step.json    whole tr
 """
 
 import argparse
-import sys
 
 from l2bn.benchmarks import norm, step
-from l2bn.errors import UserError
+from l2bn.errors import told_plainly
 
 BENCHMARKS = {"norm": norm, "step": step}
 
@@ -21,11 +20,12 @@ def main() -> None:
         benchmark.add_arguments(command)
         command.set_defaults(run=benchmark.run)
     arguments = parser.parse_args()
+    if getattr(arguments, "json", None):  # now, not after the hour that a measurement may take
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.open("a").close()
     arguments.run(arguments)
 
 
 if __name__ == "__main__":
-    try:
+    with told_plainly():
         main()
-    except UserError as error:
-        sys.exit(f"error: {error}")

@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from l2bn.errors import UserError
+from l2bn.errors import told_plainly
 from l2bn.reporting.claims import claims_markdown
 from l2bn.reporting.comparison import read_checked
 
@@ -38,7 +38,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with told_plainly():
         main()
-    except UserError as error:
-        sys.exit(f"error: {error}")

@@ -5,17 +5,15 @@ What is missing is downloaded and checked, images are decoded into their cache, 
 
 import argparse
 import logging
-import sys
 from pathlib import Path
-from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import CompactHydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from l2bn.data.imagenet_wds import pack_imagenet
+from l2bn.data.splits import Splits
+from l2bn.errors import UserError, told_plainly
 from l2bn.training.build import CONFIGS, Builder
+from l2bn.training.command import resolve
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -25,15 +23,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pack", type=Path, metavar="FOLDER", help="first pack ImageNet's files into shards")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            config = compose("train", [f"dataset={options.dataset}", *options.overrides])
-        node: Any = OmegaConf.to_container(config.dataset, resolve=True, throw_on_missing=True)
-        if options.pack is not None:
-            pack_imagenet(options.pack, Path(node["root"]).expanduser())
-        splits = Builder().build(node, "dataset")
-    except (CompactHydraException, OmegaConfBaseException) as error:
-        sys.exit(str(error))
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose("train", [f"dataset={options.dataset}", *options.overrides])
+    node = resolve(config)["dataset"]
+    if options.pack is not None:
+        if options.dataset != "imagenet_wds":
+            raise UserError(f"--pack makes the shards of imagenet_wds, not of {options.dataset}")
+        pack_imagenet(options.pack, Path(node["root"]).expanduser())
+    splits = Builder().build(node, "dataset", Splits)
     print(
         f"{splits.label}: {len(splits.train):,} images to train on, {len(splits.test):,} to test on, "
         f"{splits.num_classes} classes"
@@ -41,4 +38,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with told_plainly():
+        main()

@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from l2bn.errors import UserError
+from l2bn.errors import told_plainly
 from l2bn.reporting.comparison import read_checked
 from l2bn.reporting.figures import write_figures
 
@@ -36,7 +36,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with told_plainly():
         main()
-    except UserError as error:
-        sys.exit(f"error: {error}")

@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from l2bn.errors import UserError
+from l2bn.errors import told_plainly
 from l2bn.reporting.markup import with_block
 from l2bn.reporting.mechanism import (
     BEGIN,
@@ -62,7 +62,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with told_plainly():
         main()
-    except UserError as error:
-        sys.exit(f"error: {error}")

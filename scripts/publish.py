@@ -4,11 +4,12 @@ import argparse
 import sys
 from pathlib import Path
 
+from l2bn.errors import told_plainly
 from l2bn.publishing import publish
 from l2bn.records import InvalidRecordError
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description="Copy the records of ended runs to results/records.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run")
     parser.add_argument("--to", type=Path, default=Path("results/records"), help="results/records by default")
@@ -20,8 +21,10 @@ def main() -> int:
         except (InvalidRecordError, OSError) as error:
             print(f"{run}: not published: {error}", file=sys.stderr)
             failures += 1
-    return 1 if failures else 0
+    if failures:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with told_plainly():
+        main()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from l2bn.errors import UserError
+from l2bn.errors import told_plainly
 from l2bn.reporting.comparison import read_checked
 from l2bn.reporting.published import read_reference
 from l2bn.reporting.tables import documents, readme_with_block, write_documents
@@ -46,7 +46,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with told_plainly():
         main()
-    except UserError as error:
-        sys.exit(f"error: {error}")

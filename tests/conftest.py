@@ -1,8 +1,11 @@
 """What every test shares: the real images, and a way to train a run as the command line does, in process."""
 
+import functools
 import os
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from l2bn.records import Record
 ROOT = Path(__file__).parents[1]
 
 Train = Callable[..., Record]
+AtUpdate = Callable[[int, Callable[[Any], None]], None]
 
 # The same examples on every machine and in every run; a busy machine is no failure. To search for new ones:
 # pytest --hypothesis-profile=default
@@ -40,17 +44,63 @@ def shared_data() -> Path:
     return folder
 
 
-@pytest.fixture
-def train(tmp_path: Path) -> Train:
-    """Compose a configuration from overrides, train it under `tmp_path / "runs"` and return its record."""
+@pytest.fixture(scope="session")
+def photographs(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 100 ImageNet photographs in `imagenet-samples`."""
+    folder = tmp_path_factory.mktemp("photographs")
+    with tarfile.open(shared_data / "imagenet-samples.tar") as tar:
+        tar.extractall(folder, filter="data")
+    return folder
 
+
+def decoding(folder: Path) -> tuple[str, ...]:
+    """A run on photographs that processes decode while it trains: 4 updates an epoch."""
+    return (
+        "dataset=imagenet_samples",
+        f"dataset.root={folder}",
+        "dataset.image_size=32",
+        "dataset.validation=0.2",
+        "dataset.subset=64",
+        "recipe=short",
+        "recipe.batch_size=16",
+        "norm=bn",
+        "progress=false",
+    )
+
+
+def train_in(runs: Path, *overrides: str) -> Record:
+    """Compose a configuration from overrides, as the command line does, train it in a folder, return its record."""
     from l2bn.training.command import train_from_hydra  # seconds of imports that few tests need
 
-    def train(*overrides: str) -> Record:
-        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-            config = compose("train", [f"runs_dir={tmp_path / 'runs'}", *overrides], return_hydra_config=True)
-            choices = config.hydra.runtime.choices
-            own = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
-            return train_from_hydra(own, choices)
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        config = compose("train", [f"runs_dir={runs}", *overrides], return_hydra_config=True)
+        choices = config.hydra.runtime.choices
+        own = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+        return train_from_hydra(own, choices)
 
-    return train
+
+@pytest.fixture
+def train(tmp_path: Path) -> Train:
+    """`train_in` the folder `runs` of the test's own."""
+    return functools.partial(train_in, tmp_path / "runs")
+
+
+@pytest.fixture
+def at_update(monkeypatch: pytest.MonkeyPatch) -> AtUpdate:
+    """Have something happen to the trainer just before the n-th update from now, once."""
+    from l2bn.training.loop import Trainer
+
+    forward = Trainer.forward
+
+    def arrange(number: int, happen: Callable[[Trainer], None]) -> None:
+        left = [number]
+
+        def spied(self: Trainer, *arguments: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                happen(self)
+            return forward(self, *arguments)
+
+        monkeypatch.setattr(Trainer, "forward", spied)
+
+    return arrange

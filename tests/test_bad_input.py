@@ -8,6 +8,7 @@ import pytest
 from hydra.errors import CompactHydraException
 
 from conftest import ROOT, Train
+from test_interruption import processor_seconds_of_children
 
 # What is given, and what the message must name. Hydra prints these exceptions without a traceback.
 WRONG = [
@@ -21,7 +22,8 @@ WRONG = [
     ("analysis=yes", ["analysis/yes", "statistics"]),
     # unknown keys, at every level
     ("epochs=3", ["epochs"]),
-    ("+epochs=3", ["unknown key epochs", "recipe"]),
+    ("+epochs=3", ["unknown key epochs", "did you mean recipe.epochs?"]),
+    ("+rcipe=3", ["unknown key rcipe", "did you mean recipe?"]),
     ("recipe.epoch=3", ["recipe.epoch"]),
     ("+recipe.epoch=3", ["unknown key recipe.epoch", "did you mean epochs"]),
     ("+recipe.schedule.gamma=3", ["unknown key recipe.schedule.gamma", "peak"]),
@@ -32,6 +34,20 @@ WRONG = [
     ("+compute.gpus=2", ["unknown key compute.gpus", "devices"]),
     ("+checkpoint.every=2", ["unknown key checkpoint.every", "every_steps"]),
     ("+analysis.epochs=2", ["unknown key analysis.epochs", "every"]),
+    # keys and choices that are taken out, doubled or of another kind
+    ("~seed", ["missing seed"]),
+    ("~norm", ["missing norm"]),
+    ("~recipe.lr", ["missing recipe.lr"]),
+    ("~checkpoint", ["missing checkpoint"]),
+    ("norm=[bn,l2bn]", ["norm takes one choice", "-m norm="]),
+    ("norm=bn,l2bn", ["norm=bn,l2bn", "--multirun"]),
+    ("seed=0,1", ["seed=0,1", "--multirun"]),
+    ("checkpoint=5", ["checkpoint", "5", "node"]),
+    ("checkpoint=null", ["checkpoint", "None", "node"]),
+    ("recipe.lr=[1", ["[1"]),
+    ("recipe.lr='${recipe.rate}'", ["recipe.lr", "recipe.rate", "not found"]),
+    ("seed='${seed}'", ["seed", "Recursive"]),
+    ("+backbone.num_classes=3", ["backbone.num_classes", "10", "leave it out"]),
     # wrong types
     ("seed=null", ["seed", "None", "whole number"]),
     ("seed=one", ["seed", "'one'", "whole number"]),
@@ -59,17 +75,22 @@ WRONG = [
     ("compute.compile=yes", ["compute.compile", "'yes'", "true or false"]),
     ("checkpoint.keep_epochs=3", ["checkpoint.keep_epochs", "3", "list"]),
     ("norm.eps=small", ["norm.eps", "'small'", "number"]),
+    ("norm._partial_=yes", ["norm._partial_", "'yes'", "true or false"]),
     ("progress=loud", ["progress", "'loud'", "true or false"]),
     ("runs_dir=null", ["runs_dir", "None", "text"]),
     # values out of range
     ("recipe.epochs=0", ["epochs", "0", "at least 1"]),
     ("recipe.batch_size=-32", ["batch_size", "-32", "at least 1"]),
     ("recipe.lr=0", ["lr", "0", "greater than 0"]),
+    ("recipe.lr=1e300", ["lr", "1e+300", "float32"]),
+    ("recipe.weight_decay=1e300", ["weight_decay", "1e+300", "float32"]),
     ("recipe.momentum=1", ["momentum", "1", "[0, 1)"]),
     ("recipe.momentum=0", ["nesterov", "momentum"]),
     ("recipe.weight_decay=-0.1", ["weight_decay", "-0.1", "negative"]),
     ("recipe.label_smoothing=2", ["label_smoothing", "2", "[0, 1)"]),
     ("recipe.mixup=-1", ["mixup", "-1", "negative"]),
+    ("recipe.mixup=1e300", ["mixup", "1e+300", "1000"]),
+    ("recipe=step_200 recipe.schedule.start_factor=2", ["start_factor", "2", "[0, 1]"]),
     ("recipe.schedule.peak=1", ["peak", "1", "between 0 and 1"]),
     ("recipe=step_200 recipe.schedule.milestones=[9,3]", ["milestones", "[9, 3]", "rising"]),
     ("recipe.batch_size=100000", ["batch_size", "100000"]),
@@ -79,18 +100,33 @@ WRONG = [
     ("dataset.validation=1", ["dataset.validation", "1"]),
     ("dataset.validation=-0.1", ["dataset.validation", "-0.1"]),
     ("dataset.mean=[0.5]", ["dataset.mean", "[0.5]", "three"]),
+    ("dataset.mean=[125,123,114]", ["dataset.mean", "[125, 123, 114]", "scaled to [0, 1]"]),
+    ("dataset.std=[0,1,1]", ["dataset.std", "[0, 1, 1]", "above 0"]),
+    ("dataset.label=''", ["dataset.label", "empty"]),
+    ("dataset.image_size=0", ["dataset.image_size", "0", "from 1"]),
+    ("dataset.image_size=100000", ["dataset.image_size", "100000", "4096"]),
     ("dataset.augmentation.padding=-1", ["padding", "-1"]),
+    ("dataset.augmentation.padding=99999", ["padding", "99999", "256"]),
     ("backbone.depth=21", ["depth", "21", "20"]),
     ("backbone.shortcut=none", ["backbone.shortcut", "'none'", "projection"]),
+    ("backbone=torchvision backbone.name=inception_v3", ["backbone", "32 x 32", "image_size"]),
+    ("backbone=torchvision backbone.name=vgg16", ["norm", "VGG", "no batch norm"]),
+    ("backbone=timm backbone.name=nonsense", ["backbone.name", "nonsense", "timm.list_models"]),
+    ("norm.eps=0", ["norm", "eps", "0", "greater than 0"]),
+    ("norm=bn norm.eps=-1", ["norm", "eps", "-1", "greater than 0"]),
+    ("norm.momentum=7", ["norm", "momentum", "7", "[0, 1]"]),
     ("norm.scale=max", ["norm.scale", "'max'", "rms"]),
     ("norm.fused=maybe", ["norm.fused", "'maybe'", "auto"]),
     ("compute.device=tpu", ["compute.device", "'tpu'", "cuda"]),
     ("compute.devices=0", ["devices", "0", "at least 1"]),
-    ("compute.devices=3", ["batch_size", "devices", "3"]),
+    ("compute.device=cpu compute.devices=2 recipe.batch_size=33", ["batch_size", "33", "2 devices"]),
+    ("compute.device=cpu compute.devices=100000", ["devices", "100000", "cores"]),
     ("compute.precision=half", ["compute.precision", "'half'", "bf16-mixed"]),
     ("compute.device=cpu compute.precision=16-mixed", ["16-mixed", "CUDA"]),
     ("compute.threads=0", ["threads", "0", "at least 1"]),
+    ("compute.threads=100000000", ["threads", "100000000", "1024"]),
     ("compute.workers=-1", ["workers", "-1"]),
+    ("compute.workers=100000", ["workers", "100000", "1024"]),
     ("checkpoint.every_steps=-1", ["every_steps", "-1"]),
     ("checkpoint.keep_epochs=[0]", ["keep_epochs", "[0]"]),
     ("analysis.every=-1", ["analysis", "every", "-1"]),
@@ -108,8 +144,11 @@ WRONG = [
     ("backbone._target_=torch.os.system", ["backbone._target_", "torch.os.system", "configs/"]),
     ("recipe.schedule._target_=builtins.eval", ["recipe.schedule._target_", "builtins.eval"]),
     ("norm._target_=null", ["norm", "_target_"]),
+    ("backbone._target_=l2bn.data.digits.digits", ["unknown key backbone.depth"]),
+    ("norm=bn norm._partial_=false", ["missing norm.bn"]),
     # folders
-    ("runs_dir=/proc/runs", ["runs_dir", "/proc/runs"]),
+    ("runs_dir=/proc/runs", ["runs_dir", "/proc/runs", "runs_dir=FOLDER"]),
+    ("runs_dir=''", ["runs_dir", "empty"]),
 ]
 assert len(WRONG) >= 60
 
@@ -125,7 +164,7 @@ def test_a_wrong_configuration_is_named(given: str, named: list[str], train: Tra
 
 COMMANDS = [
     "dataset=cifar11",
-    "backbone=resnet21",
+    "norm=bn,l2bn",
     "+recipe.epoch=3",
     "recipe.epochs=0",
     "seed=null",
@@ -139,7 +178,10 @@ COMMANDS = [
 def test_as_a_command_too_it_leaves_one_message_and_no_folder(given: str, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), f"runs_dir={runs}", *given.split()]
+    before = processor_seconds_of_children()
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    # In seconds of the processor, which are those of the clock on a machine with nothing else to do.
+    assert processor_seconds_of_children() - before < 8
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     for word in dict(WRONG)[given]:

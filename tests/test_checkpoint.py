@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, the last two kept, a damaged one passed over and never deleted."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,32 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="epoch0001"):
         checkpoints.load(CPU)
     assert not (tmp_path / "executed").exists()
+
+
+def test_what_a_kill_cut_off_goes_with_the_next_write(tmp_path: Path) -> None:
+    left = tmp_path / ".epoch0001-step0000000.0123456789abcdef.pt.tmp"
+    left.write_bytes(b"half")
+    checkpoints = saved(tmp_path, (1, 0))
+    assert list(tmp_path.iterdir()) == checkpoints.paths()
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the name is there when the write returns: after a power cut the path holds the old or the new content."""
+    order = []
+    fsync, replace = os.fsync, Path.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        order.append(("flushed", Path(f"/proc/self/fd/{descriptor}").readlink().name))
+        fsync(descriptor)
+
+    def noted_replace(self: Path, target: Path) -> Path:
+        order.append(("renamed", self.name))
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "replace", noted_replace)
+    write_durably(tmp_path / "file", "new")
+    assert order == [("flushed", ".file.tmp"), ("renamed", ".file.tmp"), ("flushed", tmp_path.name)]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,7 @@ def test_without_padding_and_flip_nothing_changes() -> None:
 
 
 def test_negative_padding_is_refused() -> None:
-    with pytest.raises(ValueError, match="padding=-1: give a number of pixels, 0 or more"):
+    with pytest.raises(ValueError, match="padding=-1: give a number of pixels from 0 to 256"):
         CropFlip(-1)
 
 

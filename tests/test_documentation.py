@@ -1,11 +1,29 @@
-"""The documents: their links lead somewhere, and the commands they name exist."""
+"""The documents: their links lead somewhere, the commands they name exist, and what they promise is tested."""
 
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
+import test_bad_input
+import test_checkpoint
+import test_commands
+import test_crash
+import test_damage
+import test_data_archive
+import test_data_cifar
+import test_divergence
+import test_faults
+import test_interruption
+import test_journal
+import test_kill
+import test_replay
+import test_security
+import test_training
 from conftest import ROOT
 
 DOCUMENTS = sorted(
@@ -50,3 +68,119 @@ def test_a_target_that_is_none_says_so() -> None:
     done = subprocess.run(["make", "nonsense"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "no target 'nonsense'" in done.stdout
+
+
+# Each line of the README's "What happens when...", and the tests that show it.
+PROMISES: dict[str, list[Callable[..., Any]]] = {
+    "SIGKILL, a power cut, a crash": [
+        test_kill.test_a_few_kills,
+        test_kill.test_many_kills,
+        test_crash.test_a_kill_while_the_journal_is_written,
+        test_crash.test_a_kill_at_every_place,
+        test_checkpoint.test_a_file_is_on_the_disk_before_it_has_its_name,
+        test_training.test_checkpoints_are_written_when_they_are_due,
+        test_journal.test_a_resumed_run_is_drawn_once,
+    ],
+    "SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C": [
+        test_interruption.test_a_signal_ends_the_run_in_good_order,
+        test_interruption.test_all_processes_of_a_run_stop_at_one_update,
+        test_interruption.test_a_scheduler_may_tell_all_processes_of_a_run,
+        test_interruption.test_a_handler_that_was_there_before_is_called_after_the_checkpoint,
+        test_interruption.test_a_second_signal_ends_the_run_at_once,
+        test_training.test_a_resumed_run_equals_the_uninterrupted_one,
+    ],
+    "the newest checkpoint is damaged or cannot be read": [
+        test_damage.test_a_damaged_newest_checkpoint,
+        test_damage.test_a_checkpoint_that_cannot_be_read,
+        test_damage.test_two_damaged_checkpoints,
+    ],
+    "another file of the run is damaged": [
+        test_damage.test_half_a_line_of_metrics_is_made_whole,
+        test_damage.test_a_damaged_list_of_starts_is_begun_anew,
+        test_damage.test_a_damaged_configuration_is_named,
+        test_damage.test_a_damaged_summary_is_named,
+    ],
+    "a second process starts the same run": [
+        test_interruption.test_a_second_process_leaves_the_run_to_the_first,
+        test_interruption.test_the_lock_dies_with_its_process,
+        test_interruption.test_the_processes_of_a_run_die_with_it,
+        test_interruption.test_a_file_system_without_locks_is_named,
+    ],
+    "the disk is full, the folder read-only or deleted": [
+        test_faults.test_a_full_disk,
+        test_faults.test_a_full_disk_before_the_run,
+        test_faults.test_a_full_disk_under_the_cache_of_images,
+        test_faults.test_a_folder_made_read_only,
+        test_faults.test_a_disk_that_is_read_only_at_the_next_start,
+        test_faults.test_a_folder_deleted_under_the_run,
+    ],
+    "memory runs out, a process of the run is killed": [
+        test_faults.test_a_device_out_of_memory,
+        test_faults.test_memory_that_runs_out_is_told_in_every_dialect,
+        test_faults.test_a_data_worker_that_is_killed,
+        test_interruption.test_a_process_of_a_run_that_is_killed_ends_the_run,
+    ],
+    "an image is damaged or gone in the middle of training": [
+        test_faults.test_an_image_that_is_damaged_under_the_run
+    ],
+    "the clock jumps": [test_faults.test_a_clock_that_jumps],
+    "loss, weights or running statistics are no longer finite": [
+        test_divergence.test_a_learning_rate_that_is_too_high,
+        test_divergence.test_weights_that_are_not_finite,
+        test_divergence.test_a_running_statistic_that_training_does_not_read,
+        test_divergence.test_a_weight_that_reaches_no_loss,
+        test_divergence.test_the_last_update_of_a_run,
+        test_divergence.test_a_test_loss_that_overflows,
+    ],
+    "the folder holds a run of another identity or another version": [
+        test_damage.test_another_identity_in_the_same_folder_is_refused,
+        test_damage.test_a_checkpoint_of_another_run_is_refused,
+        test_damage.test_a_checkpoint_of_another_version_is_refused,
+    ],
+    "a value, a key, a name is wrong": [
+        test_bad_input.test_a_wrong_configuration_is_named,
+        test_bad_input.test_as_a_command_too_it_leaves_one_message_and_no_folder,
+        test_commands.test_a_mistake_that_hydra_meets_is_one_message_too,
+        test_commands.test_a_wrong_argument_is_named,
+    ],
+    "somebody's record is replayed or published": [
+        test_replay.test_a_malicious_record_runs_nothing,
+        test_replay.test_a_yaml_that_would_make_objects_makes_none,
+        test_security.test_a_record_cannot_ask_for_the_environment,
+        test_security.test_a_record_cannot_say_where_to_read_and_write,
+        test_security.test_a_record_cannot_say_where_it_is_published,
+        test_checkpoint.test_a_pickle_that_would_run_code_is_refused,
+        test_data_cifar.test_a_payload_is_refused_and_not_executed,
+        test_data_archive.test_an_archive_that_would_write_outside_its_folder_is_refused,
+    ],
+}
+
+
+def section(title: str) -> str:
+    return (ROOT / "README.md").read_text().partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+
+def test_what_the_readme_promises_is_tested() -> None:
+    rows = re.findall(r"^\| (.*?) \| .* \|$", section("What happens when..."), re.MULTILINE)
+    assert rows[0] == "when..."
+    assert rows[1:] == list(PROMISES)
+    assert all(test.__name__.startswith("test_") for tests in PROMISES.values() for test in tests)
+
+
+def count(*modules: ModuleType) -> int:
+    return sum(name.startswith("test_") for module in modules for name in vars(module))
+
+
+def test_the_readme_counts_what_the_tests_try() -> None:
+    text = " ".join(section("What happens when...").split())
+    torn = len(test_crash.JOURNAL)
+    faults = count(test_faults, test_damage, test_divergence)
+    commands = len(test_bad_input.COMMANDS) + len(test_commands.BEFORE_US)
+    assert (
+        f"kills a run {test_kill.FEW} times at instants drawn from a printed seed and {torn} times in the middle "
+        f"of a write, arranges {faults} faults, and tries {len(test_bad_input.WRONG)} wrong configurations and "
+        f"{len(test_commands.WRONG)} wrong arguments, {commands} of them as real commands"
+    ) in text
+    many = sum(kills for kills, _ in test_kill.MANY.values())
+    assert f"kills {many} times more" in text
+    assert f"at each of the {len(test_crash.PLACES)} places where a run writes" in text

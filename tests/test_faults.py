@@ -4,8 +4,10 @@ After every fault the run is issued again where it can be, and must equal the on
 """
 
 import contextlib
+import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -15,32 +17,17 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import TINY, Train
+from conftest import TINY, AtUpdate, Train, decoding
 from l2bn.errors import UserError
 from l2bn.records import read_records
-from l2bn.training.loop import Trainer
-from test_training import EPOCHS, equal, results, weights
+from l2bn.training.faults import explain_faults
+from test_training import EPOCHS, drawn, equal, results, weights
 
-Arrange = Callable[[int, Callable[[Trainer], None]], None]
-
-
-@pytest.fixture
-def at_update(monkeypatch: pytest.MonkeyPatch) -> Arrange:
-    """Have something happen just before the n-th update from now, once."""
-    forward = Trainer.forward
-
-    def arrange(number: int, happen: Callable[[Trainer], None]) -> None:
-        left = [number]
-
-        def spied(self: Trainer, *arguments: Any) -> Any:
-            left[0] -= 1
-            if left[0] == 0:
-                happen(self)
-            return forward(self, *arguments)
-
-        monkeypatch.setattr(Trainer, "forward", spied)
-
-    return arrange
+EXHAUSTED = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    MemoryError(),
+]
 
 
 @pytest.fixture
@@ -54,55 +41,100 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", disk], check=True)
 
 
+def fill(disk: Path) -> None:
+    with contextlib.suppress(OSError), (disk / "ballast").open("wb", buffering=0) as file:
+        while file.write(b"0" * 4096):
+            pass
+
+
 def lost_nothing(runs: Path, again: Callable[[], Any], whole: Any) -> None:
     """No record claims to be finished; the same command then ends where a run without the fault does."""
     assert read_records(runs) == ([], [])
     assert any(runs.rglob("*.pt"))
     record = again()
     assert results(record) == results(whole)
+    assert drawn(record) == drawn(whole)
     assert equal(weights(record), weights(whole))
 
 
-def test_a_full_disk(small_disk: Path, train: Train, at_update: Arrange) -> None:
+def test_a_full_disk(small_disk: Path, train: Train, at_update: AtUpdate) -> None:
+    """In the second epoch, with the first one's checkpoint written; and still full at the next start."""
     whole = train(EPOCHS, *TINY)
 
     def run() -> Any:
         return train(EPOCHS, *TINY, f"runs_dir={small_disk}")
 
-    def fill(_: Trainer) -> None:
-        with contextlib.suppress(OSError), (small_disk / "ballast").open("wb", buffering=0) as file:
-            while file.write(b"0" * 4096):
-                pass
-
-    at_update(10, fill)  # in the second epoch, with the first one's checkpoint written
-    with pytest.raises(UserError, match=r"cannot write .*No space left on device"):
-        run()
+    at_update(10, lambda _: fill(small_disk))
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"cannot write .*No space left on device"):
+            run()
     (small_disk / "ballast").unlink()
     lost_nothing(small_disk, run, whole)
 
 
-def test_a_folder_made_read_only(train: Train, at_update: Arrange, tmp_path: Path) -> None:
-    whole = train(EPOCHS, *TINY, f"runs_dir={tmp_path / 'whole'}")
-    runs, user = tmp_path / "runs", os.geteuid()
+def test_a_full_disk_before_the_run(small_disk: Path, train: Train) -> None:
+    fill(small_disk)
+    with pytest.raises(UserError, match="No space left on device"):
+        train(EPOCHS, *TINY, f"runs_dir={small_disk}")
+    assert read_records(small_disk) == ([], [])
 
-    def freeze(_: Trainer) -> None:
-        for folder in [path for path in runs.rglob("*") if path.is_dir()]:
-            folder.chmod(0o500)
-        if user == 0:  # whom no mode keeps out
+
+def test_a_full_disk_under_the_cache_of_images(small_disk: Path, photographs: Path, train: Train) -> None:
+    fill(small_disk)
+    images = (f"dataset.root={photographs}", "dataset.train=imagenet-samples", "dataset.test=imagenet-samples")
+    with pytest.raises(UserError, match=r"nothing can be kept in .*No space left.*set dataset\.cache=FOLDER"):
+        train(
+            *("dataset=image_folder", "dataset.label=x", "dataset.image_size=32", *images),
+            *(f"dataset.cache={small_disk}", "progress=false"),
+        )
+    assert not (small_disk.parent / "runs").exists()
+
+
+def test_a_folder_made_read_only(
+    train: Train, at_update: AtUpdate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For root as well, whom no mode keeps out: somebody else then goes on with the run."""
+    whole = train(EPOCHS, *TINY, f"runs_dir={tmp_path / 'whole'}")
+    monkeypatch.chdir(tmp_path)  # others may not walk through pytest's own folders
+    runs, user = Path("runs"), os.geteuid()
+
+    def freeze(_: Any) -> None:
+        for folder in [runs, *(path for path in runs.rglob("*") if path.is_dir())]:
+            folder.chmod(0o555)
+        if user == 0:
             os.seteuid(65534)
 
     at_update(10, freeze)
     try:
         with pytest.raises(UserError, match=r"cannot write .*Permission denied"):
-            train(EPOCHS, *TINY)
+            train(EPOCHS, *TINY, f"runs_dir={runs}")
     finally:
         os.seteuid(user)
         for folder in [runs, *(path for path in runs.rglob("*") if path.is_dir())]:
-            folder.chmod(0o700)
-    lost_nothing(runs, lambda: train(EPOCHS, *TINY), whole)
+            folder.chmod(0o755)
+    lost_nothing(runs, lambda: train(EPOCHS, *TINY, f"runs_dir={runs}"), whole)
 
 
-def test_a_folder_deleted_under_the_run(train: Train, at_update: Arrange, tmp_path: Path) -> None:
+def test_a_disk_that_is_read_only_at_the_next_start(small_disk: Path, train: Train, at_update: AtUpdate) -> None:
+    whole = train(EPOCHS, *TINY)
+
+    def run() -> Any:
+        return train(EPOCHS, *TINY, f"runs_dir={small_disk}")
+
+    def stop(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    at_update(10, stop)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(UserError, match=r"cannot write .*Read-only file system"):
+        run()
+    subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
+    lost_nothing(small_disk, run, whole)
+
+
+def test_a_folder_deleted_under_the_run(train: Train, at_update: AtUpdate, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     at_update(10, lambda _: shutil.rmtree(runs))
     with pytest.raises(UserError, match=r"cannot write .*No such file or directory"):
@@ -111,29 +143,69 @@ def test_a_folder_deleted_under_the_run(train: Train, at_update: Arrange, tmp_pa
     assert train(EPOCHS, *TINY).status == "finished"
 
 
-def test_a_device_out_of_memory(train: Train, at_update: Arrange, tmp_path: Path) -> None:
+def test_a_device_out_of_memory(train: Train, at_update: AtUpdate, tmp_path: Path) -> None:
+    """A real allocation that the machine has to refuse."""
     whole = train(EPOCHS, *TINY, f"runs_dir={tmp_path / 'whole'}")
-
-    def exhaust(_: Trainer) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    at_update(10, exhaust)
-    with pytest.raises(UserError, match=r"out of memory: CUDA out of memory; take a smaller recipe\.batch_size"):
+    at_update(10, lambda _: torch.empty(2**60, dtype=torch.uint8))
+    with pytest.raises(UserError, match=r"out of memory: .*; take a smaller recipe\.batch_size"):
         train(EPOCHS, *TINY)
     lost_nothing(tmp_path / "runs", lambda: train(EPOCHS, *TINY), whole)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite(value: float, train: Train, at_update: Arrange) -> None:
-    def poison(trainer: Trainer) -> None:
-        with torch.no_grad():
-            next(trainer.network.parameters()).fill_(value)
+@pytest.mark.parametrize("error", EXHAUSTED, ids=lambda error: type(error).__name__)
+def test_memory_that_runs_out_is_told_in_every_dialect(error: Exception, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="out of memory"), explain_faults("run", tmp_path):
+        raise error
 
-    at_update(11, poison)
-    record = train(EPOCHS, *TINY)
-    assert record.status == "diverged"
-    assert record.divergence == "the loss is not finite in epoch 2, step 3"
-    assert record.last["epoch"] == 1
+
+def test_another_error_is_not_explained_away(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="shapes differ"), explain_faults("run", tmp_path):
+        raise RuntimeError("shapes differ")
+
+
+def test_a_data_worker_that_is_killed(photographs: Path, train: Train, at_update: AtUpdate, tmp_path: Path) -> None:
+    """SIGKILL, as the kernel sends it when memory runs short; the run goes on, with another number of them."""
+    options = (*decoding(photographs), EPOCHS)
+    whole = train(*options, "compute.workers=0", f"runs_dir={tmp_path / 'whole'}")
+
+    def kill(_: Any) -> None:
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid or 0, signal.SIGKILL)
+
+    at_update(5, kill)  # the first of the second epoch
+    with pytest.raises(UserError, match=r"a process that decodes images was ended.*fewer compute\.workers"):
+        train(*options, "compute.workers=2")
+    lost_nothing(tmp_path / "runs", lambda: train(*options, "compute.workers=1"), whole)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no image", "gone"])
+def test_an_image_that_is_damaged_under_the_run(
+    damage: str, photographs: Path, train: Train, at_update: AtUpdate, tmp_path: Path
+) -> None:
+    """A worker meets it in the second epoch; once it is mended, the run goes on."""
+    folder = tmp_path / "images"
+    shutil.copytree(photographs, folder)
+    options = (*decoding(folder), EPOCHS, "compute.workers=1")
+    whole = train(*options, f"runs_dir={tmp_path / 'whole'}")
+    images = sorted(folder.rglob("*.JPEG"))
+    contents = [image.read_bytes() for image in images]
+
+    def spoil(_: Any) -> None:
+        for image, content in zip(images, contents, strict=True):
+            if damage == "gone":
+                image.unlink()
+            else:
+                image.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"no image")
+
+    at_update(4, spoil)  # the last of the first epoch: what has not been read yet is of its evaluation
+    with pytest.raises(UserError, match=r"\.JPEG: (cannot be decoded|the file is gone)"):
+        train(*options)
+    for image, content in zip(images, contents, strict=True):
+        image.write_bytes(content)
+    assert read_records(tmp_path / "runs") == ([], [])
+    record = train(*options)
+    assert results(record) == results(whole)
+    assert equal(weights(record), weights(whole))
 
 
 def test_a_clock_that_jumps(train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -143,44 +215,12 @@ def test_a_clock_that_jumps(train: Train, monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(time, "time", lambda: now + (-1) ** next(jumps) * 86_400)
     record = train(EPOCHS, *TINY)
     assert results(record) == results(whole)
+    assert drawn(record) == drawn(whole)
     assert all(0 < (row["seconds"] or 0) < 3600 for row in record.metrics())
 
 
-def test_a_damaged_newest_checkpoint(
-    train: Train, at_update: Arrange, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    options = ("recipe.epochs=3", *TINY)
-    whole = train(*options, f"runs_dir={tmp_path / 'whole'}")
-
-    def stop(_: Trainer) -> None:
-        raise KeyboardInterrupt
-
-    at_update(20, stop)
-    with pytest.raises(KeyboardInterrupt):
-        train(*options)
-    newest = sorted((tmp_path / "runs").rglob("*.pt"))[-1]
-    newest.write_bytes(newest.read_bytes()[:-1])
-    lost_nothing(tmp_path / "runs", lambda: train(*options), whole)
-    assert f"{newest} is damaged" in caplog.text
-
-
-def test_a_checkpoint_of_another_run_is_refused(train: Train, tmp_path: Path) -> None:
-    one = train("recipe.epochs=1", *TINY)
-    other = train("recipe.epochs=1", *TINY, "seed=1")
-    (other.folder / "summary.json").unlink()
-    shutil.rmtree(other.folder / "checkpoints")
-    shutil.copytree(one.folder / "checkpoints", other.folder / "checkpoints")
-    with pytest.raises(UserError, match="seed: 0 against 1"):
-        train("recipe.epochs=1", *TINY, "seed=1")
-
-
-def test_another_identity_in_the_same_folder_is_refused(train: Train) -> None:
-    train("recipe.epochs=1", *TINY)
-    with pytest.raises(UserError, match="precision: 32-true against bf16-mixed"):
-        train("recipe.epochs=1", *TINY, "compute.precision=bf16-mixed")
-
-
 def test_paths_with_spaces_quotes_and_other_alphabets(train: Train, tmp_path: Path) -> None:
+    """Of the runs and of the images; the command is given them as they are."""
     folder = tmp_path / "Läufe 'и' 走る \"x\""
     folder.mkdir()
     os.chdir(folder)

@@ -6,6 +6,7 @@ from types import ModuleType
 
 import pytest
 
+from l2bn.errors import told_plainly
 from official_formats import imagenet, write
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "fetch_data.py"
@@ -34,13 +35,14 @@ def test_what_was_found_is_printed(script: ModuleType, tmp_path: Path, capsys: p
         (["nonsense"], ["nonsense", "cifar10"]),
         (["image_folder"], ["dataset.root"]),
         (["cifar10", "dataset.rot=x"], ["rot"]),
+        (["digits", "--pack", "x"], ["--pack", "imagenet_wds", "digits"]),
     ],
 )
 def test_what_is_missing_or_wrong_is_one_message(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit) as caught, told_plainly():
         script.main(arguments)
     for word in words:
         assert word in str(caught.value)

@@ -1,34 +1,89 @@
-"""Signals, owners and death, with real processes on real digits."""
+"""Signals, owners and death, with real processes on real images."""
 
+import contextlib
+import errno
+import fcntl
 import json
+import multiprocessing
 import os
 import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, decoding
 from l2bn.errors import UserError
-from l2bn.training.interruption import EXIT_CODE, sole_owner
+from l2bn.records import Record, read_records
+from l2bn.training.checkpoint import Checkpoints
+from l2bn.training.interruption import EXIT_CODE, Interruption, sole_owner
+from test_training import drawn, equal, results, weights
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+LONG = ("norm=bn", "recipe.epochs=500")
+TRAIN = str(ROOT / "scripts" / "train.py")
+
+Process = subprocess.Popen[str]
 
 
-def start(runs: Path, *overrides: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), f"runs_dir={runs}", *TINY, *overrides]
-    return subprocess.Popen(command, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(runs: Path, *overrides: str, before: str = "") -> Process:
+    """The command, in a group of its own; `before` is Python that runs first in its process."""
+    code = f"import runpy, sys\n{before}\nsys.argv[0] = {TRAIN!r}\nrunpy.run_path({TRAIN!r}, run_name='__main__')"
+    command = [sys.executable, *(["-c", code] if before else [TRAIN]), f"runs_dir={runs}", *TINY, *overrides]
+    return subprocess.Popen(
+        command,
+        env=ONE_THREAD,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
-def wait_for_epoch(runs: Path, timeout: float = 120) -> None:
-    """Until the first checkpoint is there."""
-    deadline = time.monotonic() + timeout
-    while not any(runs.rglob("*.pt")):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+@contextlib.contextmanager
+def started(runs: Path, *overrides: str, before: str = "") -> Iterator[Process]:
+    """The command, once its first checkpoint is there; ended at the latest when the test is."""
+    process = start(runs, *overrides, before=before)
+    try:
+        deadline = time.monotonic() + 240
+        while not any(runs.rglob("*.pt")):
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def finish(runs: Path, *overrides: str) -> Record:
+    process = start(runs, *overrides)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    (record,), problems = read_records(runs)
+    assert problems == []
+    return record
+
+
+def newest(runs: Path) -> tuple[str, dict[str, Any]]:
+    """Name and state of the last checkpoint, which must be whole."""
+    (folder,) = runs.rglob("checkpoints")
+    checkpoints = Checkpoints(folder, [])
+    state = checkpoints.load(torch.device("cpu"))
+    assert state is not None
+    return checkpoints.paths()[-1].name, state
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def processor_seconds(pid: int) -> float:
@@ -43,55 +98,163 @@ def processor_seconds_of_children() -> float:
     return used.ru_utime + used.ru_stime
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2], ids=lambda number: number.name
+)
 def test_a_signal_ends_the_run_in_good_order(number: signal.Signals, tmp_path: Path) -> None:
+    """The checkpoint is of the update that was under way, and no epoch of it lacks its line."""
     before = processor_seconds_of_children()
-    process = start(tmp_path, "norm=bn", "recipe.epochs=500")
-    wait_for_epoch(tmp_path)
-    told = before + processor_seconds(process.pid)
-    process.send_signal(number)
-    process.communicate(timeout=60)
-    assert process.returncode == EXIT_CODE
+    with started(tmp_path, *LONG) as process:
+        told = before + processor_seconds(process.pid)
+        process.send_signal(number)
+        process.communicate(timeout=120)
+        assert process.returncode == EXIT_CODE
     # In seconds of the processor, which are those of the clock on a machine with nothing else to do.
     assert processor_seconds_of_children() - told < 5
     assert not any(tmp_path.rglob("summary.json"))
     (metrics,) = tmp_path.rglob("metrics.jsonl")
-    newest = sorted(tmp_path.rglob("*.pt"))[-1].name
     epochs = [json.loads(line)["epoch"] for line in metrics.read_text().splitlines()]
     assert epochs == list(range(1, len(epochs) + 1))
-    assert newest.startswith(f"epoch{len(epochs):04d}-")
+    assert newest(tmp_path)[0].startswith(f"epoch{len(epochs):04d}-")
+
+
+def test_a_second_signal_ends_the_run_at_once(tmp_path: Path) -> None:
+    """In the middle of an update that would take ten minutes more."""
+    hang = (
+        "import time\n"
+        "from l2bn.training.loop import Trainer\n"
+        "forward, count = Trainer.forward, iter(range(10**6))\n"
+        "Trainer.forward = lambda *given: (next(count) == 11 and time.sleep(600), forward(*given))[1]\n"
+    )
+    with started(tmp_path, *LONG, before=hang) as process:
+        used = processor_seconds(process.pid)
+        while (now := processor_seconds(process.pid)) != used:  # until it sleeps
+            used = now
+            time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=5) == -signal.SIGTERM
+    assert newest(tmp_path)[0].startswith("epoch0001-")
+
+
+@pytest.mark.parametrize(("ending", "code"), [("", EXIT_CODE), ("sys.exit(-1)", 255)], ids=["returns", "exits"])
+def test_a_handler_that_was_there_before_is_called_after_the_checkpoint(
+    ending: str, code: int, tmp_path: Path
+) -> None:
+    """Slurm's jobs have submitit's on SIGUSR2, which requeues the job and exits."""
+    requeue = (
+        "import signal\nfrom pathlib import Path\n"
+        "def requeue(number, frame):\n"
+        f"    found = sorted(path.name for path in Path({str(tmp_path)!r}).rglob('*.pt'))\n"
+        "    print('REQUEUED', number, found[-1], flush=True)\n"
+        f"    {ending}\n"
+        "signal.signal(signal.SIGUSR2, requeue)\n"
+    )
+    with started(tmp_path, *LONG, before=requeue) as process:
+        process.send_signal(signal.SIGUSR2)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == code, output
+    called = [line.split() for line in output.splitlines() if line.startswith("REQUEUED")]
+    assert called == [["REQUEUED", str(int(signal.SIGUSR2)), newest(tmp_path)[0]]]
+
+
+def test_a_scheduler_may_tell_all_processes_of_a_run(photographs: Path, tmp_path: Path) -> None:
+    """Told while the run waits for an image of its second epoch, in a process that is told, too: the process is
+    still needed, for the update to be made."""
+    told = (
+        "import os, signal\nfrom pathlib import Path\n"
+        "from l2bn.data.imagenet import ImageFiles\n"
+        "get = ImageFiles.__getitem__\n"
+        "def tell(self, index):\n"
+        f"    once = Path({str(tmp_path)!r}, 'told')\n"
+        "    if any(once.parent.rglob('*.pt')):\n"
+        "        try:\n"
+        "            once.open('x').close()\n"
+        "            os.killpg(0, signal.SIGTERM)\n"
+        "        except FileExistsError:\n"
+        "            pass\n"
+        "    return get(self, index)\n"
+        "ImageFiles.__getitem__ = tell\n"
+    )
+    options = (*decoding(photographs), "recipe.epochs=500", "compute.workers=2")
+    process = start(tmp_path, *options, before=told)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == EXIT_CODE, output
+    assert (tmp_path / "told").exists()
+    assert newest(tmp_path)[0].startswith("epoch0001-step0000001")
+
+
+def test_the_processes_of_a_run_die_with_it(photographs: Path, tmp_path: Path) -> None:
+    """They hold its lock: left behind by SIGKILL they would keep the next start out."""
+    options = (*decoding(photographs), "recipe.epochs=500", "compute.workers=2")
+    with started(tmp_path, *options) as process:
+        workers = children(process.pid)
+        assert len(workers) >= 2
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 2
+        while any(Path(f"/proc/{pid}").exists() for pid in workers):
+            assert time.monotonic() < deadline, "a worker lives on"
+            time.sleep(0.01)
+        (folder,) = tmp_path.rglob("checkpoints")
+        with sole_owner(folder.parent):
+            pass
 
 
 @pytest.mark.slow
-def test_all_processes_of_a_run_stop_at_one_update(tmp_path: Path) -> None:
-    """Two devices, told through the process that started them; the checkpoint is whole and the run goes on."""
-    options = ("compute.device=cpu", "compute.devices=2", "recipe.epochs=40")
-    process = start(tmp_path, *options)
-    wait_for_epoch(tmp_path)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == EXIT_CODE, output
-    assert not any(tmp_path.rglob("summary.json"))
-    again = start(tmp_path, *options)
-    output, _ = again.communicate(timeout=240)
-    assert again.returncode == 0, output
-    (metrics,) = tmp_path.rglob("metrics.jsonl")
-    assert [json.loads(line)["epoch"] for line in metrics.read_text().splitlines()] == list(range(1, 41))
+@pytest.mark.parametrize("told", ["its first process", "all of its processes"])
+def test_all_processes_of_a_run_stop_at_one_update(told: str, tmp_path: Path) -> None:
+    """Two devices: the checkpoint holds as many images of the epoch from either, and the run goes on to the bits
+    of one that was left alone."""
+    options = ("compute.device=cpu", "compute.devices=2", "norm=l2bn", "dataset.subset=960", "recipe.epochs=5")
+    whole = finish(tmp_path / "whole", *options)
+    runs = tmp_path / "stopped"
+    with started(runs, *options) as process:
+        if told == "its first process":
+            process.send_signal(signal.SIGTERM)
+        else:
+            os.killpg(process.pid, signal.SIGTERM)
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == EXIT_CODE, output
+    assert not any(runs.rglob("summary.json"))
+    position = newest(runs)[1]["position"]
+    assert position["step"] in (10, 20, 30), "left at an update of the epoch at which the processes agree"
+    assert position["totals"][:, 3].tolist() == [position["step"] * 16] * 2
+    resumed = finish(runs, *options)
+    assert results(resumed) == results(whole)
+    assert drawn(resumed) == drawn(whole)
+    assert equal(weights(resumed), weights(whole))
+
+
+@pytest.mark.slow
+def test_a_process_of_a_run_that_is_killed_ends_the_run(tmp_path: Path) -> None:
+    options = ("compute.device=cpu", "compute.devices=2", "norm=bn", "recipe.epochs=8")
+    whole = finish(tmp_path / "whole", *options)
+    runs = tmp_path / "killed"
+    with started(runs, *options) as process:
+        ranks = [pid for pid in children(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        assert len(ranks) == 2
+        os.kill(ranks[1], signal.SIGKILL)
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 1
+        assert "Traceback" not in output
+        assert "the same command" in output
+    assert not any(runs.rglob("summary.json"))
+    resumed = finish(runs, *options)
+    assert results(resumed) == results(whole)
+    assert equal(weights(resumed), weights(whole))
 
 
 def test_a_second_process_leaves_the_run_to_the_first(tmp_path: Path) -> None:
-    first = start(tmp_path, "norm=bn", "recipe.epochs=500")
-    try:
-        wait_for_epoch(tmp_path)
-        second = start(tmp_path, "norm=bn", "recipe.epochs=500")
-        output, _ = second.communicate(timeout=60)
+    with started(tmp_path, *LONG) as first:
+        second = start(tmp_path, *LONG)
+        output, _ = second.communicate(timeout=120)
         assert second.returncode == 1
         assert "another process is at work on" in output
         assert "Traceback" not in output
         assert first.poll() is None
-    finally:
-        first.kill()
-        first.communicate()
 
 
 def test_the_lock_dies_with_its_process(tmp_path: Path) -> None:
@@ -106,3 +269,33 @@ def test_the_lock_dies_with_its_process(tmp_path: Path) -> None:
     holder.communicate()
     with sole_owner(tmp_path):
         pass
+
+
+def test_a_file_system_without_locks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with sole_owner(tmp_path):
+        assert f"{tmp_path}: no locks here" in caplog.text
+
+
+def test_a_process_that_follows_another_ends_on_no_second_signal() -> None:
+    """A scheduler may tell it, and the process that it follows tells it, too."""
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=_told_twice)
+    process.start()
+    process.join(timeout=60)
+    assert process.exitcode == 7
+
+
+def _told_twice() -> None:
+    from l2bn.training.interruption import follow_parent
+
+    with Interruption() as interruption:
+        follow_parent()
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(7 if interruption.signal is signal.SIGTERM else 8)

@@ -17,12 +17,17 @@ import pytest
 
 from conftest import ROOT
 from l2bn.records import Record, read_records
-from test_training import equal, results, weights
+from test_training import drawn, equal, results, weights
 
 SEED = 20220706
 # Two updates an epoch and a checkpoint after each: something is always being written.
 RUN = ("dataset.subset=64", "dataset.validation=0.05", "recipe.epochs=24", "checkpoint.every_steps=1")
-SWEEP = ("-m", "norm=bn,l2bn")
+FEW = 10
+MANY = {
+    "one process": (30, ("norm=l2bn",)),
+    "two devices": (12, ("norm=bn", "compute.device=cpu", "compute.devices=2")),
+    "a multirun": (12, ("-m", "norm=bn,l2bn")),
+}
 
 
 def start(runs: Path, options: tuple[str, ...]) -> "subprocess.Popen[bytes]":
@@ -86,23 +91,16 @@ def endure(kills: int, options: tuple[str, ...], folder: Path) -> None:
         assert len(survived) == len(whole)
         for one, other in zip(survived, whole, strict=True):
             assert results(one) == results(other)
+            assert drawn(one) == drawn(other)
             assert equal(weights(one), weights(other))
     print(f"seed {SEED}: {kills} kills, {done.count('at a write')} of them in the middle of a checkpoint's write")
 
 
-def test_ten_kills(tmp_path: Path) -> None:
-    endure(10, ("norm=l2bn",), tmp_path)
+def test_a_few_kills(tmp_path: Path) -> None:
+    endure(FEW, ("norm=l2bn",), tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kills", "options"),
-    [
-        (30, ("norm=l2bn",)),
-        (12, ("norm=bn", "compute.device=cpu", "compute.devices=2")),
-        (12, SWEEP),
-    ],
-    ids=["one process", "two devices", "a multirun"],
-)
-def test_many_kills(kills: int, options: tuple[str, ...], tmp_path: Path) -> None:
-    endure(kills, options, tmp_path)
+@pytest.mark.parametrize("options", MANY.values(), ids=MANY)
+def test_many_kills(options: tuple[int, tuple[str, ...]], tmp_path: Path) -> None:
+    endure(*options, tmp_path)

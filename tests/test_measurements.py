@@ -116,6 +116,13 @@ def test_what_was_measured_later_is_forgotten_and_a_line_that_was_cut_off(tmp_pa
     assert not (tmp_path / SAMPLE).exists()
 
 
+def test_features_of_an_epoch_whose_evaluation_is_still_to_be_made_are_forgotten(tmp_path: Path) -> None:
+    """A run that was left at the last update of its second epoch stands at that update, with one epoch done."""
+    write_lines(tmp_path / FEATURES, [features_row(1), features_row(2)])
+    write_lines(tmp_path / STATISTICS, [statistics_row(20)])
+    assert keep(tmp_path, step=20, epochs=1) == ([features_row(1)], [statistics_row(20)])
+
+
 def test_measurements_are_published_and_damaged_ones_are_not(tmp_path: Path) -> None:
     record = written(tmp_path / "run")
     write_lines(record.folder / FEATURES, [features_row(1)])

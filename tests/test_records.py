@@ -1,6 +1,8 @@
 """Records: written whole, read back equal, and a mangled one named and left out."""
 
+import contextlib
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from l2bn.publishing import publish
 from l2bn.records import (
+    FILES,
     METRICS,
     SUMMARY,
     InvalidRecordError,
@@ -112,26 +115,38 @@ def test_a_wrong_value_is_named(key: str, value: object, reason: str, tmp_path: 
     assert reason in problem.reason
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def mangled(data: st.DataObject, content: bytes) -> bytes:
+    """The content cut short, with a byte flipped, some overwritten, or something else altogether."""
+    place = data.draw(st.integers(0, len(content) - 1))
+    match data.draw(st.sampled_from(["cut", "flip", "replace", "garbage"])):
+        case "cut":
+            return content[:place]
+        case "flip":
+            return content[:place] + bytes([content[place] ^ data.draw(st.integers(1, 255))]) + content[place + 1 :]
+        case "replace":
+            return content[:place] + data.draw(st.binary(min_size=1, max_size=16)) + content[place + 8 :]
+        case _:
+            return data.draw(st.binary(max_size=200))
+
+
+@pytest.fixture
+def _quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the wait for the disk, which takes most of the time of some hundred examples."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+PROPERTY = settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.mark.usefixtures("_quick_disk")
+@PROPERTY
 @given(data=st.data())
 def test_a_mangled_record_is_left_out_or_read_as_it_was(data: st.DataObject, tmp_path: Path) -> None:
-    """Cut, flipped or overwritten bytes: the reader names the folder or finds the very same record; no exception
-    of another kind."""
+    """The reader names the folder or finds a record of the same run; it raises no other exception."""
     folder = Path(tempfile.mkdtemp(dir=tmp_path)) / "run"
     record = written(folder)
     path = folder / SUMMARY
-    content = bytearray(path.read_bytes())
-    match data.draw(st.sampled_from(["cut", "flip", "replace", "garbage"])):
-        case "cut":
-            content = content[: data.draw(st.integers(0, len(content) - 3))]
-        case "flip":
-            content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
-        case "replace":
-            place = data.draw(st.integers(0, len(content) - 1))
-            content[place : place + 8] = data.draw(st.binary(min_size=1, max_size=16))
-        case "garbage":
-            content = bytearray(data.draw(st.binary(max_size=200)))
-    path.write_bytes(content)
+    path.write_bytes(mangled(data, path.read_bytes()))
     records, problems = read_records(folder)
     assert len(records) + len(problems) == 1
     for problem in problems:
@@ -140,6 +155,38 @@ def test_a_mangled_record_is_left_out_or_read_as_it_was(data: st.DataObject, tmp
     for found in records:  # a changed digit or letter within a value cannot be told from the truth
         assert found.status == record.status
         assert isinstance(found.seed, int)
+
+
+@pytest.mark.usefixtures("_quick_disk")
+@PROPERTY
+@given(data=st.data())
+def test_mangled_metrics_are_named_or_read_as_whole_epochs(data: st.DataObject, tmp_path: Path) -> None:
+    """What is returned holds every epoch of the record, the last one as its summary has it."""
+    folder = Path(tempfile.mkdtemp(dir=tmp_path)) / "run"
+    record = written(folder)
+    path = folder / METRICS
+    path.write_bytes(mangled(data, path.read_bytes()))
+    with contextlib.suppress(InvalidRecordError):
+        rows = record.metrics()
+        assert [row["epoch"] for row in rows] == list(range(1, EPOCHS + 1))
+        assert rows[-1] == record.last
+
+
+@pytest.mark.usefixtures("_quick_disk")
+@PROPERTY
+@given(data=st.data(), name=st.sampled_from(FILES))
+def test_a_mangled_record_is_published_whole_or_not_at_all(data: st.DataObject, name: str, tmp_path: Path) -> None:
+    place = Path(tempfile.mkdtemp(dir=tmp_path))
+    path = written(place / "run").folder / name
+    path.write_bytes(mangled(data, path.read_bytes()))
+    try:
+        published = publish(place / "run", place / "records")
+    except InvalidRecordError:
+        assert not (place / "records").exists()
+    else:
+        assert {file.name for file in published.iterdir()} == set(FILES)
+        assert isinstance(json.loads((published / "env.json").read_text()), dict)
+        assert Record.read(published).metrics()
 
 
 @pytest.mark.parametrize(

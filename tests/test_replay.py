@@ -1,7 +1,5 @@
 """Evaluating and replaying a run or a record, which may come from anybody."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from conftest import ROOT, TINY, Train
+from conftest import TINY, Train
 from l2bn.errors import UserError
 from l2bn.publishing import publish
 from l2bn.training.run import evaluate_run, replay
@@ -68,12 +66,3 @@ def test_a_yaml_that_would_make_objects_makes_none(record: Path, tmp_path: Path)
     with pytest.raises(UserError, match="not the configuration of a run"):
         replay(record, str(tmp_path / "replayed"))
     assert not (tmp_path / "made").exists()
-
-
-@pytest.mark.parametrize("script", ["evaluate.py", "replay.py"])
-def test_a_folder_that_is_no_run_is_named(script: str, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "scripts" / script), str(tmp_path / "nowhere")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "nowhere is not the folder of a run: config.yaml" in done.stderr
-    assert "Traceback" not in done.stderr

@@ -9,6 +9,7 @@ so neither misses one nor has one twice. What is measured, `l2bn/analysis/featur
 """
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,10 +101,11 @@ def write_sample(folder: Path, sample: Sample) -> None:
     write_durably(folder / SAMPLE, safetensors.numpy.save(content))
 
 
-def keep(folder: Path, step: float) -> tuple[list[FeatureRow], list[StatisticsRow]]:
-    """Drop what was measured after so many updates, and a line that was cut off; what stays.
+def keep(folder: Path, step: float, epochs: float = math.inf) -> tuple[list[FeatureRow], list[StatisticsRow]]:
+    """Drop what was measured after so many updates, and features after so many epochs; what stays.
 
-    Raises InvalidRecordError.
+    A run may stand at the last update of an epoch, before the evaluation in which the features are measured. A line
+    that was cut off goes, too. Raises InvalidRecordError.
     """
     for name, read in ((FEATURES, read_features), (STATISTICS, read_statistics)):
         path = folder / name
@@ -111,7 +113,7 @@ def keep(folder: Path, step: float) -> tuple[list[FeatureRow], list[StatisticsRo
             content = path.read_bytes()
             write_durably(path, content[: content.rfind(b"\n") + 1])
             rows = read(folder)
-            kept = [row for row in rows if row["step"] <= step]
+            kept = [row for row in rows if row["step"] <= step and row.get("epoch", 0) <= epochs]
             write_lines(path, kept)
             if len(kept) < len(rows):
                 (folder / SAMPLE).unlink(missing_ok=True)

@@ -1,5 +1,7 @@
 """Publishing a run: its record, without the checkpoints and without the paths of the machine."""
 
+import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import yaml
 
 from l2bn import measurements
 from l2bn.durable import write_durably
-from l2bn.records import CONFIG, ENVIRONMENT, MACHINE_PATHS, METRICS, SUMMARY, Record
+from l2bn.records import CONFIG, ENVIRONMENT, MACHINE_PATHS, METRICS, SUMMARY, InvalidRecordError, Record
 
 
 def publish(folder: Path, destination: Path) -> Path:
@@ -19,16 +21,28 @@ def publish(folder: Path, destination: Path) -> Path:
     """
     record = Record.read(folder)
     record.metrics()
-    measured = measurements.check(folder)
+    files = _read(folder, measurements.check(folder))
     target = destination / record.dataset / record.backbone / record.norm / record.recipe / f"seed{record.seed}"
     if (target / SUMMARY).exists() and Record.read(target) != record:
         raise FileExistsError(f"{target} holds another result of this cell and seed; move it away to replace it")
     target.mkdir(parents=True, exist_ok=True)
-    config = yaml.safe_load((folder / CONFIG).read_text())
-    write_durably(target / CONFIG, yaml.safe_dump(_without_machine_paths(config), sort_keys=False))
-    for name in (ENVIRONMENT, METRICS, *measured, SUMMARY):
-        write_durably(target / name, (folder / name).read_bytes())
+    for name, content in files.items():
+        write_durably(target / name, content)
     return target
+
+
+def _read(folder: Path, measured: Iterable[str]) -> dict[str, bytes]:
+    """The files of a record, the summary last, without the machine's paths. Raises InvalidRecordError."""
+    try:
+        config = yaml.safe_load((folder / CONFIG).read_text())
+        files = {name: (folder / name).read_bytes() for name in (ENVIRONMENT, METRICS, *measured, SUMMARY)}
+        environment = json.loads(files[ENVIRONMENT])
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise InvalidRecordError(f"cannot be read: {error}") from error
+    for name, content in ((CONFIG, config), (ENVIRONMENT, environment)):
+        if not isinstance(content, dict):
+            raise InvalidRecordError(f"{name} is not that of a run")
+    return {CONFIG: yaml.safe_dump(_without_machine_paths(config), sort_keys=False).encode(), **files}
 
 
 def _without_machine_paths(node: Any) -> Any:

@@ -79,8 +79,12 @@ class Record:
     divergence: str | None = None  # where and how, of a diverged run
 
     def metrics(self) -> list[Metrics]:
-        """All epochs, read from `metrics.jsonl`. Raises InvalidRecordError."""
-        return read_metrics(self.folder / METRICS)
+        """All epochs, read from `metrics.jsonl`. Raises InvalidRecordError, also where they end with another one
+        than this record."""
+        rows = read_metrics(self.folder / METRICS)
+        if (rows[-1] if rows else {}) != self.last:
+            raise InvalidRecordError(f"{METRICS}: its last line is not the last epoch of {SUMMARY}")
+        return rows
 
     def write(self) -> None:
         """Write `summary.json`: the run has ended."""
@@ -201,7 +205,15 @@ def _check_fields(cls: type, content: dict[str, Any]) -> None:
             raise InvalidRecordError(f"{SUMMARY}: {key} is {value!r}")
 
 
+def is_plain_name(name: object) -> bool:
+    """Whether a name can be that of a folder and of no other place than in its own."""
+    return isinstance(name, str) and name.isprintable() and "/" not in name and name not in ("", ".", "..")
+
+
 def _check_values(record: Record) -> None:
+    for group in ("dataset", "backbone", "norm", "recipe"):
+        if not is_plain_name(getattr(record, group)):
+            raise InvalidRecordError(f"{SUMMARY}: {group} is {getattr(record, group)!r}, which is no plain name")
     if record.status not in ("finished", "diverged"):
         raise InvalidRecordError(f"{SUMMARY}: status is {record.status!r}, not finished or diverged")
     for name, row in (("last", record.last), ("best", record.best)):

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from l2bn.data.splits import Augmentation
 
+MOST_PADDING = 256  # pixels; the padded batch is held in memory
+
 
 @dataclass(frozen=True)
 class CropFlip(Augmentation):
@@ -23,8 +25,8 @@ class CropFlip(Augmentation):
     flip: bool = True
 
     def __post_init__(self) -> None:
-        if self.padding < 0:
-            raise ValueError(f"padding={self.padding}: give a number of pixels, 0 or more")
+        if not 0 <= self.padding <= MOST_PADDING:
+            raise ValueError(f"padding={self.padding}: give a number of pixels from 0 to {MOST_PADDING}")
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """(count, 3): row and column of the window's corner, each from 0 to 2 * padding, and 1 to mirror."""

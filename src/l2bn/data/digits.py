@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
-from l2bn.data.splits import Common, Images, Splits, make_splits, stratified_order
+from l2bn.data.splits import Common, Images, Splits, check_image_size, make_splits, stratified_order
 
 TEST_SHARE = 0.2  # leaves 1,437 training images: 44 batches of 32
 
@@ -18,6 +18,7 @@ def digits(image_size: int = 32, **common: Unpack[Common]) -> Splits:
     Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning
     Repository, 1998, doi:10.24432/C50P49 (scikit-learn holds its test part).
     """
+    check_image_size(image_size)
     data = load_digits()
     pixels = torch.from_numpy(data.images).float().unsqueeze(1) * (255 / 16)  # (N, 1, 8, 8), values 0 to 16
     pixels = F.interpolate(pixels, size=(image_size, image_size), mode="bilinear", align_corners=False)

@@ -23,7 +23,7 @@ from torch import Tensor
 from l2bn.data.cache import cache_file, fingerprint, replacing
 from l2bn.data.decode import read_rgb
 from l2bn.data.progress import tracked
-from l2bn.data.splits import Common, Images, Splits, make_splits
+from l2bn.data.splits import Common, Images, Splits, check_image_size, make_splits
 from l2bn.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -47,10 +47,8 @@ def image_folder(
     Raises `UserError`, naming the folder or file, for a missing or empty folder, for classes that differ between
     training and test, for sizes that differ, and for a file that cannot be decoded.
     """
-    if image_size is not None and image_size < 1:
-        raise UserError(
-            f"dataset.image_size={image_size}: give a number of pixels, or null to keep the files' size"
-        )
+    if image_size is not None:  # null keeps the files' own size
+        check_image_size(image_size)
     folder = Path(root).expanduser()
     trees = [list_images(folder / train), list_images(folder / test)]
     same_classes(*trees)

@@ -23,7 +23,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from l2bn.data.decode import read_rgb
 from l2bn.data.folder import SUFFIXES, Tree, list_images, same_classes
-from l2bn.data.splits import Common, Splits, make_splits
+from l2bn.data.splits import Common, Splits, check_image_size, make_splits
 from l2bn.errors import UserError
 
 Transform = Callable[[Tensor], Tensor]  # (3, any, any) uint8 -> (3, image_size, image_size) uint8
@@ -51,6 +51,7 @@ def imagenet(
     In the second case their classes come from the devkit in `root`/`devkit`. No file is moved or written. Classes
     are numbered by the order of their wnids. The validation images are the test set.
     """
+    check_image_size(image_size)
     trained, tested = list_splits(Path(root).expanduser(), train, val, devkit)
     return make_splits(
         ImageFiles.of(trained, training_transform(image_size)),

@@ -27,7 +27,7 @@ from l2bn.data.decode import read_rgb
 from l2bn.data.folder import SUFFIXES, Tree
 from l2bn.data.imagenet import DEVKIT, LICENCE, Transform, evaluation_transform, list_splits, training_transform
 from l2bn.data.progress import tracked
-from l2bn.data.splits import Common, Splits, make_splits
+from l2bn.data.splits import Common, Splits, check_image_size, make_splits
 from l2bn.errors import UserError
 from l2bn.seeding import generator
 
@@ -51,6 +51,7 @@ def imagenet_wds(
     cache: folder of the index; null: `l2bn` in the user's cache folder. The names of the classes are read from
     `root`/classes.txt if it is there; otherwise the highest class number says how many there are.
     """
+    check_image_size(image_size)
     folder = Path(root).expanduser()
     trained = _open(folder, train, training_transform(image_size), cache)
     tested = _open(folder, val, evaluation_transform(image_size), cache)

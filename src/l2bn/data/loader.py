@@ -5,6 +5,7 @@ any step without making the batches before it, and neither the number of worker 
 changes which samples form a batch. A rank takes its slice of the global batch and of its random numbers.
 """
 
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from l2bn.data.splits import Augmentation, Images, Split, Splits
 from l2bn.errors import UserError
+from l2bn.processes import end_with_parent, leave_signals_to_parent
 from l2bn.seeding import derive_seed, generator
 
 Batch = tuple[Tensor, Tensor]
@@ -195,6 +197,7 @@ class _WorkerLoader(_Loader):
                 sampler=self._keys,
                 collate_fn=_as_is,
                 num_workers=self.workers,
+                worker_init_fn=_serve,
                 persistent_workers=self.workers > 0,
                 pin_memory=self.device.type == "cuda",
                 generator=torch.Generator(),  # without one it would draw from the global generator
@@ -204,21 +207,32 @@ class _WorkerLoader(_Loader):
         cuda = self.device.type == "cuda"
         stream = torch.cuda.Stream(self.device) if cuda else None  # type: ignore[no-untyped-call]
         error = None
-        for batch in self._loader:
-            if isinstance(batch, UserError):
-                error = batch
-                break
-            with torch.cuda.stream(stream):
-                images, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
-            if stream is not None:
-                current = torch.cuda.current_stream(self.device)
-                current.wait_stream(stream)
-                images.record_stream(current)
-                labels.record_stream(current)
-            yield images, labels
+        try:
+            for batch in self._loader:
+                if isinstance(batch, UserError):
+                    error = batch
+                    break
+                with torch.cuda.stream(stream):
+                    images, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+                if stream is not None:
+                    current = torch.cuda.current_stream(self.device)
+                    current.wait_stream(stream)
+                    images.record_stream(current)
+                    labels.record_stream(current)
+                yield images, labels
+        except RuntimeError as failure:
+            if "DataLoader worker" not in str(failure):
+                raise
+            error = UserError(worker_ended(failure))
         if error is not None:
-            self._loader = None  # ends the workers here; left to the traceback, they would be collected late
+            self._end_workers()  # here; left to the traceback, they would be collected late
             raise error
+
+    def _end_workers(self) -> None:
+        """Without an exception for each that was killed, in the middle of whatever runs when its end is noticed."""
+        noticing = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self._loader = None
+        signal.signal(signal.SIGCHLD, noticing)
 
 
 _Key = tuple[int, list[int]]  # epoch, indices
@@ -245,6 +259,19 @@ class _Reader(Dataset[Batch | UserError]):
                     return error  # raised there, it would arrive wrapped in the worker's traceback
         images, labels = zip(*samples, strict=True)
         return torch.stack(images), torch.tensor(labels)
+
+
+def worker_ended(failure: RuntimeError) -> str:
+    """In a user's words, what torch says of a worker that was killed."""
+    reason = str(failure).strip().rstrip(".")
+    return f"a process that decodes images was ended: {reason}; if memory ran short, take fewer compute.workers"
+
+
+def _serve(_: int) -> None:
+    """A worker outlives neither its process nor the signals by which all of a job's processes are told to leave:
+    the batches under way are still needed for the step that is finished then."""
+    end_with_parent()
+    leave_signals_to_parent()
 
 
 def _as_is(batch: Any) -> Any:

@@ -16,6 +16,7 @@ from l2bn.seeding import generator
 
 # A subset and a validation split are part of the data set, not of a run: every seed trains on the same images.
 SPLIT_SEED = 0
+LARGEST_IMAGE = 4096  # pixels; far above what any network here takes
 
 
 class Split(Protocol):
@@ -128,6 +129,8 @@ def make_splits(
     Raises `UserError` for a choice that the data cannot fulfil.
     """
     label, baseline = common["label"], common.get("baseline")
+    if not label.strip():
+        raise UserError("dataset.label is empty: give the name that tables call the data by")
     subset, validation = common.get("subset"), common.get("validation", 0.0)
     if not 0 <= validation < 1:
         raise UserError(f"dataset.validation={validation}: give a share of the training images, 0 <= share < 1")
@@ -159,6 +162,12 @@ def make_splits(
         baseline=None if validation or subset is not None else baseline,
         classes=classes,
     )
+
+
+def check_image_size(size: int) -> None:
+    """Raise UserError for a number of pixels that no image can have."""
+    if not 1 <= size <= LARGEST_IMAGE:
+        raise UserError(f"dataset.image_size={size}: give a number of pixels from 1 to {LARGEST_IMAGE}")
 
 
 def stratified_order(labels: Tensor, purpose: str) -> Tensor:
@@ -201,7 +210,7 @@ def _normalisation(
         std = [value or 1.0 for value in std]  # a constant channel is only centred
     if mean is None or std is None:
         raise UserError("dataset.mean and dataset.std go together: give both, or null for both to compute them")
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+    if len(mean) != 3 or len(std) != 3 or not all(0 <= m <= 1 for m in mean) or not all(0 < s <= 1 for s in std):
         raise UserError(
             f"dataset.mean={mean}, dataset.std={std}: give three numbers each, of pixels scaled to [0, 1], "
             "with every std above 0"

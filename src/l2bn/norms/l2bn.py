@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from l2bn.norms import fused, kernels
+from l2bn.norms.bn import check_options
 from l2bn.norms.l2_step import Scale, l2_normalize, widened
 
 Fused = Literal["auto", "on", "off"]
@@ -179,7 +180,9 @@ def convert(
 
     Raises:
         TypeError: `bn` is no batch norm layer, or one with a `forward` of its own that L2BN would not keep.
+        ValueError: `eps` is not above 0, or `momentum` outside [0, 1].
     """
+    check_options(eps, momentum)
     layer = _counterpart(bn).standing_for(bn, scale, fused)
     layer.eps = bn.eps if eps is None else eps
     layer.momentum = bn.momentum if momentum is None else momentum

@@ -16,6 +16,7 @@ from l2bn.training.journal import Journal
 from l2bn.training.loop import evaluate
 from l2bn.training.observation import collect
 from l2bn.training.run import OpenedRun, open_run
+from l2bn.training.state import fitting
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,8 @@ def _states(run: OpenedRun) -> Iterator[dict[str, Any]]:
 
 
 def _measure(run: OpenedRun, state: dict[str, Any]) -> tuple[FeatureRow, Sample]:
-    run.network.load_state_dict(state["model"])
+    with fitting(run.job.folder):
+        run.network.load_state_dict(state["model"])
     classes = run.job.splits.num_classes
     probe = Probe(run.network, run.job.norm_layers, classes)
     with probe.attached():

@@ -35,24 +35,35 @@ class Builder:
     def __init__(self, files: Sequence[str] = ()) -> None:
         self.files = files
 
-    def build(self, node: Node, path: str) -> Any:
+    def build(self, node: Node, path: str, kind: type = object) -> Any:
         """The object of a node with a `_target_`; `path` is the node's place in the configuration.
 
-        With `_partial_: true` it is the target with these arguments bound. Raises UserError.
+        With `_partial_: true` it is the target with these arguments bound. Raises UserError, also where the
+        object is not of the `kind` that is needed there.
         """
+        check_mapping(node, path)
         arguments = {key: value for key, value in node.items() if key not in ("_target_", "_partial_")}
-        target = _resolve(node.get("_target_"), path)
-        return self.call(target, arguments, path, partial=bool(node.get("_partial_", False)))
+        target, partial = _resolve(node.get("_target_"), path), node.get("_partial_", False)
+        if not isinstance(partial, bool):
+            raise UserError(f"{path}._partial_ must be true or false, not {partial!r}")
+        built = self.call(target, arguments, path, partial=partial)
+        if not isinstance(built, kind):
+            raise UserError(
+                f"{path}._target_: {node['_target_']} makes a {type(built).__name__}, "
+                f"but a {kind.__name__} is needed here; name another choice of this group"
+            )
+        return built
 
     def call(self, target: Callable[..., Any], arguments: Node, path: str, *, partial: bool = False) -> Any:
         """Call a target with the arguments of a node, once their names and types are those of its signature."""
+        check_mapping(arguments, path)
         accepted = _parameters(target)
         if partial:  # the first parameter is what the caller will give
             accepted.pop(next(iter(accepted)))
         self.check_keys(arguments, accepted, path)
-        missing = [key for key, (_, required) in accepted.items() if required and key not in arguments]
+        missing = [_join(path, key) for key, (_, need) in accepted.items() if need and key not in arguments]
         if missing:
-            raise UserError(f"{path}: missing {', '.join(missing)}")
+            raise UserError(f"missing {', '.join(missing)}: give each a value")
         built = {key: self._build_nested(value, _join(path, key)) for key, value in arguments.items()}
         for key, value in built.items():
             hint = accepted[key][0]
@@ -85,6 +96,12 @@ class Builder:
 
 def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
+
+
+def check_mapping(node: object, path: str) -> None:
+    """Raise UserError for a value where a node is needed."""
+    if not isinstance(node, Mapping):
+        raise UserError(f"{path} must be a node of keys and values, not {node!r}")
 
 
 def _resolve(name: object, path: str) -> Callable[..., Any]:
@@ -128,14 +145,16 @@ def _find_targets(value: object) -> Iterator[str]:
 def machine_keys(file: str) -> dict[str, Any]:
     """What a file of configs/ says of places on the machine."""
     content = _yaml_files().get(file) or {}
-    return {key: value for key, value in content.items() if key in MACHINE_PATHS}
+    return {key: value for key, value in content.items() if key in MACHINE_PATHS and value != "???"}
 
 
 def _sets(file: str, place: str) -> bool:
     """Whether a file of configs/ sets a key: one of its own group, or of the whole configuration."""
     group, *rest = place.split(".")
-    own = file.startswith((f"{group}/", f"{group}_for/"))
-    content = _yaml_files().get(file)
+    own, whole = file.startswith((f"{group}/", f"{group}_for/")), file.startswith(("train.yaml", "experiment/"))
+    content = _yaml_files().get(file) if own or whole else None
+    if content is None:
+        return False
     for key in rest if own else [group, *rest]:
         if not isinstance(content, dict) or key not in content:
             return False
@@ -168,7 +187,7 @@ _WORDS = {
 
 
 def _fits(value: object, hint: Any) -> bool:
-    """Whether a value of the configuration is of a type; types that no YAML can write are left to the target."""
+    """Whether a value of the configuration, or an object built for it, is of a type."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, UnionType):
         return any(_fits(value, option) for option in arguments)
@@ -180,9 +199,10 @@ def _fits(value: object, hint: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    if hint in _WORDS:
-        return isinstance(value, hint)
-    return hint is Any or not isinstance(value, str | int | float | list | None)
+    if origin is Callable:
+        return callable(value)
+    kind = origin or hint
+    return hint is Any or not inspect.isclass(kind) or isinstance(value, kind)
 
 
 def _describe(hint: Any) -> str:
@@ -193,4 +213,6 @@ def _describe(hint: Any) -> str:
         return " or ".join(map(str, arguments))
     if origin is list:
         return f"a list, each of it {_describe(arguments[0])}"
-    return _WORDS.get(hint, "a node with a _target_")
+    if hint in _WORDS:
+        return _WORDS[hint]
+    return "a node with a _target_" + (f" that makes a {hint.__name__}" if inspect.isclass(hint) else "")

@@ -54,6 +54,8 @@ class Checkpoints:
     def save(self, epoch: int, step: int, state: dict[str, Any]) -> None:
         """Write the state after `epoch` whole epochs and `step` updates more, then drop those no longer needed."""
         self.folder.mkdir(exist_ok=True)
+        for cut_off in self.folder.glob(".*.tmp"):  # a kill during an earlier write has left it
+            cut_off.unlink()
         buffer = io.BytesIO()
         torch.save(state, buffer)
         data = buffer.getvalue()
@@ -86,7 +88,10 @@ class Checkpoints:
     @staticmethod
     def read(path: Path, device: torch.device) -> dict[str, Any]:
         """The state in one file. Raises ValueError saying why, if it is damaged."""
-        data = path.read_bytes()
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise ValueError(str(error)) from error
         if _digest(data) != _match(path)["digest"]:
             raise ValueError("its checksum is not that of its content")
         try:  # weights_only: tensors and plain values, never a pickled object that could run code

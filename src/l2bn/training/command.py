@@ -1,7 +1,5 @@
 """From what Hydra composed to a plain configuration: values resolved, the run's cell named."""
 
-import logging
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,14 +10,14 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from l2bn.errors import UserError
 from l2bn.records import Record
 from l2bn.training.identity import GROUPS, name_cell
-from l2bn.training.run import run
+from l2bn.training.run import check_complete, run
 
 
 def train_from_hydra(config: DictConfig, choices: Mapping[str, str | None]) -> Record:
     """Train the run that Hydra composed; `choices` are the options chosen in each group."""
-    _quieten()
     resolved = resolve(config)
-    chosen = {group: str(choices[group]) for group in GROUPS}
+    check_complete(resolved)
+    chosen = {group: _one_choice(group, choices.get(group)) for group in GROUPS}
     defaults = resolve(compose("train", [f"{group}={choice}" for group, choice in chosen.items()]), missing=True)
     files = [f"{group}/{choice}.yaml" for group, choice in choices.items() if choice]
     return run(resolved, name_cell(resolved, defaults, chosen), ["train.yaml", *files])
@@ -37,8 +35,7 @@ def resolve(config: DictConfig, *, missing: bool = False) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def _quieten() -> None:
-    """Leave out what libraries say that a user can do nothing about."""
-    for name, level in (("lightning_fabric", logging.WARNING), ("torch.utils.cpp_extension", logging.ERROR)):
-        logging.getLogger(name).setLevel(level)
-    warnings.filterwarnings("ignore", module="lightning_fabric")
+def _one_choice(group: str, choice: str | None) -> str:
+    if choice is None:  # a list of them, or the group taken out
+        raise UserError(f"{group} takes one choice, as in {group}=NAME; several are a sweep: -m {group}=ONE,OTHER")
+    return choice

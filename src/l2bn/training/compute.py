@@ -12,6 +12,8 @@ from l2bn.norms.selection import select_kernels
 from l2bn.norms.sync import convert_sync
 from l2bn.training.allocator import keep_freed_memory
 
+MOST = 1024  # threads or workers; far above what any machine here has, far below what brings one down
+
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
@@ -34,12 +36,17 @@ class Compute:
     def __post_init__(self) -> None:
         if self.devices < 1:
             raise ValueError(f"devices must be at least 1, not {self.devices}")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads must be at least 1, or null for all cores, not {self.threads}")
-        if self.workers < 0:
-            raise ValueError(f"workers must be 0 or more, not {self.workers}")
+        if self.threads is not None and not 1 <= self.threads <= MOST:
+            raise ValueError(
+                f"threads must be at least 1 and at most {MOST}, or null for all cores, not {self.threads}"
+            )
+        if not 0 <= self.workers <= MOST:
+            raise ValueError(f"workers must be from 0 to {MOST}, not {self.workers}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device is cuda, but torch finds no CUDA device; take device=cpu or device=auto")
+        cores = os.cpu_count() or 1
+        if not self._is_cuda and self.devices > max(2, cores):
+            raise ValueError(f"devices is {self.devices}, but this machine's processor has {cores} cores")
         if self._is_cuda and self.devices > torch.cuda.device_count():
             raise ValueError(f"devices is {self.devices}, but there are {torch.cuda.device_count()} CUDA devices")
         if self.precision == "16-mixed" and not self._is_cuda:
@@ -56,6 +63,8 @@ class Compute:
             torch.set_num_threads(self.threads)
         elif self.devices > 1:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.devices))
+        if self.deterministic:  # cuBLAS promises equal bits with a workspace of this kind only
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(self.deterministic)
         torch.backends.cudnn.benchmark = not self.deterministic
 

@@ -44,13 +44,21 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
 def note_start(folder: Path, device: torch.device, kernels: str) -> None:
     """Add this start of a run to `env.json`; say so where it may compute other bits than the one before."""
     path = folder / ENVIRONMENT
-    starts = json.loads(path.read_text())["starts"] if path.exists() else []
+    starts = _earlier_starts(path) if path.exists() else []
     facts = {**describe_environment(device), "kernels": kernels}
     if starts:
         changed = [key for key in FACTS_BEHIND_BITS if starts[-1].get(key) != facts[key]]
         if changed:
             log.warning("resumed with other %s: equal to an uninterrupted run up to rounding", ", ".join(changed))
     write_durably(path, json.dumps({"starts": [*starts, facts]}, indent=2) + "\n")
+
+
+def _earlier_starts(path: Path) -> list[dict[str, Any]]:
+    try:
+        return list(json.loads(path.read_text())["starts"])
+    except (UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        log.warning("%s is damaged (%s); it is written anew, without the starts before this one", path, error)
+        return []
 
 
 def _git(*arguments: str) -> str | None:

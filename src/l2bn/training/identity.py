@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from l2bn.records import is_plain_name
+
 Config = Mapping[str, Any]
 
 GROUPS = ("dataset", "backbone", "norm", "recipe")
@@ -31,7 +33,7 @@ class Cell:
     def __post_init__(self) -> None:
         for group in GROUPS:
             name = getattr(self, group)
-            if not isinstance(name, str) or name in ("", ".", "..") or "/" in name:
+            if not is_plain_name(name):
                 raise ValueError(f"{group} must be a plain name, not {name!r}")
 
     @property
@@ -76,7 +78,8 @@ def _name(choice: str, node: Config, default: Config) -> str:
     """The choice and what was overridden in it: "l2bn,eps=0.001"."""
     a, b = (dict(_flatten(_without_machine_keys(tree))) for tree in (node, default))
     changed = [f"{key}={a.get(key)}" for key in sorted(a.keys() | b.keys()) if a.get(key, ...) != b.get(key, ...)]
-    name = ",".join([choice, *changed]).replace("/", "_").replace(" ", "_")
+    name = ",".join([choice, *changed])
+    name = "".join("_" if letter in "/ " or not letter.isprintable() else letter for letter in name)
     if len(name.encode()) > LONGEST_NAME:
         digest = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
         name = f"{choice},{digest}"

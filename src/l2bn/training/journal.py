@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,22 +18,18 @@ class Journal:
 
     A run that was cut off between a checkpoint and its line, or the other way round, so has no epoch twice and
     none missing. Measurements are on the disk before the checkpoint of their position, so what is to be kept of
-    them stands in their own files. TensorBoard's files are made anew from the same lines.
+    them stands in their own files. For TensorBoard the same lines are drawn anew.
     """
 
     def __init__(self, folder: Path, rows: list[Metrics], step: float) -> None:
         """`rows` are the epochs done, `step` the updates made. Raises UserError."""
-        # Imported here, because it takes seconds that a skipped run need not spend.
-        from torch.utils.tensorboard import SummaryWriter
-
         self._folder = folder
         write_lines(folder / METRICS, rows)
         try:
-            features, statistics = measurements.keep(folder, step)
+            features, statistics = measurements.keep(folder, step, len(rows))
         except InvalidRecordError as error:
             raise UserError(f"{folder}: {error}\nmove this file away to go on without it") from error
-        shutil.rmtree(folder / "tb", ignore_errors=True)
-        self._writer = SummaryWriter(str(folder / "tb"))
+        self._writer = _open_writer(folder / "tb")
         for row in rows:
             self._draw(row)
         for line in features:
@@ -42,8 +39,7 @@ class Journal:
 
     def append(self, row: Metrics) -> None:
         """Add one epoch to both."""
-        with (self._folder / METRICS).open("a") as file:
-            file.write(as_line(row))
+        _append_durably(self._folder / METRICS, row)  # so that a record, written last, lacks none after a power cut
         self._draw(row)
 
     def append_features(self, row: FeatureRow, sample: Sample | None) -> None:
@@ -112,3 +108,19 @@ def _append_durably(path: Path, row: Mapping[str, Any]) -> None:
         file.write(as_line(row))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _open_writer(folder: Path) -> Any:
+    """A writer whose file begins with the word to forget what the files of earlier starts hold.
+
+    Those stay, because a TensorBoard that is looking on would wait for ever for more of a file that is gone. Files
+    are read in the order of the seconds in their names: where the clock has gone back, the earlier ones would come
+    last, and go.
+    """
+    # Imported here, because it takes seconds that a skipped run need not spend.
+    from torch.utils.tensorboard import SummaryWriter
+
+    prefix = "events.out.tfevents."
+    if any(path.name >= f"{prefix}{int(time.time()):010d}" for path in folder.glob(f"{prefix}*")):
+        shutil.rmtree(folder)
+    return SummaryWriter(str(folder), purge_step=1)

@@ -25,7 +25,7 @@ CHECK_EVERY = 100  # updates between two looks at the sums on the device; a look
 
 
 class DivergedError(Exception):
-    """The loss is no longer a finite number; the message names epoch and step, counted from 1."""
+    """The loss or a weight is no longer a finite number; the message names epoch and step, counted from 1."""
 
 
 @dataclass
@@ -123,6 +123,9 @@ class Trainer:
                 test_loss, test_top1, test_top5 = evaluate(
                     self.network, self.test, self.classes, self.fabric, before_batch
                 )
+            broken = first_not_finite(self.network)
+            if broken is not None:
+                raise DivergedError(f"{broken} is not finite after epoch {position.epoch + 1}")
             if not math.isfinite(test_loss):
                 raise DivergedError(f"the test loss is not finite after epoch {position.epoch + 1}")
             position.epoch, position.step, position.totals = position.epoch + 1, 0, None
@@ -205,6 +208,13 @@ def evaluate(
             logits = network(images).float()
         totals.add(step, F.cross_entropy(logits, labels), logits, labels)
     return totals.joined(fabric).means(classes)
+
+
+def first_not_finite(network: nn.Module) -> str | None:
+    """The first parameter or buffer that holds a NaN or an infinity, which need not reach the loss."""
+    tensors = {name: tensor for name, tensor in network.state_dict().items() if tensor.is_floating_point()}
+    finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
+    return next((name for name, fine in zip(tensors, finite, strict=True) if not fine), None)
 
 
 def peak_memory(device: torch.device) -> int:

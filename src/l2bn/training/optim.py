@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+LARGEST = torch.finfo(torch.float32).max
+LARGEST_MIXUP = 1000  # an alpha at which the share of a beta distribution is 1/2 to two digits
+
 Schedule = Callable[[float, int], float]
 """(epochs done, fractions included; epochs in all) -> factor of the recipe's learning rate."""
 
@@ -45,7 +48,9 @@ class MultiStep:
     start_factor: float = 0.1
 
     def __post_init__(self) -> None:
-        _require_not_negative(warmup_epochs=self.warmup_epochs, start_factor=self.start_factor)
+        _require_not_negative(warmup_epochs=self.warmup_epochs)
+        if not 0 <= self.start_factor <= 1:
+            raise ValueError(f"start_factor must lie in [0, 1], not {self.start_factor}")
         if sorted(set(self.milestones)) != self.milestones or any(m < 1 for m in self.milestones):
             raise ValueError(f"milestones must be epochs in rising order, each at least 1, not {self.milestones}")
         if not 0 < self.gamma <= 1:
@@ -117,9 +122,13 @@ class Recipe:
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.lr <= 0:
-            raise ValueError(f"lr must be greater than 0, not {self.lr}")
+        if not 0 < self.lr <= LARGEST:
+            raise ValueError(f"lr must be greater than 0 and a float32, not {self.lr}")
         _require_not_negative(weight_decay=self.weight_decay, mixup=self.mixup)
+        if self.weight_decay > LARGEST:
+            raise ValueError(f"weight_decay must be a float32, not {self.weight_decay}")
+        if self.mixup > LARGEST_MIXUP:
+            raise ValueError(f"mixup must be from 0 to {LARGEST_MIXUP}, not {self.mixup}")
         for name in ("momentum", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), not {getattr(self, name)}")

@@ -1,6 +1,8 @@
 """From a configuration to a record: the only reader of the configuration."""
 
+import functools
 import logging
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,9 +16,9 @@ from l2bn.data.splits import Splits
 from l2bn.errors import UserError
 from l2bn.norms.swap import norm_layers, swap_norm
 from l2bn.norms.sync import counterparts
-from l2bn.records import CONFIG, SUMMARY, InvalidRecordError, Record
+from l2bn.records import CONFIG, MACHINE_PATHS, SUMMARY, InvalidRecordError, Record
 from l2bn.seeding import derive_seed
-from l2bn.training.build import Builder, machine_keys
+from l2bn.training.build import Builder, check_mapping, machine_keys
 from l2bn.training.checkpoint import CheckpointPolicy, Checkpoints
 from l2bn.training.compute import Compute
 from l2bn.training.identity import Cell, Config, differences, identity
@@ -24,6 +26,7 @@ from l2bn.training.loop import evaluate
 from l2bn.training.observation import AnalysisPolicy, check_observable
 from l2bn.training.optim import Recipe
 from l2bn.training.session import Job, launch, make_loaders
+from l2bn.training.state import fitting
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +44,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"seed must be 0 or more, not {self.seed}")
+        if not self.runs_dir:
+            raise ValueError("runs_dir is empty: name a folder, '.' for this one")
 
 
 def run(config: Config, cell: Cell, files: list[str]) -> Record:
@@ -49,6 +54,7 @@ def run(config: Config, cell: Cell, files: list[str]) -> Record:
     A run that has ended already is left alone. `files` are the files of `configs/` that the configuration was
     composed of. Raises UserError for what the user can mend; then no folder has been made.
     """
+    _quieten()
     builder = Builder(files)
     settings = read_settings(config, builder)
     folder = Path(settings.runs_dir) / cell.path
@@ -58,7 +64,9 @@ def run(config: Config, cell: Cell, files: list[str]) -> Record:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"runs_dir: cannot make the folder {folder}: {error.strerror}") from error
+            raise UserError(
+                f"runs_dir: cannot make the folder {folder}: {error.strerror}; name another by runs_dir=FOLDER"
+            ) from error
         launch(job)
         record = Record.read(folder)
     log.info("%s: %s; record in %s", cell, _result(record), folder)
@@ -70,27 +78,58 @@ def find_record(folder: Path, config: Config) -> Record | None:
 
     Raises UserError if the folder holds a run of another identity: it is neither overwritten nor mixed.
     """
-    path = folder / CONFIG
-    if not path.exists():
-        return None
-    changed = differences(identity(yaml.safe_load(path.read_text())), identity(config))
+    record = None
+    if (folder / SUMMARY).exists():
+        try:
+            record = Record.read(folder)
+        except InvalidRecordError as error:
+            raise UserError(f"{folder}: {error}\nmove the folder away to train this run anew") from error
+    stored = record.identity if record else _stored_identity(folder / CONFIG)
+    changed = differences(stored, identity(config)) if stored else []
     if changed:
         raise UserError(
             f"{folder} holds another run, which differs (there against here) in\n"
             + "".join(f"  {line}\n" for line in changed)
             + "give this one another runs_dir, or move the old folder away"
         )
-    if not (folder / SUMMARY).exists():
+    return record
+
+
+def _stored_identity(path: Path) -> Config | None:
+    """The identity of the run that a `config.yaml` describes, None where there is no such file."""
+    if not path.exists():
         return None
     try:
-        return Record.read(folder)
-    except InvalidRecordError as error:
-        raise UserError(f"{folder}: {error}\nmove the folder away to train this run anew") from error
+        return identity(yaml.safe_load(path.read_text()))
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{path} is damaged: {error}\nremove this file to go on with the run, whose checkpoints say which "
+            "it is, or move the folder away to train it anew"
+        ) from error
+
+
+def check_complete(config: Config) -> None:
+    """Raise UserError unless all that a run needs is there, its nodes as such."""
+    needed = (*NODES, *Settings.__dataclass_fields__)
+    missing = [key for key in needed if key not in config]
+    if missing:
+        raise UserError(f"missing {', '.join(missing)}: a configuration has {', '.join(needed)}")
+    for name in NODES:
+        check_mapping(config[name], name)
 
 
 def read_settings(config: Config, builder: Builder) -> Settings:
     """What a configuration says besides its nodes. Raises UserError, also for a key that is neither."""
-    builder.check_keys(config, [*NODES, *Settings.__dataclass_fields__], "")
+    known = [*NODES, *Settings.__dataclass_fields__]
+    for key in config.keys() - known:
+        if key == "experiment":
+            raise UserError(
+                f'{key} is no key: the file of an experiment begins with the line "# @package _global_"'
+            )
+        for node in NODES:
+            if key in config[node]:
+                raise UserError(f"unknown key {key}; did you mean {node}.{key}?")
+    builder.check_keys(config, known, "")
     settings: Settings = builder.call(Settings, {k: v for k, v in config.items() if k not in NODES}, "")
     return settings
 
@@ -100,13 +139,18 @@ def make_job(config: Config, settings: Settings, cell: Cell, folder: Path, build
     recipe: Recipe = builder.call(Recipe, config["recipe"], "recipe")
     compute: Compute = builder.call(Compute, config["compute"], "compute")
     checkpoint: CheckpointPolicy = builder.call(CheckpointPolicy, config["checkpoint"], "checkpoint")
-    # A record from before there was an analysis says nothing of one.
-    analysis: AnalysisPolicy = builder.call(AnalysisPolicy, config.get("analysis", {}), "analysis")
-    norm = builder.build(config["norm"], "norm")
-    splits: Splits = builder.build(config["dataset"], "dataset")
+    analysis: AnalysisPolicy = builder.call(AnalysisPolicy, config["analysis"], "analysis")
+    norm = builder.build(config["norm"], "norm", functools.partial)
+    splits: Splits = builder.build(config["dataset"], "dataset", Splits)
     check_batch_size(recipe.batch_size, len(splits.train), compute.devices)
     torch.manual_seed(derive_seed(settings.seed, "weights"))
-    model: nn.Module = builder.build({**config["backbone"], "num_classes": splits.num_classes}, "backbone")
+    if "num_classes" in config["backbone"]:
+        raise UserError(
+            f"backbone.num_classes follows from the data set, which has {splits.num_classes}: leave it out"
+        )
+    backbone = {**config["backbone"], "num_classes": splits.num_classes}
+    model: nn.Module = builder.build(backbone, "backbone", nn.Module)
+    check_fit(model, splits)
     layers = norm_layers(model)
     try:
         swap_norm(model, norm)
@@ -132,13 +176,34 @@ def make_job(config: Config, settings: Settings, cell: Cell, folder: Path, build
     )
 
 
+def check_fit(model: nn.Module, splits: Splits) -> None:
+    """Raise UserError unless the model makes logits of the data set's classes of one of its images."""
+    size, classes = splits.image_size, splits.num_classes
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = model(torch.zeros(1, 3, size, size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(
+            f"backbone: this network cannot take images of {size} x {size} pixels: {error}\n"
+            "give it larger ones by dataset.image_size, where the data set has that, or take another backbone"
+        ) from error
+    finally:
+        model.train()
+    if not isinstance(logits, torch.Tensor) or logits.shape != (1, classes):
+        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise UserError(
+            f"backbone: of one image this network makes {found}, not (1, {classes}): logits of each class"
+        )
+
+
 def replay(folder: Path, runs_dir: str, root: str | None = None) -> Record:
     """Train the run of a record once more, under `runs_dir`. Raises UserError.
 
-    A record may come from anybody: its YAML is read as plain values, and only what stands in `configs/` is
-    called.
+    A record may come from anybody: its YAML is read as plain values, only what stands in `configs/` is called,
+    and nothing is read or written where the record says: paths are those of the data set's YAML, or `root`.
     """
-    config, cell = read_config(folder, root)
+    config, cell = read_config(folder, root, foreign=True)
     return run({**config, "runs_dir": runs_dir}, cell, [])
 
 
@@ -148,7 +213,8 @@ def evaluate_run(folder: Path, device: str = "auto", root: str | None = None) ->
     state = opened.checkpoints.load(opened.fabric.device)
     if state is None:
         raise UserError(f"{folder} has no checkpoint to evaluate")
-    opened.network.load_state_dict(state["model"])
+    with fitting(folder):
+        opened.network.load_state_dict(state["model"])
     return evaluate(opened.network, opened.test, opened.job.splits.num_classes, opened.fabric)
 
 
@@ -165,6 +231,7 @@ class OpenedRun:
 
 def open_run(folder: Path, device: str = "auto", root: str | None = None) -> OpenedRun:
     """The run in a folder as it was, on one device and not compiled. Raises UserError."""
+    _quieten()
     config, cell = read_config(folder, root)
     # Not compiled: the same weights, and their features can be seen.
     compute = {**config["compute"], "device": device, "devices": 1, "sync_bn": False, "compile": False}
@@ -178,11 +245,12 @@ def open_run(folder: Path, device: str = "auto", root: str | None = None) -> Ope
     return OpenedRun(job, fabric, network, test, Checkpoints(folder / "checkpoints", []))
 
 
-def read_config(folder: Path, root: str | None = None) -> tuple[Config, Cell]:
+def read_config(folder: Path, root: str | None = None, *, foreign: bool = False) -> tuple[Config, Cell]:
     """The configuration and cell of a run or a published record.
 
-    `root` says where the data set lies, if not where it lay in training. The paths that publishing leaves out
-    are those of the data set's YAML. Raises UserError for a file that is missing or not a run's.
+    `root` says where the data set lies, if not where it lay in training. The paths that publishing leaves out,
+    and all of a `foreign` record, are those of the data set's YAML. Raises UserError for a file that is missing
+    or not a run's.
     """
     path = folder / CONFIG
     try:
@@ -190,11 +258,22 @@ def read_config(folder: Path, root: str | None = None) -> tuple[Config, Cell]:
         cell = Cell(**config.pop("cell"))
         if cell.seed != config["seed"]:
             raise ValueError(f"the cell's seed is {cell.seed!r}, the configuration's {config['seed']!r}")
-        dataset = {**machine_keys(f"dataset/{cell.dataset.partition(',')[0]}.yaml"), **config["dataset"]}
-        config = {"runs_dir": "runs", **config, "dataset": dataset}
+        own = {k: v for k, v in config["dataset"].items() if not (foreign and k in MACHINE_PATHS)}
+        dataset = {**machine_keys(f"dataset/{cell.dataset.partition(',')[0]}.yaml"), **own}
+        # A record from before there was an analysis says nothing of one.
+        config = {"runs_dir": "runs", "analysis": {}, **config, "dataset": dataset}
+        check_complete(config)
     except OSError as error:
         raise UserError(f"{folder} is not the folder of a run: {CONFIG}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (
+        yaml.YAMLError,
+        UserError,
+        UnicodeDecodeError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise UserError(f"{path} is not the configuration of a run: {error}") from error
     if root is not None:
         config["dataset"]["root"] = root
@@ -205,3 +284,10 @@ def _result(record: Record) -> str:
     if record.status == "diverged":
         return f"diverged ({record.divergence})"
     return f"finished, test accuracy {record.last['test/top1']:.2f} % after the last of {record.epochs} epochs"
+
+
+def _quieten() -> None:
+    """Leave out what libraries say that a user can do nothing about."""
+    for name, level in (("lightning_fabric", logging.WARNING), ("torch.utils.cpp_extension", logging.ERROR)):
+        logging.getLogger(name).setLevel(level)
+    warnings.filterwarnings("ignore", module="lightning_fabric")

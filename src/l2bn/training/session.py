@@ -4,7 +4,6 @@ import contextlib
 import copy
 import functools
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from l2bn.records import CONFIG, Record
 from l2bn.training.checkpoint import CheckpointPolicy
 from l2bn.training.compute import Compute
 from l2bn.training.environment import note_start
+from l2bn.training.faults import explain_faults
 from l2bn.training.identity import Cell, hash_identity
 from l2bn.training.interruption import EXIT_CODE, Interruption, follow_parent, sole_owner
 from l2bn.training.journal import Journal
@@ -64,7 +64,7 @@ def launch(job: Job) -> None:
     Raises UserError; ends the process with `interruption.EXIT_CODE` once it was told to leave.
     """
     fabric = job.compute.fabric()
-    with sole_owner(job.folder):
+    with explain_faults(job.cell, job.folder), sole_owner(job.folder):
         write_durably(job.folder / CONFIG, job.config)
         if job.compute.devices == 1:
             fabric.launch(functools.partial(train, job=job))
@@ -73,7 +73,10 @@ def launch(job: Job) -> None:
             try:
                 fabric.launch(functools.partial(train, job=job))
             except ProcessRaisedException as error:
-                raise UserError(_last_line(error.msg)) from error
+                message = _user_error(error.msg)
+                if message is None:
+                    raise
+                raise UserError(message) from error
             except ProcessExitedException as error:
                 if error.exit_code == EXIT_CODE:
                     interruption.leave()
@@ -84,10 +87,10 @@ def launch(job: Job) -> None:
                 ) from error
 
 
-def _last_line(traceback: str) -> str:
-    """What an exception of another process says, of the traceback that came over."""
+def _user_error(traceback: str) -> str | None:
+    """What the UserError of another process says, of the traceback that came over; None for another exception."""
     own = f"{UserError.__module__}.{UserError.__qualname__}: "
-    return traceback.rpartition(own)[2] if own in traceback else traceback.strip().splitlines()[-1]
+    return traceback.rpartition(own)[2].strip() if own in traceback else None
 
 
 def train(fabric: Fabric, job: Job) -> None:
@@ -97,6 +100,7 @@ def train(fabric: Fabric, job: Job) -> None:
     """
     lead = fabric.is_global_zero
     with contextlib.ExitStack() as stack:
+        stack.enter_context(explain_faults(job.cell, job.folder))  # here, too: of several devices each is a process
         interruption = stack.enter_context(Interruption())
         if fabric.world_size > 1:
             follow_parent()
@@ -138,7 +142,7 @@ def train(fabric: Fabric, job: Job) -> None:
             told = interruption.signal is not None
             if fabric.world_size == 1:
                 return told
-            if step % AGREE_EVERY:
+            if step % AGREE_EVERY and step < steps:
                 return False
             return bool(fabric.all_reduce(torch.tensor(float(told), device=fabric.device), reduce_op="max"))
 
@@ -146,10 +150,10 @@ def train(fabric: Fabric, job: Job) -> None:
             display.step(position.epoch, position.step, position.seconds)
             observer.after_step(position)
             leaving = must_leave(position.step)
-            if position.step < steps and (leaving or job.checkpoint.due(position.step)):
+            if leaving or (position.step < steps and job.checkpoint.due(position.step)):
                 state.save(position)
-                if leaving:
-                    interruption.leave()
+            if leaving:
+                interruption.leave()
 
         def after_epoch(position: Position) -> None:
             observer.after_epoch(position)
@@ -175,35 +179,14 @@ def train(fabric: Fabric, job: Job) -> None:
             watch=observer.watch,
         )
         divergence = None
-        with explain_faults(job):
-            try:
-                trainer.fit(position)
-            except DivergedError as error:
-                divergence = str(error)
-                log.error("%s: %s; recorded as diverged", job.cell, error)
-            if lead:
-                state.save_weights(job.folder / WEIGHTS)
-                make_record(job, position, kernels, divergence).write()
-
-
-@contextlib.contextmanager
-def explain_faults(job: Job) -> Iterator[None]:
-    """Say in a user's words what the machine could not do; the last checkpoint stands in every case."""
-    again = "the same command goes on from the last checkpoint"
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{job.cell}: cannot write to {job.folder}: {error.strerror or error}; {again}") from error
-    except torch.OutOfMemoryError as error:
-        first = str(error).partition(". ")[0]
-        raise UserError(
-            f"{job.cell}: out of memory: {first}; take a smaller recipe.batch_size, more compute.devices or "
-            "compute.precision=bf16-mixed"
-        ) from error
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(f"{job.cell}: a process that decodes images was ended: {error}; {again}") from error
+        try:
+            trainer.fit(position)
+        except DivergedError as error:
+            divergence = str(error)
+            log.error("%s: %s; recorded as diverged", job.cell, error)
+        if lead:
+            state.save_weights(job.folder / WEIGHTS)
+            make_record(job, position, kernels, divergence).write()
 
 
 def make_loaders(job: Job, fabric: Fabric) -> tuple[Loader, Loader]:

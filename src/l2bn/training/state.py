@@ -1,6 +1,8 @@
 """All that a checkpoint holds of a run: gathered from its processes, and put back."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors.torch
@@ -62,19 +64,34 @@ class State:
         state = self._checkpoints.load(self._fabric.device)
         if state is None:
             return Position()
-        changed = differences(state["identity"], self._identity)
-        if changed:
-            raise UserError(
-                f"{self._checkpoints.folder} is of another run, which differs (there against here) in\n"
-                + "\n".join(f"  {line}" for line in changed)
-            )
-        self._network.load_state_dict(state["model"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._fabric.strategy.precision.load_state_dict(state["precision"])
-        position = Position(**state["position"])
-        if position.totals is not None:
-            own = state["position"]["totals"][self._fabric.global_rank]
-            position.totals = Totals(own[:4], own[4])
+        with fitting(self._checkpoints.folder):
+            changed = differences(state["identity"], self._identity)
+            if changed:
+                raise UserError(
+                    f"{self._checkpoints.folder} is of another run, which differs (there against here) in\n"
+                    + "".join(f"  {line}\n" for line in changed)
+                    + "give this one another runs_dir, or move the old folder away"
+                )
+            self._network.load_state_dict(state["model"])
+            self._optimizer.load_state_dict(state["optimizer"])
+            self._fabric.strategy.precision.load_state_dict(state["precision"])
+            position = Position(**state["position"])
+            if position.totals is not None:
+                own = state["position"]["totals"][self._fabric.global_rank]
+                position.totals = Totals(own[:4], own[4])
         if self._fabric.is_global_zero:
             log.info("resumed after epoch %d, step %d", position.epoch, position.step)
         return position
+
+
+@contextmanager
+def fitting(folder: Path) -> Iterator[None]:
+    """Say so where the state of a checkpoint in a folder is whole, but not one that this version can put back."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"the checkpoint in {folder} does not fit this network and this version of the suite: {reason}\n"
+            "env.json names the commit that wrote it; check that out, or move the run's folder away to start anew"
+        ) from error

@@ -1,0 +1,152 @@
+"""How a command ends on its user's mistake: one message, exit code not 0, no traceback; and on one of ours."""
+
+import errno
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import ROOT, TINY, train_in
+from l2bn.errors import UserError, told_plainly
+from l2bn.records import read_metrics
+
+RUN = "runs/digits,subset=256/resnet20/bn/short,epochs=1/seed0"
+CONFIG, SUMMARY, METRICS = (f"{RUN}/{name}" for name in ("config.yaml", "summary.json", "metrics.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run in `runs`."""
+    folder = tmp_path_factory.mktemp("finished")
+    train_in(folder / "runs", "norm=bn", "recipe.epochs=1", *TINY)
+    return folder
+
+
+# The command, what is written before it (file: content), and what the message must name.
+WRONG: list[tuple[list[str], dict[str, str], list[str]]] = [
+    (["evaluate.py", "nowhere"], {}, ["nowhere", "not the folder of a run"]),
+    (["evaluate.py", CONFIG], {}, [CONFIG, "Not a directory"]),
+    (["evaluate.py", RUN], {CONFIG: "{"}, [CONFIG, "not the configuration of a run"]),
+    (["evaluate.py", RUN], {CONFIG: "- 1"}, [CONFIG, "not the configuration of a run"]),
+    (["evaluate.py", RUN], {CONFIG: "cell: 5"}, [CONFIG, "not the configuration of a run"]),
+    (["evaluate.py", RUN, "--device", "tpu"], {}, ["--device", "tpu", "cuda"]),
+    (["evaluate.py", RUN, "--root", "x"], {}, ["dataset.root"]),
+    (["evaluate.py"], {}, ["RUN"]),
+    (["replay.py", "nowhere"], {}, ["nowhere", "not the folder of a run"]),
+    (["replay.py", RUN], {CONFIG: "cell: {}\nseed: 0"}, [CONFIG, "missing"]),
+    (["replay.py", RUN, "--runs-dir", "/proc/x"], {}, ["runs_dir", "/proc/x"]),
+    (["publish.py", "nowhere"], {}, ["nowhere", "not published"]),
+    (["publish.py", RUN, "--to", CONFIG], {}, [CONFIG, "Not a directory"]),
+    (["publish.py", RUN, "--to", "out"], {CONFIG: "{"}, [RUN, "cannot be read"]),
+    (["publish.py", RUN, "--to", "out"], {CONFIG: "- 1"}, [RUN, "config.yaml"]),
+    (["publish.py", RUN, "--to", "out"], {METRICS: ""}, [RUN, "metrics.jsonl"]),
+    (["publish.py", RUN, "--to", "out"], {SUMMARY: "{"}, [RUN, "summary.json"]),
+    (["tables.py", "--runs", "nowhere"], {}, ["nowhere", "--runs"]),
+    (["tables.py", "--runs", "runs", "--out", CONFIG], {}, [CONFIG, "File exists"]),
+    (["tables.py", "--runs", "runs", "--out", "/proc/x"], {}, ["/proc/x"]),
+    (["tables.py", "--runs", "runs", "--readme", "nowhere.md"], {}, ["nowhere.md"]),
+    (["tables.py", "--runs", "runs", "--reference", "nowhere.yaml"], {}, ["nowhere.yaml"]),
+    (["tables.py", "--runs", "runs", "--strict"], {SUMMARY: "{"}, [RUN, "summary.json"]),
+    (["figures.py", "--runs", "nowhere"], {}, ["nowhere", "--runs"]),
+    (["figures.py", "--runs", "runs", "--out", CONFIG], {}, [CONFIG, "File exists"]),
+    (["claims.py", "--runs", "nowhere"], {}, ["nowhere", "--runs"]),
+    (["claims.py", "--runs", "runs", "--out", "/proc/x"], {}, ["/proc/x"]),
+    (["mechanism.py", "--runs", "nowhere"], {}, ["nowhere", "--runs"]),
+    (["mechanism.py", "nets"], {}, ["nets", "tables"]),
+    (["mechanism.py", "--runs", "runs", "--out", CONFIG], {}, [CONFIG]),
+    (["analyze.py", "--run", "nowhere"], {}, ["nowhere", "not the folder of a run"]),
+    (["analyze.py", "--run", RUN, "--root", "x"], {}, ["dataset.root"]),
+    (["list.py", "nets"], {}, ["nets", "backbone"]),
+    (["fetch_data.py", "digits", "--pack", "x"], {}, ["--pack", "imagenet_wds"]),
+    (["fetch_data.py", "digits", "dataset.image_size=0"], {}, ["dataset.image_size", "0"]),
+    (["fetch_data.py", "null"], {}, ["null", "list.py"]),
+    (["benchmark.py", "norm", "--json", "/proc/x.json"], {}, ["/proc/x.json"]),
+    (["benchmark.py", "nets"], {}, ["nets", "norm"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("command", "files", "named"), WRONG, ids=[" ".join(command) + str(files or "") for command, files, _ in WRONG]
+)
+def test_a_wrong_argument_is_named(
+    command: list[str],
+    files: dict[str, str],
+    named: list[str],
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    for file, content in files.items():
+        (tmp_path / file).write_text(content)
+    monkeypatch.chdir(tmp_path)
+    script, *arguments = command
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+    printed = capsys.readouterr()
+    message = left.value.code if isinstance(left.value.code, str) else printed.out + printed.err
+    assert left.value.code not in (0, None)
+    assert "Traceback" not in message
+    for word in named:
+        assert word in " ".join(message.split()), message
+
+
+# What goes wrong before any code of ours runs: only the real command shows it.
+BEFORE_US = {
+    "norm=null": ["norm=null", "list.py"],
+    "-m seed=0,1 runs_dir=/proc/runs": ["/proc/runs"],
+    "--config-dir . recipe=mine": ["recipe/mine.yaml", "line 1", "mend"],
+}
+
+
+@pytest.mark.parametrize("given", BEFORE_US)
+def test_a_mistake_that_hydra_meets_is_one_message_too(given: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "mine.yaml").write_text("epochs: [1\n")
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *given.split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    for word in BEFORE_US[given]:
+        assert word in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (UserError("seed must be 0 or more, not -1"), "seed must be 0 or more, not -1"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs"), "runs: No space left on device; name another"),
+        (yaml.YAMLError("no YAML in x.yaml"), "no YAML in x.yaml\nmend this file"),
+        (ValueError("of a library"), "of a library\ngiven: seed=-1"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_a_user_can_mend_is_told_plainly(error: Exception, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "seed=-1"])
+    with pytest.raises(SystemExit) as left, told_plainly():
+        raise error
+    assert str(left.value.code).startswith(told)
+
+
+def test_an_error_of_ours_keeps_its_traceback() -> None:
+    with pytest.raises(AttributeError), told_plainly():
+        read_metrics(None)  # type: ignore[arg-type]
+
+
+def test_ctrl_c_before_the_run_is_no_traceback() -> None:
+    with pytest.raises(SystemExit) as left, told_plainly():
+        raise KeyboardInterrupt
+    assert left.value.code == 130
+
+
+def test_a_user_who_asks_for_tracebacks_gets_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(UserError), told_plainly():
+        raise UserError("seed must be 0 or more, not -1")

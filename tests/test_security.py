@@ -1,0 +1,131 @@
+"""What a run gives away, and what a foreign record can make it do.
+
+Other files hold the rest: archives (`test_data_archive.py`), pickles of data (`test_data_cifar.py`) and of
+checkpoints (`test_checkpoint.py`), targets and objects in a record's YAML (`test_replay.py`).
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from conftest import ROOT, TINY, Train
+from l2bn.errors import UserError
+from l2bn.publishing import publish
+from l2bn.records import FILES, InvalidRecordError
+from l2bn.training.run import replay
+from test_records import written
+
+SECRET = "correct-horse-battery-staple"
+FACTS = {
+    *("time", "commit", "dirty", "python", "packages", "system", "processor", "device", "cuda", "cudnn"),
+    *("cpu_capability", "threads", "deterministic", "kernels"),
+}
+
+
+@pytest.fixture
+def run(train: Train, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a run that was made with a secret in its environment."""
+    monkeypatch.setenv("L2BN_TOKEN", SECRET)
+    return train("recipe.epochs=1", *TINY).folder
+
+
+def test_nothing_of_the_environment_but_a_whitelist_enters_a_run(run: Path) -> None:
+    """Not its record, nor its checkpoints, nor what TensorBoard shows."""
+    (start,) = json.loads((run / "env.json").read_text())["starts"]
+    assert start.keys() == FACTS
+    files = [path for path in run.rglob("*") if path.is_file()]
+    assert len(files) >= len(FILES) + 3
+    assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
+
+
+def test_a_published_record_says_nothing_of_the_machine(run: Path, tmp_path: Path) -> None:
+    record = publish(run, tmp_path / "records")
+    text = "".join(path.read_text() for path in record.iterdir())
+    assert SECRET not in text
+    assert str(tmp_path) not in text
+    assert str(Path.home()) not in text
+
+
+def test_a_record_cannot_ask_for_the_environment(run: Path, tmp_path: Path) -> None:
+    """What its YAML says is taken as it stands: an interpolation is a text like any other."""
+    path = run / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["dataset"]["label"] = "${oc.env:L2BN_TOKEN}"
+    path.write_text(yaml.safe_dump(config))
+    record = replay(run, str(tmp_path / "replayed"))
+    assert record.label.startswith("${oc.env:L2BN_TOKEN}")
+    assert [p for p in record.folder.rglob("*") if p.is_file() and SECRET.encode() in p.read_bytes()] == []
+
+
+def test_a_record_cannot_say_where_to_read_and_write(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folders are those of the data set's YAML, whatever it says itself."""
+    monkeypatch.chdir(tmp_path)
+    path, elsewhere = run / "config.yaml", tmp_path / "elsewhere"
+    config = yaml.safe_load(path.read_text())
+    for name in ("cifar10", "image_folder"):
+        node: dict[str, Any] = yaml.safe_load((ROOT / "configs" / "dataset" / f"{name}.yaml").read_text())
+        node.pop("defaults", None)
+        paths = {"root": str(elsewhere), "label": "x"} | ({"cache": str(elsewhere)} if "cache" in node else {})
+        config |= {"dataset": {**node, **paths}, "cell": {**config["cell"], "dataset": name}}
+        config["dataset"] |= {"download": False} if "download" in node else {}
+        path.write_text(yaml.safe_dump(config))
+        with pytest.raises(UserError, match=r"data/cifar10" if name == "cifar10" else r"missing dataset\.root"):
+            replay(run, str(tmp_path / "replayed"))
+    assert not elsewhere.exists()
+    assert not (tmp_path / "replayed").exists()
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere", "/elsewhere", "a/b", "..", "", "a\0b", "a\ud800b"])
+@pytest.mark.parametrize("group", ["dataset", "recipe"])
+def test_a_record_cannot_say_where_it_is_published(group: str, name: str, tmp_path: Path) -> None:
+    written(tmp_path / "run", **{group: name})
+    with pytest.raises(InvalidRecordError, match=f"{group} is .* no plain name"):
+        publish(tmp_path / "run", tmp_path / "deep" / "records")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def listening(pid: int) -> set[str]:
+    """The addresses, in the kernel's hexadecimal, at which a process and those it has started listen."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    found = set().union(*(listening(int(child)) for child in children))
+    sockets = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            sockets |= set(re.findall(r"socket:\[(\d+)\]", str(descriptor.readlink())))
+        except FileNotFoundError:
+            continue
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            columns = line.split()
+            if columns[3] == "0A" and columns[9] in sockets:  # listens
+                found.add(columns[1].partition(":")[0])
+    return found
+
+
+def test_tensorboard_is_there_for_this_machine_alone(tmp_path: Path) -> None:
+    """The very command of `make tensorboard`, on a port that is free."""
+    make = ["make", "--dry-run", "tensorboard", f"LOGDIR={tmp_path}"]
+    printed = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    command = [*printed.splitlines()[-1].split(), "--port", "0"]
+    assert command[0] == "tensorboard"
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (addresses := listening(server.pid)):
+            assert time.monotonic() < deadline
+            assert server.poll() is None
+            time.sleep(0.1)
+        assert addresses == {"0100007F"}  # 127.0.0.1
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
