@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup demo test test-all lint list tables figures claims bench-norm bench-step tensorboard
+.PHONY: help setup demo test test-all test-services lint list tables figures claims bench-norm bench-step bench-tables tensorboard
 
 help: ## what there is
 	@echo "make TARGET, or make DATASET-BACKBONE-NORM to train, e.g. make cifar-resnet-l2bn ARGS='seed=1'"
@@ -31,6 +31,9 @@ test: setup lint ## lint, types and the fast tests
 test-all: setup lint ## all tests, the long ones too
 	python -m pytest --numprocesses auto -m "slow or not slow"
 
+test-services: setup ## the tests with a real Slurm and a browser, which have to be installed
+	L2BN_REQUIRE_SERVICES=1 python -m pytest -m services
+
 lint: setup ## ruff and mypy
 	ruff check .
 	ruff format --check .
@@ -55,6 +58,9 @@ bench-norm: setup ## time the layer: BN, the plain composition and the fused ker
 
 bench-step: setup ## time whole training steps with BN and with L2BN
 	python scripts/benchmark.py step --json results/benchmarks/step.json
+
+bench-tables: setup ## time tables of up to 10,000 records
+	python scripts/benchmark.py tables --json results/benchmarks/tables.json
 
 LOGDIR ?= runs
 tensorboard: setup ## show the curves of all runs in LOGDIR (runs), to this machine alone

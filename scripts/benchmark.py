@@ -2,14 +2,15 @@
 
 python scripts/benchmark.py norm --json results/benchmarks/norm.json    the layer alone
 python scripts/benchmark.py step --json results/benchmarks/step.json    whole training steps
+python scripts/benchmark.py tables --json results/benchmarks/tables.json    tables of up to 10,000 records
 """
 
 import argparse
 
-from l2bn.benchmarks import norm, step
+from l2bn.benchmarks import norm, step, tables
 from l2bn.errors import told_plainly
 
-BENCHMARKS = {"norm": norm, "step": step}
+BENCHMARKS = {"norm": norm, "step": step, "tables": tables}
 
 
 def main() -> None:

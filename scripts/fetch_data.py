@@ -13,7 +13,7 @@ from l2bn.data.imagenet_wds import pack_imagenet
 from l2bn.data.splits import Splits
 from l2bn.errors import UserError, told_plainly
 from l2bn.training.build import CONFIGS, Builder
-from l2bn.training.command import resolve
+from l2bn.training.planning import resolve
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -35,6 +35,13 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+def require(what: str, missing: object) -> None:
+    """Skip a test where something it needs is missing; fail it where all is said to be there, as in CI."""
+    if missing:
+        say = pytest.fail if os.environ.get("L2BN_REQUIRE_SERVICES") else pytest.skip
+        say(f"{what} is not installed here; missing: {missing}")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real images (see CONTRIBUTING.md); without it the tests on real images are skipped."""

@@ -1,10 +1,12 @@
 """Figures from records: that they are drawn, the same each time, and show what the records hold."""
 
 from collections.abc import Iterator, Sequence
+from itertools import combinations
 from pathlib import Path
 
 import matplotlib as mpl
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
@@ -40,14 +42,14 @@ def texts(figure: Figure) -> Iterator[str]:
         yield from (text.get_text() for text in legend.get_texts()) if legend else ()
 
 
-def test_one_page_a_data_set_and_recipe_as_png_and_svg(tmp_path: Path, records: list[Record]) -> None:
+def test_one_page_a_data_set_as_png_and_svg(tmp_path: Path, records: list[Record]) -> None:
     paths, problems = write_figures(records, tmp_path / "figures")
     assert problems == []
     assert sorted(path.name for path in paths) == [
-        "curves-cifar10-cosine_200.png",
-        "curves-cifar10-cosine_200.svg",
-        "curves-cifar10_jpeg-short.png",
-        "curves-cifar10_jpeg-short.svg",
+        "curves-cifar10.png",
+        "curves-cifar10.svg",
+        "curves-cifar10_jpeg.png",
+        "curves-cifar10_jpeg.svg",
         "differences.png",
         "differences.svg",
     ]
@@ -106,8 +108,35 @@ def test_dots_stand_at_the_differences_and_lines_span_the_intervals(records: lis
     hollow = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
     assert [list(line.get_xdata()) for line in hollow] == [[pytest.approx(1.5)]]  # the pair with one seed
     shown = list(texts(axes.figure))
-    assert "CIFAR-10 (JPEG), short, 32-true" in shown
+    assert "CIFAR-10 (JPEG)" in shown
+    assert "short, float32, plain kernels" in shown
     assert "+1.50" in shown
+
+
+def test_nothing_of_the_dot_plot_is_cut_off_or_stands_on_another(tmp_path: Path) -> None:
+    for backbone in ("resnet20", "a_backbone_with_a_long_name,and=many,options=changed"):
+        write_pairs(tmp_path, [90], [-4.7], backbone=backbone, label="A data set of a long name, 12,800 images")
+        write_pairs(tmp_path, [90], [0.4], backbone=backbone, recipe="short,batch_size=16,epochs=3,lr=0.02")
+    with mpl.rc_context(RC):
+        figure = differences(grid(read_checked(tmp_path)[0]))
+    FigureCanvasAgg(figure).draw()
+    axes = figure.axes[0]
+    boxes = [text.get_window_extent() for text in [*axes.texts, axes.xaxis.label]]
+    for box in boxes:
+        assert figure.bbox.x0 <= box.x0
+        assert box.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= box.y0
+        assert box.y1 <= figure.bbox.y1
+    assert [pair for pair in combinations(boxes, 2) if pair[0].overlaps(pair[1])] == []
+    assert not any(box.overlaps(axes.get_window_extent()) for box in boxes)
+
+
+def test_recipes_that_differ_are_told_panel_by_panel(tmp_path: Path) -> None:
+    write_pairs(tmp_path, [90], [0.1], epochs=1)
+    write_pairs(tmp_path, [90], [0.1], recipe="short,batch_size=16", epochs=1)
+    shown = list(texts(draw_curves(read_checked(tmp_path)[0], "cifar10")))
+    assert "cosine_200, float32, plain kernels" in shown
+    assert "short (batch size 16), float32, plain\nkernels" in shown
 
 
 def test_arms_differ_in_more_than_colour() -> None:

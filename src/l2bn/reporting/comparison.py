@@ -18,7 +18,7 @@ from typing import Any
 
 from l2bn.errors import UserError
 from l2bn.records import COST_KEYS, Problem, Record, read_records
-from l2bn.reporting.statistics import Estimate, estimate, paired_differences, pooled_estimate
+from l2bn.reporting.statistics import Estimate, estimate, holm, paired_differences, pooled_estimate
 
 BN, L2BN = "bn", "l2bn"
 
@@ -274,6 +274,11 @@ def _compare(arms: Sequence[Arm], norms: Sequence[str]) -> list[Comparison]:
         alone = bn.keys() - {comparison.cell for comparison in comparisons}
         comparisons += [Comparison(cell, L2BN, bn[cell], None) for cell in alone]
     return comparisons
+
+
+def holm_over(comparisons: Iterable[Comparison]) -> list[float | None]:
+    """The p-value of each comparison with Holm's correction over all of them."""
+    return holm([comparison.difference.p for comparison in comparisons])
 
 
 def pooled_cells(comparisons: Iterable[Comparison], min_pairs: int = 1) -> list[list[float]]:

@@ -5,6 +5,7 @@ marker. The same records give the same bytes.
 """
 
 import re
+import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +16,15 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextPath
+from matplotlib.ticker import FixedLocator, MaxNLocator
+from matplotlib.transforms import blended_transform_factory
 
 from l2bn.records import InvalidRecordError, Problem, Record
 from l2bn.reporting.comparison import BN, FULL_EPOCHS, L2BN, Arm, Comparison, grid, pooled
 from l2bn.reporting.statistics import Estimate, estimate
-from l2bn.reporting.wording import mean_std, signed
+from l2bn.reporting.wording import conditions, in_words, mean_std, signed
 
 # Black and the vermilion of Okabe and Ito (2008).
 STYLES: Mapping[str, Mapping[str, Any]] = {
@@ -83,12 +87,10 @@ def write_figures(records: Sequence[Record], folder: Path) -> tuple[list[Path], 
 
 
 def _pages(comparisons: Sequence[Comparison]) -> dict[str, list[Comparison]]:
-    """One page of curves for the backbones of a data set, recipe and setting; the key is a file name."""
+    """One page of curves a data set; the key is the end of a file name."""
     pages: dict[str, list[Comparison]] = defaultdict(list)
     for comparison in comparisons:
-        cell = comparison.cell
-        setting = "" if cell.setting == "32-true" else f"-{cell.setting}"
-        pages[re.sub(r"[^\w.=-]+", "-", f"{cell.dataset}-{cell.recipe}{setting}")].append(comparison)
+        pages[re.sub(r"[^\w.]+", "-", comparison.cell.dataset)].append(comparison)
     return pages
 
 
@@ -106,16 +108,21 @@ def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
 
 
 def curves(comparisons: Sequence[Comparison], found: Curves) -> Figure:
-    """A panel a backbone: test top-1 over the epochs, mean over the seeds with a band of ± 1 std."""
-    columns = min(3, len(comparisons))
+    """A panel a pair: test top-1 over the epochs, mean over the seeds with a band of ± 1 std."""
+    columns = min(len(comparisons), 2 if len(comparisons) == 4 else 3)
     rows = -(-len(comparisons) // columns)
+    shared = {conditions(comparison) for comparison in comparisons}
     width = 3.0 * columns if columns > 1 else 4.6
-    figure = Figure(figsize=(width, 2.3 * rows + 0.5), layout="constrained")
+    height = 2.3 * rows + 0.5 if len(shared) == 1 else 2.6 * rows + 0.5
+    figure = Figure(figsize=(width, height), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    kernels = {comparison.kernels for comparison in comparisons if comparison.other}
     for index, (panel, comparison) in enumerate(zip(panels, comparisons, strict=False)):
-        path = f", {comparison.kernels} kernels" if len(kernels) > 1 else ""
-        panel.set_title(comparison.cell.backbone + path)
+        if len(shared) == 1:
+            panel.set_title(in_words(comparison.cell.backbone))
+        else:
+            recipe = textwrap.wrap(conditions(comparison), 42)
+            panel.set_title(in_words(comparison.cell.backbone), pad=6 + 9 * len(recipe))
+            panel.text(0, 1.03, "\n".join(recipe), fontsize=7, color=GREY, transform=panel.transAxes)
         _panel(panel, comparison, found)
         if index % columns == 0:
             panel.set_ylabel("test top-1 (%)")
@@ -123,8 +130,9 @@ def curves(comparisons: Sequence[Comparison], found: Curves) -> Figure:
             panel.set_xlabel("epoch")
     for panel in panels[len(comparisons) :]:
         panel.set_axis_off()
-    cell = comparisons[0].cell
-    title = figure.suptitle(f"{comparisons[0].label}, {cell.recipe}, {cell.setting}", x=0.01, ha="left")
+    title = figure.suptitle(
+        ": ".join([comparisons[0].label, *(shared if len(shared) == 1 else ())]), x=0.01, ha="left"
+    )
     title.set_fontsize(10)
     return figure
 
@@ -155,7 +163,8 @@ def _panel(panel: Axes, comparison: Comparison, found: Curves) -> None:
         panel.legend(loc="lower right", handlelength=2.6, borderaxespad=0.2)
     panel.grid(axis="y", color="#DDDDDD", linewidth=0.6)
     panel.set_axisbelow(True)
-    panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    longest = max((arm.epochs for arm in comparison.arms), default=1)
+    panel.xaxis.set_major_locator(MaxNLocator(5, integer=True) if longest > 1 else FixedLocator([1]))
     lost = [f"{arm.diverged} {STYLES[arm.norm]['label']}" for arm in comparison.arms if arm.diverged]
     if lost:
         panel.set_title(f"diverged: {', '.join(lost)}", loc="right", fontsize=7, color=GREY)
@@ -186,56 +195,72 @@ def _limits(values: Sequence[float]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Line:
-    """A row of the dot plot; one without a result is a heading."""
+    """A row of the dot plot; one without a result is a heading, or a note below one."""
 
-    name: str
+    text: str
     result: Estimate | None = None
     values: Sequence[float] = ()  # the single seeds
     color: str = "#222222"
     marker: str = "D"
+    note: bool = False
+
+    @property
+    def style(self) -> dict[str, Any]:
+        if self.result:
+            return {}
+        return {"color": GREY, "fontsize": 7} if self.note else {"fontweight": "bold"}
 
 
 def differences(comparisons: Sequence[Comparison]) -> Figure:
     """A row a cell: mean paired difference, its 95 % interval, the seeds behind it; pooled below."""
     rows = [comparison for comparison in comparisons if comparison.differences]
-    kernels = {comparison.kernels for comparison in rows}
-    lines = []
-    for heading, group in groupby(rows, key=lambda row: f"{row.label}, {row.cell.recipe}, {row.cell.setting}"):
-        lines.append(Line(heading))
+    style, lines = STYLES[L2BN], list[Line]()
+    label = ""
+    for (dataset, made_by), group in groupby(rows, key=lambda row: (row.label, conditions(row))):
+        lines += [Line(dataset)] if dataset != label else []
+        lines += [Line(part, note=True) for part in textwrap.wrap(made_by, 46)]
         for row in group:
-            name = row.cell.backbone + (f" ({row.kernels})" if len(kernels) > 1 else "")
-            style = STYLES[L2BN]
-            lines.append(Line(name, row.difference, row.differences, style["color"], style["marker"]))
+            result = row.difference
+            lines.append(
+                Line(in_words(row.cell.backbone), result, row.differences, style["color"], style["marker"])
+            )
+        label = dataset
     lines.append(Line("Pooled, n cells"))
-    for full, name in ((True, f"{FULL_EPOCHS} epochs and more"), (False, f"under {FULL_EPOCHS} epochs")):
+    for full, text in ((True, f"{FULL_EPOCHS} epochs and more"), (False, f"under {FULL_EPOCHS} epochs")):
         chosen = [row for row in rows if row.full_length is full]
         if chosen:
-            lines.append(Line(name, pooled(chosen)))
+            lines.append(Line(text, pooled(chosen)))
     return _dots(lines)
 
 
+PLOT, BESIDE, ROW, ABOVE, BELOW = 3.6, 0.95, 0.21, 0.3, 0.72  # inches
+
+
 def _dots(lines: Sequence[Line]) -> Figure:
-    figure = Figure(figsize=(6.4, 0.23 * len(lines) + 0.95), layout="constrained")
-    axes = figure.subplots()
-    beside: Any = {"transform": axes.get_yaxis_transform(), "va": "center"}
+    """Names to the left of the plot, means and n to its right, so that nothing of them stands in it."""
+    names = max(_width(line) for line in lines) + 0.3
+    width, height = names + PLOT + BESIDE, ABOVE + ROW * len(lines) + BELOW
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((names / width, BELOW / height, PLOT / width, ROW * len(lines) / height))
+    row: Any = {"transform": blended_transform_factory(figure.transFigure, axes.transData), "va": "center"}
+    mean, n = ((names + PLOT + beside) / width for beside in (0.55, 0.85))
+    for text, x in (("mean", mean), ("n", n)):
+        axes.text(x, -1, text, ha="right", color=GREY, **row)
     axes.axvline(0, color="#222222", linewidth=0.8)
-    for text, x in (("mean", 1.09), ("n", 1.15)):
-        axes.text(x, -1, text, ha="right", color=GREY, **beside)
     for place, line in enumerate(lines):
         result = line.result
+        axes.text((0.1 if result is None else 0.2) / width, place, line.text, **row, **line.style)
         if result is None or result.mean is None:
-            axes.text(-0.01, place, line.name, ha="right", fontweight="bold", **beside)
             continue
         axes.plot(line.values, [place] * len(line.values), "|", color=GREY, markersize=7, markeredgewidth=0.9)
         if result.low is not None and result.high is not None:
             axes.plot([result.low, result.high], [place, place], color=line.color, linewidth=1.4)
         face = "white" if result.low is None else line.color
         axes.plot(result.mean, place, line.marker, color=line.color, markerfacecolor=face, markersize=5.5, zorder=3)
-        axes.text(1.09, place, signed(result.mean), ha="right", **beside)
-        axes.text(1.15, place, str(result.n), ha="right", **beside)
-    axes.set_yticks(*zip(*((place, line.name) for place, line in enumerate(lines) if line.result), strict=True))
-    axes.set_ylim(len(lines) - 0.4, -1.4)
-    axes.tick_params(axis="y", length=0)
+        axes.text(mean, place, signed(result.mean), ha="right", **row)
+        axes.text(n, place, str(result.n), ha="right", **row)
+    axes.set_ylim(len(lines) - 0.5, -0.5)
+    axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -244,3 +269,10 @@ def _dots(lines: Sequence[Line]) -> Figure:
         "line: 95 % interval; hollow: n too small for one; ticks: single seeds"
     )
     return figure
+
+
+def _width(line: Line) -> float:
+    """Inches that a line's text takes up."""
+    style = {"fontsize": RC["font.size"], "fontweight": "normal"} | line.style
+    font = FontProperties(family=RC["font.family"], weight=style["fontweight"], size=style["fontsize"])
+    return float(TextPath((0, 0), line.text, prop=font).get_extents().width) / 72

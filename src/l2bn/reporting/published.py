@@ -10,6 +10,7 @@ import yaml
 from l2bn.errors import UserError
 from l2bn.records import Record
 from l2bn.reporting.comparison import Comparison
+from l2bn.reporting.statistics import estimate
 
 EPOCHS = {"last": "last epoch", "paper": "paper", "weights": "published weights", "best": "best epoch"}
 """The kinds of a published number, the most comparable with ours first, and what a table calls them."""
@@ -53,6 +54,14 @@ class Reference:
                 kind = next(kind for kind in EPOCHS if kind in row)
                 return Published(row[kind], kind, row.get("best"), table["source"])
         return None
+
+    def distance(self, comparison: Comparison) -> float | None:
+        """Our BN minus the published one, in points; None where they may not be compared."""
+        found = self.published(comparison)
+        if found is None or comparison.bn is None or not comparison.bn.accuracies:
+            return None
+        ours = estimate(list(comparison.bn.accuracies.values())).mean
+        return None if ours is None else ours - found.accuracy
 
     def paper(self, comparison: Comparison) -> PaperRow | None:
         """The paper's row of the same data set and backbone, if a user has entered it."""

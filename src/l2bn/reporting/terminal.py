@@ -9,7 +9,7 @@ from rich.text import Text
 
 from l2bn.records import Problem, Record
 from l2bn.reporting.comparison import BN, L2BN, Arm, Cell, Comparison, arms_of
-from l2bn.reporting.wording import interval, lost, mean_std, plural, signed
+from l2bn.reporting.wording import cell_setting, in_words, interval, lost, mean_std, plural, signed
 
 
 def terminal(records: Sequence[Record], problems: Sequence[Problem]) -> RenderableType:
@@ -35,7 +35,7 @@ def terminal(records: Sequence[Record], problems: Sequence[Problem]) -> Renderab
 
 def _cell(cell: Cell, arms: list[Arm]) -> list[RenderableType]:
     """A line that names the cell, and a row for each norm, BN first."""
-    names = [arms[0].label, cell.backbone, cell.recipe, cell.setting]
+    names = [arms[0].label, in_words(cell.backbone), in_words(cell.recipe), cell_setting(cell)]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("norm", width=24, overflow="fold")
     for header, width in (("accuracy", 13), ("difference", 10), ("95 % interval", 16)):

@@ -15,3 +15,4 @@ class Finding:
 
     evidence: str
     verdict: Verdict
+    details: tuple[str, ...] = ()  # what is too long for a table, a line each

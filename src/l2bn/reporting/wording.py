@@ -1,8 +1,9 @@
-"""How a number is written: the texts that tables, figures and claims share."""
+"""How a number or a name is written: the texts that tables, figures and claims share."""
 
+import re
 from collections.abc import Iterable
 
-from l2bn.reporting.comparison import Arm, Comparison
+from l2bn.reporting.comparison import Arm, Cell, Comparison
 from l2bn.reporting.statistics import Estimate, estimate
 
 NONE = "–"
@@ -55,9 +56,34 @@ def lost(arm: Arm, missing: int) -> str:
     return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
 
 
+PRECISIONS = {"32-true": "float32", "bf16-mixed": "mixed bfloat16", "16-mixed": "mixed float16"}
+
+
+def in_words(folder: str) -> str:
+    """A part of a run's folder in words: "short (batch size 16, epochs 3)" for "short,batch_size=16,epochs=3"."""
+    choice, *changes = re.split(r",(?![^\[]*\])", folder)  # not at a comma within a list
+    words = []
+    for change in changes:
+        key, _, value = change.partition("=")
+        words.append(f"{key.replace('_', ' ')} {value.replace(',_', ', ')}".strip())
+    return f"{choice} ({', '.join(words)})" if words else choice
+
+
+def conditions(comparison: Comparison) -> str:
+    """The recipe and the setting under which a row's runs were made."""
+    return f"{in_words(comparison.cell.recipe)}, {setting(comparison)}"
+
+
 def setting(comparison: Comparison) -> str:
     """Precision, what else is not the default, and the norm's kernel path if it was run."""
-    return comparison.cell.setting + (f", {comparison.kernels} kernels" if comparison.other else "")
+    kernels = f", {comparison.kernels} kernels" if comparison.other else ""
+    return cell_setting(comparison.cell) + kernels
+
+
+def cell_setting(cell: Cell) -> str:
+    """Precision, and what else is not the default."""
+    precision, *others = cell.setting.split(", ")
+    return ", ".join([PRECISIONS.get(precision, precision), *others])
 
 
 def plural(noun: str, count: int) -> str:

@@ -10,7 +10,8 @@ from l2bn import measurements
 from l2bn.analysis.probe import Probe
 from l2bn.errors import UserError
 from l2bn.measurements import FEATURES, FeatureRow, Sample
-from l2bn.records import METRICS, InvalidRecordError, read_metrics, write_lines
+from l2bn.records import METRICS, SUMMARY, InvalidRecordError, Record, read_metrics, write_lines
+from l2bn.training.identity import Cell
 from l2bn.training.interruption import sole_owner
 from l2bn.training.journal import Journal
 from l2bn.training.loop import evaluate
@@ -42,7 +43,7 @@ def analyze(
             raise UserError(f"{folder} has no checkpoint after an epoch to analyze")
         rows = [row for row, _ in reversed(found)]
         kept = run.job.analysis.sample and rows[-1]["epoch"] == run.job.recipe.epochs
-        _write(folder, rows, found[0][1] if kept else None)
+        _write(run.job.cell, folder, rows, found[0][1] if kept else None)
     return rows
 
 
@@ -69,7 +70,7 @@ def _measure(run: OpenedRun, state: dict[str, Any]) -> tuple[FeatureRow, Sample]
     return collect(probe, run.fabric, position["epoch"], int(position["rows"][-1]["step"]))
 
 
-def _write(folder: Path, rows: list[FeatureRow], sample: Sample | None) -> None:
+def _write(cell: Cell, folder: Path, rows: list[FeatureRow], sample: Sample | None) -> None:
     """Merge the lines into the run's own, and draw them all anew."""
     try:
         before, _ = measurements.keep(folder, math.inf)
@@ -80,4 +81,7 @@ def _write(folder: Path, rows: list[FeatureRow], sample: Sample | None) -> None:
     write_lines(folder / FEATURES, [merged[step] for step in sorted(merged)])
     if sample:
         measurements.write_sample(folder, sample)
-    Journal(folder, metrics, math.inf).close()
+    journal = Journal(folder, cell, metrics, math.inf)
+    if (folder / SUMMARY).exists():
+        journal.conclude(Record.read(folder))
+    journal.close()

@@ -41,11 +41,7 @@ class Builder:
         With `_partial_: true` it is the target with these arguments bound. Raises UserError, also where the
         object is not of the `kind` that is needed there.
         """
-        check_mapping(node, path)
-        arguments = {key: value for key, value in node.items() if key not in ("_target_", "_partial_")}
-        target, partial = _resolve(node.get("_target_"), path), node.get("_partial_", False)
-        if not isinstance(partial, bool):
-            raise UserError(f"{path}._partial_ must be true or false, not {partial!r}")
+        target, partial, arguments = _split(node, path)
         built = self.call(target, arguments, path, partial=partial)
         if not isinstance(built, kind):
             raise UserError(
@@ -56,6 +52,22 @@ class Builder:
 
     def call(self, target: Callable[..., Any], arguments: Node, path: str, *, partial: bool = False) -> Any:
         """Call a target with the arguments of a node, once their names and types are those of its signature."""
+        built = self._fit(target, arguments, path, partial=partial)
+        if partial:
+            return functools.partial(target, **built)
+        try:
+            return target(**built)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}" if path else str(error)) from error
+
+    def check(self, node: Node, path: str, target: Callable[..., Any] | None = None) -> None:
+        """Raise UserError if a node's names or types are not those of its `_target_`, or of a given target;
+        neither is called."""
+        found, partial, arguments = _split(node, path) if target is None else (target, False, node)
+        self._fit(found, arguments, path, partial=partial)
+
+    def _fit(self, target: Callable[..., Any], arguments: Node, path: str, *, partial: bool) -> dict[str, Any]:
+        """The arguments with the nodes among them built, once they fit the target's signature."""
         check_mapping(arguments, path)
         accepted = _parameters(target)
         if partial:  # the first parameter is what the caller will give
@@ -69,12 +81,7 @@ class Builder:
             hint = accepted[key][0]
             if not _fits(value, hint):
                 raise UserError(f"{_join(path, key)} must be {_describe(hint)}, not {value!r}")
-        if partial:
-            return functools.partial(target, **built)
-        try:
-            return target(**built)
-        except ValueError as error:
-            raise UserError(f"{path}: {error}" if path else str(error)) from error
+        return built
 
     def check_keys(self, given: Node, accepted: Collection[str], path: str) -> None:
         """Raise UserError naming the first key that is not accepted, its file, and the nearest that is."""
@@ -102,6 +109,16 @@ def check_mapping(node: object, path: str) -> None:
     """Raise UserError for a value where a node is needed."""
     if not isinstance(node, Mapping):
         raise UserError(f"{path} must be a node of keys and values, not {node!r}")
+
+
+def _split(node: Node, path: str) -> tuple[Callable[..., Any], bool, dict[str, Any]]:
+    """What a node's `_target_` names, whether it is to be bound only, and its arguments."""
+    check_mapping(node, path)
+    partial = node.get("_partial_", False)
+    if not isinstance(partial, bool):
+        raise UserError(f"{path}._partial_ must be true or false, not {partial!r}")
+    arguments = {key: value for key, value in node.items() if key not in ("_target_", "_partial_")}
+    return _resolve(node.get("_target_"), path), partial, arguments
 
 
 def _resolve(name: object, path: str) -> Callable[..., Any]:

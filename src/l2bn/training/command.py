@@ -1,41 +1,44 @@
-"""From what Hydra composed to a plain configuration: values resolved, the run's cell named."""
+"""What a job of Hydra does: the run that was composed, alone or as one of a sweep."""
 
+import logging
 from collections.abc import Mapping
-from typing import Any
 
-from hydra import compose
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
 
-from l2bn.errors import UserError
-from l2bn.records import Record
-from l2bn.training.identity import GROUPS, name_cell
-from l2bn.training.run import check_complete, run
+from l2bn.records import CONFIG, Record
+from l2bn.training.failure import describe, note_failure
+from l2bn.training.interruption import is_owned
+from l2bn.training.planning import PlannedRun, plan_run
+from l2bn.training.worker import side_by_side
+
+log = logging.getLogger(__name__)
 
 
 def train_from_hydra(config: DictConfig, choices: Mapping[str, str | None]) -> Record:
     """Train the run that Hydra composed; `choices` are the options chosen in each group."""
-    resolved = resolve(config)
-    check_complete(resolved)
-    chosen = {group: _one_choice(group, choices.get(group)) for group in GROUPS}
-    defaults = resolve(compose("train", [f"{group}={choice}" for group, choice in chosen.items()]), missing=True)
-    files = [f"{group}/{choice}.yaml" for group, choice in choices.items() if choice]
-    return run(resolved, name_cell(resolved, defaults, chosen), ["train.yaml", *files])
+    with side_by_side():
+        from l2bn.training.run import run  # here, because it loads torch, which then finds this process's GPU
+
+        planned = plan_run(config, choices)
+        try:
+            return run(planned.config, planned.cell, planned.files)
+        except Exception as error:
+            if _in_a_sweep():
+                _tell(planned, error)
+            raise
 
 
-def resolve(config: DictConfig, *, missing: bool = False) -> dict[str, Any]:
-    """The configuration as plain values. Raises UserError for a value that must be given and is not."""
-    try:
-        content = OmegaConf.to_container(config, resolve=True, throw_on_missing=not missing)
-    except MissingMandatoryValue as error:
-        raise UserError(f"{error.full_key} has no value; give it one, as in {error.full_key}=...") from None
-    except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key}: {error.msg}") from None
-    assert isinstance(content, dict)
-    return {str(key): value for key, value in content.items()}
+def _in_a_sweep() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def _one_choice(group: str, choice: str | None) -> str:
-    if choice is None:  # a list of them, or the group taken out
-        raise UserError(f"{group} takes one choice, as in {group}=NAME; several are a sweep: -m {group}=ONE,OTHER")
-    return choice
+def _tell(planned: PlannedRun, error: Exception) -> None:
+    """Say at once that a run of a sweep failed, since Hydra goes on to the next.
+
+    A run that got as far as its folder has noted it there itself; into that of another process nothing is written.
+    """
+    log.error("%s failed: %s", planned.cell, describe(error))
+    if not (planned.folder / CONFIG).exists() and not is_owned(planned.folder):
+        note_failure(planned.folder, error)

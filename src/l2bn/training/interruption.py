@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,15 +17,15 @@ from l2bn.processes import SIGNALS, end_with_parent
 log = logging.getLogger(__name__)
 
 EXIT_CODE = 75  # sysexits.h: a temporary failure; the same command goes on where this one stopped
+LOOKS = (0.05, 0.2)  # seconds after which a lock that is held is tried again: a look at it holds it for an instant
 _following = False  # whether this process is one of several of a run, which another one has started
 
 
 class Interruption:
     """Notes the first signal, so that the step under way can be finished; a second one ends the process.
 
-    A handler that was there before is called at the end: submitit requeues its job on SIGUSR2 by one. A process
-    that follows another is told by it, and again where a scheduler tells all of a job's processes at once: it
-    ends on no second signal, but when the one that it follows ends.
+    A process that follows another is told by it, and again where a scheduler tells all of a job's processes at
+    once: it ends on no second signal, but when the one that it follows ends.
     """
 
     def __init__(self) -> None:
@@ -33,7 +34,8 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         for number in SIGNALS:
-            self._previous[number] = signal.signal(number, self._note)
+            if signal.getsignal(number) != signal.SIG_IGN:  # ignored from the start: a process above takes care
+                self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -52,11 +54,16 @@ class Interruption:
                 os.kill(child.pid, signal.SIGTERM)
 
     def leave(self) -> None:
-        """End the process with `EXIT_CODE`, once a handler that was there before has done its part."""
-        previous = self._previous.get(self.signal) if self.signal else None
-        if callable(previous) and previous is not signal.default_int_handler:
-            previous(int(self.signal or 0), None)
-        raise SystemExit(EXIT_CODE)
+        """End the process with `EXIT_CODE`, or leave it to the handler that was there before.
+
+        Of submitit's, that of SIGUSR2 puts its job back into Slurm's queue and exits, and that of SIGTERM returns:
+        Slurm says so first when it preempts a job, and requeues it later if it still runs. Then the run goes on.
+        """
+        number, self.signal = self.signal, None
+        previous = self._previous.get(number) if number else None
+        if number is None or not callable(previous) or previous is signal.default_int_handler:
+            raise SystemExit(EXIT_CODE)
+        previous(int(number), None)
 
 
 def follow_parent() -> None:
@@ -76,13 +83,32 @@ def sole_owner(folder: Path) -> Iterator[None]:
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(f"another process is at work on {folder}; wait for it, or stop it first") from None
-    except OSError as error:
-        log.warning("%s: no locks here (%s); see to it that no second process is started on it", folder, error)
-    try:
+        for pause in (*LOOKS, 0):
+            if _lock(descriptor, fcntl.LOCK_EX):
+                break
+            time.sleep(pause)
+        else:
+            raise UserError(f"another process is at work on {folder}; wait for it, or stop it first")
         yield
     finally:
         os.close(descriptor)
+
+
+def is_owned(folder: Path) -> bool:
+    """Whether a process is at work on the run in a folder."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        return not _lock(descriptor, fcntl.LOCK_SH)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -10,7 +10,9 @@ from typing import Any
 from l2bn import measurements
 from l2bn.errors import UserError
 from l2bn.measurements import FEATURES, SIDES, STATISTICS, FeatureRow, Measures, Sample, StatisticsRow
-from l2bn.records import METRICS, InvalidRecordError, Metrics, as_line, write_lines
+from l2bn.records import METRICS, InvalidRecordError, Metrics, Record, as_line, write_lines
+from l2bn.training import tensorboard
+from l2bn.training.identity import Cell
 
 
 class Journal:
@@ -21,15 +23,16 @@ class Journal:
     them stands in their own files. For TensorBoard the same lines are drawn anew.
     """
 
-    def __init__(self, folder: Path, rows: list[Metrics], step: float) -> None:
+    def __init__(self, folder: Path, cell: Cell, rows: list[Metrics], step: float) -> None:
         """`rows` are the epochs done, `step` the updates made. Raises UserError."""
-        self._folder = folder
+        self._folder, self._cell = folder, cell
         write_lines(folder / METRICS, rows)
         try:
             features, statistics = measurements.keep(folder, step, len(rows))
         except InvalidRecordError as error:
             raise UserError(f"{folder}: {error}\nmove this file away to go on without it") from error
         self._writer = _open_writer(folder / "tb")
+        self._writer.add_custom_scalars(tensorboard.layout(cell))
         for row in rows:
             self._draw(row)
         for line in features:
@@ -54,11 +57,16 @@ class Journal:
         _append_durably(self._folder / STATISTICS, row)
         self._draw_statistics(row)
 
+    def conclude(self, record: Record) -> None:
+        """Add how the run ended to TensorBoard; for tables its record says so."""
+        tensorboard.add_hparams(self._writer, record)
+
     def close(self) -> None:
         self._writer.close()
 
     def _draw(self, row: Metrics) -> None:
-        self._add_scalars({tag: value for tag, value in row.items() if tag != "epoch"}, row["epoch"])
+        metrics = {tag: value for tag, value in row.items() if tag != "epoch"}
+        self._add_scalars({**metrics, **tensorboard.comparison(self._cell, row)}, row["epoch"])
         self._writer.flush()
 
     def _draw_features(self, row: FeatureRow) -> None:

@@ -1,4 +1,5 @@
-"""What a person sees of a run: a bar on a terminal, one line an epoch elsewhere."""
+"""What a person sees of a run: a bar on a terminal, one line an epoch elsewhere, and the runs' names in it where
+several are made at a time."""
 
 from types import TracebackType
 
@@ -6,6 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from l2bn.records import Metrics
+from l2bn.training.worker import is_worker
 
 
 class ProgressDisplay:
@@ -22,7 +24,7 @@ class ProgressDisplay:
             TimeRemainingColumn(compact=True),
             console=self._console,
             transient=True,
-            disable=not (shown and self._console.is_terminal),
+            disable=is_worker() or not (shown and self._console.is_terminal),
         )
         self._task = self._bar.add_task(name, total=epochs * steps, loss="", speed="")
         self._name = name
@@ -55,4 +57,5 @@ class ProgressDisplay:
         )
         self._bar.update(self._task, loss=f"loss {row['train/loss']:.3f} test {row['test/top1']:.2f} %")
         if self._shown:
+            line = f"{self._name}  {line}" if is_worker() else line
             self._console.print(f"{line}  {row['images_per_second']:,.0f} images/s  {row['seconds']:.1f} s")

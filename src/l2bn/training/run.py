@@ -18,9 +18,10 @@ from l2bn.norms.swap import norm_layers, swap_norm
 from l2bn.norms.sync import counterparts
 from l2bn.records import CONFIG, MACHINE_PATHS, SUMMARY, InvalidRecordError, Record
 from l2bn.seeding import derive_seed
-from l2bn.training.build import Builder, check_mapping, machine_keys
+from l2bn.training.build import Builder, machine_keys
 from l2bn.training.checkpoint import CheckpointPolicy, Checkpoints
 from l2bn.training.compute import Compute
+from l2bn.training.configuration import Settings, check_complete, read_settings
 from l2bn.training.identity import Cell, Config, differences, identity
 from l2bn.training.loop import evaluate
 from l2bn.training.observation import AnalysisPolicy, check_observable
@@ -29,23 +30,6 @@ from l2bn.training.session import Job, launch, make_loaders
 from l2bn.training.state import fitting
 
 log = logging.getLogger(__name__)
-
-NODES = ("dataset", "backbone", "norm", "recipe", "compute", "checkpoint", "analysis")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a configuration says besides its nodes."""
-
-    seed: int
-    runs_dir: str
-    progress: bool
-
-    def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"seed must be 0 or more, not {self.seed}")
-        if not self.runs_dir:
-            raise ValueError("runs_dir is empty: name a folder, '.' for this one")
 
 
 def run(config: Config, cell: Cell, files: list[str]) -> Record:
@@ -108,30 +92,18 @@ def _stored_identity(path: Path) -> Config | None:
         ) from error
 
 
-def check_complete(config: Config) -> None:
-    """Raise UserError unless all that a run needs is there, its nodes as such."""
-    needed = (*NODES, *Settings.__dataclass_fields__)
-    missing = [key for key in needed if key not in config]
-    if missing:
-        raise UserError(f"missing {', '.join(missing)}: a configuration has {', '.join(needed)}")
-    for name in NODES:
-        check_mapping(config[name], name)
-
-
-def read_settings(config: Config, builder: Builder) -> Settings:
-    """What a configuration says besides its nodes. Raises UserError, also for a key that is neither."""
-    known = [*NODES, *Settings.__dataclass_fields__]
-    for key in config.keys() - known:
-        if key == "experiment":
-            raise UserError(
-                f'{key} is no key: the file of an experiment begins with the line "# @package _global_"'
-            )
-        for node in NODES:
-            if key in config[node]:
-                raise UserError(f"unknown key {key}; did you mean {node}.{key}?")
-    builder.check_keys(config, known, "")
-    settings: Settings = builder.call(Settings, {k: v for k, v in config.items() if k not in NODES}, "")
-    return settings
+def check(config: Config, files: list[str]) -> None:
+    """Raise UserError for what is wrong with a configuration, as far as it shows without its data, its network
+    and the machine that it is for."""
+    builder = Builder(files)
+    read_settings(config, builder)
+    builder.call(Recipe, config["recipe"], "recipe")
+    builder.call(CheckpointPolicy, config["checkpoint"], "checkpoint")
+    builder.call(AnalysisPolicy, config["analysis"], "analysis")
+    builder.check(config["compute"], "compute", Compute)
+    builder.build(config["norm"], "norm", functools.partial)
+    builder.check(config["dataset"], "dataset")
+    builder.check({**config["backbone"], "num_classes": 2}, "backbone")
 
 
 def make_job(config: Config, settings: Settings, cell: Cell, folder: Path, builder: Builder) -> Job:

@@ -22,6 +22,7 @@ from l2bn.records import CONFIG, Record
 from l2bn.training.checkpoint import CheckpointPolicy
 from l2bn.training.compute import Compute
 from l2bn.training.environment import note_start
+from l2bn.training.failure import noted
 from l2bn.training.faults import explain_faults
 from l2bn.training.identity import Cell, hash_identity
 from l2bn.training.interruption import EXIT_CODE, Interruption, follow_parent, sole_owner
@@ -64,7 +65,7 @@ def launch(job: Job) -> None:
     Raises UserError; ends the process with `interruption.EXIT_CODE` once it was told to leave.
     """
     fabric = job.compute.fabric()
-    with explain_faults(job.cell, job.folder), sole_owner(job.folder):
+    with explain_faults(job.cell, job.folder), sole_owner(job.folder), noted(job.folder):
         write_durably(job.folder / CONFIG, job.config)
         if job.compute.devices == 1:
             fabric.launch(functools.partial(train, job=job))
@@ -80,6 +81,7 @@ def launch(job: Job) -> None:
             except ProcessExitedException as error:
                 if error.exit_code == EXIT_CODE:
                     interruption.leave()
+                    raise SystemExit(EXIT_CODE) from error
                 raise UserError(
                     f"{job.cell}: the process of device {error.error_index} was ended "
                     f"({error.signal_name or f'exit code {error.exit_code}'}); "
@@ -117,7 +119,7 @@ def train(fabric: Fabric, job: Job) -> None:
         if lead:
             warn_if_few_updates(job.model, epochs * steps)
             note_start(job.folder, fabric.device, kernels)
-            journal = Journal(job.folder, position.rows, position.epoch * steps + position.step)
+            journal = Journal(job.folder, job.cell, position.rows, position.epoch * steps + position.step)
             stack.callback(journal.close)
         observer = Observer(
             policy=job.analysis,
@@ -186,7 +188,9 @@ def train(fabric: Fabric, job: Job) -> None:
             log.error("%s: %s; recorded as diverged", job.cell, error)
         if lead:
             state.save_weights(job.folder / WEIGHTS)
-            make_record(job, position, kernels, divergence).write()
+            record = make_record(job, position, kernels, divergence)
+            journal.conclude(record)
+            record.write()
 
 
 def make_loaders(job: Job, fabric: Fabric) -> tuple[Loader, Loader]:

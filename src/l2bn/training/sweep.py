@@ -1,0 +1,124 @@
+"""A sweep that finishes itself: issued again, it runs what is missing, and it ends with what became of each run.
+
+Hydra's own multirun starts over each time, and ends by raising the first error. Here the runs that have ended are
+left out before anything is launched, and what became of the others is read from their folders, so that it does
+not matter how they were launched or how they came to an end.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from importlib.util import find_spec
+from pathlib import Path
+
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import DictConfig, OmegaConf, read_write
+from rich.console import Console
+
+from l2bn.errors import UserError
+from l2bn.training.failure import describe
+from l2bn.training.interruption import EXIT_CODE, Interruption
+from l2bn.training.outcome import Outcome, look
+from l2bn.training.planning import PlannedRun
+from l2bn.training.status import summary
+from l2bn.training.worker import RunLeftError, visible_gpus
+
+log = logging.getLogger(__name__)
+
+Launch = Callable[[Sequence[Sequence[str]]], Sequence[JobReturn]]
+"""Runs the jobs of these overrides, and returns when all have been run."""
+
+ATTEMPTS = 2  # joblib ends all of its processes when one is killed
+
+
+def run_sweep(runs: Sequence[PlannedRun], launch: Launch, *, parallel: bool) -> int:
+    """Launch the runs that have not ended, and print what became of each; the exit code.
+
+    It is 0 when all have ended, `interruption.EXIT_CODE` when the sweep was told to leave, else 1. `parallel`
+    says that the runs have processes of their own on this machine, which are told when this one is. Raises
+    UserError, before anything is launched, for a configuration that is wrong.
+    """
+    ended_before = {run.folder for run in runs if look(run).ended}
+    todo = [run for run in runs if run.folder not in ended_before]
+    _check(todo)
+    errors: dict[Path, str] = {}
+    code = 1
+    told = Interruption()
+    with told if parallel else nullcontext():
+        for left in reversed(range(ATTEMPTS if parallel else 1)):
+            try:
+                errors = _launch(todo, launch)
+            except (SystemExit, KeyboardInterrupt):
+                code = EXIT_CODE
+            except Exception as error:
+                log.error("the launcher stopped: %s", describe(error).partition("\n")[0])
+                todo = [run for run in todo if look(run).standing in ("missing", "interrupted")]
+                if left and not told.signal:
+                    log.warning("the %d runs that have not ended are started once more", len(todo))
+                    continue
+            break
+    if told.signal:
+        code = EXIT_CODE
+    outcomes = [(run, _judge(run, errors)) for run in runs]
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(summary(outcomes, ended_before))
+    return 0 if all(outcome.ended for _, outcome in outcomes) else code
+
+
+def _check(runs: Sequence[PlannedRun]) -> None:
+    """Raise UserError if one of these configurations is wrong."""
+    if not runs:
+        return
+    from l2bn.training.run import check  # seconds of imports that a sweep with nothing to do need not spend
+
+    for run in runs:
+        try:
+            check(run.config, run.files)
+        except UserError as error:
+            raise UserError(f"{run.cell}: {error}") from error
+
+
+def _launch(runs: Sequence[PlannedRun], launch: Launch) -> dict[Path, str]:
+    """Launch these runs; what the failed ones say."""
+    returns = launch([run.overrides for run in runs]) if runs else []
+    errors = {run.folder: done._return_value for run, done in zip(runs, returns, strict=True) if _failed(done)}
+    return {folder: describe(error) for folder, error in errors.items() if not isinstance(error, RunLeftError)}
+
+
+def _failed(job: JobReturn) -> bool:
+    return bool(job.status == JobStatus.FAILED)
+
+
+def _judge(run: PlannedRun, errors: dict[Path, str]) -> Outcome:
+    """How a run stands, by its folder; by its error where it could not even be noted there."""
+    outcome = look(run)
+    if run.folder in errors and outcome.standing in ("missing", "interrupted"):
+        return Outcome("failed", outcome.epoch, outcome.pace, errors[run.folder])
+    return outcome
+
+
+def prepare_launcher(launcher: DictConfig) -> bool:
+    """Make sure of the launcher's package, and share the machine out among the processes of joblib.
+
+    Returns whether the runs will have processes of their own on this machine. Raises UserError if the package
+    is not installed.
+    """
+    package = ".".join(str(launcher._target_).split(".")[:2])
+    if package.startswith("hydra_plugins.") and find_spec(package) is None:
+        name = package.removeprefix("hydra_plugins.").replace("_", "-")
+        raise UserError(
+            f"this launcher needs the package {name}, which is not installed; "
+            "pip install 'l2bn[launchers]', or take launcher=basic"
+        )
+    if not package.endswith("joblib_launcher"):
+        return False
+    from joblib import cpu_count
+
+    gpus = visible_gpus()
+    if launcher.n_jobs < 0:
+        with read_write(launcher):
+            OmegaConf.update(launcher, "n_jobs", len(gpus) or cpu_count())
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    return bool(launcher.n_jobs > 1)

@@ -1,0 +1,190 @@
+"""How a sweep stands, as the terminal shows it."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import initialize_config_dir
+from rich.console import Console
+
+from conftest import ROOT
+from l2bn.records import CONFIG, METRICS, SUMMARY, Record
+from l2bn.training.failure import note_failure
+from l2bn.training.interruption import sole_owner
+from l2bn.training.outcome import look
+from l2bn.training.planning import PlannedRun, compose_sweep, find_runs, plan_sweep
+from l2bn.training.status import duration, overview
+from synthetic_records import write_run
+
+SWEEP = ("backbone=resnet20,vgg11", "norm=bn,l2bn", "seed=0,1,2", "recipe.epochs=10")
+
+
+@pytest.fixture(scope="module")
+def planned() -> list[PlannedRun]:
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return plan_sweep(compose_sweep(SWEEP))
+
+
+@pytest.fixture
+def runs(planned: list[PlannedRun], tmp_path: Path) -> dict[str, PlannedRun]:
+    """A planned sweep, by "backbone/norm/seed"."""
+    here = [replace(run, config={**run.config, "runs_dir": str(tmp_path)}) for run in planned]
+    return {f"{run.cell.backbone}/{run.cell.norm}/{run.cell.seed}": run for run in here}
+
+
+def begin(run: PlannedRun, epochs: int, seconds: float = 6.0) -> None:
+    """Leave in a run's folder what it has written after so many epochs."""
+    run.folder.mkdir(parents=True)
+    (run.folder / CONFIG).write_text(yaml.safe_dump({**run.config, "cell": vars(run.cell)}))
+    rows = [json.dumps({"epoch": epoch + 1, "seconds": seconds}) for epoch in range(epochs)]
+    (run.folder / METRICS).write_text("\n".join([*rows, '{"epoch": 99, "sec']))  # the next is just being written
+
+
+def end(root: Path, run: PlannedRun, status: str = "finished", identity: str | None = None) -> None:
+    cell = run.cell
+    names = {"dataset": cell.dataset, "backbone": cell.backbone, "norm": cell.norm, "recipe": cell.recipe}
+    record = write_run(root, **names, seed=cell.seed, epochs=10, status=status)
+    Record(**{**vars(record), "hash": identity or run.hash}).write()
+
+
+def shown(runs: Sequence[PlannedRun], width: int = 120) -> str:
+    console = Console(file=io.StringIO(), width=width, record=True, highlight=False)
+    console.print(overview([(run, look(run)) for run in runs]))
+    return console.export_text()
+
+
+def test_every_way_a_run_may_stand_is_shown(runs: dict[str, PlannedRun], tmp_path: Path) -> None:
+    end(tmp_path, runs["resnet20/bn/0"])
+    end(tmp_path, runs["resnet20/bn/1"], "diverged")
+    begin(runs["resnet20/bn/2"], 4)
+    begin(runs["resnet20/l2bn/0"], 5, seconds=12.0)
+    begin(runs["resnet20/l2bn/1"], 0)
+    note_failure(runs["resnet20/l2bn/1"].folder, RuntimeError("first line\nsecond line\nthird\nfourth"))
+    with sole_owner(runs["resnet20/l2bn/0"].folder):
+        text = shown(list(runs.values()))
+    lines = [line.split() for line in text.splitlines()]
+    assert ["digits", "resnet20", "bn", "done", "div", "cut", "40%", "2.7", "36", "s"] in lines
+    assert ["l2bn", "run", "50%", "FAIL", "–", "12.0", "5", "min"] in lines
+    assert ["vgg11", "bn", "–", "–", "–", "?"] in lines
+    assert "1 finished, 1 running, 1 interrupted, 1 diverged, 1 failed, 7 missing" in text
+    # 20 epochs of the ended, 4 and 5 under way; 36 s, 60 s and, by the pace of its like, 2 x 120 s are left.
+    assert "24 % of 120 epochs; about 6 min of training left; 6 without an epoch to tell the pace by" in text
+    assert "run  digits/resnet20/l2bn/short,epochs=10/seed0  epoch 5 of 10, 1 min left" in text
+    assert "cut  digits/resnet20/bn/short,epochs=10/seed2  epoch 4 of 10, 36 s left" in text
+    assert "FAIL digits/resnet20/l2bn/short,epochs=10/seed1\n     RuntimeError: first line\n" in text
+    assert "     third\n     ...\n" in text
+    assert "loss is nan in epoch 1, step 7" in text
+
+
+def test_the_norms_of_a_pair_stand_below_each_other_whatever_the_sweep_goes_through_first(tmp_path: Path) -> None:
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        sweep = compose_sweep([f"runs_dir={tmp_path}", "norm=l2bn,bn", "backbone=vgg11,resnet20"])
+        rows = shown(plan_sweep(sweep)).splitlines()[2:6]
+    assert [row.split()[:3] for row in rows] == [
+        ["digits", "vgg11", "l2bn"],
+        ["bn", "–", "?"],
+        ["resnet20", "l2bn", "–"],
+        ["bn", "–", "?"],
+    ]
+
+
+def test_runs_that_have_begun_are_found_without_their_sweep(runs: dict[str, PlannedRun], tmp_path: Path) -> None:
+    begin(runs["resnet20/bn/0"], 3)
+    begin(runs["vgg11/l2bn/2"], 4)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / CONFIG).write_text("[1, 2]")
+    found = find_runs(tmp_path)
+    assert [(run.cell, run.folder, run.hash) for run in found] == [
+        (run.cell, run.folder, run.hash) for run in (runs["resnet20/bn/0"], runs["vgg11/l2bn/2"])
+    ]
+    assert "2 interrupted" in shown(found)
+
+
+def test_colour_says_nothing_that_a_word_does_not(runs: dict[str, PlannedRun], tmp_path: Path) -> None:
+    end(tmp_path, runs["resnet20/bn/0"])
+    console = Console(width=120, force_terminal=True, color_system="standard", highlight=False)
+    with console.capture() as captured:
+        console.print(overview([(run, look(run)) for run in runs.values()]))
+    assert re.search(r"\x1b\[32mdone *\x1b\[0m", captured.get())
+    assert "\x1b" not in shown(list(runs.values()))
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_folder_with_another_run_in_it_is_no_result(
+    ended: bool, runs: dict[str, PlannedRun], tmp_path: Path
+) -> None:
+    run, other = runs["resnet20/bn/0"], runs["vgg11/bn/0"]
+    begin(other, 3)
+    run.folder.parent.mkdir(parents=True)
+    other.folder.rename(run.folder)
+    if ended:
+        end(tmp_path, run, identity=other.hash)
+        (run.folder / CONFIG).write_text(yaml.safe_dump(dict(other.config)))
+    outcome = look(run)
+    assert outcome.standing == "failed"
+    assert "another run, with another backbone._target_" in outcome.message
+
+
+def test_a_damaged_record_is_no_result(runs: dict[str, PlannedRun], tmp_path: Path) -> None:
+    run = runs["resnet20/bn/0"]
+    end(tmp_path, run)
+    (run.folder / SUMMARY).write_text("{")
+    assert look(run).standing == "failed"
+    assert "summary.json cannot be read" in look(run).message
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(None, "?"), (42.2, "42 s"), (61, "1 min"), (3599, "1 h 00 min"), (11100, "3 h 05 min"), (190000, "2 d 4 h")],
+)
+def test_durations_are_in_words(seconds: float | None, words: str) -> None:
+    assert duration(seconds) == words
+
+
+def status(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, str(ROOT / "scripts" / "status.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_the_command_shows_an_experiment(tmp_path: Path) -> None:
+    done = status("--experiment", "cifar_table", f"runs_dir={tmp_path}", "backbone=resnet20")
+    assert done.returncode == 0, done.stderr
+    assert "recipe cosine_200" in done.stdout
+    assert "20 missing" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 120
+
+
+def test_the_command_tells_a_mistake_without_a_traceback() -> None:
+    done = status("--experiment", "cifar_table", "backbone=resnet21")
+    assert done.returncode == 1
+    assert "resnet20" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_look_at_a_sweep_does_not_load_torch() -> None:
+    code = "import sys, l2bn.training.status, l2bn.training.outcome, l2bn.training.planning, l2bn.training.build\n"
+    assert subprocess.run([sys.executable, "-c", code + "sys.exit('torch' in sys.modules)"]).returncode == 0
+
+
+def test_a_look_at_the_lock_keeps_no_run_from_starting(tmp_path: Path) -> None:
+    """`status` holds the lock for an instant; a run that starts just then tries again."""
+    code = (
+        "import fcntl, os, sys, time\n"
+        f"descriptor = os.open({str(tmp_path)!r}, os.O_RDONLY)\n"
+        "fcntl.flock(descriptor, fcntl.LOCK_SH)\nprint(flush=True)\ntime.sleep(0.1)"
+    )
+    looker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert looker.stdout
+    looker.stdout.readline()
+    began = time.monotonic()
+    with sole_owner(tmp_path):
+        assert time.monotonic() - began < 5
+    looker.communicate()
