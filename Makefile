@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup demo test test-all test-services lint list tables figures claims bench-norm bench-step bench-tables tensorboard
+.PHONY: help setup demo test test-all test-services lint list tables figures claims bench bench-norm bench-step bench-train bench-data bench-tables tensorboard
 
 help: ## what there is
 	@echo "make TARGET, or make DATASET-BACKBONE-NORM to train, e.g. make cifar-resnet-l2bn ARGS='seed=1'"
@@ -53,11 +53,24 @@ figures: setup ## results/figures, from results/records and results/studies
 claims: setup ## results/claims.md, from results/records
 	python scripts/claims.py
 
+BENCH := python scripts/benchmark.py
+MADE  := --json results/benchmarks
+bench: bench-norm bench-step bench-train bench-data ## all benchmarks: hours; on a quiet machine only
+
 bench-norm: setup ## time the layer: BN, the plain composition and the fused kernels side by side
-	python scripts/benchmark.py norm --json results/benchmarks/norm.json
+	$(BENCH) norm $(MADE)/norm.json $(ARGS)
 
 bench-step: setup ## time whole training steps with BN and with L2BN
-	python scripts/benchmark.py step --json results/benchmarks/step.json
+	$(BENCH) step $(MADE)/step.json $(ARGS)
+
+bench-train: setup ## images a second in training and evaluation, beside the plain loop; several runs at once
+	$(BENCH) train $(MADE)/train.json $(ARGS)
+	$(BENCH) evaluation $(MADE)/evaluation.json
+	$(BENCH) together $(MADE)/together.json
+	$(BENCH) floor $(MADE)/floor.json
+
+bench-data: setup ## images a second of the data pipelines alone
+	$(BENCH) data $(MADE)/data.json $(ARGS)
 
 bench-tables: setup ## time tables of up to 10,000 records
 	python scripts/benchmark.py tables --json results/benchmarks/tables.json

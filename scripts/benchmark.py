@@ -1,16 +1,32 @@
 """Measure speed and memory; prints a table, and with --json also writes result, table and plot.
 
-python scripts/benchmark.py norm --json results/benchmarks/norm.json    the layer alone
-python scripts/benchmark.py step --json results/benchmarks/step.json    whole training steps
+python scripts/benchmark.py norm --json results/benchmarks/norm.json        the layer alone
+python scripts/benchmark.py step --json results/benchmarks/step.json        whole training steps
+python scripts/benchmark.py train --json results/benchmarks/train.json      training as a run has it
+python scripts/benchmark.py data --json results/benchmarks/data.json        making batches
+python scripts/benchmark.py evaluation --json results/benchmarks/evaluation.json
+python scripts/benchmark.py together --json results/benchmarks/together.json    several runs at once
+python scripts/benchmark.py accuracy --root FOLDER --json results/benchmarks/accuracy.json
+python scripts/benchmark.py floor --json results/benchmarks/floor.json      the least a GPU needs, computed
 python scripts/benchmark.py tables --json results/benchmarks/tables.json    tables of up to 10,000 records
 """
 
 import argparse
 
-from l2bn.benchmarks import norm, step, tables
+from l2bn.benchmarks import accuracy, data, evaluation, floor, norm, step, tables, together, train
 from l2bn.errors import told_plainly
 
-BENCHMARKS = {"norm": norm, "step": step, "tables": tables}
+BENCHMARKS = {
+    "norm": norm,
+    "step": step,
+    "train": train,
+    "data": data,
+    "evaluation": evaluation,
+    "together": together,
+    "accuracy": accuracy,
+    "floor": floor,
+    "tables": tables,
+}
 
 
 def main() -> None:
@@ -24,6 +40,8 @@ def main() -> None:
     if getattr(arguments, "json", None):  # now, not after the hour that a measurement may take
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.open("a").close()
+        if not arguments.json.stat().st_size:
+            arguments.json.unlink()
     arguments.run(arguments)
 
 

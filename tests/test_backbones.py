@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from l2bn.backbones.mobilenetv2 import mobilenetv2, scaled
 from l2bn.backbones.resnet import CIFAR_DEPTHS, PaddedIdentity, cifar_resnet, resnet_3x3_stem
-from l2bn.backbones.shufflenetv2 import channel_shuffle, shufflenetv2
+from l2bn.backbones.shufflenetv2 import DownsamplingUnit, Unit, shufflenetv2
 from l2bn.backbones.vgg import CONVOLUTIONS, vgg
 
 CONFIGS = {path.stem: path for path in (Path(__file__).parents[1] / "configs" / "backbone").glob("*.yaml")}
@@ -293,13 +293,24 @@ def test_vgg_halves_five_times_and_takes_larger_images() -> None:
 # ShuffleNetV2.
 
 
-@pytest.mark.parametrize("groups", [2, 3])
-def test_channel_shuffle_is_the_permutation_of_its_formula(groups: int) -> None:
-    x = torch.arange(12).view(1, 12, 1, 1).expand(2, 12, 3, 3)
-    order = channel_shuffle(x, groups)[0, :, 0, 0].tolist()
-    assert sorted(order) == list(range(12))
-    assert order == [(c % groups) * (12 // groups) + c // groups for c in range(12)]
-    assert channel_shuffle(x, groups).equal(x[:, order])
+def test_a_shufflenetv2_unit_interleaves_what_passed_and_what_was_transformed() -> None:
+    unit, x = Unit(8).eval(), torch.randn(2, 8, 3, 3)
+    with torch.no_grad():
+        y = unit(x)
+        assert y[:, 0::2].equal(x[:, :4])
+        assert y[:, 1::2].equal(unit.branch2(x[:, 4:]))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_shufflenetv2_stays_in_its_memory_format(memory_format: torch.memory_format) -> None:
+    net = shufflenetv2(10, 0.5).to(memory_format=memory_format)
+    units = [layer for layer in net.modules() if isinstance(layer, (Unit, DownsamplingUnit))]
+    outputs: list[Tensor] = []
+    for unit in units:
+        unit.register_forward_hook(lambda _, __, output: outputs.append(output))
+    net(torch.randn(2, 3, 32, 32).contiguous(memory_format=memory_format))
+    assert len(outputs) == len(units) == 16
+    assert all(output.is_contiguous(memory_format=memory_format) for output in outputs)
 
 
 def test_shufflenetv2_stages() -> None:

@@ -4,23 +4,66 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
+import torch
+from PIL import Image
 
 from conftest import ROOT
-from l2bn.benchmarks import tables
+from l2bn.benchmarks import accuracy, data, evaluation, floor, tables, together, train
 from l2bn.benchmarks.report import norm_table, step_table, tables_table
+from l2bn.benchmarks.train_report import train_table
+from l2bn.benchmarks.workload import CLASSES, make_workload
+from l2bn.errors import UserError
 
 RESULTS = ROOT / "results" / "benchmarks"
-TABLES = {"norm": norm_table, "step": step_table, "tables": tables_table}
+TABLES = {
+    "norm": norm_table,
+    "step": step_table,
+    "train": train_table,
+    "data": data.data_table,
+    "evaluation": evaluation.evaluation_table,
+    "together": together.together_table,
+    "accuracy": accuracy.accuracy_table,
+    "floor": floor.floor_table,
+    "tables": tables_table,
+}
+COMMITTED = sorted(path.stem for path in RESULTS.glob("*.json"))
+assert len(COMMITTED) >= 2
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", COMMITTED)
 def test_committed_tables_are_made_from_the_committed_results(name: str) -> None:
     result = json.loads((RESULTS / f"{name}.json").read_text())
     assert (RESULTS / f"{name}.md").read_text().startswith(TABLES[name](result))
+
+
+Measured = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Measured:
+    """Run a benchmark's command and return what it wrote; its table must be there, too."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import benchmark
+
+    def measured(name: str, *options: str) -> dict[str, Any]:
+        path = tmp_path / f"{name}.json"
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", name, *options, "--json", str(path)])
+        benchmark.main()
+        result = json.loads(path.read_text())
+        assert result["benchmark"] == name
+        assert result["machine"]["packages"]["torch"]
+        text = (tmp_path / f"{name}.md").read_text()
+        assert text.startswith(TABLES[name](result))
+        assert (f"]({name}.png)" in text) == (tmp_path / f"{name}.png").exists()
+        return result
+
+    return measured
 
 
 @pytest.mark.parametrize(
@@ -30,26 +73,131 @@ def test_committed_tables_are_made_from_the_committed_results(name: str) -> None
         ("step", ["--networks", "ResNet-20", "--callers", "eager", "--layouts", "contiguous", "--batch", "4"]),
     ],
 )
-def test_a_short_measurement_is_written(
-    name: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sys.path.insert(0, str(ROOT / "scripts"))
-    import benchmark
-
-    path = tmp_path / f"{name}.json"
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", name, *options, "--seconds", "0.01", "--json", str(path)])
-    benchmark.main()
-    result = json.loads(path.read_text())
-    rows = result["cells" if name == "norm" else "rows"]
+def test_the_norms_are_measured(name: str, options: list[str], measured: Measured) -> None:
+    rows = measured(name, *options, "--seconds", "0.01")["cells" if name == "norm" else "rows"]
     assert rows
     for row in rows:
         assert min(row["seconds"].values()) > 0
         # What the plain composition costs shows whatever the machine is doing: it writes the features once more.
         assert row["peak_bytes"]["naive"] > row["peak_bytes"]["fused"]
-    assert result["machine"]["packages"]["torch"]
-    assert (tmp_path / f"{name}.md").read_text() == TABLES[name](result) + (
-        f"\n![time against the map's size]({name}.png)\n" if name == "norm" else ""
-    )
+
+
+SHORT = ["--networks", "ResNet-20", "--threads", "1", "--seconds", "0.01"]
+
+
+def test_training_is_measured_beside_the_plain_loops(measured: Measured) -> None:
+    options = [*SHORT, "--callers", "eager", "--norms", "bn", "--batch", "4", "--rounds", "1"]
+    rows = {row["path"]: row for row in measured("train", *options)["rows"]}
+    assert rows.keys() == {"ours", "plain", "timm"}
+    assert all(row["images_per_second"] > 0 for row in rows.values())
+    ours = rows["ours"]
+    phases = [ours["seconds"][phase] for phase in train.PHASES]
+    assert min(phases) > 0
+    assert 0.8 * ours["seconds"]["step"] < sum(phases) < ours["seconds"]["step"]
+    assert ours["seconds"]["data"] < ours["seconds"]["forward"]
+    # The largest maps, of 4 x 16 x 32 x 32 float32, are kept for backward after each of 7 convolutions.
+    assert ours["peak_bytes"] > 7 * 4 * 16 * 32 * 32 * 4
+
+
+def test_networks_measured_before_keep_their_rows(tmp_path: Path) -> None:
+    machine = {"device": "cpu", "processor": "one", "threads": 2, "packages": {"torch": "2"}}
+    earlier = {"machine": machine, "precision": "32-true", "rows": [{"network": "A"}, {"network": "B"}]}
+    path = tmp_path / "train.json"
+    now = {"machine": machine | {"time": "later"}, "precision": "32-true", "rows": [{"network": "B"}]}
+    assert train.kept_rows(path, now) == []
+    path.write_text(json.dumps(earlier))
+    assert train.kept_rows(path, now) == [{"network": "A"}]
+    assert train.kept_rows(path, now | {"machine": machine | {"threads": 1}}) == []
+    assert train.kept_rows(path, now | {"precision": "bf16-mixed"}) == []
+
+
+def test_arithmetic_is_what_torchvision_says_of_its_networks() -> None:
+    from torchvision.models import ResNet18_Weights, ResNet50_Weights
+
+    for network, weights in (("ResNet-18", ResNet18_Weights), ("ResNet-50", ResNet50_Weights)):
+        products = 1e9 * weights.IMAGENET1K_V1.meta["_ops"]  # and their sums, of forward; at 1,000 classes
+        counted = train.flops_of(make_workload(network, None, 1, 2))
+        assert counted == pytest.approx(3 * 2 * products, rel=2e-3)
+
+
+def test_the_least_time_is_that_of_arithmetic_and_bytes() -> None:
+    row = floor.floors("ResNet-20")
+    # Of three stages, the first map too, and two of shortcuts: channels x pixels.
+    assert row["map_values_per_image"] == 7 * 16 * 32 * 32 + 7 * 32 * 16 * 16 + 7 * 64 * 8 * 8
+    flops = 6 * 40.81e6  # as the network is published, three times two for each product
+    assert row["arithmetic_seconds"]["float32"] == pytest.approx(200 * 50_000 * flops / 67e12, rel=1e-3)
+    assert row["bytes_seconds"]["bfloat16"] == row["bytes_seconds"]["float32"] / 2
+
+
+def test_a_trace_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import benchmark
+
+    path = tmp_path / "trace.json"
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "train", *SHORT, "--batch", "4", "--profile", str(path)])
+    benchmark.main()
+    names = {event.get("name") for event in json.loads(path.read_text())["traceEvents"]}
+    assert {"aten::convolution", "aten::convolution_backward", "aten::native_batch_norm"} <= names
+
+
+def test_pipelines_are_measured(measured: Measured) -> None:
+    (row,) = measured("data", *SHORT, "--rounds", "1")["rows"]
+    assert min(row["images_per_second"].values()) > 0
+    # In seconds of any machine, however busy: without a Python call for each image.
+    assert row["images_per_second"]["ours"] > 3 * row["images_per_second"]["plain"]
+
+
+def test_evaluation_is_measured(measured: Measured) -> None:
+    (row,) = measured("evaluation", *SHORT, "--callers", "eager", "--batch", "4")["rows"]
+    assert row["images_per_second"].keys() == {"bn", "folded", "l2bn"}
+    assert min(row["images_per_second"].values()) > 0
+
+
+def test_folding_leaves_no_batch_norm_and_the_same_outputs() -> None:
+    plain, folded = (evaluation.network_of("ResNet-20", kind) for kind in ("bn", "folded"))
+    assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in folded.modules())
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_runs_at_once_are_measured(measured: Measured) -> None:
+    rows = measured("together", "--networks", "ResNet-20", "--batch", "4", "--epochs", "1")["rows"]
+    assert [row["runs"] for row in rows] == [1, 2]
+    assert [len(row["images_per_second"]) for row in rows] == [1, 2]
+
+
+def test_accuracies_are_gathered_and_not_made_twice(measured: Measured, tmp_path: Path) -> None:
+    random = torch.Generator().manual_seed(0)
+    for index in range(4 * CLASSES):
+        folder = tmp_path / "images" / ("test" if index % 4 == 3 else "train") / f"class{index % CLASSES}"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8, generator=random)
+        Image.fromarray(pixels.numpy()).save(folder / f"{index}.png")
+    for index in range(CLASSES):
+        for part in ("train", "test"):
+            (tmp_path / "images" / part / f"class{index}").mkdir(exist_ok=True)
+            Image.new("RGB", (32, 32)).save(tmp_path / "images" / part / f"class{index}" / "black.png")
+    options = [
+        "--root",
+        str(tmp_path / "images"),
+        "--batch",
+        "8",
+        "--images",
+        "16",
+        "--epochs",
+        "1",
+        "--threads",
+        "1",
+    ]
+    first = measured("accuracy", *options, "--seeds", "1")["runs"]
+    assert [(run["path"], run["seed"]) for run in first] == [("ours", 0), ("plain", 0)]
+    again = measured("accuracy", *options, "--seeds", "2")["runs"]
+    assert again[:2] == first
+    assert [(run["path"], run["seed"]) for run in again[2:]] == [("ours", 1), ("plain", 1)]
+    with pytest.raises(UserError, match="holds runs of"):
+        measured("accuracy", *options, "--epochs", "2")
 
 
 def test_ten_thousand_records_in_ten_seconds_and_a_gigabyte(tmp_path: Path) -> None:

@@ -16,13 +16,20 @@ def random_images(count: int, size: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(1, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
 
 
-@settings(max_examples=25)
-@given(st.integers(0, 5), st.integers(1, 7), st.integers(1, 6), st.booleans(), st.integers(0, 1000))
+@settings(max_examples=50)
+@given(
+    st.integers(0, 5),
+    st.integers(1, 7),
+    st.integers(1, 6),
+    st.booleans(),
+    st.sampled_from([torch.contiguous_format, torch.channels_last]),
+    st.integers(0, 1000),
+)
 def test_output_is_the_drawn_window_of_the_padded_image(
-    padding: int, size: int, count: int, flip: bool, seed: int
+    padding: int, size: int, count: int, flip: bool, memory_format: torch.memory_format, seed: int
 ) -> None:
     augmentation = CropFlip(padding, flip)
-    images = random_images(count, size, seed)
+    images = random_images(count, size, seed).contiguous(memory_format=memory_format)
     numbers = augmentation.draw(count, torch.Generator().manual_seed(seed))
     outputs = augmentation.apply(images, numbers)
     padded = F.pad(images, [padding] * 4)

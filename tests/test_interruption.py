@@ -34,8 +34,10 @@ Process = subprocess.Popen[str]
 
 def start(runs: Path, *overrides: str, before: str = "") -> Process:
     """The command, in a group of its own; `before` is Python that runs first in its process."""
+    # What a shell starts in the background ignores SIGINT, and so does all that is started from there.
+    before = f"import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n{before}"
     code = f"import runpy, sys\n{before}\nsys.argv[0] = {TRAIN!r}\nrunpy.run_path({TRAIN!r}, run_name='__main__')"
-    command = [sys.executable, *(["-c", code] if before else [TRAIN]), f"runs_dir={runs}", *TINY, *overrides]
+    command = [sys.executable, "-c", code, f"runs_dir={runs}", *TINY, *overrides]
     return subprocess.Popen(
         command,
         env=ONE_THREAD,
@@ -139,25 +141,41 @@ def test_a_second_signal_ends_the_run_at_once(tmp_path: Path) -> None:
     assert newest(tmp_path)[0].startswith("epoch0001-")
 
 
-@pytest.mark.parametrize(("ending", "code"), [("", EXIT_CODE), ("sys.exit(-1)", 255)], ids=["returns", "exits"])
-def test_a_handler_that_was_there_before_is_called_after_the_checkpoint(
-    ending: str, code: int, tmp_path: Path
-) -> None:
-    """Slurm's jobs have submitit's on SIGUSR2, which requeues the job and exits."""
-    requeue = (
-        "import signal\nfrom pathlib import Path\n"
-        "def requeue(number, frame):\n"
-        f"    found = sorted(path.name for path in Path({str(tmp_path)!r}).rglob('*.pt'))\n"
-        "    print('REQUEUED', number, found[-1], flush=True)\n"
+def handled(number: signal.Signals, runs: Path, ending: str) -> str:
+    """Python that handles a signal, as a library that was there before does, and says which checkpoint it found."""
+    return (
+        "import signal, sys\nfrom pathlib import Path\n"
+        "def handler(number, frame):\n"
+        f"    found = sorted(path.name for path in Path({str(runs)!r}).rglob('*.pt'))\n"
+        "    print('HANDLED', number, found[-1], flush=True)\n"
         f"    {ending}\n"
-        "signal.signal(signal.SIGUSR2, requeue)\n"
+        f"signal.signal({int(number)}, handler)\n"
     )
-    with started(tmp_path, *LONG, before=requeue) as process:
+
+
+def calls(output: str) -> list[list[str]]:
+    return [line.split()[1:] for line in output.splitlines() if line.startswith("HANDLED")]
+
+
+def test_a_handler_that_was_there_before_is_called_after_the_checkpoint(tmp_path: Path) -> None:
+    """Slurm's jobs have submitit's on SIGUSR2, which requeues the job and exits."""
+    with started(tmp_path, *LONG, before=handled(signal.SIGUSR2, tmp_path, "sys.exit(-1)")) as process:
         process.send_signal(signal.SIGUSR2)
         output, _ = process.communicate(timeout=120)
-        assert process.returncode == code, output
-    called = [line.split() for line in output.splitlines() if line.startswith("REQUEUED")]
-    assert called == [["REQUEUED", str(int(signal.SIGUSR2)), newest(tmp_path)[0]]]
+        assert process.returncode == 255, output
+    assert calls(output) == [[str(int(signal.SIGUSR2)), newest(tmp_path)[0]]]
+
+
+def test_after_a_handler_that_returns_the_run_goes_on(tmp_path: Path) -> None:
+    """As submitit's on SIGTERM: Slurm says so when it preempts a job, and requeues the job if it still runs."""
+    short = ("norm=bn", "recipe.epochs=12")
+    with started(tmp_path, *short, before=handled(signal.SIGTERM, tmp_path, "return")) as process:
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output
+    ((_, checkpoint),) = calls(output)
+    assert checkpoint < newest(tmp_path)[0]
+    assert any(tmp_path.rglob("summary.json"))
 
 
 def test_a_scheduler_may_tell_all_processes_of_a_run(photographs: Path, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def multirun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capt
         except SystemExit as left:
             code = left.code
         out, err = capfd.readouterr()
-        return code, out + err
+        return (1, out + err + code) if isinstance(code, str) else (code, out + err)
 
     return multirun
 

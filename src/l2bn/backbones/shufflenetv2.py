@@ -10,6 +10,7 @@ there. Modules bear torchvision's names. Letters: N samples, C channels, H and W
 from collections import OrderedDict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # By width: the channels of stages 2, 3, 4 and of the last convolution.
@@ -21,12 +22,6 @@ CHANNELS = {
 }
 REPEATS = (4, 8, 4)
 STEM_CHANNELS = 24
-
-
-def channel_shuffle(x: Tensor, groups: int) -> Tensor:
-    """Interleave `groups` equal blocks of channels: output c is channel c // groups of block c % groups."""
-    n, c, h, w = x.shape
-    return x.view(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)
 
 
 def pointwise(in_channels: int, out_channels: int) -> list[nn.Module]:
@@ -56,7 +51,7 @@ class Unit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         passed, transformed = x.chunk(2, dim=1)
-        return channel_shuffle(torch.cat([passed, self.branch2(transformed)], dim=1), groups=2)
+        return F.channel_shuffle(torch.cat([passed, self.branch2(transformed)], dim=1), groups=2)
 
 
 class DownsamplingUnit(nn.Module):
@@ -69,7 +64,7 @@ class DownsamplingUnit(nn.Module):
         self.branch2 = nn.Sequential(*pointwise(in_channels, half), *depthwise(half, 2), *pointwise(half, half))
 
     def forward(self, x: Tensor) -> Tensor:
-        return channel_shuffle(torch.cat([self.branch1(x), self.branch2(x)], dim=1), groups=2)
+        return F.channel_shuffle(torch.cat([self.branch1(x), self.branch2(x)], dim=1), groups=2)
 
 
 def shufflenetv2(num_classes: int, width: float = 1.0) -> nn.Sequential:

@@ -1,6 +1,7 @@
 """What every benchmark shares: interleaved times, peak memory, copy bandwidth, and the machine they hold for."""
 
 import json
+import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -27,41 +28,43 @@ REALTIME_PRIORITY = 40
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Real-time priority for all threads of this process where the system grants it (Linux, as root).
+    """Real-time priority for all threads of this process and of those it has started, such as the workers of a
+    DataLoader, where the system grants it (Linux, as root).
 
     Whatever else the machine has to do waits. The priority is given back, so that compiling takes its turn again.
     """
-    _set_priority(getattr(os, "SCHED_FIFO", None), REALTIME_PRIORITY)
+    _set_priority("SCHED_FIFO", REALTIME_PRIORITY)
     try:
         yield
     finally:
-        _set_priority(getattr(os, "SCHED_OTHER", None), 0)
+        _set_priority("SCHED_OTHER", 0)
 
 
-def _set_priority(policy: int | None, priority: int) -> None:
-    threads = Path("/proc/self/task")
-    if policy is None or not threads.is_dir():
+def _set_priority(policy: str, priority: int) -> None:
+    if not hasattr(os, policy):
         return
-    for thread in threads.iterdir():
+    processes = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+    for thread in [thread for process in processes for thread in Path(f"/proc/{process}/task").glob("*")]:
         with suppress(PermissionError, ProcessLookupError):
-            os.sched_setscheduler(int(thread.name), policy, os.sched_param(priority))
+            os.sched_setscheduler(int(thread.name), getattr(os, policy), os.sched_param(priority))
 
 
 def interleaved(
-    actions: dict[str, Action], device: torch.device, seconds: float, fewest: int = 20
+    actions: dict[str, Action], device: torch.device, seconds: float, fewest: int = 20, warm_up: int = 3
 ) -> dict[str, float]:
     """Seconds of each action, measured in turn, round after round, so that all feel the same machine.
 
     Of each action's times the first decile is taken: whatever else the machine does can only add time, and on a
-    quiet machine decile and median are close. Rounds are made for about `seconds`, and at least `fewest`; a call
-    too short for the clock is repeated within its turn.
+    quiet machine decile and median are close. Rounds are made for about `seconds`, and at least `fewest`, after
+    `warm_up` calls of each (0: they are warm); a call too short for the clock is repeated within its turn.
     """
-    repeats = {}
+    repeats = dict.fromkeys(actions, 1)
     for name, action in actions.items():
-        for _ in range(3):
+        for _ in range(warm_up):
             action()
-        synchronise(device)
-        repeats[name] = max(1, round(5e-4 / max(_time(action, 1, device), 1e-6)))
+        if warm_up:
+            synchronise(device)
+            repeats[name] = max(1, round(5e-4 / max(_time(action, 1, device), 1e-6)))
     times: dict[str, list[float]] = {name: [] for name in actions}
     with undisturbed():
         end = time.perf_counter() + seconds

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 from statistics import geometric_mean
+from textwrap import fill
 from typing import Any
 
 from l2bn.durable import write_durably
@@ -148,31 +149,33 @@ def plot_norm(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def write_norm_report(result: dict[str, Any], json_path: Path | None) -> str:
-    """The table; with the JSON's path, table and plot are written beside it."""
-    table = norm_table(result)
+def prose(text: str) -> str:
+    """A paragraph in lines of a file's width."""
+    return fill(" ".join(text.split()), 110, break_on_hyphens=False, break_long_words=False)
+
+
+def write_table(table: str, json_path: Path | None, picture: str = "") -> str:
+    """The table; with the JSON's path it is written beside it, followed by the plot there if `picture` says what
+    it shows."""
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(
-            json_path.with_suffix(".md"), f"{table}\n![time against the map's size]({json_path.stem}.png)\n"
-        )
-        plot_norm(result, json_path.with_suffix(".png"))
+        plot = f"\n![{picture}]({json_path.stem}.png)\n" if picture else ""
+        write_durably(json_path.with_suffix(".md"), table + plot)
     return table
+
+
+def write_norm_report(result: dict[str, Any], json_path: Path | None) -> str:
+    """The table; with the JSON's path, table and plot are written beside it."""
+    if json_path is not None:
+        plot_norm(result, json_path.with_suffix(".png"))
+    return write_table(norm_table(result), json_path, "time against the map's size")
 
 
 def write_step_report(result: dict[str, Any], json_path: Path | None) -> str:
     """The table; with the JSON's path, it is written beside it."""
-    table = step_table(result)
-    if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(json_path.with_suffix(".md"), table)
-    return table
+    return write_table(step_table(result), json_path)
 
 
 def write_tables_report(result: dict[str, Any], json_path: Path | None) -> str:
     """The table; with the JSON's path, it is written beside it."""
-    table = tables_table(result)
-    if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(json_path.with_suffix(".md"), table)
-    return table
+    return write_table(tables_table(result), json_path)

@@ -36,23 +36,25 @@ class CropFlip(Augmentation):
 
     def apply(self, images: Tensor, numbers: Tensor) -> Tensor:
         row, column, mirror = numbers.unbind(1)
+        pixels = images.movedim(1, -1)  # (N, H, W, 3): the pixels of a row lie in one piece
         if self.padding:
-            images = _windows(F.pad(images, [self.padding] * 4), row, column, images.shape[-2:])
+            pixels = _windows(F.pad(pixels, [0, 0, *[self.padding] * 4]), row, column, pixels.shape[1:])
         if self.flip:
-            both = torch.cat([images, images.flip(-1)])
-            images = both.index_select(0, torch.arange(len(images), device=images.device) + mirror * len(images))
-        return images
+            both = torch.cat([pixels, pixels.flip(2)])
+            pixels = both.index_select(0, torch.arange(len(pixels), device=pixels.device) + mirror * len(pixels))
+        return pixels.movedim(-1, 1)
 
 
 def _windows(padded: Tensor, row: Tensor, column: Tensor, size: torch.Size) -> Tensor:
-    """The window of `size` at (row, column) of each image, by one `index_select` over all windows.
+    """The window of `size` (H, W, 3) at (row, column) of each padded image, by one `index_select`.
 
-    Windows overlap, so "all windows of the batch" is a view: its first dimension walks through the memory one
-    pixel at a time, the others span a window. Indexing by rows and columns instead takes forty times as long.
+    A row of a window is a piece of memory, which may begin at any pixel; so "all pieces of that length" is a view
+    of the batch, whose first dimension walks through the memory a byte at a time. Indexing by rows and columns
+    instead takes forty times as long.
     """
-    count, channels, height, width = padded.shape
-    image, plane = channels * height * width, height * width
-    last = (channels - 1) * plane + (size[0] - 1) * width + size[1] - 1  # from a window's first pixel to its last
-    view = padded.as_strided((padded.numel() - last, channels, *size), (1, plane, width, 1))
-    start = torch.arange(count, device=padded.device) * image + row * width + column
-    return view.index_select(0, start)
+    count, height, width, channels = padded.shape
+    length = size[1] * channels
+    pieces = padded.contiguous().view(-1).as_strided((padded.numel() - length + 1, length), (1, 1))
+    first = ((torch.arange(count, device=padded.device) * height + row) * width + column) * channels
+    rows = torch.arange(size[0], device=padded.device) * (width * channels)
+    return pieces.index_select(0, (first[:, None] + rows).flatten()).view(count, *size)

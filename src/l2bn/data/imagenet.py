@@ -7,7 +7,6 @@ resized to 8/7 of the image size (256 for 224) and the centre cut out.
 
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -22,11 +21,11 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from l2bn.data.decode import read_rgb
+from l2bn.data.decoded import decoded
 from l2bn.data.folder import SUFFIXES, Tree, list_images, same_classes
-from l2bn.data.splits import Common, Splits, check_image_size, make_splits
+from l2bn.data.splits import Common, Split, Splits, Transform, check_image_size, make_splits
 from l2bn.errors import UserError
 
-Transform = Callable[[Tensor], Tensor]  # (3, any, any) uint8 -> (3, image_size, image_size) uint8
 DEVKIT = "ILSVRC2012_devkit_t12"
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
@@ -44,17 +43,30 @@ def imagenet(
     val: str = "val",
     devkit: str = DEVKIT,
     image_size: int = 224,
+    cache_side: int | None = None,
+    cache: str | None = None,
     **common: Unpack[Common],
 ) -> Splits:
     """`root`/`train`/<wnid>/*.JPEG and either `root`/`val`/<wnid>/*.JPEG or all validation images in `root`/`val`.
 
     In the second case their classes come from the devkit in `root`/`devkit`. No file is moved or written. Classes
     are numbered by the order of their wnids. The validation images are the test set.
+
+    cache_side: keep the training images decoded in `cache` (a folder; null: `l2bn` in the user's cache folder),
+    their shorter side that many pixels long. Random crops are then windows of the smaller images: other pixels, so
+    that the label says so and there is no baseline. Test images are read from their files as always.
     """
     check_image_size(image_size)
     trained, tested = list_splits(Path(root).expanduser(), train, val, devkit)
+    if cache_side is None:
+        images: Split = ImageFiles.of(trained, training_transform(image_size))
+    elif cache_side < 1:
+        raise UserError(f"dataset.cache_side={cache_side}: give a number of pixels, or null to decode each time")
+    else:
+        images = decoded(trained, cache_side, cache, training_transform(image_size))
+        common = {**common, "label": f"{common['label']}, decoded at {cache_side} pixels", "baseline": None}
     return make_splits(
-        ImageFiles.of(trained, training_transform(image_size)),
+        images,
         ImageFiles.of(tested, evaluation_transform(image_size)),
         len(trained.classes),
         image_size,

@@ -3,8 +3,8 @@
 A. Aizman, G. Maltby, T. Breuel, "High Performance I/O For Large Scale Deep Learning", arXiv:2001.01858. A sample is
 two members that share their name up to the first dot: the image and `.cls`, its class number in decimal. The tar
 headers are read once, into a cached index. After that a shard is read like a folder, by position and length, so
-that everything else (random crops, resuming at a step, evaluation) is that of single files. Only the order differs:
-it keeps to a few shards at a time, and each rank has shards of its own.
+that all else (random crops, resuming at a step, shares of several ranks, evaluation) is that of single files. Only
+the order differs: it keeps to a few shards at a time.
 """
 
 import tarfile
@@ -25,9 +25,9 @@ from webdataset import ShardWriter
 from l2bn.data.cache import cache_file, fingerprint, replacing
 from l2bn.data.decode import read_rgb
 from l2bn.data.folder import SUFFIXES, Tree
-from l2bn.data.imagenet import DEVKIT, LICENCE, Transform, evaluation_transform, list_splits, training_transform
+from l2bn.data.imagenet import DEVKIT, LICENCE, evaluation_transform, list_splits, training_transform
 from l2bn.data.progress import tracked
-from l2bn.data.splits import Common, Splits, check_image_size, make_splits
+from l2bn.data.splits import Common, Splits, Transform, check_image_size, make_splits
 from l2bn.errors import UserError
 from l2bn.seeding import generator
 
@@ -97,30 +97,20 @@ class Shards(Dataset[tuple[Tensor, int]]):
             transform=self.transform if like is None else like.transform,
         )
 
-    def plan(
-        self, generator: torch.Generator, batch_size: int, steps: int, rank: int, world_size: int
-    ) -> list[Tensor]:
-        """The samples of this rank at each step of an epoch.
-
-        The shards are dealt out anew in each epoch, so that ranks can differ by a shard or two: a rank with fewer
-        samples than steps ask for begins again, one with more leaves some out.
-        """
+    def plan(self, generator: torch.Generator, batch_size: int) -> list[Tensor]:
+        """The samples at each step of an epoch; the shards are dealt out anew in each."""
         counts = torch.bincount(self.shard, minlength=len(self.files)).tolist()
         members = torch.split(torch.arange(len(self)), counts)
-        dealt = torch.randperm(len(self.files), generator=generator)
-        filled = [int(shard) for shard in dealt if counts[shard]]
-        mine = filled[rank::world_size]
-        if not mine:
-            raise UserError(f"{len(filled)} shards of training images cannot be split over {world_size} devices")
-        lanes = [mine[lane::LANES] for lane in range(min(LANES, len(mine)))]
+        dealt = torch.randperm(len(self.files), generator=generator).tolist()
+        filled = [shard for shard in dealt if counts[shard]]
+        lanes = [filled[lane::LANES] for lane in range(min(LANES, len(filled)))]
         mixed = [self._mixed([members[shard] for shard in lane], generator) for lane in lanes]
         pieces = [torch.split(lane, batch_size) for lane in mixed]
         turns = [piece for turn in zip_longest(*pieces) for piece in turn if piece is not None]
         full = [piece for piece in turns if len(piece) == batch_size]
         rest = torch.cat([torch.empty(0, dtype=torch.int64), *(p for p in turns if len(p) < batch_size)])
-        order = torch.cat([*full, rest[torch.randperm(len(rest), generator=generator)]])
-        needed = steps * batch_size
-        return list(torch.split(order.repeat(-(-needed // len(order)))[:needed], batch_size))
+        shuffled = rest[torch.randperm(len(rest), generator=generator)]
+        return [*full, *torch.split(shuffled, batch_size)[: len(rest) // batch_size]]
 
     def _mixed(self, shards: list[Tensor], generator: torch.Generator) -> Tensor:
         """All samples of the shards, shuffled within each window of shards."""

@@ -3,6 +3,11 @@
 The order of the samples and their augmentation are drawn anew for each epoch and step, so that a run can start at
 any step without making the batches before it, and neither the number of worker processes nor the number of ranks
 changes which samples form a batch. A rank takes its slice of the global batch and of its random numbers.
+
+A set in memory is kept on the device as uint8, and all of a batch is made there by a few operations on whole
+batches: the images are picked, augmented and normalised. On CUDA that happens on a stream of its own, a batch ahead
+of the step that needs it. On a CPU it takes a two-hundredth of a ResNet-20 step on the same cores (see
+results/benchmarks/data.md), so that a thread for it would only get in the step's way.
 """
 
 import signal
@@ -37,12 +42,10 @@ class Loader(Protocol):
 
 @runtime_checkable
 class ShardedSplit(Protocol):
-    """A split kept in files of many samples, which each rank reads a share of: it plans its own epochs."""
+    """A split kept in files of many samples, which are quicker read in an order of its own: it plans its epochs."""
 
-    def plan(
-        self, generator: torch.Generator, batch_size: int, steps: int, rank: int, world_size: int
-    ) -> list[Tensor]:
-        """The samples of this rank at each step: `steps` tensors of `batch_size` indices."""
+    def plan(self, generator: torch.Generator, batch_size: int) -> list[Tensor]:
+        """The samples at each step of an epoch: `batch_size` indices, each index at most once an epoch."""
 
 
 def training_loader(
@@ -123,13 +126,15 @@ class _Loader(ABC):
         self.workers = workers
         self.augmentation: Augmentation | None = None if seed is None else splits.augmentation
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        # Of a whole row of pixels, because three numbers at a time would fill no vector register.
         std = torch.tensor(splits.std)
-        self.scale = (1 / (255 * std)).view(3, 1, 1).to(device)
-        self.shift = (-torch.tensor(splits.mean) / std).view(3, 1, 1).to(device)
+        self.scale = (1 / (255 * std)).repeat(splits.image_size).to(device)  # (W * 3,)
+        self.shift = (-torch.tensor(splits.mean) / std).repeat(splits.image_size).to(device)
 
     @abstractmethod
-    def _fetch(self, epoch: int, steps: list[Tensor]) -> Iterator[Batch]:
-        """The samples at the indices of each step as uint8 on the device."""
+    def _fetch(self, epoch: int, steps: list[Tensor]) -> Iterator[tuple[Batch, list[int]]]:
+        """The samples at the indices of the steps as uint8 on the device: of one or several steps at a time, with
+        the number of samples of each."""
 
     def __len__(self) -> int:
         if self.seed is not None:
@@ -138,48 +143,107 @@ class _Loader(ABC):
         return full + (self._slice(rest).stop > self._slice(rest).start)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        steps = self._plan(epoch)[start:]
-        for step, (images, labels) in enumerate(self._fetch(epoch, steps), start):
-            if self.augmentation is not None and self.seed is not None:
-                numbers = self.augmentation.draw(self.batch_size, generator(self.seed, "augmentation", epoch, step))
-                numbers = numbers[self._slice(self.batch_size)].to(self.device, non_blocking=True)
-                images = self.augmentation.apply(images, numbers)
-            yield self._normalise(images), labels
+        batches = self._batches(epoch, start)
+        return batches if self._stream is None else _made_ahead(batches, self._stream)
+
+    def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
+        step = start
+        for (images, labels), sizes in self._fetch(epoch, self._plan(epoch)[start:]):
+            if self.augmentation is not None:
+                numbers = torch.cat([self._draw(epoch, step + i) for i in range(len(sizes))])
+                images = self.augmentation.apply(images, self._send(numbers))
+            step += len(sizes)
+            yield from zip(torch.split(self._normalise(images), sizes), torch.split(labels, sizes), strict=True)
 
     def _plan(self, epoch: int) -> list[Tensor]:
         """The indices of this rank's samples at each step of the epoch."""
         if self.seed is None:
-            order = torch.arange(len(self.split))
-        elif isinstance(self.split, ShardedSplit):
-            share = self.batch_size // self.world_size
-            random = generator(self.seed, "permutation", epoch)
-            return self.split.plan(random, share, len(self), self.rank, self.world_size)
+            batches = list(torch.split(torch.arange(len(self.split)), self.batch_size))
         else:
-            order = torch.randperm(len(self.split), generator=generator(self.seed, "permutation", epoch))
-        return [batch[self._slice(len(batch))] for batch in torch.split(order, self.batch_size)][: len(self)]
+            random = generator(self.seed, "permutation", epoch)
+            if isinstance(self.split, ShardedSplit):
+                batches = self.split.plan(random, self.batch_size)
+            else:
+                batches = list(torch.split(torch.randperm(len(self.split), generator=random), self.batch_size))
+        return [batch[self._slice(len(batch))] for batch in batches][: len(self)]
+
+    def _draw(self, epoch: int, step: int) -> Tensor:
+        """The random numbers of this rank's samples of one step, on the CPU."""
+        assert self.augmentation is not None
+        assert self.seed is not None
+        numbers = self.augmentation.draw(self.batch_size, generator(self.seed, "augmentation", epoch, step))
+        return numbers[self._slice(self.batch_size)]
 
     def _slice(self, count: int) -> slice:
         """This rank's part of a global batch of `count` samples."""
         return slice(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
 
+    def _send(self, numbers: Tensor) -> Tensor:
+        """To the device, without the host waiting for it."""
+        if self.device.type == "cuda":
+            numbers = numbers.pin_memory()
+        return numbers.to(self.device, non_blocking=True)
+
     def _normalise(self, images: Tensor) -> Tensor:
-        images = images.float().mul_(self.scale).add_(self.shift)  # (x / 255 - mean) / std
-        return images.contiguous(memory_format=self.memory_format)
+        """(x / 255 - mean) / std."""
+        pixels = images.movedim(1, -1).contiguous()  # (N, H, W, 3), which a set in memory already is
+        rows = pixels.flatten(2).float().mul_(self.scale).add_(self.shift)
+        return rows.view(pixels.shape).movedim(-1, 1).contiguous(memory_format=self.memory_format)
+
+    @cached_property
+    def _stream(self) -> torch.cuda.Stream | None:
+        """What batches are made on, beside the kernels of the step before."""
+        return torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+
+def _made_ahead(batches: Iterator[Batch], stream: torch.cuda.Stream) -> Iterator[Batch]:
+    """The batches, each begun on the stream before the one ahead of it is handed out."""
+
+    def begin() -> tuple[Batch, torch.cuda.Event] | None:
+        with torch.cuda.stream(stream):
+            batch = next(batches, None)
+            return None if batch is None else (batch, stream.record_event())
+
+    upcoming = begin()
+    while upcoming is not None:
+        batch, made = upcoming
+        upcoming = begin()
+        current = torch.cuda.current_stream(stream.device)
+        current.wait_event(made)
+        for tensor in batch:
+            tensor.record_stream(current)  # its memory is not used anew before `current` is done with it
+        yield batch
 
 
 class _MemoryLoader(_Loader):
     """Images that live on the device as uint8."""
 
     @cached_property
-    def _resident(self) -> Images:
+    def _resident(self) -> tuple[Tensor, Tensor]:
+        """Pixels (N, H, W, 3) and labels."""
         assert isinstance(self.split, Images)
-        return Images(self.split.images.to(self.device), self.split.labels.to(self.device))
+        pixels = self.split.images.movedim(1, -1).contiguous()
+        return pixels.to(self.device), self.split.labels.to(self.device)
 
-    def _fetch(self, epoch: int, steps: list[Tensor]) -> Iterator[Batch]:
-        images, labels = self._resident.images, self._resident.labels
-        for indices in steps:
-            indices = indices.to(self.device, non_blocking=True)
-            yield images.index_select(0, indices), labels.index_select(0, indices)
+    def _fetch(self, epoch: int, steps: list[Tensor]) -> Iterator[tuple[Batch, list[int]]]:
+        pixels, labels = self._resident
+        together = self._steps_at_a_time(pixels[0].numel())
+        for first in range(0, len(steps), together):
+            group = steps[first : first + together]
+            indices = self._send(torch.cat(group))
+            images = pixels.index_select(0, indices).movedim(-1, 1)
+            yield (images, labels.index_select(0, indices)), [len(step) for step in group]
+
+    def _steps_at_a_time(self, values: int) -> int:
+        """On CUDA the batches of several steps, of images of so many values, are made at once, so that the host
+        launches fewer kernels; on a CPU one, which stays in its cache."""
+        if self.device.type != "cuda":
+            return 1
+        batch_bytes = 4 * values * self.batch_size // self.world_size  # float32
+        return max(1, min(MOST_STEPS_AT_A_TIME, MOST_BYTES_AT_A_TIME // batch_bytes))
+
+
+MOST_STEPS_AT_A_TIME, MOST_BYTES_AT_A_TIME = 16, 64 * 2**20
 
 
 class _WorkerLoader(_Loader):
@@ -187,7 +251,7 @@ class _WorkerLoader(_Loader):
 
     _loader: DataLoader[Batch | UserError] | None = None
 
-    def _fetch(self, epoch: int, steps: list[Tensor]) -> Iterator[Batch]:
+    def _fetch(self, epoch: int, steps: list[Tensor]) -> Iterator[tuple[Batch, list[int]]]:
         if self._loader is None:
             # The workers live on between epochs; each epoch finds its own batches in the list.
             self._keys: list[_Key] = []
@@ -203,36 +267,30 @@ class _WorkerLoader(_Loader):
                 generator=torch.Generator(),  # without one it would draw from the global generator
             )
         self._keys[:] = [(epoch, indices.tolist()) for indices in steps]
-        # A stream of its own lets the copy run beside the kernels of the step before.
-        cuda = self.device.type == "cuda"
-        stream = torch.cuda.Stream(self.device) if cuda else None  # type: ignore[no-untyped-call]
         error = None
         try:
-            for batch in self._loader:
+            for batch in self._workers():
                 if isinstance(batch, UserError):
                     error = batch
                     break
-                with torch.cuda.stream(stream):
-                    images, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
-                if stream is not None:
-                    current = torch.cuda.current_stream(self.device)
-                    current.wait_stream(stream)
-                    images.record_stream(current)
-                    labels.record_stream(current)
-                yield images, labels
+                images, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+                yield (images, labels), [len(labels)]
         except RuntimeError as failure:
             if "DataLoader worker" not in str(failure):
                 raise
             error = UserError(worker_ended(failure))
         if error is not None:
-            self._end_workers()  # here; left to the traceback, they would be collected late
+            self._loader = None  # ends the workers here; left to the traceback, they would be collected late
             raise error
 
-    def _end_workers(self) -> None:
-        """Without an exception for each that was killed, in the middle of whatever runs when its end is noticed."""
-        noticing = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        self._loader = None
+    def _workers(self) -> Iterator[Batch | UserError]:
+        """Begin to decode. That a worker was killed is told where a batch is asked for: torch would have the signal
+        of it raise an exception in the middle of whatever the process is at."""
+        assert self._loader is not None
+        noticing = signal.getsignal(signal.SIGCHLD)
+        batches = iter(self._loader)
         signal.signal(signal.SIGCHLD, noticing)
+        return batches
 
 
 _Key = tuple[int, list[int]]  # epoch, indices

@@ -5,7 +5,8 @@ Letters: N images, H = W = `image_size` pixels. Pixels are uint8 until the loade
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, Required, Self, TypedDict, Unpack
 
 import torch
@@ -17,6 +18,10 @@ from l2bn.seeding import generator
 # A subset and a validation split are part of the data set, not of a run: every seed trains on the same images.
 SPLIT_SEED = 0
 LARGEST_IMAGE = 4096  # pixels; far above what any network here takes
+
+
+Transform = Callable[[Tensor], Tensor]
+"""Of an image that is decoded when asked: (3, any, any) uint8 -> (3, image_size, image_size) uint8."""
 
 
 class Split(Protocol):
@@ -78,7 +83,7 @@ class Augmentation(ABC):
 
     @abstractmethod
     def apply(self, images: Tensor, numbers: Tensor) -> Tensor:
-        """(N, 3, H, W) uint8 and its N rows of numbers on the same device -> (N, 3, H, W) uint8."""
+        """(N, 3, H, W) uint8, in any memory format, and its N rows of numbers on the same device -> the like."""
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         return self.apply(images, self.draw(len(images), generator).to(images.device))
@@ -151,8 +156,8 @@ def make_splits(
         label += f", {subset:,} images"
     mean, std = _normalisation(train, common.get("mean"), common.get("std"))
     return Splits(
-        train=train,
-        test=test,
+        train=_channels_innermost(train),
+        test=_channels_innermost(test),
         num_classes=num_classes,
         image_size=image_size,
         mean=mean,
@@ -168,6 +173,13 @@ def check_image_size(size: int) -> None:
     """Raise UserError for a number of pixels that no image can have."""
     if not 1 <= size <= LARGEST_IMAGE:
         raise UserError(f"dataset.image_size={size}: give a number of pixels from 1 to {LARGEST_IMAGE}")
+
+
+def _channels_innermost(split: Split) -> Split:
+    """Images in memory as the loader reads them: here, so that it need not keep a copy of its own."""
+    if isinstance(split, Images):
+        return replace(split, images=split.images.contiguous(memory_format=torch.channels_last))
+    return split
 
 
 def stratified_order(labels: Tensor, purpose: str) -> Tensor:

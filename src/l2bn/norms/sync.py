@@ -61,7 +61,8 @@ class _JointNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, slope, inv, count, *taken, *z)
         ctx.axis, ctx.group, ctx.compiled, ctx.has_bias = axis, group, compiled, bias is not None
         ctx.mark_non_differentiable(mu, v, count)
-        return as_map(y, x, axis), mu, v, count
+        # `.data`, because autograd forbids an in-place ReLU on what a Function returns as a view.
+        return as_map(y, x, axis).data, mu, v, count
 
     @staticmethod
     @once_differentiable

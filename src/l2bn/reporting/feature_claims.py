@@ -19,7 +19,7 @@ from l2bn.reporting.feature_tables import ANGLE_MEAN, NORM_CV, WITHIN_SHARE
 from l2bn.reporting.features import Measure, MeasuredPair, measured_arms, measured_pairs, read_all
 from l2bn.reporting.statistics import MIN_PAIRS, Estimate, estimate, pooled_estimate
 from l2bn.reporting.verdicts import MIN_BACKBONES, Finding, Verdict
-from l2bn.reporting.wording import interval, plural, signed
+from l2bn.reporting.wording import in_words, interval, plural, signed
 
 CONTROL = "l2bn_mean_norm"
 
@@ -84,8 +84,9 @@ class Question:
         result, cell = pair.difference(self.measure), pair.cell
         cv = estimate(list(pair.reference.last(NORM_CV).values())).mean
         unequal = f", norm cv {cv:.3f} in {self.reference}" if cv is not None and self.reference != BN else ""
+        names = pair.other.arm.label, in_words(cell.backbone), in_words(cell.recipe)
         return (
-            f"{pair.other.arm.label}, {cell.backbone}, {cell.recipe} ({plural('epoch', pair.other.arm.epochs)}): "
+            f"{', '.join(names)} ({plural('epoch', pair.other.arm.epochs)}): "
             f"{signed(result.mean, self.digits)}, {self._interval(result)}, n = {result.n}{unequal}"
         )
 

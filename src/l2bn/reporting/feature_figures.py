@@ -23,7 +23,7 @@ from l2bn.reporting.feature_tables import ANGLE_MEAN, WITHIN_SHARE
 from l2bn.reporting.features import INPUT, OUTPUT, PENULTIMATE, Measure, MeasuredArm, MeasuredPair
 from l2bn.reporting.figures import GREY, RC, STYLES, save_figure
 from l2bn.reporting.statistics import estimate
-from l2bn.reporting.wording import plural
+from l2bn.reporting.wording import plural, whole_cell
 
 Floats = NDArray[np.float64]
 
@@ -63,9 +63,7 @@ def file_name(cell: Cell) -> str:
 
 
 def _title(figure: Figure, pair: MeasuredPair) -> None:
-    cell = pair.cell
-    text = f"{pair.other.arm.label}, {cell.backbone}, {cell.recipe}, {cell.setting}"
-    figure.suptitle(text, x=0.01, ha="left").set_fontsize(10)
+    figure.suptitle(whole_cell(pair.other.arm.label, pair.cell), x=0.01, ha="left").set_fontsize(10)
 
 
 def _arms(pair: MeasuredPair) -> tuple[tuple[MeasuredArm, Any], ...]:

@@ -10,7 +10,7 @@ from l2bn.reporting.comparison import BN, L2BN
 from l2bn.reporting.features import INPUT, OUTPUT, PENULTIMATE, SHRINK, Measure, MeasuredArm, MeasuredPair
 from l2bn.reporting.markup import Table
 from l2bn.reporting.statistics import estimate, paired_differences
-from l2bn.reporting.wording import NONE, interval, mean_std, signed
+from l2bn.reporting.wording import NONE, in_words, interval, mean_std, signed
 
 WITHIN_SHARE = Measure("within_share", PENULTIMATE)
 ANGLE_MEAN = Measure("angle_mean", PENULTIMATE)
@@ -79,7 +79,7 @@ def summary_table(pairs: Sequence[MeasuredPair]) -> Table:
         spreads = (mean_std(arm.last(NORM_CV).values(), 3) for arm in (pair.reference, pair.other))
         compact = signed(share.mean, 4), interval(share, 4)
         cell = pair.cell
-        names = pair.other.arm.label, cell.backbone, cell.recipe
+        names = pair.other.arm.label, in_words(cell.backbone), in_words(cell.recipe)
         rows.append((*names, *spreads, *compact, signed(angle.mean), interval(angle), str(share.n)))
     return Table("Features of BN and L2BN", columns, frozenset(columns[3:]), tuple(rows))
 

@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 
 from l2bn.records import Problem, Record
-from l2bn.reporting.comparison import BN, L2BN, Cell, read_checked
+from l2bn.reporting.comparison import BN, L2BN, read_checked
 from l2bn.reporting.feature_figures import file_name, write_feature_figures
 from l2bn.reporting.feature_tables import QUANTITIES, features_csv, norms_table, pair_table, summary_table
 from l2bn.reporting.features import MeasuredArm, measured_arms, measured_pairs, read_all
@@ -29,7 +29,7 @@ from l2bn.reporting.studies import (
 )
 from l2bn.reporting.study_figures import write_study_figures
 from l2bn.reporting.trap import TrapStudy, trap_studies, trap_table
-from l2bn.reporting.wording import plural
+from l2bn.reporting.wording import in_words, plural, whole_cell
 
 EPS, RATES, TRAP = "eps_study", "lr_study", "variance_trap"
 """The folders of the studies' records."""
@@ -143,10 +143,6 @@ def _labelled(reading: str, digest: str) -> str:
     return f"## Reading\n\n*{label}*\n\n{reading[found.end() :]}"
 
 
-def _name(label: str, cell: Cell) -> str:
-    return f"{label}, {cell.backbone}, {cell.recipe}, {cell.setting}"
-
-
 def _section(title: str, text: str, parts: Iterable[str]) -> list[str]:
     """A section with its parts; nothing where there are none."""
     found = list(parts)
@@ -165,7 +161,7 @@ def _features(arms: Sequence[MeasuredArm], figures: str) -> list[str]:
     parts = []
     for pair in measured_pairs(arms, BN, L2BN):
         name = file_name(pair.cell)
-        parts += [f"### {_name(pair.other.arm.label, pair.cell)}", markdown(pair_table(pair))]
+        parts += [f"### {whole_cell(pair.other.arm.label, pair.cell)}", markdown(pair_table(pair))]
         parts.append(_figure(figures, f"norms-{name}", "Spread of the norms at each norm layer"))
         if pair.has_curves:
             parts.append(_figure(figures, f"training-{name}", "Compactness and separation over the epochs"))
@@ -183,7 +179,7 @@ def _controls(arms: Sequence[MeasuredArm]) -> list[str]:
     for cell, group in groupby(arms, key=lambda arm: arm.arm.cell):
         norms = list(group)
         if {arm.arm.norm for arm in norms} - {BN, L2BN}:
-            parts.append(f"### {_name(norms[0].arm.label, cell)}")
+            parts.append(f"### {whole_cell(norms[0].arm.label, cell)}")
             parts += [markdown(norms_table(norms, quantity)) for quantity in QUANTITIES]
     text = (
         "Each control differs from L2BN in one point: `l2bn_mean_norm` has its scale and unequal norms, "
@@ -198,7 +194,7 @@ def _eps(studies: Sequence[EpsStudy], figures: str) -> list[str]:
     parts = []
     for study in studies:
         parts += [
-            f"### {_name(study.label, study.cell)}: eps",
+            f"### {whole_cell(study.label, study.cell)}: eps",
             markdown(eps_table(study)),
             _titled(parts_table(study)),
             _figure(figures, f"eps-{file_name(study.cell)}", "Accuracy and shrink factors over eps"),
@@ -216,7 +212,7 @@ def _trap(studies: Sequence[TrapStudy], figures: str) -> list[str]:
     parts = []
     for study in studies:
         parts += [
-            f"### {_name(study.label, study.cell)}: statistics",
+            f"### {whole_cell(study.label, study.cell)}: statistics",
             markdown(trap_table(study)),
             _figure(figures, f"trap-{file_name(study.cell)}", "Accuracy by running and batch statistics"),
         ]
@@ -232,7 +228,7 @@ def _rates(studies: Sequence[RateStudy], figures: str) -> list[str]:
     parts = []
     for study in studies:
         parts += [
-            f"### {study.label} ({study.dataset}), {study.backbone}: learning rates",
+            f"### {study.label}, {in_words(study.dataset)}, {study.backbone}: learning rates",
             markdown(rate_table(study)),
             rate_note(study),
             _figure(figures, f"rates-{study.name}", "Accuracy over learning rates and batch sizes"),

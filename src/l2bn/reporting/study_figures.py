@@ -15,6 +15,7 @@ from l2bn.reporting.figures import GREY, RC, STYLES, save_figure
 from l2bn.reporting.statistics import estimate
 from l2bn.reporting.studies import RMS, EpsStudy, RateStudy, Runs
 from l2bn.reporting.trap import TrapStudy
+from l2bn.reporting.wording import whole_cell
 
 NORMS: Mapping[str, Mapping[str, Any]] = {
     BN: {**STYLES[BN], "label": "BN"},
@@ -47,6 +48,16 @@ def _points(panel: Axes, runs: Sequence[tuple[float, Runs]], style: Mapping[str,
     panel.plot(*zip(*((x, sum(v) / len(v)) for x, v in known), strict=True), **style, linewidth=1.2, markersize=4)
 
 
+def _count(runs: Sequence[Runs]) -> str:
+    """How many runs each value of an axis has, of those that finished: "n = 3", or "n = 2 to 3"."""
+    counts = [len(r.accuracies) for r in runs]
+    return f"n = {min(counts)}" + (f" to {max(counts)}" if len(set(counts)) > 1 else "")
+
+
+def _power(eps: float) -> str:
+    return f"{eps:.0e}".replace("e-0", "e-")
+
+
 def accuracy_over_eps(study: EpsStudy) -> Figure:
     """Left: accuracy over eps, every seed a tick. Right: the shrink factor of each norm layer with norm 1."""
     figure = Figure(figsize=(6.6, 2.9), layout="constrained")
@@ -55,9 +66,10 @@ def accuracy_over_eps(study: EpsStudy) -> Figure:
     for index, (norm, style) in enumerate(NORMS.items()):
         runs = [(eps, study.at(norm, eps)) for eps in study.values]
         if any(r.accuracies for _, r in runs):
-            _points(left, runs, style, 1.25 ** (index - 1))
+            counted = {**style, "label": f"{style['label']}  ({_count([r for _, r in runs])})"}
+            _points(left, runs, counted, 1.25 ** (index - 1))
     left.set_xscale("log")
-    left.set_xticks(study.values, [f"{eps:.0e}".replace("e-0", "e-") for eps in study.values])
+    left.set_xticks(study.values, [_power(eps) for eps in study.values])
     left.minorticks_off()
     left.set_xlabel("eps")
     left.legend(handlelength=2.6)
@@ -67,15 +79,12 @@ def accuracy_over_eps(study: EpsStudy) -> Figure:
         layers = study.shrink(L2BN, eps)
         if layers:
             depth = range(1, len(layers) + 1)
-            right.plot(depth, layers, color=grey, marker=marker, markersize=3.5, linewidth=1.2)
-            right.annotate(
-                f"eps {eps:.0e}", (depth[-1], layers[-1]), (4, -2), textcoords="offset points", fontsize=7
-            )
+            right.plot(depth, layers, color=grey, marker=marker, markersize=3.5, linewidth=1.2, label=_power(eps))
     right.set_ylim(0, 1.05)
     right.set_xlabel("norm layer, in the order in which they run")
-    right.xaxis.set_major_locator(MaxNLocator(7, integer=True))
-    right.margins(x=0.16)
-    _finish(figure, f"{study.label}, {study.cell.backbone}, {study.cell.recipe}, {study.cell.setting}")
+    right.xaxis.set_major_locator(MaxNLocator(7, integer=True, prune="lower"))
+    right.legend(title="eps", loc="center right", bbox_to_anchor=(1, 0.62), ncols=2)
+    _finish(figure, whole_cell(study.label, study.cell))
     return figure
 
 
@@ -90,7 +99,9 @@ def accuracy_over_rates(study: RateStudy) -> Figure:
         for norm, shift in ((BN, 0.95), (L2BN, 1.05)):
             runs = [(rate, study.at(batch, rate, norm)) for rate in rates]
             if any(r.accuracies for _, r in runs):
-                _points(panel, runs, STYLES[norm], shift)
+                count = _count([study.at(*setting, norm) for setting in study.settings])
+                style = {**STYLES[norm], "label": f"{STYLES[norm]['label']}  ({count})"}
+                _points(panel, runs, style, shift)
             for rate, lost in ((rate, r.diverged) for rate, r in runs if r.diverged):
                 place = (rate * shift, 0.02 if norm == BN else 0.08)
                 text = f"{lost} {STYLES[norm]['label']} diverged"
@@ -101,7 +112,7 @@ def accuracy_over_rates(study: RateStudy) -> Figure:
         panel.set_xlabel("learning rate")
     panels[0].set_ylabel("test top-1 (%)")
     panels[0].legend(loc="lower left", handlelength=2.6)
-    _finish(figure, f"{study.label}, {study.backbone}")
+    _finish(figure, f"{study.label}, {study.backbone}; every seed a dash")
     return figure
 
 
@@ -124,7 +135,7 @@ def accuracy_over_updates(study: TrapStudy) -> Figure:
         panel.set_xlabel("updates")
         panel.legend(loc="lower right", handlelength=2.6, title=f"n = {len(study.rows[norm])}")
     panels[0].set_ylabel("test top-1 (%)")
-    _finish(figure, f"{study.label}, {study.cell.backbone}, {study.cell.recipe}, {study.cell.setting}")
+    _finish(figure, whole_cell(study.label, study.cell))
     return figure
 
 

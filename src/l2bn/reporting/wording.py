@@ -86,6 +86,11 @@ def cell_setting(cell: Cell) -> str:
     return ", ".join([PRECISIONS.get(precision, precision), *others])
 
 
+def whole_cell(label: str, cell: Cell) -> str:
+    """All that a cell's runs share, as a title has it: "CIFAR-10, resnet20, short (epochs 7), float32"."""
+    return ", ".join((label, in_words(cell.backbone), in_words(cell.recipe), cell_setting(cell)))
+
+
 def plural(noun: str, count: int) -> str:
     """`1 run`, `2 runs`."""
     return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -83,11 +83,12 @@ def sole_owner(folder: Path) -> Iterator[None]:
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        for pause in (*LOOKS, 0):
-            if _lock(descriptor, fcntl.LOCK_EX):
-                break
-            time.sleep(pause)
-        else:
+        try:
+            alone = any(_lock(descriptor, fcntl.LOCK_EX, wait) for wait in (0, *LOOKS))
+        except OSError as error:
+            log.warning("%s: no locks here (%s); see to it that no second process is started on it", folder, error)
+            alone = True
+        if not alone:
             raise UserError(f"another process is at work on {folder}; wait for it, or stop it first")
         yield
     finally:
@@ -102,11 +103,14 @@ def is_owned(folder: Path) -> bool:
         return False
     try:
         return not _lock(descriptor, fcntl.LOCK_SH)
+    except OSError:  # there are no locks
+        return False
     finally:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, kind: int) -> bool:
+def _lock(descriptor: int, kind: int, wait: float = 0) -> bool:
+    time.sleep(wait)
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:

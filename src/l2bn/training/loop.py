@@ -18,14 +18,20 @@ from torch import Tensor, nn
 
 from l2bn.data.loader import Loader
 from l2bn.records import Metrics
-from l2bn.seeding import derive_seed
+from l2bn.seeding import derive_seed, seed_global
+from l2bn.training.agreement import Agreement
 from l2bn.training.optim import Recipe
 
-CHECK_EVERY = 100  # updates between two looks at the sums on the device; a look makes the host wait
+CHECK_EVERY = 100  # updates between two looks at whether the loss is still finite
 
 
 class DivergedError(Exception):
     """The loss or a weight is no longer a finite number; the message names epoch and step, counted from 1."""
+
+    @classmethod
+    def at(cls, epoch: int, step: float) -> "DivergedError":
+        """Both counted from 0."""
+        return cls(f"the loss is not finite in epoch {epoch + 1}, step {step + 1:.0f}")
 
 
 @dataclass
@@ -45,9 +51,9 @@ class Totals:
     def add(self, step: int, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add one batch: its mean loss (), logits (N, K) and labels (N,)."""
         n, k = logits.shape
-        right = (logits.topk(min(5, k)).indices == labels[:, None]).double()
+        right = (logits.topk(min(5, k)).indices == labels[:, None]).sum(0, dtype=torch.float64)  # by rank
         images = torch.full_like(self.bad_step, n)
-        self.sums += torch.stack([loss.double() * n, right[:, 0].sum(), right.sum(), images])
+        self.sums += torch.stack([loss.double() * n, right[0], right.sum(), images])
         here = torch.where(loss.isfinite(), math.inf, float(step))
         self.bad_step = torch.minimum(self.bad_step, here)
 
@@ -63,7 +69,7 @@ class Totals:
     def raise_if_diverged(self, epoch: int) -> None:
         step = float(self.bad_step)
         if math.isfinite(step):
-            raise DivergedError(f"the loss is not finite in epoch {epoch + 1}, step {step + 1:.0f}")
+            raise DivergedError.at(epoch, step)
 
     def means(self, classes: int) -> tuple[float, float, float | None]:
         """Loss, top-1 and top-5 accuracy in percent (None under 5 classes)."""
@@ -150,30 +156,35 @@ class Trainer:
     def train_epoch(self, position: Position) -> Totals:
         """Make the updates of an epoch that are still to be made; the sums over the whole of it.
 
-        Raises DivergedError.
+        The host never waits for the device in between, unless `after_step` makes it: losses and accuracies are
+        summed there and read at the end. Raises DivergedError.
         """
         self.model.train()
         epoch, steps = position.epoch, len(self.train)
         totals = position.totals = position.totals or Totals.zeros(self.fabric.device)
+        finite = Agreement()
         clock = time.perf_counter()
         for images, labels in self.train.epoch(epoch, position.step):
             step = position.step
             # Dropout and the like draw from the global generators: these, too, become a function of the place.
-            torch.manual_seed(derive_seed(self.seed, "step", epoch, step, self.fabric.global_rank))
+            seed_global(derive_seed(self.seed, "step", epoch, step, self.fabric.global_rank), self.fabric.device)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.recipe.learning_rate(epoch + step / steps)
-            loss, logits = self.forward(images, labels, epoch, step)
             self.optimizer.zero_grad()
+            loss, logits = self.forward(images, labels, epoch, step)
             self.fabric.backward(loss)
             self.optimizer.step()
             totals.add(step, loss.detach(), logits.detach(), labels)
             now = time.perf_counter()
             position.step, position.seconds, clock = step + 1, position.seconds + now - clock, now
             if position.step % CHECK_EVERY == 0:
-                totals.joined(self.fabric).raise_if_diverged(epoch)
+                bad_step = finite.ask(totals.bad_step)
+                if bad_step is not None and math.isfinite(bad_step):
+                    raise DivergedError.at(epoch, bad_step)
             self.after_step(position)
         totals = totals.joined(self.fabric)
         totals.raise_if_diverged(epoch)
+        position.seconds += time.perf_counter() - clock
         return totals
 
     def forward(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:

@@ -50,13 +50,8 @@ class AnalysisPolicy:
         return every > 0 and (epoch == epochs or epoch % every == 0)
 
 
-def check_observable(policy: AnalysisPolicy, model: nn.Module, classes: int, compiled: bool) -> None:
+def check_observable(policy: AnalysisPolicy, model: nn.Module, classes: int) -> None:
     """Raise UserError where a policy asks for what cannot be seen."""
-    if compiled and (policy.every != 0 or policy.statistics_until):
-        raise UserError(
-            "analysis: compute.compile=true leaves no layers to look into; take compute.compile=false, or "
-            "analysis=off and scripts/analyze.py on the finished run"
-        )
     if policy.every != 0:
         try:
             classifier(model, classes)

@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from l2bn.records import CONFIG, MACHINE_PATHS, SUMMARY, InvalidRecordError, Rec
 from l2bn.seeding import derive_seed
 from l2bn.training.build import Builder, machine_keys
 from l2bn.training.checkpoint import CheckpointPolicy, Checkpoints
-from l2bn.training.compute import Compute
+from l2bn.training.compute import Compute, quieten
 from l2bn.training.configuration import Settings, check_complete, read_settings
 from l2bn.training.identity import Cell, Config, differences, identity
 from l2bn.training.loop import evaluate
@@ -38,7 +37,7 @@ def run(config: Config, cell: Cell, files: list[str]) -> Record:
     A run that has ended already is left alone. `files` are the files of `configs/` that the configuration was
     composed of. Raises UserError for what the user can mend; then no folder has been made.
     """
-    _quieten()
+    quieten()
     builder = Builder(files)
     settings = read_settings(config, builder)
     folder = Path(settings.runs_dir) / cell.path
@@ -130,7 +129,7 @@ def make_job(config: Config, settings: Settings, cell: Cell, folder: Path, build
             counterparts(model)  # raises where a layer has none
     except (ValueError, TypeError) as error:
         raise UserError(f"norm: {error}") from error
-    check_observable(analysis, model, splits.num_classes, compute.compile)
+    check_observable(analysis, model, splits.num_classes)
     return Job(
         cell=cell,
         folder=folder,
@@ -202,17 +201,17 @@ class OpenedRun:
 
 
 def open_run(folder: Path, device: str = "auto", root: str | None = None) -> OpenedRun:
-    """The run in a folder as it was, on one device and not compiled. Raises UserError."""
-    _quieten()
+    """The run in a folder as it was, on one device. Raises UserError."""
+    quieten()
     config, cell = read_config(folder, root)
-    # Not compiled: the same weights, and their features can be seen.
+    # What is compiled is only ever trained.
     compute = {**config["compute"], "device": device, "devices": 1, "sync_bn": False, "compile": False}
     builder = Builder()
     settings = read_settings(config, builder)
     job = make_job({**config, "compute": compute}, settings, cell, folder, builder)
     job.compute.set_up()
     fabric = job.compute.fabric()
-    network, _ = job.compute.place(job.model, fabric.device, updates=0)
+    network = job.compute.place(job.model, fabric.device, updates=0).network
     _, test = make_loaders(job, fabric)
     return OpenedRun(job, fabric, network, test, Checkpoints(folder / "checkpoints", []))
 
@@ -256,10 +255,3 @@ def _result(record: Record) -> str:
     if record.status == "diverged":
         return f"diverged ({record.divergence})"
     return f"finished, test accuracy {record.last['test/top1']:.2f} % after the last of {record.epochs} epochs"
-
-
-def _quieten() -> None:
-    """Leave out what libraries say that a user can do nothing about."""
-    for name, level in (("lightning_fabric", logging.WARNING), ("torch.utils.cpp_extension", logging.ERROR)):
-        logging.getLogger(name).setLevel(level)
-    warnings.filterwarnings("ignore", module="lightning_fabric")

@@ -19,6 +19,7 @@ from l2bn.durable import write_durably
 from l2bn.errors import UserError
 from l2bn.norms.l2bn import warn_if_few_updates
 from l2bn.records import CONFIG, Record
+from l2bn.training.agreement import Agreement
 from l2bn.training.checkpoint import CheckpointPolicy
 from l2bn.training.compute import Compute
 from l2bn.training.environment import note_start
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 
 WEIGHTS = "weights.safetensors"
 EVALUATION_BATCH = 512
-AGREE_EVERY = 10  # updates after which several ranks ask each other whether one was told to leave
+AGREE_EVERY = 10  # updates after which several processes ask each other whether one was told to leave
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +112,8 @@ def train(fabric: Fabric, job: Job) -> None:
         steps, epochs = len(train_loader), job.recipe.epochs
         # Several processes are handed one memory: the images may stay there, the weights must not.
         own = copy.deepcopy(job.model) if fabric.world_size > 1 else job.model
-        network, kernels = job.compute.place(own, fabric.device, updates=epochs * steps)
-        model, optimizer = fabric.setup(network, job.recipe.optimizer(network))
+        network, trained, kernels = job.compute.place(own, fabric.device, updates=epochs * steps)
+        model, optimizer = fabric.setup(trained, job.recipe.optimizer(network))
 
         state = State(fabric, job.folder, job.identity, job.checkpoint, network, optimizer)
         position = state.restore()
@@ -140,13 +141,15 @@ def train(fabric: Fabric, job: Job) -> None:
             )
         )
 
+        leave = Agreement()
+
         def must_leave(step: int) -> bool:
             told = interruption.signal is not None
             if fabric.world_size == 1:
                 return told
             if step % AGREE_EVERY and step < steps:
                 return False
-            return bool(fabric.all_reduce(torch.tensor(float(told), device=fabric.device), reduce_op="max"))
+            return leave.ask(torch.full((), -float(told), device=fabric.device)) == -1
 
         def after_step(position: Position) -> None:
             display.step(position.epoch, position.step, position.seconds)

@@ -74,6 +74,7 @@ class State:
                 )
             self._network.load_state_dict(state["model"])
             self._optimizer.load_state_dict(state["optimizer"])
+            self._lay_out_momentum()
             self._fabric.strategy.precision.load_state_dict(state["precision"])
             position = Position(**state["position"])
             if position.totals is not None:
@@ -82,6 +83,12 @@ class State:
         if self._fabric.is_global_zero:
             log.info("resumed after epoch %d, step %d", position.epoch, position.step)
         return position
+
+    def _lay_out_momentum(self) -> None:
+        """In memory as the parameters lie, which may be in another format than when the state was saved."""
+        for parameter, kept in self._optimizer.state.items():
+            if kept.get("momentum_buffer") is not None:
+                kept["momentum_buffer"] = torch.empty_like(parameter).copy_(kept["momentum_buffer"])
 
 
 @contextmanager

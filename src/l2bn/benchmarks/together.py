@@ -1,0 +1,101 @@
+"""Several runs at once on one machine: images a second of all of them, against one run that has it alone.
+
+On a CPU the cores are shared out among the runs; on a GPU all runs are on the same one.
+"""
+
+import argparse
+import multiprocessing
+import os
+import time
+from typing import Any
+
+import torch
+from torch.multiprocessing.spawn import spawn
+
+from l2bn.benchmarks.measure import machine, synchronise, undisturbed, write_json
+from l2bn.benchmarks.paths import ours
+from l2bn.benchmarks.report import hardware, prose, write_table
+from l2bn.benchmarks.workload import add_workload_arguments, make_workload
+
+STEPS = 10  # of an epoch
+
+
+def one_of_several(
+    index: int, arguments: argparse.Namespace, network: str, runs: int, started: Any, times: Any
+) -> None:
+    """A process with a run of its own: warm it up, wait for the others, and train for some epochs."""
+    device = torch.device(arguments.device)
+    threads = max(1, (arguments.threads or os.cpu_count() or 1) // runs)
+    workload = make_workload(network, arguments.root, STEPS, arguments.batch)
+    action, _ = ours(workload, arguments.norm, device, threads=threads)
+    with undisturbed():
+        action()
+        synchronise(device)
+        started.wait()
+        start = time.perf_counter()
+        for _ in range(arguments.epochs):
+            action()
+        synchronise(device)
+        times[index] = time.perf_counter() - start
+
+
+def images_per_second(arguments: argparse.Namespace, network: str, runs: int) -> list[float]:
+    """Of each of several runs that train at the same time."""
+    context = multiprocessing.get_context("spawn")
+    times, started = context.Array("d", runs), context.Barrier(runs)
+    spawn(one_of_several, (arguments, network, runs, started, times), nprocs=runs)  # type: ignore[no-untyped-call]
+    workload = make_workload(network, arguments.root, STEPS, arguments.batch)
+    return [arguments.epochs * workload.images / seconds for seconds in times[:]]
+
+
+EXPLANATION = """
+So many runs of one network train at the same time, each in a process of its own; on a CPU each has its share of the
+cores. ×: all of them against one run that has the machine alone.
+"""
+
+
+def together_table(result: dict[str, Any]) -> str:
+    lines = [
+        "# Several runs at once: images a second",
+        "",
+        f"{hardware(result)}.",
+        "",
+        prose(EXPLANATION),
+        "",
+        "| network | batch | runs | images/s, each | images/s, all | × |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in result["rows"]:
+        (alone,) = (
+            sum(r["images_per_second"]) for r in result["rows"] if r["network"] == row["network"] and r["runs"] == 1
+        )
+        speeds = row["images_per_second"]
+        lines.append(
+            f"| {row['network']} | {row['batch']} | {row['runs']} | {sum(speeds) / len(speeds):,.0f} "
+            f"| {sum(speeds):,.0f} | {sum(speeds) / alone:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_workload_arguments(parser, ["ResNet-20", "MobileNetV2", "ShuffleNetV2"])
+    parser.add_argument("--norm", default="bn", choices=["bn", "l2bn"])
+    parser.add_argument("--batch", type=int, help="images a step (default: 128)")
+    parser.add_argument("--runs", nargs="+", type=int, default=[2], help="how many at once (default: 2)")
+    parser.add_argument("--epochs", type=int, default=3, help=f"of {STEPS} steps each (default: 3)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Raises UserError."""
+    rows = []
+    for network in arguments.networks:
+        for runs in sorted({1, *arguments.runs}):
+            speeds = images_per_second(arguments, network, runs)
+            batch = make_workload(network, arguments.root, 1, arguments.batch).batch
+            rows.append({"network": network, "batch": batch, "runs": runs, "images_per_second": speeds})
+            print(f"{network:13} {runs} at once   {sum(speeds):8,.0f} images/s", flush=True)
+    device = torch.device(arguments.device)
+    result = {"benchmark": "together", "machine": machine(device), "rows": rows}
+    if arguments.json:  # first, because it is what took the time
+        write_json(arguments.json, result)
+    print("\n" + write_table(together_table(result), arguments.json))

@@ -1,0 +1,146 @@
+"""Where and how a run computes: precision, when a network is compiled, how processes are started."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from conftest import ROOT, TINY, Train
+from l2bn.measurements import FEATURES
+from l2bn.norms.l2bn import convert
+from l2bn.norms.swap import swap_norm
+from l2bn.training.build import Builder
+from l2bn.training.compilation import UPDATES, should_compile
+from l2bn.training.compute import Compute
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+MANY, FEW = max(UPDATES.values()), min(UPDATES.values()) - 1
+
+
+def compute(**options: Any) -> Compute:
+    settings = yaml.safe_load((ROOT / "configs/compute/auto.yaml").read_text())
+    return Compute(**settings | options)
+
+
+def backbone(name: str) -> nn.Module:
+    node = yaml.safe_load((ROOT / f"configs/backbone/{name}.yaml").read_text())
+    with torch.device("meta"):
+        return Builder().build({**node, "num_classes": 10}, "backbone")
+
+
+@pytest.fixture
+def _flags() -> Any:
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.usefixtures("_flags")
+def test_float32_is_not_rounded_behind_the_users_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch lets cuDNN round the factors of float32 convolutions to TF32 unless it is told not to."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    compute(threads=1).set_up()
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    compute(threads=1, precision="tf32-mixed").set_up()
+    assert torch.backends.cudnn.allow_tf32
+    assert torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.mark.parametrize("wanted", [True, False, "graphs"])
+def test_a_wish_to_compile_is_followed(wanted: Any) -> None:
+    model = backbone("resnet20")
+    assert should_compile(wanted, model, CPU, 1) == bool(wanted)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "shufflenetv2_x1_0"])
+def test_no_short_run_is_compiled_unasked(name: str) -> None:
+    for device in (CPU, CUDA, torch.device("mps")):
+        assert not should_compile("auto", backbone(name), device, FEW)
+
+
+def test_on_a_cpu_networks_are_compiled_whose_channels_fill_no_vectors() -> None:
+    for name in ("resnet20", "vgg16", "mobilenetv2_x1_0", "shufflenetv2_x0_5"):
+        assert not should_compile("auto", backbone(name), CPU, MANY)
+    assert should_compile("auto", backbone("shufflenetv2_x1_0"), CPU, UPDATES["cpu"])
+    assert should_compile("auto", backbone("resnet20"), CUDA, UPDATES["cuda"])
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+@pytest.mark.parametrize("name", ["resnet20", "shufflenetv2_x1_0", "mobilenetv2_x1_0"])
+def test_both_norms_decide_alike(name: str, device: torch.device) -> None:
+    bn, l2bn = backbone(name), backbone(name)
+    swap_norm(l2bn, convert)
+    for updates in (FEW, MANY):
+        assert should_compile("auto", bn, device, updates) == should_compile("auto", l2bn, device, updates)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_recorded_as_such_and_can_be_looked_into(train: Train) -> None:
+    """What is evaluated and observed is the network itself."""
+    from l2bn.training.run import evaluate_run
+
+    record = train("norm=bn", "recipe.epochs=1", "compute.compile=true", "analysis=on", *TINY)
+    assert record.kernels == "stock+compiled"
+    assert (record.folder / FEATURES).exists()
+    loss, top1, _ = evaluate_run(record.folder, device="cpu")
+    assert (loss, top1) == (pytest.approx(record.last["test/loss"]), record.last["test/top1"])
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_run_goes_on_in_the_other_memory_format(
+    before: bool, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels that walk through weights and momentum side by side need both laid out alike."""
+    from l2bn.training.interruption import EXIT_CODE
+    from test_training import stop_after
+
+    whole = train("recipe.epochs=2", *TINY, f"compute.channels_last={before}")
+    resumed = ("recipe.epochs=2", *TINY, f"runs_dir={tmp_path / 'resumed'}")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 9)
+        with pytest.raises(SystemExit) as left:
+            train(*resumed, f"compute.channels_last={before}")
+    assert left.value.code == EXIT_CODE
+    laid_out = []
+
+    def look(self: Any, position: Any) -> None:
+        for parameter, kept in self.optimizer.state.items():
+            laid_out.append(kept["momentum_buffer"].stride() == parameter.stride())
+
+    with monkeypatch.context() as patch:
+        patch.setattr("l2bn.training.loop.Trainer.fit", look)
+        patch.setattr("l2bn.training.session.make_record", lambda *_: pytest.fail("far enough"))
+        with pytest.raises(pytest.fail.Exception):
+            train(*resumed, f"compute.channels_last={not before}")
+    assert len(laid_out) == 65
+    assert all(laid_out)
+    record = train(*resumed, f"compute.channels_last={not before}")
+    assert record.last["train/loss"] == pytest.approx(whole.last["train/loss"], rel=0.1)
+
+
+@pytest.mark.slow
+def test_several_devices_within_a_sweep_under_a_scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one task of Slurm, whose variables speak of one process, each run of a sweep starts two."""
+    import os
+    import subprocess
+    import sys
+
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "l2bn", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1"}
+    slurm |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_STEP_ID": "0"}
+    command = [sys.executable, str(ROOT / "scripts/train.py"), "-m", "compute=ddp", "compute.device=cpu"]
+    command += ["norm=bn,l2bn", "recipe.epochs=2", f"runs_dir={tmp_path}", *TINY]
+    environment = {**os.environ, **slurm, "SLURM_NODELIST": "node", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    records = sorted(tmp_path.rglob("summary.json"))
+    assert [re.search(r"/(bn|l2bn)/", str(path))[1] for path in records] == ["bn", "l2bn"]  # type: ignore[index]
+    for path in records:
+        config = yaml.safe_load((path.parent / "config.yaml").read_text())
+        assert config["compute"]["devices"] == 2

@@ -1,0 +1,27 @@
+"""How long a user waits, in seconds of the processor: those of the clock on a machine with nothing else to do."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import ROOT, TINY
+
+
+def processor_seconds(*arguments: str) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, str(ROOT / "scripts/train.py"), *arguments]
+    # With several threads, those that wait for the others count as well.
+    subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_help_comes_at_once() -> None:
+    assert processor_seconds("--help") < 2
+
+
+def test_the_first_steps_come_soon(tmp_path: Path) -> None:
+    """From nothing to the end of a run of eight steps, the evaluation included."""
+    assert processor_seconds(f"runs_dir={tmp_path}", "norm=l2bn", "recipe.epochs=1", *TINY) < 15
