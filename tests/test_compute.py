@@ -1,5 +1,6 @@
 """Where and how a run computes: precision, when a network is compiled, how processes are started."""
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,14 @@ def test_a_compiled_run_is_recorded_as_such_and_can_be_looked_into(train: Train)
     assert (record.folder / FEATURES).exists()
     loss, top1, _ = evaluate_run(record.folder, device="cpu")
     assert (loss, top1) == (pytest.approx(record.last["test/loss"]), record.last["test/top1"])
+
+
+def test_each_run_of_a_process_is_compiled(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's limit is the process's; above it networks run as they are, and the record would say otherwise."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        for norm in ("bn", "l2bn"):
+            train(f"norm={norm}", "recipe.epochs=1", "compute.compile=true", *TINY)
 
 
 @pytest.mark.parametrize("before", [True, False])

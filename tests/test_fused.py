@@ -314,6 +314,29 @@ def test_inside_a_compiled_model(layout: str) -> None:
         torch.testing.assert_close(ours, plain, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("side", [3, 6])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_activation_in_place_may_follow(compiled: bool, side: int, layout: str) -> None:
+    """As in MobileNetV2 and most networks of libraries: what the layer gives is nobody else's memory."""
+    torch.compiler.reset()  # of one code torch compiles eight kinds, other tests' included
+    torch.manual_seed(0)
+    x = torch.randn(6, 8, side, side).to(
+        memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    )
+    results = []
+    for inplace in (True, False):
+        torch.manual_seed(1)
+        model = nn.Sequential(L2BatchNorm2d(8, fused="on"), nn.ReLU6(inplace), nn.Conv2d(8, 4, 1))
+        run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        leaf = x.clone().requires_grad_()
+        y = run(leaf)
+        y.sin().sum().backward()
+        results.append([y, leaf.grad, *(p.grad for p in model.parameters())])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
 def test_many_kinds_of_map_all_have_kernels() -> None:
     """No limit to the channel counts; ever new sizes of one of them share a kernel in the end."""
     compiled = []

@@ -75,7 +75,11 @@ def statistics(z: Tensor, channels: int) -> tuple[Tensor, Tensor]:
 def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, rms: bool, eps: float, axis: int
 ) -> tuple[Tensor, Tensor, Tensor, Saved]:
-    """y like x; mean and biased variance (C,) of the normalized features; what backward needs besides x."""
+    """y in the table of x; mean and biased variance (C,) of the normalized features; what backward needs besides x.
+
+    The table is not seen as rows again, for then a traced layer's output would be a view, which an activation in
+    place may not write to.
+    """
     table, channels = as_table(x, axis), x.shape[3 - axis]
     norm2 = squared_norm(table)
     z = widened(table) * computed_once(sample_scale(norm2, squared_target(x, rms)))
@@ -86,7 +90,7 @@ def forward(
     shift = (near - mu) * k if bias is None else bias + (near - mu) * k
     of_mean, of_z, of_all = (over_columns(t.to(z.dtype), table.shape[2]) for t in (near, k, shift))
     y = (z - of_mean) * of_z + of_all
-    return y.to(x.dtype).view(x.shape), mu, v, (norm2, mu, inv)
+    return y.to(x.dtype), mu, v, (norm2, mu, inv)
 
 
 def backward(

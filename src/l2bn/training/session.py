@@ -113,6 +113,10 @@ def train(fabric: Fabric, job: Job) -> None:
         # Several processes are handed one memory: the images may stay there, the weights must not.
         own = copy.deepcopy(job.model) if fabric.world_size > 1 else job.model
         network, trained, kernels = job.compute.place(own, fabric.device, updates=epochs * steps)
+        if trained is not network:
+            # Of one kind of network torch compiles eight in a process and then, with a warning, no more: leave them
+            # to the sweep's next runs.
+            stack.callback(torch.compiler.reset)
         model, optimizer = fabric.setup(trained, job.recipe.optimizer(network))
 
         state = State(fabric, job.folder, job.identity, job.checkpoint, network, optimizer)
