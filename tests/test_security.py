@@ -114,7 +114,7 @@ def listening(pid: int) -> set[str]:
 
 def test_tensorboard_is_there_for_this_machine_alone(tmp_path: Path) -> None:
     """The very command of `make tensorboard`, on a port that is free."""
-    make = ["make", "--dry-run", "tensorboard", f"LOGDIR={tmp_path}"]
+    make = ["make", "--dry-run", "--no-print-directory", "tensorboard", f"LOGDIR={tmp_path}"]
     printed = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     command = [*printed.splitlines()[-1].split(), "--port", "0"]
     assert command[0] == "tensorboard"
