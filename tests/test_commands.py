@@ -4,6 +4,7 @@ import errno
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,7 @@ def test_a_mistake_that_hydra_meets_is_one_message_too(given: str, tmp_path: Pat
         (UserError("seed must be 0 or more, not -1"), "seed must be 0 or more, not -1"),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs"), "runs: No space left on device; name another"),
         (yaml.YAMLError("no YAML in x.yaml"), "no YAML in x.yaml\nmend this file"),
+        (BrokenPipeError(errno.EPIPE, "of another pipe"), "[Errno 32] of another pipe"),
         (ValueError("of a library"), "of a library\ngiven: seed=-1"),
     ],
     ids=lambda value: type(value).__name__,
@@ -144,6 +146,18 @@ def test_ctrl_c_before_the_run_is_no_traceback() -> None:
     with pytest.raises(SystemExit) as left, told_plainly():
         raise KeyboardInterrupt
     assert left.value.code == 130
+
+
+def test_a_reader_may_stop_reading() -> None:
+    """As in `claims.py | head`."""
+    code = "from l2bn.errors import told_plainly\nwith told_plainly():\n    print('much', *range({}))"
+    for size in (1, 100_000):  # written at the end, and before
+        reader, writer = os.pipe()
+        os.close(reader)
+        command = [sys.executable, "-c", code.format(size)]
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_a_user_who_asks_for_tracebacks_gets_them(monkeypatch: pytest.MonkeyPatch) -> None:

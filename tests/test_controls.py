@@ -94,10 +94,10 @@ def test_zeros_and_what_is_not_finite_are_as_in_l2bn(step: Callable[[Tensor], Te
     assert x.grad[[0, 1, 3, 4, 5]].isfinite().all()
 
 
-@pytest.mark.parametrize("step", [normalize_detached, normalize_positions, DivideByMeanNorm("max", 0.1)])
+@pytest.mark.parametrize("step", [normalize_detached, normalize_positions, DivideByMeanNorm(0.1)])
 def test_a_scale_that_there_is_not_is_named(step: Callable[..., Tensor]) -> None:
     with pytest.raises(ValueError, match="scale is 'max'; it may be unit or rms"):
-        step(some_maps(), **({} if isinstance(step, nn.Module) else {"scale": "max"}))
+        step(some_maps(), "max")
 
 
 # ---- Running mean of norms ----------------------------------------------------------------------------------
@@ -105,16 +105,16 @@ def test_a_scale_that_there_is_not_is_named(step: Callable[..., Tensor]) -> None
 
 def test_the_mean_norm_leaves_norms_as_unequal_as_they_were_at_the_scale_of_l2bn() -> None:
     x = some_maps()
-    step = DivideByMeanNorm("unit", 0.1).double()
+    step = DivideByMeanNorm(0.1).double()
     z = step(x)
     torch.testing.assert_close(norms(z), norms(x) / norms(x).mean())
-    rms = DivideByMeanNorm("rms", 0.1).double()(x)
+    rms = DivideByMeanNorm(0.1).double()(x, "rms")
     torch.testing.assert_close(norms(rms).mean(), torch.tensor(math.sqrt(60), dtype=torch.float64))
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.5, None])
 def test_the_mean_norm_is_cumulative_first_and_then_by_momentum(momentum: float | None) -> None:
-    step = DivideByMeanNorm("unit", momentum).double()
+    step = DivideByMeanNorm(momentum).double()
     expected = 0.0
     for batch in range(1, 31):
         x = some_maps(batch)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from l2bn import L2BatchNorm1d, L2BatchNorm2d, L2BatchNorm3d, l2_normalize
+from l2bn.norms import l2bn_detached, l2bn_mean_norm, l2bn_position
 from l2bn.norms.l2bn import updates_needed, warn_if_few_updates
 
 LAYERS = [
@@ -209,6 +210,9 @@ def test_running_variance_lags_until_two_hundred_updates(caplog: pytest.LogCaptu
     assert len(caplog.records) == 1
     assert "199 updates" in caplog.text
     assert not warn_if_few_updates(nn.Sequential(nn.BatchNorm2d(3), L2BatchNorm2d(3, scale="rms")), 1)
+    for control in (l2bn_detached, l2bn_position, l2bn_mean_norm):
+        assert warn_if_few_updates(control.convert(nn.BatchNorm2d(3)), 199)
+        assert not warn_if_few_updates(control.convert(nn.BatchNorm2d(3), scale="rms"), 1)
 
 
 def test_updates_needed_follow_the_momentum() -> None:

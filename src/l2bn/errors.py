@@ -4,6 +4,8 @@ Hydra goes on with the other runs of a sweep after a `CompactHydraException`, an
 """
 
 import os
+import select
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -23,6 +25,8 @@ class UserError(CompactHydraException):
 def told_plainly() -> Iterator[None]:
     """End the command on a mistake of its user's with one message and exit code 1, on Ctrl-C with 130.
 
+    And silently, as `cat` does, if it prints into a pipe (`| head`) whose reader has had enough.
+
     A mistake is a `UserError`, what the system refuses (a folder that cannot be written), and what a library
     raises before any code of ours has run (a YAML that is none). An error of ours keeps its traceback; with
     HYDRA_FULL_ERROR=1 in the environment all do.
@@ -33,15 +37,25 @@ def told_plainly() -> Iterator[None]:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # has Hydra hand an exception on that it would print and swallow
     try:
         yield
+        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads_on():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or it would be tried again at the exit
+            sys.exit(128 + signal.SIGPIPE)
         message = _message(error)
         if message is None:
             raise
         sys.exit(message)
     finally:
         del os.environ["HYDRA_FULL_ERROR"]
+
+
+def _nobody_reads_on() -> bool:
+    output = select.poll()
+    output.register(sys.stdout, 0)  # for no event but that the other end is closed
+    return bool(output.poll(0))
 
 
 def _message(error: Exception) -> str | None:

@@ -5,7 +5,7 @@ overflows float16 at values of a few hundred.
 """
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,16 +18,28 @@ TINY = 1e-12  # as in torch.nn.functional.normalize; in float32 its square is no
 def l2_normalize(x: Tensor, scale: Scale = "unit") -> Tensor:
     """Divide each sample by its l2 norm over all axes but the first ("rms": by its root mean square).
 
-    x and the result are (N, ...), in the same type; norms are taken in float32 at least.
+    x and the result are (N, ...), in the same type; norms are taken in float32 at least. Raises ValueError for
+    another scale.
     """
     wide = widened(x)
-    axes = tuple(range(1, x.ndim))
-    norm = torch.linalg.vector_norm(wide, dim=axes, keepdim=True) if axes else wide.abs()  # (N, 1, ...)
-    a = math.sqrt(x.shape[1:].numel()) if scale == "rms" else 1.0
-    factor = a / norm.clamp_min(TINY)
-    factor = torch.where(norm == 0, 0.0, factor)
-    factor = torch.where(norm.isinf(), torch.nan, factor)
-    return (wide * factor).to(x.dtype)
+    return (wide * factors(wide, tuple(range(1, x.ndim)), target_norm(x, scale))).to(x.dtype)
+
+
+def target_norm(x: Tensor, scale: Scale) -> float:
+    """The l2 norm that each sample of x (N, ...) is given. Raises ValueError for a scale that there is not."""
+    if scale not in get_args(Scale):
+        raise ValueError(f"scale is {scale!r}; it may be {' or '.join(get_args(Scale))}")
+    return math.sqrt(x.shape[1:].numel()) if scale == "rms" else 1.0
+
+
+def factors(x: Tensor, axes: tuple[int, ...], length: float) -> Tensor:
+    """What makes the l2 norm of x over some axes this long: 0 where it is all zero, NaN where it is not finite.
+
+    An all-zero slice passes no gradient.
+    """
+    norm = torch.linalg.vector_norm(x, dim=axes, keepdim=True) if axes else x.abs()
+    factor = torch.where(norm == 0, 0.0, length / norm.clamp_min(TINY))
+    return torch.where(norm.isinf(), torch.nan, factor)
 
 
 def widened(t: Tensor) -> Tensor:

@@ -226,19 +226,21 @@ def updates_needed(momentum: float | None) -> float:
 
 
 def warn_if_few_updates(model: nn.Module, updates: int) -> bool:
-    """Log once, and return True, if a run of `updates` updates is too short for L2BN's running variance."""
+    """Log once, and return True, if so many updates are too few for the running variance of L2BN or a control."""
     needed = max(
         (
             updates_needed(layer.momentum)
             for layer in model.modules()
-            if isinstance(layer, _L2BatchNorm) and layer.scale == "unit" and layer.track_running_stats
+            if isinstance(layer, _BatchNorm)
+            and getattr(layer, "scale", "rms") == "unit"
+            and layer.track_running_stats
         ),
         default=0,
     )
     if updates >= needed:
         return False
     logger.warning(
-        "a run of %d updates is short for L2BN with scale=unit: the running variance starts at 1, far above "
+        "a run of %d updates is short for features of unit norm: the running variance starts at 1, far above "
         "the variance of unit features, and evaluation lags behind training until about %s updates",
         updates,
         needed,

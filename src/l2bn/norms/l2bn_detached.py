@@ -6,13 +6,11 @@ In L2BN the gradient loses its part along x_n, so that an update by it cannot ma
 shorter. What L2BN has over this control comes from that; what this control has over BN, from equal norms alone.
 """
 
-import functools
-
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from l2bn.norms.l2_step import Scale
-from l2bn.norms.stepped import factors, put_before, target_norm
+from l2bn.norms.l2_step import Scale, factors, target_norm
+from l2bn.norms.stepped import put_before
 
 
 def convert(
@@ -22,7 +20,7 @@ def convert(
 
     `scale` is that of L2BN: "unit" (l2 norm 1) or "rms" (root mean square 1).
     """
-    return put_before(bn, functools.partial(normalize_detached, scale=scale), eps, momentum)
+    return put_before(bn, normalize_detached, scale, eps, momentum)
 
 
 def normalize_detached(x: Tensor, scale: Scale = "unit") -> Tensor:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from l2bn.norms.l2_step import TINY, Scale
-from l2bn.norms.stepped import put_before, target_norm
+from l2bn.norms.l2_step import TINY, Scale, target_norm
+from l2bn.norms.stepped import put_before
 
 BN_SHAPED = False
 
@@ -29,8 +29,8 @@ def convert(
     `momentum` is also that of the running mean of norms. `scale` is that of L2BN, for the sample whose norm is
     the mean: "unit" (l2 norm 1) or "rms" (root mean square 1).
     """
-    step = DivideByMeanNorm(scale, bn.momentum if momentum is None else momentum)
-    return put_before(bn, step.to(next(bn.buffers(), torch.empty(0)).device), eps, momentum)
+    step = DivideByMeanNorm(bn.momentum if momentum is None else momentum)
+    return put_before(bn, step.to(next(bn.buffers(), torch.empty(0)).device), scale, eps, momentum)
 
 
 class DivideByMeanNorm(nn.Module):
@@ -39,18 +39,17 @@ class DivideByMeanNorm(nn.Module):
     running_norm: Tensor
     num_batches_tracked: Tensor
 
-    def __init__(self, scale: Scale, momentum: float | None) -> None:
+    def __init__(self, momentum: float | None) -> None:
         super().__init__()
-        self.scale = scale
         self.momentum = momentum
         self.register_buffer("running_norm", torch.ones(()))
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scale: Scale = "unit") -> Tensor:
         """(N, ...) to the same."""
         if self.training:
             self._track(x.detach())
-        return x * (target_norm(x, self.scale) / self.running_norm.clamp_min(TINY))
+        return x * (target_norm(x, scale) / self.running_norm.clamp_min(TINY))
 
     def _track(self, x: Tensor) -> None:
         norm = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim))).mean()

@@ -7,14 +7,13 @@ others. `b` gives each sample the norm that L2BN gives it, so that eps weighs th
 ("unit"), or sqrt(C) ("rms"). On features without positions it is L2BN itself.
 """
 
-import functools
 import math
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from l2bn.norms.l2_step import Scale
-from l2bn.norms.stepped import factors, put_before, target_norm
+from l2bn.norms.l2_step import Scale, factors, target_norm
+from l2bn.norms.stepped import put_before
 
 
 def convert(
@@ -24,7 +23,7 @@ def convert(
 
     `scale` is that of L2BN: each sample gets l2 norm 1 ("unit") or root mean square 1 ("rms").
     """
-    return put_before(bn, functools.partial(normalize_positions, scale=scale), eps, momentum)
+    return put_before(bn, normalize_positions, scale, eps, momentum)
 
 
 def normalize_positions(x: Tensor, scale: Scale = "unit") -> Tensor:

@@ -5,31 +5,29 @@ along. It is computed plainly, by a function of its own and then BN itself; it h
 statistics that are joint across ranks.
 """
 
-import math
 from collections.abc import Callable
-from typing import get_args
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from l2bn.norms.l2_step import TINY, Scale, widened
+from l2bn.norms.l2_step import Scale, widened
 from l2bn.norms.swap import stock_class
 
-Step = Callable[[Tensor], Tensor]
-"""(N, C, ...) to the same shape and type, float32 at least. A module among them may hold buffers."""
+Step = Callable[[Tensor, Scale], Tensor]
+"""(N, C, ...), float32 at least, and L2BN's scale to the same shape and type. A module may hold buffers."""
 
 
 class _Stepped(_BatchNorm):
     """What the layers share."""
 
     step: Step
+    scale: Scale
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - BN's own name
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         wide = widened(input)
         own = next((t.dtype for t in (self.weight, self.running_mean) if t is not None), wide.dtype)
-        return super().forward(self.step(wide).to(own)).to(input.dtype)
+        return super().forward(self.step(wide, self.scale).to(own)).to(input.dtype)
 
 
 class SteppedBatchNorm1d(_Stepped, nn.BatchNorm1d): ...
@@ -51,23 +49,6 @@ class SteppedBatchNormAct2d(SteppedBatchNorm2d):
         return self.act(self.drop(super().forward(input)))
 
 
-def target_norm(x: Tensor, scale: Scale) -> float:
-    """The l2 norm that L2BN gives each sample of (N, ...). Raises ValueError for a scale that there is not."""
-    if scale not in get_args(Scale):
-        raise ValueError(f"scale is {scale!r}; it may be {' or '.join(get_args(Scale))}")
-    return math.sqrt(x.shape[1:].numel()) if scale == "rms" else 1.0
-
-
-def factors(x: Tensor, axes: tuple[int, ...], length: float) -> Tensor:
-    """What makes the l2 norm of x over some axes this long: 0 where it is all zero, NaN where it is not finite.
-
-    As in `l2_normalize`, an all-zero slice passes no gradient.
-    """
-    norm = torch.linalg.vector_norm(x, dim=axes, keepdim=True)
-    factor = torch.where(norm == 0, 0.0, length / norm.clamp_min(TINY))
-    return torch.where(norm.isinf(), torch.nan, factor)
-
-
 _COUNTERPARTS: dict[type[_BatchNorm], type[_Stepped]] = {
     nn.BatchNorm1d: SteppedBatchNorm1d,
     nn.BatchNorm2d: SteppedBatchNorm2d,
@@ -75,7 +56,9 @@ _COUNTERPARTS: dict[type[_BatchNorm], type[_Stepped]] = {
 }
 
 
-def put_before(bn: _BatchNorm, step: Step, eps: float | None = None, momentum: float | None = None) -> nn.Module:
+def put_before(
+    bn: _BatchNorm, step: Step, scale: Scale, eps: float | None = None, momentum: float | None = None
+) -> nn.Module:
     """A layer on bn's own parameters and buffers that takes `step` of its input first.
 
     `eps` and `momentum` keep bn's own when None. Raises TypeError for a layer that it cannot stand for.
@@ -87,5 +70,5 @@ def put_before(bn: _BatchNorm, step: Step, eps: float | None = None, momentum: f
     layer._modules.update(bn._modules)
     layer.eps = bn.eps if eps is None else eps
     layer.momentum = bn.momentum if momentum is None else momentum
-    layer.step = step
+    layer.step, layer.scale = step, scale
     return layer.train(bn.training)
