@@ -10,6 +10,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from l2bn import L2BatchNorm1d, L2BatchNorm2d, L2BatchNorm3d, l2_normalize, swap_norm
@@ -335,6 +337,74 @@ def test_an_activation_in_place_may_follow(compiled: bool, side: int, layout: st
         results.append([y, leaf.grad, *(p.grad for p in model.parameters())])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", [3, 6])
+def test_a_compiled_layer_in_evaluation_passes_gradients_on(side: int) -> None:
+    """As where the norms are frozen and the rest is tuned."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    x = torch.randn(6, 8, side, side, dtype=torch.float64)
+    results = []
+    for compiled in (True, False):
+        layer = L2BatchNorm2d(8, fused="on").double().eval()
+        leaf = x.clone().requires_grad_()
+        y = (torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer)(leaf)
+        y.sin().sum().backward()
+        results.append([y, leaf.grad, layer.weight.grad, layer.bias.grad])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # torch's own, for jvp
+def test_derivatives_by_other_means_than_backward() -> None:
+    """torch.func and forward mode, where batch norm has them."""
+    torch.manual_seed(0)
+    x, tangent = torch.randn(2, 6, 4, 5, 5, dtype=torch.float64)
+    fused, plain = (L2BatchNorm2d(4, fused=path, track_running_stats=False).double() for path in ("on", "off"))
+    expected = torch.autograd.functional.jvp(plain, x, tangent)[1]
+    torch.testing.assert_close(torch.func.jvp(fused, (x,), (tangent,))[1], expected)
+    with forward_ad.dual_level():
+        y = fused(forward_ad.make_dual(x, tangent))
+        torch.testing.assert_close(forward_ad.unpack_dual(y).tangent, expected)
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(fused, parameters, (x,)).sin().sum()
+
+    of_func = torch.func.grad(loss)(dict(fused.named_parameters()))
+    fused(x).sin().sum().backward()
+    for name, parameter in fused.named_parameters():
+        torch.testing.assert_close(of_func[name], parameter.grad)
+
+
+def test_an_activation_that_cuts_off_stores_no_map_more() -> None:
+    """What ReLU6 needs of y in backward, a compiled model computes anew from x, as it does behind batch norm.
+
+    Inductor stores it otherwise, a truth value each, on a CPU in three times the time of everything else.
+    """
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+
+    torch.compiler.reset()
+    saved: dict[str, int] = {}
+    for name, norm in (("l2bn", L2BatchNorm2d(8, fused="on")), ("bn", nn.BatchNorm2d(8))):
+        model = nn.Sequential(nn.Conv2d(3, 8, 1), norm, nn.ReLU6(), nn.Conv2d(8, 4, 1))
+
+        def keep(graph: Any, _: Any, name: str = name) -> Any:
+            outputs = next(node for node in graph.graph.nodes if node.op == "output").args[0]
+            values = [node.meta["val"] for node in outputs if node is not None]
+            maps = sum(value.numel() == 6 * 8 * 36 for value in values if isinstance(value, Tensor))
+            saved.setdefault(name, maps)  # forward comes first
+            return make_boxed_func(graph.forward)
+
+        backend = aot_autograd(
+            fw_compiler=keep,
+            partition_fn=min_cut_rematerialization_partition,
+            decompositions=select_decomp_table(),
+        )
+        torch.compile(model, fullgraph=True, backend=backend)(torch.randn(6, 3, 6, 6)).sum().backward()
+    assert saved["l2bn"] == saved["bn"], saved
 
 
 def test_many_kinds_of_map_all_have_kernels() -> None:

@@ -23,6 +23,7 @@ from typing import Any, Literal, NoReturn, Self, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from l2bn.norms import fused, kernels
@@ -98,11 +99,13 @@ class _L2BatchNorm(_BatchNorm):
             x.shape[1] if self._takes_batch_statistics() else 0
         ):
             return False
+        if not self._takes_batch_statistics() and self._needs_grad(x):
+            return False  # evaluation's kernels have no backward
         if torch.compiler.is_compiling():
             return not torch.compiler.is_exporting()  # an exported graph shows the definition
         return (
             type(x) in (Tensor, nn.Parameter)
-            and (self._takes_batch_statistics() or not self._needs_grad(x))  # evaluation's kernels have no backward
+            and not _is_transformed()
             and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
             and (self.fused == "on" or kernels.compiler_works(x.device.type))
         )
@@ -139,6 +142,11 @@ class _L2BatchNorm(_BatchNorm):
             "silently drop the l2 step. For statistics that are joint across ranks use "
             "l2bn.norms.sync.convert_sync."
         )
+
+
+def _is_transformed() -> bool:
+    """Within torch.func or forward-mode differentiation, of which kernels know nothing."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class L2BatchNorm1d(_L2BatchNorm, nn.BatchNorm1d):

@@ -66,6 +66,11 @@ def distance(x: Tensor, axis: int) -> Tensor:
     return widened(x) - origin(x, axis).unsqueeze(axis)
 
 
+def distance_back(x: Tensor, axis: int) -> Tensor:
+    """-d, by a subtraction of its own, so that it is not the d of `moments` to a compiler."""
+    return origin(x, axis).unsqueeze(axis) - widened(x)
+
+
 def moments(x: Tensor, axis: int) -> Moments:
     """The reading pass."""
     d = distance(x, axis)
@@ -97,10 +102,11 @@ def line(taken: Moments, z: Features, weight: Tensor | None, bias: Tensor | None
     return Line((z.s * k).to(m.dtype), (shift if bias is None else shift + bias).to(m.dtype), inv)
 
 
-def apply_line(x: Tensor, slope: Tensor, shift: Tensor, axis: int) -> Tensor:
-    """The read-write pass."""
+def apply_line(x: Tensor, slope: Tensor, shift: Tensor, axis: int, back: Tensor | None = None) -> Tensor:
+    """The read-write pass; `back` is -d, if taken already."""
     slope, shift = computed_once(slope), computed_once(shift)
-    return (distance(x, axis) * slope.unsqueeze(axis) + shift.unsqueeze(axis)).to(x.dtype)
+    back = distance_back(x, axis) if back is None else back
+    return (shift.unsqueeze(axis) - back * slope.unsqueeze(axis)).to(x.dtype)
 
 
 def gradient_sums(g: Tensor, x: Tensor, m: Tensor, axis: int) -> tuple[Tensor, Tensor]:
@@ -150,10 +156,13 @@ def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, rms: bool, eps: float, axis: int
 ) -> tuple[Tensor, Tensor, Tensor, Saved]:
     """y like x; mean and biased variance (C,) of the normalized features; what backward needs besides x."""
+    # Before the first sum: where an activation needs y in backward, a compiled model computes it anew only if no
+    # sum has read any of it. Else it stores y, or for ReLU6 where y is cut off, which takes longer than all of BN.
+    back = distance_back(x, axis)
     taken = moments(x, axis)
     z = features(x, taken, rms, axis)
     drawn = line(taken, z, weight, bias, eps)
-    return apply_line(x, drawn.slope, drawn.shift, axis), z.mu, z.v, (drawn.inv, *taken)
+    return apply_line(x, drawn.slope, drawn.shift, axis, back), z.mu, z.v, (drawn.inv, *taken)
 
 
 def backward(
