@@ -15,7 +15,7 @@ from l2bn.measurements import FEATURES, SAMPLE, STATISTICS
 from l2bn.records import Record, write_lines
 from l2bn.reporting.claims import CLAIMS
 from l2bn.reporting.comparison import BN, L2BN, read_checked
-from l2bn.reporting.feature_claims import CONTROL
+from l2bn.reporting.feature_claims import MEAN_NORM
 from l2bn.reporting.feature_figures import feature_map, norms_by_depth, principal_plane, through_training
 from l2bn.reporting.feature_tables import QUANTITIES, WITHIN_SHARE, features_csv, norms_table, pair_table
 from l2bn.reporting.features import INPUT, PENULTIMATE, SHRINK, Measure, measured_arms, measured_pairs, read_all
@@ -56,7 +56,7 @@ def records(tmp_path: Path) -> list[Record]:
     root = tmp_path / "records"
     write_measured(root, BN, (0.20, 0.22, 0.24), angles=(60, 61, 62))
     write_measured(root, L2BN, (0.18, 0.19, 0.20), angles=(60, 63, 66))
-    write_measured(root, CONTROL, (0.21, 0.22, 0.23))
+    write_measured(root, MEAN_NORM, (0.21, 0.22, 0.23))
     write_run(root, norm="group_norm", accuracy=70.0)
     write_run(root, norm=L2BN, seed=7, status="diverged")
     return read_checked(root)[0]
@@ -72,7 +72,7 @@ def test_arms_hold_the_runs_that_were_measured_to_their_end(records: list[Record
     features, problems = read_all(records)
     assert problems == []
     arms = measured_arms(records, features)
-    assert [arm.arm.norm for arm in arms] == [BN, L2BN, CONTROL]
+    assert [arm.arm.norm for arm in arms] == [BN, L2BN, MEAN_NORM]
     assert arms[1].last(WITHIN_SHARE) == {0: 0.18, 1: 0.19, 2: 0.20}
     assert arms[1].last(Measure("norm_cv", INPUT)) == pytest.approx(
         dict.fromkeys(range(3), 0.2)
@@ -111,7 +111,7 @@ def test_the_table_of_a_pair_holds_means_and_paired_differences(records: list[Re
 def test_the_table_of_norms_sets_each_against_bn_and_l2bn_against_each(records: list[Record]) -> None:
     arms = measured_arms(records, read_all(records)[0])
     accuracy, share = (norms_table(arms, quantity) for quantity in QUANTITIES[:2])
-    assert [row[0] for row in share.rows] == [BN, L2BN, CONTROL]
+    assert [row[0] for row in share.rows] == [BN, L2BN, MEAN_NORM]
     control = share.rows[2]
     assert control[1:3] == ("0.2200 ± 0.0100 (3)", "0.0000")
     assert control[4:] == ("−0.0300", "no spread")
@@ -168,8 +168,13 @@ def test_the_map_shows_the_same_images_of_both_arms(records: list[Record]) -> No
     with mpl.rc_context(RC):
         left, right = feature_map(pair, seed, bn, l2bn).axes
     assert len(left.collections) == len(right.collections) == 3
-    drawn = sum(len(points.get_offsets()) for points in left.collections)
-    assert drawn == 60
+    for panel, sample in ((left, bn), (right, l2bn)):
+        drawn = np.concatenate([np.asarray(points.get_offsets()) for points in panel.collections])
+        both = np.concatenate([bn.features, l2bn.features]).astype(float)
+        centred, order = both - both.mean(0), np.argsort(sample.labels, kind="stable")
+        axes = np.linalg.eigh(centred.T @ centred)[1][:, :-3:-1]  # of the covariance of both
+        expected = (sample.features[order] - both.mean(0)) @ axes
+        assert np.abs(drawn) == pytest.approx(np.abs(expected), abs=1e-3)
     (pair.reference.arm.records[0].folder / SAMPLE).unlink()
     assert pair.sampled[0] == 1
 
@@ -193,7 +198,7 @@ def write_claims(
         shares = [0.2 + step if measure == "share" else 0.2 for step in steps]
         angles = [60.0 + step if measure == "angle" else 60.0 for step in steps]
         write_measured(root, L2BN, shares, angles=angles, **cell)
-        for norm in (BN, CONTROL):
+        for norm in (BN, MEAN_NORM):
             write_measured(root, norm, [0.2] * seeds, **cell)
 
 

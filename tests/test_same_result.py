@@ -48,14 +48,14 @@ def small_net() -> nn.Module:
 
 
 class Net(nn.Module):
-    """A network with one of the norms, computing in one type."""
+    """A network with one of the norms, computing in one type; L2BN by fused kernels or as it is defined."""
 
-    def __init__(self, norm: str, dtype: torch.dtype, small: bool = False) -> None:
+    def __init__(self, norm: str, dtype: torch.dtype, small: bool = False, *, fused: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.body = small_net() if small else cifar_resnet(10, 20)
         if norm == "l2bn":
-            swap_norm(self.body, lambda bn: convert(bn, fused="off"))
+            swap_norm(self.body, lambda bn: convert(bn, fused="on" if fused else "off"))
         self.body.to(dtype)
         self.dtype = dtype
 
@@ -184,7 +184,7 @@ def of_the_plain_loop(net: Net, lr: float) -> Tensor:
 @pytest.mark.parametrize("norm", ["bn", "l2bn"])
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_in_float64_the_losses_are_those_of_the_plain_loop(norm: str, channels_last: bool) -> None:
-    fast = of_the_trainer(Net(norm, torch.float64), 0.05, channels_last=channels_last)
+    fast = of_the_trainer(Net(norm, torch.float64, fused=True), 0.05, channels_last=channels_last)
     plain = of_the_plain_loop(Net(norm, torch.float64), 0.05)
     assert len(fast) == STEPS
     assert plain[-1] != plain[0]
@@ -194,7 +194,7 @@ def test_in_float64_the_losses_are_those_of_the_plain_loop(norm: str, channels_l
 @pytest.mark.parametrize("norm", ["bn", "l2bn"])
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_in_float32_the_losses_are_those_of_the_plain_loop(norm: str, channels_last: bool) -> None:
-    fast = of_the_trainer(Net(norm, torch.float32), 1e-3, channels_last=channels_last)
+    fast = of_the_trainer(Net(norm, torch.float32, fused=True), 1e-3, channels_last=channels_last)
     plain = of_the_plain_loop(Net(norm, torch.float32), 1e-3)
     torch.testing.assert_close(fast[:3], plain[:3], rtol=1e-5, atol=0)
     torch.testing.assert_close(fast, plain, rtol=2e-2, atol=0)
@@ -202,10 +202,10 @@ def test_in_float32_the_losses_are_those_of_the_plain_loop(norm: str, channels_l
 
 @pytest.mark.parametrize(
     ("norm", "small"),
-    [("bn", True), *(pytest.param(norm, False, marks=pytest.mark.slow) for norm in ("bn", "l2bn"))],
+    [("bn", True), ("l2bn", True), *(pytest.param(norm, False, marks=pytest.mark.slow) for norm in ("bn", "l2bn"))],
 )
 def test_a_compiled_network_has_the_losses_of_the_plain_loop(norm: str, small: bool) -> None:
-    fast = of_the_trainer(Net(norm, torch.float64, small), 0.05, compile=True)
+    fast = of_the_trainer(Net(norm, torch.float64, small, fused=True), 0.05, compile=True)
     plain = of_the_plain_loop(Net(norm, torch.float64, small), 0.05)
     torch.testing.assert_close(fast, plain, rtol=1e-8, atol=0)
 
@@ -271,7 +271,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 @pytest.mark.parametrize("compiler", [False, True, "graphs"])
 @pytest.mark.parametrize("norm", ["bn", "l2bn"])
 def test_a_gpu_has_the_losses_of_the_plain_loop(norm: str, compiler: bool | str) -> None:
-    fast = of_the_trainer(Net(norm, torch.float64), 0.05, device="cuda", compile=compiler)
+    fast = of_the_trainer(Net(norm, torch.float64, fused=True), 0.05, device="cuda", compile=compiler)
     torch.testing.assert_close(fast, of_the_plain_loop(Net(norm, torch.float64), 0.05), rtol=1e-8, atol=0)
 
 

@@ -34,9 +34,11 @@ not far above d.
 Sources: nc1 Papyan, Han and Donoho, PNAS 117 (2020) 24652, arXiv:2008.08186; cdnv Galanti, György and Hutter,
 arXiv:2112.15121; fisher, the trace criterion of discriminant analysis, Fukunaga, Introduction to Statistical
 Pattern Recognition (1990), ch. 10, after Fisher, Annals of Eugenics 7 (1936) 179; effective_rank Roy and
-Vetterli, EUSIPCO 2007. Papyan et al. have classes of equal size, where the weights n_k/N are their 1/K. A mean
-angle about mu is left out: centred means add up to 0, so that with K of equal length it is near arccos(-1/(K -
-1)) whatever the network.
+Vetterli, EUSIPCO 2007; within_share is 1 less the correlation ratio eta^2 of the analysis of variance, with traces
+for variances; coefficient of variation and angles are textbook; class_cosine and distance, a mean over pairs of the
+sensitivity index d', are chosen here. Papyan et al. have classes of equal size, where the weights n_k/N are their
+1/K. A mean angle about mu is left out: centred means add up to 0, so that with K of equal length it is near
+arccos(-1/(K - 1)) whatever the network.
 """
 
 import math

@@ -89,6 +89,8 @@ class Probe:
             if label < SAMPLED_CLASSES and self._sampled[label] < SAMPLED_IMAGES:
                 self._sampled[label] += 1
                 kept.append(index)
+        if not kept:
+            return
         rank = dist.get_rank() if dist.is_initialized() else 0
         self._pieces.append((self._batches, rank, features[kept].float().cpu(), labels[kept].cpu()))
 

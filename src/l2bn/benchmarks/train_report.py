@@ -12,13 +12,14 @@ PHASES = ("data", "forward", "backward", "optimizer")
 
 
 EXPLANATION = """
-Whole training steps, data included: all paths of a network in turn, in one process, on the same images. Plain loop:
-PIL transforms, a DataLoader with 2 workers, eager, contiguous, loss and accuracy read at every step. timm's loader:
-`create_loader`, 2 workers (random resized crops), in the same loop with timm's SGD. ×: images a second against the
-plain loop's, which has BN. A step in milliseconds, by phase; waiting: the share of data in the step. Memory: most
-bytes held at once in a step above those held before it. Arithmetic: operations of convolutions and matrix
-products a second, as a share of the machine's rate of large matrix products ({rate} G/s, the better of two
-libraries). *: what `compute.compile=auto` takes for a run of 39,000 updates.
+Whole training steps, data included: all paths of a network in turn, in one process, on the same images. Plain
+loop: PIL transforms, a DataLoader with 2 workers, eager, contiguous, loss and accuracy read at every step.
+timm's loader: `create_loader`, 2 workers (random resized crops), in the same loop with timm's SGD. Both free
+memory as glibc does by itself, ours keeps it. ×: images a second against the plain loop's, which has BN. A step
+in milliseconds, by phase; waiting: the share of data in the step. Memory: most bytes held at once in a step
+above those held before it. Arithmetic: operations of convolutions and matrix products a second, as a share of
+the machine's rate of large matrix products ({rate} G/s, the better of two libraries). *: what
+`compute.compile=auto` takes for a run of 39,000 updates.
 """
 
 

@@ -4,9 +4,10 @@ Compactness (claim 2) is judged by `within_share`: it lies in [0, 1] and neither
 origin, which nothing fixes in a network, changes it. Separation (claim 3) is judged by `angle_mean`: unlike the
 distance of class means over their spread it does not contain the compactness once more, unlike the mean angle of
 centred means it is not fixed by the number of classes, and unlike the smallest angle it does not hang on one pair.
-Claim 1 says that unequal norms are the cause: it is judged by what equal norms alone change, L2BN against the
-control that has its scale and unequal norms, in `within_share`, which falls when classes get compact and when they
-part. As one measure decides a claim, no p-value is corrected; the others are shown and decide nothing.
+It depends on where the origin is, which the biases of batch norm layers place. Claim 1 says that unequal norms are
+the cause: it is judged by what equal norms change together with the gradient through them, L2BN against the control
+that has its scale and neither, in `within_share`, which falls when classes get compact and when they part. As one
+measure decides a claim, no p-value is corrected; the others are shown and decide nothing.
 """
 
 from collections import defaultdict
@@ -15,13 +16,11 @@ from dataclasses import dataclass
 
 from l2bn.records import Record
 from l2bn.reporting.comparison import BN, FULL_EPOCHS, L2BN
-from l2bn.reporting.feature_tables import ANGLE_MEAN, NORM_CV, WITHIN_SHARE
+from l2bn.reporting.feature_tables import ANGLE_MEAN, MEAN_NORM, NORM_CV, WITHIN_SHARE
 from l2bn.reporting.features import Measure, MeasuredPair, measured_arms, measured_pairs, read_all
 from l2bn.reporting.statistics import MIN_PAIRS, Estimate, estimate, pooled_estimate
 from l2bn.reporting.verdicts import MIN_BACKBONES, Finding, Verdict
 from l2bn.reporting.wording import in_words, interval, plural, signed
-
-CONTROL = "l2bn_mean_norm"
 
 
 @dataclass(frozen=True)
@@ -102,10 +101,10 @@ class Question:
 
 EQUAL_NORMS = Question(
     WITHIN_SHARE,
-    CONTROL,
+    MEAN_NORM,
     better=-1,
     digits=4,
-    text=f"within_share, L2BN against {CONTROL}, which has L2BN's scale and unequal norms",
+    text=f"within_share, L2BN against {MEAN_NORM}, which has L2BN's scale and unequal norms",
 )
 COMPACT = Question(
     WITHIN_SHARE,
@@ -119,5 +118,5 @@ SEPARATED = Question(
     BN,
     better=1,
     digits=2,
-    text="angle_mean, the mean angle between class means, L2BN against BN",
+    text="angle_mean, the mean angle between class means, seen from the origin, L2BN against BN",
 )

@@ -96,8 +96,9 @@ class Quantity:
         return arm.arm.accuracies if self.measure is None else arm.last(self.measure)
 
 
+ACCURACY = Quantity("Accuracy", 2)
 QUANTITIES = (
-    Quantity("Accuracy", 2),
+    ACCURACY,
     Quantity("Within share, penultimate", 4, WITHIN_SHARE),
     Quantity("Mean angle, penultimate (°)", 2, ANGLE_MEAN),
     Quantity("Norm cv, inputs of norm layers", 4, NORM_CV),
@@ -121,6 +122,36 @@ def norms_table(arms: Sequence[MeasuredArm], quantity: Quantity) -> Table:
             cells += [signed(difference.mean, quantity.digits), interval(difference, quantity.digits)]
         rows.append(tuple(cells))
     return Table(f"Norms: {quantity.text}", columns, frozenset(columns[1:]), tuple(rows))
+
+
+DETACHED, MEAN_NORM = "l2bn_detached", "l2bn_mean_norm"
+
+STEPS = (
+    (MEAN_NORM, DETACHED, "of equal norms"),
+    (DETACHED, L2BN, "of the gradient through them"),
+    (MEAN_NORM, L2BN, "of both"),
+)
+"""In what L2BN differs from the control with unequal norms, one point at a time: from, to, what changes."""
+
+
+def steps_table(arms: Sequence[MeasuredArm]) -> Table:
+    """What comes of equal norms, and what of their gradient; no rows where a control is missing."""
+    found = {arm.arm.norm: arm for arm in arms}
+    columns = ("Difference", *(quantity.text for quantity in QUANTITIES), "n")
+    rows = []
+    for start, end, text in STEPS if {DETACHED, MEAN_NORM, L2BN} <= found.keys() else ():
+        differences = [
+            estimate(paired_differences(quantity.of(found[start]), quantity.of(found[end])))
+            for quantity in QUANTITIES
+        ]
+        cells = [
+            f"{signed(one.mean, quantity.digits)} {interval(one, quantity.digits)}"
+            for one, quantity in zip(differences, QUANTITIES, strict=True)
+        ]
+        rows.append((f"{text}: {end} − {start}", *cells, str(differences[0].n)))
+    return Table(
+        "What comes of equal norms, and what of their gradient", columns, frozenset(columns[1:]), tuple(rows)
+    )
 
 
 CSV_COLUMNS = (

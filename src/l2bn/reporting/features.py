@@ -7,6 +7,7 @@ taken, each weighing alike.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 
@@ -116,6 +117,11 @@ class MeasuredPair:
 
     def difference(self, measure: Measure) -> Estimate:
         return estimate(self.differences(measure))
+
+
+def by_cell(arms: Sequence[MeasuredArm]) -> list[tuple[Cell, list[MeasuredArm]]]:
+    """The arms of each cell, in the order of the list."""
+    return [(cell, list(group)) for cell, group in groupby(arms, key=lambda arm: arm.arm.cell)]
 
 
 def measured_arms(records: Iterable[Record], features: Features) -> list[MeasuredArm]:

@@ -7,14 +7,21 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 from l2bn.records import Problem, Record
 from l2bn.reporting.comparison import BN, L2BN, read_checked
 from l2bn.reporting.feature_figures import file_name, write_feature_figures
-from l2bn.reporting.feature_tables import QUANTITIES, features_csv, norms_table, pair_table, summary_table
-from l2bn.reporting.features import MeasuredArm, measured_arms, measured_pairs, read_all
+from l2bn.reporting.feature_tables import (
+    ACCURACY,
+    QUANTITIES,
+    features_csv,
+    norms_table,
+    pair_table,
+    steps_table,
+    summary_table,
+)
+from l2bn.reporting.features import MeasuredArm, by_cell, measured_arms, measured_pairs, read_all
 from l2bn.reporting.markup import Table, markdown
 from l2bn.reporting.studies import (
     EpsStudy,
@@ -50,9 +57,11 @@ class Evidence:
 
     @property
     def digest(self) -> str:
-        """What tells these records from others: 8 hexadecimal digits over what was run and what came of it."""
-        lines = sorted(f"{r.norm} {r.hash} {r.status} {r.last.get('test/top1')}" for r in self.records)
-        return hashlib.blake2b("\n".join(lines).encode(), digest_size=4).hexdigest()
+        """What tells these numbers from others: 8 hexadecimal digits over all that the tables are made from."""
+        parts = [features_csv(self.arms), studies_csv(self.eps, self.rates)]
+        parts += [markdown(trap_table(study)) for study in self.traps]
+        parts += [markdown(norms_table(norms, ACCURACY)) for _, norms in by_cell(self.arms)]
+        return hashlib.blake2b("\n".join(parts).encode(), digest_size=4).hexdigest()
 
 
 def read_evidence(runs: Path, studies: Path) -> Evidence:
@@ -169,23 +178,24 @@ def _features(arms: Sequence[MeasuredArm], figures: str) -> list[str]:
             parts.append(_figure(figures, f"map-{name}", "Penultimate features on the plane of their joint PCA"))
     text = (
         "All measures of BN and L2BN. One measure decides each claim ([claims.md](claims.md) has the rules): "
-        "within share for compactness, mean angle for separation; the others are shown."
+        "within share for compactness, mean angle for separation; the others are shown. Intervals are not "
+        "corrected for their number: one in 20 misses 0 by chance alone."
     )
     return _section("Features of BN and L2BN", text, parts)
 
 
 def _controls(arms: Sequence[MeasuredArm]) -> list[str]:
     parts = []
-    for cell, group in groupby(arms, key=lambda arm: arm.arm.cell):
-        norms = list(group)
+    for cell, norms in by_cell(arms):
         if {arm.arm.norm for arm in norms} - {BN, L2BN}:
             parts.append(f"### {whole_cell(norms[0].arm.label, cell)}")
             parts += [markdown(norms_table(norms, quantity)) for quantity in QUANTITIES]
+            parts += [_titled(table) for table in [steps_table(norms)] if table.rows]
     text = (
-        "Each control differs from L2BN in one point: `l2bn_mean_norm` has its scale and unequal norms, "
-        "`l2bn_detached` its values without a gradient through the norms, `l2bn_rms` its norms at a scale "
-        "where eps has BN's weight, `l2bn_position` equal norms at every position; `group_norm` is from "
-        "outside. Intervals are not corrected for their number."
+        "`l2bn_detached` has L2BN's values without a gradient through the norms; `l2bn_mean_norm` has its "
+        "scale, but neither equal norms nor that gradient; `l2bn_rms` its norms at a scale where eps has BN's "
+        "weight; `l2bn_position` equal norms at every position; `group_norm` is from outside. Intervals are not "
+        "corrected for their number."
     )
     return _section("Controls", text, parts)
 
@@ -201,9 +211,9 @@ def _eps(studies: Sequence[EpsStudy], figures: str) -> list[str]:
         ]
     text = (
         "L2BN at norm 1 and at root mean square 1 against BN at the same eps. Shrink: the mean over the norm "
-        "layers of what eps leaves of the output's deviation, in brackets that of the layer with the least; a"
-        " difference between norm 1 and rms 1 can come of eps alone. Holm's correction over the two parts at "
-        "eps 1e-5."
+        "layers of what eps leaves of the output's deviation, in brackets that of the layer with the least, of "
+        "means over the seeds; a difference between norm 1 and rms 1 can come of eps alone. Holm's correction "
+        "over the two parts at eps 1e-5."
     )
     return _section("How much is eps?", text, parts)
 
@@ -217,9 +227,10 @@ def _trap(studies: Sequence[TrapStudy], figures: str) -> list[str]:
             _figure(figures, f"trap-{file_name(study.cell)}", "Accuracy by running and batch statistics"),
         ]
     text = (
-        "Test top-1 in percent by running statistics, as in evaluation, and by the batch's own, as in "
-        "training. Caught up: the first measured update from which on running statistics lie at most 1 point "
-        "below; earliest to latest seed."
+        "Test top-1 in percent by running statistics, as in evaluation, and by those of each batch of test "
+        "images, up to 512 of them. Caught up: the first measured update from which on running statistics lie at "
+        "most 1 point below; earliest to latest seed. Running statistics also lag behind weights that move fast, "
+        "so the start at 1 is one cause among others."
     )
     return _section("The running-variance trap", text, parts)
 

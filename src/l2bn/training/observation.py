@@ -27,7 +27,7 @@ MEASURED_EPOCHS = 20
 class AnalysisPolicy:
     """When a run is looked into.
 
-    every: features are measured after every so many epochs, and after the last (0: never; None: about 20 times).
+    every: features are measured after every so many epochs, and after the last (0: never; None: a twentieth).
     sample: whether penultimate features of a few images are kept after the last epoch.
     statistics_until: up to this update, accuracy is measured by running and by batch statistics (0: never),
     statistics_every: every so many updates.
