@@ -120,6 +120,6 @@ def compiler_works(device_type: str) -> bool:
         )
     except Exception as error:  # whatever a missing or broken tool chain raises
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        logger.warning("L2BN takes the plain composition: no compiler works for %s (%s)", device_type, reason)
+        logger.warning("no compiler works for %s (%s): L2BN takes the plain composition", device_type, reason)
         return False
     return True

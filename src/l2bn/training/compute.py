@@ -128,7 +128,7 @@ class Compute:
         )
 
     def place(self, model: nn.Module, device: torch.device, updates: int) -> Placed:
-        """Put a model on its device for a run of so many updates."""
+        """Put a model on its device for a run of so many updates. Raises UserError, see `should_compile`."""
         network = model.to(device)
         if self.channels_last:
             network.to(memory_format=torch.channels_last)
