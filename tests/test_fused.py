@@ -379,7 +379,9 @@ def test_selection_of_kernels(caplog: pytest.LogCaptureFixture) -> None:
         assert all(f"kernels={expected}" in repr(layer) for layer in model)
     decided = nn.Sequential(L2BatchNorm2d(3, fused="off"))
     assert select_kernels(decided, "cpu", 10**6) == "plain"
-    assert select_kernels(nn.Sequential(L2BatchNorm2d(3, fused="on")), "cpu", 1) == "fused"
+    wished = nn.Sequential(L2BatchNorm2d(3, fused="on"))
+    assert select_kernels(wished, "cpu", 1) == "fused"
+    assert select_kernels(wished, "mps", 1) == "plain", "there are none for it"
 
 
 def test_without_a_compiler_the_plain_composition_serves() -> None:

@@ -145,6 +145,19 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     assert equal(weights(resumed), weights(whole))
 
 
+def test_the_record_of_a_run_that_was_resumed_with_other_kernels_names_both(
+    train: Train, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = ("norm=l2bn", EPOCHS, *TINY)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 9)
+        with pytest.raises(SystemExit):
+            train(*options)
+    monkeypatch.setattr("l2bn.norms.selection.UPDATES_A_CHANNEL_COUNT", 0)
+    assert train(*options).kernels == "plain then fused"
+    assert "resumed with other kernels" in caplog.text
+
+
 def test_a_checkpoint_holds_all_that_changes(train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Read as plain values. What is derived is not there: the schedule and every random number follow from the
     position, the best epoch from the rows, the hash from the identity."""

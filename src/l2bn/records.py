@@ -23,6 +23,7 @@ from l2bn.durable import write_durably
 CONFIG, ENVIRONMENT, METRICS, SUMMARY = "config.yaml", "env.json", "metrics.jsonl", "summary.json"
 FILES = (CONFIG, ENVIRONMENT, METRICS, SUMMARY)
 SCHEMA = 1
+THEN = " then "
 
 Metrics = dict[str, float | None]
 """One epoch: epoch (counted from 1), step (updates so far), lr, train/loss, train/top1, test/loss,
@@ -64,7 +65,9 @@ class Record:
     label: str  # the data set as tables call it
     baseline: str | None  # the published rows it may be compared with
     precision: str
-    kernels: str  # "stock", "plain" or "fused"; with "+compiled" where the model was compiled
+    # "stock", "plain" or "fused"; with "+compiled" where the model was compiled. Of a run that was resumed with
+    # others all of them, in the order of their first use, with THEN between them.
+    kernels: str
     hash: str  # of the identity
     identity: dict[str, Any]
     epochs: int

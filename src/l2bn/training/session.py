@@ -123,7 +123,7 @@ def train(fabric: Fabric, job: Job) -> None:
         position = state.restore()
         if lead:
             warn_if_few_updates(job.model, epochs * steps)
-            note_start(job.folder, fabric.device, kernels)
+            kernels = note_start(job.folder, fabric.device, kernels)
             journal = Journal(job.folder, job.cell, position.rows, position.epoch * steps + position.step)
             stack.callback(journal.close)
         observer = Observer(
