@@ -209,6 +209,17 @@ def test_evaluation_agrees_with_batch_statistics_after_enough_updates(train: Tra
     assert record.last["test/top1"] > 95
 
 
+@pytest.mark.parametrize(
+    ("training_batch", "image_size", "expected"),
+    [(128, 32, 512), (1, 28, 512), (1024, 32, 512), (16, 64, 128), (256, 64, 256), (256, 224, 256), (8, 224, 10)],
+)
+def test_the_evaluation_takes_about_the_memory_of_small_images_or_of_training(
+    training_batch: int, image_size: int, expected: int
+) -> None:
+    assert session.evaluation_batch(training_batch, image_size) == expected
+    assert session.evaluation_batch(1, 100_000) == 1
+
+
 def test_a_finished_run_is_left_alone(train: Train, losses: list[float]) -> None:
     record = train("recipe.epochs=1", *TINY)
     before = {path: path.stat().st_mtime_ns for path in record.folder.rglob("*")}
