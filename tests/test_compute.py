@@ -59,6 +59,17 @@ def test_float32_is_not_rounded_behind_the_users_back(monkeypatch: pytest.Monkey
     assert torch.backends.cuda.matmul.allow_tf32
 
 
+@pytest.mark.usefixtures("_flags")
+@pytest.mark.parametrize(("threads", "devices", "own"), [(8, 1, 8), (8, 2, 4), (1, 2, 1)])
+def test_the_processes_of_a_run_share_its_threads(
+    threads: int, devices: int, own: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    compute(device="cpu", threads=threads, devices=devices).set_up()
+    assert taken == [own]
+
+
 @pytest.fixture(params=[True, False], ids=["a compiler", "no compiler"])
 def works(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether a compiler works, here as on a machine with CUDA."""
