@@ -146,7 +146,7 @@ WRONG = [
     ("backbone._target_=torch.os.system", ["backbone._target_", "torch.os.system", "configs/"]),
     ("recipe.schedule._target_=builtins.eval", ["recipe.schedule._target_", "builtins.eval"]),
     ("norm._target_=null", ["norm", "_target_"]),
-    ("backbone._target_=l2bn.data.digits.digits", ["unknown key backbone.depth"]),
+    ("backbone._target_=l2bn.data.digits.digits", ["backbone._target_", "digits", "stands there in no file"]),
     ("norm=bn norm._partial_=false", ["missing norm.bn"]),
     # folders
     ("runs_dir=/proc/runs", ["runs_dir", "/proc/runs", "runs_dir=FOLDER"]),

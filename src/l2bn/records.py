@@ -114,6 +114,13 @@ MACHINE_PATHS = frozenset({"root", "devkit", "cache", "runs_dir"})
 """Keys of `config.yaml` that say where things lie on a machine, and nothing of the run."""
 
 
+def without_machine_paths(node: Any) -> Any:
+    """A node of `config.yaml`, and those in it, without what they say of the machine."""
+    if not isinstance(node, dict):
+        return node
+    return {key: without_machine_paths(value) for key, value in node.items() if key not in MACHINE_PATHS}
+
+
 def read_records(root: Path) -> tuple[list[Record], list[Problem]]:
     """Every ended run under a folder, in the order of their paths, and what had to be left out."""
     records, problems = [], []
