@@ -12,7 +12,7 @@ Tables and figures read nothing but records. This module imports no heavy librar
 """
 
 import json
-import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -184,7 +184,8 @@ def _bad_metrics(row: object) -> str | None:
 
 
 def is_finite_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a number that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 _JSON_TYPES: Mapping[str, type | tuple[type, ...]] = {
@@ -211,7 +212,7 @@ def _check_fields(cls: type, content: dict[str, Any]) -> None:
         raise InvalidRecordError(f"{SUMMARY}: missing {missing}, unknown {unknown}")
     for key, value in content.items():
         expected = _JSON_TYPES.get(key, str)
-        if not isinstance(value, expected) or isinstance(value, bool):
+        if not isinstance(value, expected) or (isinstance(value, int | float) and not is_finite_number(value)):
             raise InvalidRecordError(f"{SUMMARY}: {key} is {value!r}")
 
 
@@ -235,5 +236,3 @@ def _check_values(record: Record) -> None:
             raise InvalidRecordError(f"{SUMMARY}: {name}: {reason}")
     if record.status == "finished" and record.last["epoch"] != record.epochs:
         raise InvalidRecordError(f"{SUMMARY}: finished, but its last epoch is not epoch {record.epochs}")
-    if not math.isfinite(record.seconds):
-        raise InvalidRecordError(f"{SUMMARY}: seconds is not finite")

@@ -8,7 +8,6 @@ somebody's record cannot run code of theirs, nor ours where it is not meant to b
 import difflib
 import functools
 import inspect
-import math
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ import yaml
 from hydra.utils import get_object
 
 from l2bn.errors import UserError
-from l2bn.records import MACHINE_PATHS
+from l2bn.records import MACHINE_PATHS, is_finite_number
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -217,7 +216,7 @@ def _fits(value: object, hint: Any) -> bool:
     if origin is list:
         return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return is_finite_number(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if origin is Callable:
