@@ -116,7 +116,7 @@ def test_a_record_cannot_lead_out_of_its_data_sets_folder(key: str, run: Path, t
     assert not (tmp_path / "replayed").exists()
 
 
-@pytest.mark.parametrize("name", ["../../elsewhere", "/elsewhere", "a/b", "..", "", "a\0b", "a\ud800b"])
+@pytest.mark.parametrize("name", ["../../elsewhere", "/elsewhere", "a/b", "..", "", "a\0b", "a\ud800b", 256 * "a"])
 @pytest.mark.parametrize("group", ["dataset", "recipe"])
 def test_a_record_cannot_say_where_it_is_published(group: str, name: str, tmp_path: Path) -> None:
     written(tmp_path / "run", **{group: name})

@@ -218,7 +218,9 @@ def _check_fields(cls: type, content: dict[str, Any]) -> None:
 
 def is_plain_name(name: object) -> bool:
     """Whether a name can be that of a folder and of no other place than in its own."""
-    return isinstance(name, str) and name.isprintable() and "/" not in name and name not in ("", ".", "..")
+    if not isinstance(name, str) or not name.isprintable() or "/" in name or name in ("", ".", ".."):
+        return False
+    return len(name.encode()) <= 255  # bytes that file systems take
 
 
 def _check_values(record: Record) -> None:
