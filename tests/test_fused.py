@@ -9,7 +9,9 @@ import logging
 import math
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import pytest
@@ -357,6 +359,25 @@ def test_many_kinds_of_map_all_have_kernels() -> None:
         for size in range(17, 30):
             layer(torch.ones(3, 40, size, 1))
         assert compiled == ["fake"] * kernels.STATIC_KINDS + ["symbolic"]
+
+
+def test_threads_that_meet_a_kind_at_once_compile_it_once() -> None:
+    compiled = []
+
+    def count(function: Callable[..., Tensor], *_: object) -> Callable[..., list[Tensor]]:
+        compiled.append(function)
+        time.sleep(0.2)
+        return lambda *tensors: [function(*tensors)]
+
+    x = torch.ones(2, 3)
+    with (
+        mock.patch.object(kernels, "_compile", count),
+        mock.patch.object(kernels, "_kernels", {}),
+        ThreadPoolExecutor(4) as pool,
+    ):
+        results = list(pool.map(lambda _: kernels.run_kernel(torch.neg, (x,)), range(4)))
+    assert compiled == [torch.neg]
+    assert all(torch.equal(y, -x) for (y,) in results)
 
 
 def test_selection_of_kernels(caplog: pytest.LogCaptureFixture) -> None:

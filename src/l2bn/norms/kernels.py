@@ -51,7 +51,9 @@ def run_kernel(
     kernel = _kernels.get(kind)
     if kernel is None:
         with _compiling:
-            kernel = _kernels[kind] = _new_kernel(function, tensors, constants)
+            kernel = _kernels.get(kind)  # another thread may have compiled it meanwhile
+            if kernel is None:
+                kernel = _kernels[kind] = _new_kernel(function, tensors, constants)
     return kernel(*[t for t in tensors if t is not None])
 
 
