@@ -247,6 +247,26 @@ def test_all_processes_of_a_run_stop_at_one_update(told: str, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+def test_a_run_that_is_told_before_its_processes_are_ready_is_left(tmp_path: Path) -> None:
+    """They die of the signal, having no handler yet; the run is one to go on with all the same."""
+    process = start(tmp_path, "compute.device=cpu", "compute.devices=2", "norm=bn", "recipe.epochs=1")
+    try:
+        deadline = time.monotonic() + 120
+        while sum(b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children(process.pid)) < 2:
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == EXIT_CODE, output
+        assert "Traceback" not in output
+    finally:
+        process.kill()
+        process.communicate()
+    assert finish(tmp_path, "compute.device=cpu", "compute.devices=2", "norm=bn", "recipe.epochs=1").epochs == 1
+
+
+@pytest.mark.slow
 def test_a_process_of_a_run_that_is_killed_ends_the_run(tmp_path: Path) -> None:
     options = ("compute.device=cpu", "compute.devices=2", "norm=bn", "recipe.epochs=8")
     whole = finish(tmp_path / "whole", *options)

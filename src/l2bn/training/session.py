@@ -80,7 +80,8 @@ def launch(job: Job) -> None:
                     raise
                 raise UserError(message) from error
             except ProcessExitedException as error:
-                if error.exit_code == EXIT_CODE:
+                # Told before they could take note of it, the processes have died of it.
+                if error.exit_code == EXIT_CODE or interruption.signal is not None:
                     interruption.leave()
                     raise SystemExit(EXIT_CODE) from error
                 raise UserError(
