@@ -73,6 +73,45 @@ def test_where_all_are_damaged_they_are_named_and_kept(tmp_path: Path) -> None:
     assert len(checkpoints.paths()) == 2
 
 
+def damaged(checkpoints: Checkpoints, *names: str) -> list[Path]:
+    found = [path for path in checkpoints.paths() if path.name.startswith(names)]
+    for path in found:
+        path.write_bytes(b"damaged")
+    return found
+
+
+def test_after_a_fallback_two_whole_ones_are_kept(tmp_path: Path) -> None:
+    """A damaged one counts for none of them, and goes when one of its place or of a later one is written."""
+    checkpoints = saved(tmp_path, (4, 0), (5, 0))
+    (bad,) = damaged(checkpoints, "epoch0005")
+    resumed = Checkpoints(tmp_path, [])
+    assert resumed.load(CPU) is not None
+    resumed.save(4, 10, {"at": [4, 10]})
+    assert places(resumed) == ["epoch0004-step0000000", "epoch0004-step0000010", "epoch0005-step0000000"]
+    resumed.save(4, 20, {"at": [4, 20]})
+    assert places(resumed) == ["epoch0004-step0000010", "epoch0004-step0000020", "epoch0005-step0000000"]
+    assert bad.exists()
+    resumed.save(5, 0, {"at": [5, 0]})
+    assert places(resumed) == ["epoch0004-step0000020", "epoch0005-step0000000"]
+    assert not bad.exists()
+
+
+def test_after_a_fallback_over_two_what_is_written_stays(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, (3, 0), (5, 0), (6, 0), keep_epochs=(3, 5))
+    bad = damaged(checkpoints, "epoch0005", "epoch0006")
+    resumed = Checkpoints(tmp_path, [3, 5])
+    assert resumed.load(CPU) is not None
+    resumed.save(4, 0, {"at": [4, 0]})
+    state = Checkpoints(tmp_path, []).load(CPU)
+    assert state is not None
+    assert state["at"] == [4, 0]
+    assert all(path.exists() for path in bad)
+    resumed.save(5, 0, {"at": [5, 0]})
+    resumed.save(7, 0, {"at": [7, 0]})
+    assert not any(path.exists() for path in bad)
+    assert [place[:9] for place in places(resumed)] == ["epoch0003", "epoch0005", "epoch0007"]
+
+
 def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     class Payload:
         def __reduce__(self) -> tuple[object, ...]:

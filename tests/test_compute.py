@@ -1,7 +1,10 @@
 """Where and how a run computes: precision, when a network is compiled, how processes are started."""
 
 import functools
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,11 @@ import yaml
 from torch import nn
 
 from conftest import ROOT, TINY, Train
+from l2bn.errors import UserError
 from l2bn.measurements import FEATURES
 from l2bn.norms.l2bn import convert
 from l2bn.norms.swap import swap_norm
+from l2bn.training import compilation
 from l2bn.training.build import Builder
 from l2bn.training.compilation import UPDATES, should_compile
 from l2bn.training.compute import Compute
@@ -54,10 +59,32 @@ def test_float32_is_not_rounded_behind_the_users_back(monkeypatch: pytest.Monkey
     assert torch.backends.cuda.matmul.allow_tf32
 
 
+@pytest.mark.usefixtures("_flags")
+@pytest.mark.parametrize(("threads", "devices", "own"), [(8, 1, 8), (8, 2, 4), (1, 2, 1)])
+def test_the_processes_of_a_run_share_its_threads(
+    threads: int, devices: int, own: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    compute(device="cpu", threads=threads, devices=devices).set_up()
+    assert taken == [own]
+
+
+@pytest.fixture(params=[True, False], ids=["a compiler", "no compiler"])
+def works(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether a compiler works, here as on a machine with CUDA."""
+    monkeypatch.setattr(compilation, "compiler_works", lambda _: request.param)
+    return bool(request.param)
+
+
 @pytest.mark.parametrize("wanted", [True, False, "graphs"])
-def test_a_wish_to_compile_is_followed(wanted: Any) -> None:
+def test_a_wish_to_compile_is_followed_or_refused(wanted: Any, works: bool) -> None:
     model = backbone("resnet20")
-    assert should_compile(wanted, model, CPU, 1) == bool(wanted)
+    if wanted and not works:
+        with pytest.raises(UserError, match=r"compile=(true|graphs), but no compiler works for cpu.*install one"):
+            should_compile(wanted, model, CPU, 1)
+    else:
+        assert should_compile(wanted, model, CPU, 1) == bool(wanted)
 
 
 @pytest.mark.parametrize("name", ["resnet20", "shufflenetv2_x1_0"])
@@ -66,15 +93,28 @@ def test_no_short_run_is_compiled_unasked(name: str) -> None:
         assert not should_compile("auto", backbone(name), device, FEW)
 
 
-def test_on_a_cpu_networks_are_compiled_whose_channels_fill_no_vectors() -> None:
+def test_on_a_cpu_networks_are_compiled_whose_channels_fill_no_vectors(works: bool) -> None:
     for name in ("resnet20", "vgg16", "mobilenetv2_x1_0", "shufflenetv2_x0_5"):
         assert not should_compile("auto", backbone(name), CPU, MANY)
-    assert should_compile("auto", backbone("shufflenetv2_x1_0"), CPU, UPDATES["cpu"])
-    assert should_compile("auto", backbone("resnet20"), CUDA, UPDATES["cuda"])
+    assert should_compile("auto", backbone("shufflenetv2_x1_0"), CPU, UPDATES["cpu"]) == works
+    assert should_compile("auto", backbone("resnet20"), CUDA, UPDATES["cuda"]) == works
+
+
+def test_a_run_without_a_compiler_says_so_where_it_was_to_be_compiled(tmp_path: Path) -> None:
+    """The command, where no compiler is to be found."""
+    command = [sys.executable, str(ROOT / "scripts/train.py"), "compute.compile=true", "norm=bn", *TINY]
+    environment = {**os.environ, "CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [*command, f"runs_dir={tmp_path / 'runs'}"], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1
+    assert "compute.compile=true, but no compiler works for cpu here" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA])
 @pytest.mark.parametrize("name", ["resnet20", "shufflenetv2_x1_0", "mobilenetv2_x1_0"])
+@pytest.mark.usefixtures("works")
 def test_both_norms_decide_alike(name: str, device: torch.device) -> None:
     bn, l2bn = backbone(name), backbone(name)
     swap_norm(l2bn, convert)
@@ -137,10 +177,6 @@ def test_a_run_goes_on_in_the_other_memory_format(
 @pytest.mark.slow
 def test_several_devices_within_a_sweep_under_a_scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As one task of Slurm, whose variables speak of one process, each run of a sweep starts two."""
-    import os
-    import subprocess
-    import sys
-
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "l2bn", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1"}
     slurm |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_STEP_ID": "0"}
     command = [sys.executable, str(ROOT / "scripts/train.py"), "-m", "compute=ddp", "compute.device=cpu"]

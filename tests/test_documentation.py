@@ -93,6 +93,7 @@ PROMISES: dict[str, list[Callable[..., Any]]] = {
         test_damage.test_a_damaged_newest_checkpoint,
         test_damage.test_a_checkpoint_that_cannot_be_read,
         test_damage.test_two_damaged_checkpoints,
+        test_checkpoint.test_after_a_fallback_two_whole_ones_are_kept,
     ],
     "another file of the run is damaged": [
         test_damage.test_half_a_line_of_metrics_is_made_whole,
@@ -104,6 +105,7 @@ PROMISES: dict[str, list[Callable[..., Any]]] = {
         test_interruption.test_a_second_process_leaves_the_run_to_the_first,
         test_interruption.test_the_lock_dies_with_its_process,
         test_interruption.test_the_processes_of_a_run_die_with_it,
+        test_interruption.test_what_is_locked_is_a_file,
         test_interruption.test_a_file_system_without_locks_is_named,
     ],
     "the disk is full, the folder read-only or deleted": [
@@ -148,6 +150,8 @@ PROMISES: dict[str, list[Callable[..., Any]]] = {
         test_replay.test_a_yaml_that_would_make_objects_makes_none,
         test_security.test_a_record_cannot_ask_for_the_environment,
         test_security.test_a_record_cannot_say_where_to_read_and_write,
+        test_security.test_a_record_cannot_say_so_in_a_nested_place,
+        test_security.test_a_record_cannot_lead_out_of_its_data_sets_folder,
         test_security.test_a_record_cannot_say_where_it_is_published,
         test_checkpoint.test_a_pickle_that_would_run_code_is_refused,
         test_data_cifar.test_a_payload_is_refused_and_not_executed,

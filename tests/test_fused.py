@@ -9,7 +9,9 @@ import logging
 import math
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
 
@@ -429,6 +431,25 @@ def test_many_kinds_of_map_all_have_kernels() -> None:
         assert compiled == ["fake"] * kernels.STATIC_KINDS + ["symbolic"]
 
 
+def test_threads_that_meet_a_kind_at_once_compile_it_once() -> None:
+    compiled = []
+
+    def count(function: Callable[..., Tensor], *_: object) -> Callable[..., list[Tensor]]:
+        compiled.append(function)
+        time.sleep(0.2)
+        return lambda *tensors: [function(*tensors)]
+
+    x = torch.ones(2, 3)
+    with (
+        mock.patch.object(kernels, "_compile", count),
+        mock.patch.object(kernels, "_kernels", {}),
+        ThreadPoolExecutor(4) as pool,
+    ):
+        results = list(pool.map(lambda _: kernels.run_kernel(torch.neg, (x,)), range(4)))
+    assert compiled == [torch.neg]
+    assert all(torch.equal(y, -x) for (y,) in results)
+
+
 def test_selection_of_kernels(caplog: pytest.LogCaptureFixture) -> None:
     assert select_kernels(nn.Sequential(nn.BatchNorm2d(3)), "cpu", 10**6) == "stock"
     for updates, works, expected, reason in [
@@ -449,7 +470,9 @@ def test_selection_of_kernels(caplog: pytest.LogCaptureFixture) -> None:
         assert all(f"kernels={expected}" in repr(layer) for layer in model)
     decided = nn.Sequential(L2BatchNorm2d(3, fused="off"))
     assert select_kernels(decided, "cpu", 10**6) == "plain"
-    assert select_kernels(nn.Sequential(L2BatchNorm2d(3, fused="on")), "cpu", 1) == "fused"
+    wished = nn.Sequential(L2BatchNorm2d(3, fused="on"))
+    assert select_kernels(wished, "cpu", 1) == "fused"
+    assert select_kernels(wished, "mps", 1) == "plain", "there are none for it"
 
 
 def test_without_a_compiler_the_plain_composition_serves() -> None:

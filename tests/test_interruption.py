@@ -22,7 +22,7 @@ from conftest import ROOT, TINY, decoding
 from l2bn.errors import UserError
 from l2bn.records import Record, read_records
 from l2bn.training.checkpoint import Checkpoints
-from l2bn.training.interruption import EXIT_CODE, Interruption, sole_owner
+from l2bn.training.interruption import EXIT_CODE, LOCK, Interruption, is_owned, sole_owner
 from test_training import drawn, equal, results, weights
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -247,6 +247,26 @@ def test_all_processes_of_a_run_stop_at_one_update(told: str, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+def test_a_run_that_is_told_before_its_processes_are_ready_is_left(tmp_path: Path) -> None:
+    """They die of the signal, having no handler yet; the run is one to go on with all the same."""
+    process = start(tmp_path, "compute.device=cpu", "compute.devices=2", "norm=bn", "recipe.epochs=1")
+    try:
+        deadline = time.monotonic() + 120
+        while sum(b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children(process.pid)) < 2:
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == EXIT_CODE, output
+        assert "Traceback" not in output
+    finally:
+        process.kill()
+        process.communicate()
+    assert finish(tmp_path, "compute.device=cpu", "compute.devices=2", "norm=bn", "recipe.epochs=1").epochs == 1
+
+
+@pytest.mark.slow
 def test_a_process_of_a_run_that_is_killed_ends_the_run(tmp_path: Path) -> None:
     options = ("compute.device=cpu", "compute.devices=2", "norm=bn", "recipe.epochs=8")
     whole = finish(tmp_path / "whole", *options)
@@ -287,6 +307,29 @@ def test_the_lock_dies_with_its_process(tmp_path: Path) -> None:
     holder.communicate()
     with sole_owner(tmp_path):
         pass
+
+
+def test_what_is_locked_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of folders NFS has no locks that other machines see, and of files exclusive ones only where they are opened
+    for writing."""
+    locked = []
+    flock = fcntl.flock
+
+    def noted(descriptor: int, kind: int) -> None:
+        exclusive = bool(kind & fcntl.LOCK_EX)
+        writable = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+        locked.append((Path(f"/proc/self/fd/{descriptor}").readlink(), exclusive, writable))
+        flock(descriptor, kind)
+
+    monkeypatch.setattr(fcntl, "flock", noted)
+    assert not is_owned(tmp_path)
+    assert list(tmp_path.iterdir()) == [], "a look writes nothing"
+    with sole_owner(tmp_path):
+        assert is_owned(tmp_path)
+    assert not is_owned(tmp_path)
+    path = tmp_path / LOCK
+    assert path.is_file()
+    assert locked == [(path, True, True), (path, False, False), (path, False, False)]
 
 
 def test_a_file_system_without_locks_is_named(

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import math
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from l2bn.records import (
 )
 
 EPOCHS = 3
+HUGE = 10**400  # JSON has it, no float can hold it
 
 
 def row(epoch: int) -> dict[str, float | None]:
@@ -100,10 +103,15 @@ def test_a_run_that_has_not_ended_is_no_record_and_no_problem(tmp_path: Path) ->
         ("last", {**row(3), "test/top1": 101.0}, "no percentage"),
         ("last", {**row(3), "test/top1": None}, "no percentage"),
         ("seconds", True, "seconds"),
+        ("seconds", math.nan, "seconds"),
+        ("seconds", HUGE, "seconds"),
+        ("parameters", HUGE, "parameters"),
+        ("last", {**row(3), "train/loss": HUGE}, "not finite"),
         ("label", None, "label"),
         ("schema", 99, "schema"),
         ("comment", "hello", "unknown"),
     ],
+    ids=lambda value: str(value)[:20],
 )
 def test_a_wrong_value_is_named(key: str, value: object, reason: str, tmp_path: Path) -> None:
     written(tmp_path / "run")
@@ -116,15 +124,17 @@ def test_a_wrong_value_is_named(key: str, value: object, reason: str, tmp_path: 
 
 
 def mangled(data: st.DataObject, content: bytes) -> bytes:
-    """The content cut short, with a byte flipped, some overwritten, or something else altogether."""
+    """The content cut short, with a byte flipped, some overwritten, a huge number in it, or something else."""
     place = data.draw(st.integers(0, len(content) - 1))
-    match data.draw(st.sampled_from(["cut", "flip", "replace", "garbage"])):
+    match data.draw(st.sampled_from(["cut", "flip", "replace", "huge", "garbage"])):
         case "cut":
             return content[:place]
         case "flip":
             return content[:place] + bytes([content[place] ^ data.draw(st.integers(1, 255))]) + content[place + 1 :]
         case "replace":
             return content[:place] + data.draw(st.binary(min_size=1, max_size=16)) + content[place + 8 :]
+        case "huge":
+            return content[:place] + re.sub(rb"\d+", str(HUGE).encode(), content[place:], count=1)
         case _:
             return data.draw(st.binary(max_size=200))
 

@@ -85,7 +85,38 @@ def test_a_record_cannot_say_where_to_read_and_write(
     assert not (tmp_path / "replayed").exists()
 
 
-@pytest.mark.parametrize("name", ["../../elsewhere", "/elsewhere", "a/b", "..", "", "a\0b", "a\ud800b"])
+def test_a_record_cannot_say_so_in_a_nested_place(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stands there is built before it is known to be of the wrong kind: it may not be a data set."""
+    monkeypatch.chdir(tmp_path)
+    path, elsewhere = run / "config.yaml", tmp_path / "elsewhere"
+    config = yaml.safe_load(path.read_text())
+    node = {"_target_": "l2bn.data.cifar.cifar10", "root": str(elsewhere), "download": True, "label": "x"}
+    for place, nested in (("dataset", {"augmentation": node}), ("norm", node), ("recipe", {"schedule": node})):
+        path.write_text(yaml.safe_dump(config | {place: {**config[place], **nested}}))
+        with pytest.raises(UserError, match="cifar10, which stands there in no file of configs"):
+            replay(run, str(tmp_path / "replayed"))
+    config["dataset"]["augmentation"]["root"] = str(elsewhere)
+    path.write_text(yaml.safe_dump(config))
+    replay(run, str(tmp_path / "replayed"))  # without it
+    assert not elsewhere.exists()
+
+
+@pytest.mark.parametrize("key", ["train", "test"])
+def test_a_record_cannot_lead_out_of_its_data_sets_folder(key: str, run: Path, tmp_path: Path) -> None:
+    path = run / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["dataset"] = yaml.safe_load((ROOT / "configs/dataset/image_folder.yaml").read_text()) | {"label": "x"}
+    config["cell"]["dataset"] = "image_folder"
+    for value in (str(tmp_path), "..", "train/../../elsewhere"):
+        path.write_text(yaml.safe_dump(config | {"dataset": {**config["dataset"], key: value}}))
+        with pytest.raises(UserError, match=rf"dataset\.{key} is .*within its data set's folder"):
+            replay(run, str(tmp_path / "replayed"), root=str(tmp_path))
+    assert not (tmp_path / "replayed").exists()
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere", "/elsewhere", "a/b", "..", "", "a\0b", "a\ud800b", 256 * "a"])
 @pytest.mark.parametrize("group", ["dataset", "recipe"])
 def test_a_record_cannot_say_where_it_is_published(group: str, name: str, tmp_path: Path) -> None:
     written(tmp_path / "run", **{group: name})

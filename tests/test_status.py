@@ -18,7 +18,7 @@ from rich.console import Console
 from conftest import ROOT
 from l2bn.records import CONFIG, METRICS, SUMMARY, Record
 from l2bn.training.failure import note_failure
-from l2bn.training.interruption import sole_owner
+from l2bn.training.interruption import LOCK, sole_owner
 from l2bn.training.outcome import look
 from l2bn.training.planning import PlannedRun, compose_sweep, find_runs, plan_sweep
 from l2bn.training.status import duration, overview
@@ -178,7 +178,7 @@ def test_a_look_at_the_lock_keeps_no_run_from_starting(tmp_path: Path) -> None:
     """`status` holds the lock for an instant; a run that starts just then tries again."""
     code = (
         "import fcntl, os, sys, time\n"
-        f"descriptor = os.open({str(tmp_path)!r}, os.O_RDONLY)\n"
+        f"descriptor = os.open({str(tmp_path / LOCK)!r}, os.O_RDONLY | os.O_CREAT)\n"
         "fcntl.flock(descriptor, fcntl.LOCK_SH)\nprint(flush=True)\ntime.sleep(0.1)"
     )
     looker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

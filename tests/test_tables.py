@@ -118,6 +118,7 @@ def test_a_cell_under_two_recipes_is_pooled_once(tmp_path: Path) -> None:
         {"recipe": "cosine_200,lr=0.2"},
         {"precision": "bf16-mixed"},
         {"kernels": "plain+compiled"},
+        {"kernels": "plain then plain+compiled"},
         {"dataset": "cifar10,subset=10000"},
         {"backbone": "resnet20,shortcut=identity"},
         {"identity": {"devices": 2}},
@@ -145,6 +146,29 @@ def test_two_kernel_paths_are_two_rows_against_the_same_bn(tmp_path: Path, refer
     assert "| CIFAR-10 | resnet20 | A | 90.00 (1) | 92.00 (1) |" in table
     assert "| CIFAR-10 | resnet20 | B | 90.00 (1) | 91.00 (1) |" in table
     assert "A: cosine\\_200, float32, fused kernels; B: cosine\\_200, float32, plain kernels." in table
+
+
+def test_a_run_of_two_kernel_paths_is_mixed_with_none_of_them(tmp_path: Path, reference: Reference) -> None:
+    """Nor are runs that were compiled in part: those stand in a cell of their own, with their BN."""
+    for part, kernels in (("a", "stock"), ("b", "stock+compiled"), ("c", "stock then stock+compiled")):
+        write_run(tmp_path / part, norm="bn", kernels=kernels, accuracy=90.0)
+    paths = (
+        "plain",
+        "fused",
+        "plain then fused",
+        "plain+compiled then fused+compiled",
+        "fused then fused+compiled",
+    )
+    for number, kernels in enumerate(paths):
+        write_run(tmp_path / f"{number}", norm="l2bn", kernels=kernels, accuracy=91.0 + number)
+    rows = rows_of(read_checked(tmp_path)[0], reference)
+    assert [(row["setting"], row["kernels"], row["difference"]) for row in rows] == [
+        ("32-true", "fused", "2.0000"),
+        ("32-true", "plain", "1.0000"),
+        ("32-true", "plain then fused", "3.0000"),
+        ("32-true, compiled", "plain then fused", "4.0000"),
+        ("32-true, eager then compiled", "fused", "5.0000"),
+    ]
 
 
 def test_a_changed_default_under_an_old_name_is_an_error(tmp_path: Path) -> None:

@@ -145,6 +145,19 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     assert equal(weights(resumed), weights(whole))
 
 
+def test_the_record_of_a_run_that_was_resumed_with_other_kernels_names_both(
+    train: Train, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = ("norm=l2bn", EPOCHS, *TINY)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 9)
+        with pytest.raises(SystemExit):
+            train(*options)
+    monkeypatch.setattr("l2bn.norms.selection.UPDATES_A_CHANNEL_COUNT", 0)
+    assert train(*options).kernels == "plain then fused"
+    assert "resumed with other kernels" in caplog.text
+
+
 def test_a_checkpoint_holds_all_that_changes(train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Read as plain values. What is derived is not there: the schedule and every random number follow from the
     position, the best epoch from the rows, the hash from the identity."""
@@ -194,6 +207,17 @@ def test_evaluation_agrees_with_batch_statistics_after_enough_updates(train: Tra
     assert record.updates >= 200
     assert abs(record.last["test/top1"] - record.last["train/top1"]) < 3
     assert record.last["test/top1"] > 95
+
+
+@pytest.mark.parametrize(
+    ("training_batch", "image_size", "expected"),
+    [(128, 32, 512), (1, 28, 512), (1024, 32, 512), (16, 64, 128), (256, 64, 256), (256, 224, 256), (8, 224, 10)],
+)
+def test_the_evaluation_takes_about_the_memory_of_small_images_or_of_training(
+    training_batch: int, image_size: int, expected: int
+) -> None:
+    assert session.evaluation_batch(training_batch, image_size) == expected
+    assert session.evaluation_batch(1, 100_000) == 1
 
 
 def test_a_finished_run_is_left_alone(train: Train, losses: list[float]) -> None:

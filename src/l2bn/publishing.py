@@ -3,13 +3,12 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from l2bn import measurements
 from l2bn.durable import write_durably
-from l2bn.records import CONFIG, ENVIRONMENT, MACHINE_PATHS, METRICS, SUMMARY, InvalidRecordError, Record
+from l2bn.records import CONFIG, ENVIRONMENT, METRICS, SUMMARY, InvalidRecordError, Record, without_machine_paths
 
 
 def publish(folder: Path, destination: Path) -> Path:
@@ -42,10 +41,4 @@ def _read(folder: Path, measured: Iterable[str]) -> dict[str, bytes]:
     for name, content in ((CONFIG, config), (ENVIRONMENT, environment)):
         if not isinstance(content, dict):
             raise InvalidRecordError(f"{name} is not that of a run")
-    return {CONFIG: yaml.safe_dump(_without_machine_paths(config), sort_keys=False).encode(), **files}
-
-
-def _without_machine_paths(node: Any) -> Any:
-    if not isinstance(node, dict):
-        return node
-    return {key: _without_machine_paths(value) for key, value in node.items() if key not in MACHINE_PATHS}
+    return {CONFIG: yaml.safe_dump(without_machine_paths(config), sort_keys=False).encode(), **files}

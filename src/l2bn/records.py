@@ -12,7 +12,7 @@ Tables and figures read nothing but records. This module imports no heavy librar
 """
 
 import json
-import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -23,6 +23,7 @@ from l2bn.durable import write_durably
 CONFIG, ENVIRONMENT, METRICS, SUMMARY = "config.yaml", "env.json", "metrics.jsonl", "summary.json"
 FILES = (CONFIG, ENVIRONMENT, METRICS, SUMMARY)
 SCHEMA = 1
+THEN = " then "
 
 Metrics = dict[str, float | None]
 """One epoch: epoch (counted from 1), step (updates so far), lr, train/loss, train/top1, test/loss,
@@ -64,7 +65,9 @@ class Record:
     label: str  # the data set as tables call it
     baseline: str | None  # the published rows it may be compared with
     precision: str
-    kernels: str  # "stock", "plain" or "fused"; with "+compiled" where the model was compiled
+    # "stock", "plain" or "fused"; with "+compiled" where the model was compiled. Of a run that was resumed with
+    # others all of them, in the order of their first use, with THEN between them.
+    kernels: str
     hash: str  # of the identity
     identity: dict[str, Any]
     epochs: int
@@ -109,6 +112,13 @@ class Record:
 
 MACHINE_PATHS = frozenset({"root", "devkit", "cache", "runs_dir"})
 """Keys of `config.yaml` that say where things lie on a machine, and nothing of the run."""
+
+
+def without_machine_paths(node: Any) -> Any:
+    """A node of `config.yaml`, and those in it, without what they say of the machine."""
+    if not isinstance(node, dict):
+        return node
+    return {key: without_machine_paths(value) for key, value in node.items() if key not in MACHINE_PATHS}
 
 
 def read_records(root: Path) -> tuple[list[Record], list[Problem]]:
@@ -174,7 +184,8 @@ def _bad_metrics(row: object) -> str | None:
 
 
 def is_finite_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a number that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 _JSON_TYPES: Mapping[str, type | tuple[type, ...]] = {
@@ -201,13 +212,15 @@ def _check_fields(cls: type, content: dict[str, Any]) -> None:
         raise InvalidRecordError(f"{SUMMARY}: missing {missing}, unknown {unknown}")
     for key, value in content.items():
         expected = _JSON_TYPES.get(key, str)
-        if not isinstance(value, expected) or isinstance(value, bool):
+        if not isinstance(value, expected) or (isinstance(value, int | float) and not is_finite_number(value)):
             raise InvalidRecordError(f"{SUMMARY}: {key} is {value!r}")
 
 
 def is_plain_name(name: object) -> bool:
     """Whether a name can be that of a folder and of no other place than in its own."""
-    return isinstance(name, str) and name.isprintable() and "/" not in name and name not in ("", ".", "..")
+    if not isinstance(name, str) or not name.isprintable() or "/" in name or name in ("", ".", ".."):
+        return False
+    return len(name.encode()) <= 255  # bytes that file systems take
 
 
 def _check_values(record: Record) -> None:
@@ -225,5 +238,3 @@ def _check_values(record: Record) -> None:
             raise InvalidRecordError(f"{SUMMARY}: {name}: {reason}")
     if record.status == "finished" and record.last["epoch"] != record.epochs:
         raise InvalidRecordError(f"{SUMMARY}: finished, but its last epoch is not epoch {record.epochs}")
-    if not math.isfinite(record.seconds):
-        raise InvalidRecordError(f"{SUMMARY}: seconds is not finite")

@@ -51,7 +51,9 @@ def run_kernel(
     kernel = _kernels.get(kind)
     if kernel is None:
         with _compiling:
-            kernel = _kernels[kind] = _new_kernel(function, tensors, constants)
+            kernel = _kernels.get(kind)  # another thread may have compiled it meanwhile
+            if kernel is None:
+                kernel = _kernels[kind] = _new_kernel(function, tensors, constants)
     return kernel(*[t for t in tensors if t is not None])
 
 
@@ -120,6 +122,6 @@ def compiler_works(device_type: str) -> bool:
         )
     except Exception as error:  # whatever a missing or broken tool chain raises
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        logger.warning("L2BN takes the plain composition: no compiler works for %s (%s)", device_type, reason)
+        logger.warning("no compiler works for %s (%s): L2BN takes the plain composition", device_type, reason)
         return False
     return True

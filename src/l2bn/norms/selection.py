@@ -5,7 +5,7 @@ import logging
 import torch
 from torch import nn
 
-from l2bn.norms.kernels import compiler_works
+from l2bn.norms.kernels import DEVICES, compiler_works
 from l2bn.norms.l2bn import _L2BatchNorm
 
 logger = logging.getLogger(__name__)
@@ -38,4 +38,6 @@ def select_kernels(model: nn.Module, device: torch.device | str, updates: int) -
             logger.info("L2BN takes fused kernels in %d layers", len(undecided))
         for layer in undecided:
             layer.fused = "on" if works else "off"
-    return "fused" if any(layer.fused == "on" for layer in layers) else "plain"
+    # Asked for on another device, they are not to be had: the layers compute plainly there.
+    fused = torch.device(device).type in DEVICES and any(layer.fused == "on" for layer in layers)
+    return "fused" if fused else "plain"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from l2bn.errors import UserError
-from l2bn.records import COST_KEYS, Problem, Record, read_records
+from l2bn.records import COST_KEYS, THEN, Problem, Record, read_records
 from l2bn.reporting.statistics import Estimate, estimate, holm, paired_differences, pooled_estimate
 
 BN, L2BN = "bn", "l2bn"
@@ -114,7 +114,7 @@ class Comparison:
     def kernels(self) -> str:
         """The norm's kernel path, without what the cell says already."""
         arm = self.other or self.bn
-        return arm.kernels.removesuffix("+compiled") if arm else ""
+        return THEN.join(dict.fromkeys(norm for norm, _ in _kernels(arm.kernels))) if arm else ""
 
     @property
     def full_length(self) -> bool:
@@ -187,13 +187,20 @@ def _result(record: Record) -> tuple[object, ...]:
 def cell_of(record: Record) -> Cell:
     """The cell of a run; its setting names the precision, and what else is not the default."""
     devices = record.identity.get("devices", 1)
+    compiled = THEN.join(dict.fromkeys("compiled" if suffix else "eager" for _, suffix in _kernels(record.kernels)))
     setting = [
         record.precision,
         "" if devices == 1 else f"{devices} devices",
         "synchronised" if record.identity.get("sync_bn") else "",
-        "compiled" if record.kernels.endswith("+compiled") else "",
+        "" if compiled == "eager" else compiled,
     ]
     return Cell(record.dataset, record.recipe, record.backbone, ", ".join(filter(None, setting)))
+
+
+def _kernels(text: str) -> list[tuple[str, str]]:
+    """Of each of a record's kernels: the norm's path, and "compiled" where the model was compiled, else ""."""
+    paths = [kernels.partition("+") for kernels in text.split(THEN)]
+    return [(norm, suffix) for norm, _, suffix in paths]
 
 
 def _check_conditions(records: Iterable[Record]) -> None:

@@ -1,14 +1,13 @@
 """From a node of the configuration to the object that it describes, or to a clear word on what is wrong with it.
 
 `_target_` is the registry: a new data set, backbone or norm is one Python file and one YAML. Hydra would import
-and call whatever a `_target_` names; here it must stand in a file of `configs/`, so that replaying somebody's
-record cannot run code of theirs.
+and call whatever a `_target_` names; here it must stand at its place in a file of `configs/`, so that replaying
+somebody's record cannot run code of theirs, nor ours where it is not meant to be.
 """
 
 import difflib
 import functools
 import inspect
-import math
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ import yaml
 from hydra.utils import get_object
 
 from l2bn.errors import UserError
-from l2bn.records import MACHINE_PATHS
+from l2bn.records import MACHINE_PATHS, is_finite_number
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -124,9 +123,9 @@ def _split(node: Node, path: str) -> tuple[Callable[..., Any], bool, dict[str, A
 def _resolve(name: object, path: str) -> Callable[..., Any]:
     if not isinstance(name, str):
         raise UserError(f"{path}: has no _target_ to say what it is")
-    if name not in _targets():
+    if (path, name) not in _targets():
         raise UserError(
-            f"{path}._target_ is {name}, which stands in no file of {CONFIGS.name}/; "
+            f"{path}._target_ is {name}, which stands there in no file of {CONFIGS.name}/; "
             "for something of your own, add a YAML with this _target_ to the group's folder"
         )
     try:
@@ -146,17 +145,21 @@ def _yaml_files() -> dict[str, Any]:
 
 
 @functools.cache
-def _targets() -> frozenset[str]:
-    """Every `_target_` that stands in configs/."""
-    return frozenset(t for content in _yaml_files().values() for t in _find_targets(content))
+def _targets() -> frozenset[tuple[str, str]]:
+    """Every `_target_` that stands in configs/, with its place: taken within its file's group, and as it stands."""
+    found: set[tuple[str, str]] = set()
+    for file, content in _yaml_files().items():
+        for group in (file.partition("/")[0].removesuffix("_for"), ""):
+            found.update(_find_targets(content, group))
+    return frozenset(found)
 
 
-def _find_targets(value: object) -> Iterator[str]:
+def _find_targets(value: object, place: str) -> Iterator[tuple[str, str]]:
     if isinstance(value, dict):
         if isinstance(value.get("_target_"), str):
-            yield value["_target_"]
-        for child in value.values():
-            yield from _find_targets(child)
+            yield place, value["_target_"]
+        for key, child in value.items():
+            yield from _find_targets(child, _join(place, key))
 
 
 def machine_keys(file: str) -> dict[str, Any]:
@@ -213,7 +216,7 @@ def _fits(value: object, hint: Any) -> bool:
     if origin is list:
         return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return is_finite_number(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if origin is Callable:

@@ -1,8 +1,8 @@
 """Checkpoints that survive a crash at any instant.
 
 A checkpoint is written beside the others and renamed, so it is whole or not there; its name carries its place
-in the run and a checksum of its content. The last two are kept, so that a damaged newest one costs an interval
-and not the run.
+in the run and a checksum of its content. The last two that are whole are kept, so that a damaged newest one costs
+an interval and not the run.
 """
 
 import hashlib
@@ -21,7 +21,6 @@ from l2bn.errors import UserError
 
 log = logging.getLogger(__name__)
 
-KEPT = 2
 _NAME = re.compile(r"epoch(?P<epoch>\d+)-step(?P<step>\d+)\.(?P<digest>[0-9a-f]{16})\.pt")
 
 
@@ -50,9 +49,14 @@ class Checkpoints:
     def __init__(self, folder: Path, keep_epochs: list[int]) -> None:
         self.folder = folder
         self.keep_epochs = keep_epochs
+        self._last: Path | None = None  # what this process has written or loaded last, and so is whole
 
     def save(self, epoch: int, step: int, state: dict[str, Any]) -> None:
-        """Write the state after `epoch` whole epochs and `step` updates more, then drop those no longer needed."""
+        """Write the state after `epoch` whole epochs and `step` updates more, then drop those no longer needed.
+
+        What was written or loaded before stays beside it. Those of later places, which `load` has passed over as
+        damaged, stay until the run has come to them again.
+        """
         self.folder.mkdir(exist_ok=True)
         for cut_off in self.folder.glob(".*.tmp"):  # a kill during an earlier write has left it
             cut_off.unlink()
@@ -61,9 +65,12 @@ class Checkpoints:
         data = buffer.getvalue()
         path = self.folder / f"epoch{epoch:04d}-step{step:07d}.{_digest(data)}.pt"
         write_durably(path, data)
-        for old in self.paths()[:-KEPT]:
-            if not self._is_kept(old):
+        for old in self.paths():
+            passed = _place(old) < (epoch, step) and not self._is_kept(old)
+            replaced = _place(old) == (epoch, step)
+            if (passed or replaced) and old not in (path, self._last):
                 old.unlink()
+        self._last = path
 
     def load(self, device: torch.device) -> dict[str, Any] | None:
         """The newest state that is whole, or None where there is none yet.
@@ -73,10 +80,13 @@ class Checkpoints:
         damaged = []
         for path in reversed(self.paths()):
             try:
-                return self.read(path, device)
+                state = self.read(path, device)
             except ValueError as error:
                 log.warning("the checkpoint %s is damaged, trying the one before: %s", path, error)
                 damaged.append(path)
+            else:
+                self._last = path
+                return state
         if damaged:
             names = "\n".join(f"  {path}" for path in damaged)
             raise UserError(
@@ -102,11 +112,16 @@ class Checkpoints:
     def paths(self) -> list[Path]:
         """All checkpoints, oldest first."""
         found = [path for path in self.folder.glob("*.pt") if _NAME.fullmatch(path.name)]
-        return sorted(found, key=lambda path: (int(_match(path)["epoch"]), int(_match(path)["step"])))
+        return sorted(found, key=_place)
 
     def _is_kept(self, path: Path) -> bool:
-        match = _match(path)
-        return int(match["epoch"]) in self.keep_epochs and int(match["step"]) == 0
+        epoch, step = _place(path)
+        return epoch in self.keep_epochs and step == 0
+
+
+def _place(path: Path) -> tuple[int, int]:
+    match = _match(path)
+    return int(match["epoch"]), int(match["step"])
 
 
 def _match(path: Path) -> re.Match[str]:

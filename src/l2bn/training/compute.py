@@ -102,10 +102,8 @@ class Compute:
     def set_up(self) -> None:
         """Set this process's memory, threads and kernels."""
         keep_freed_memory()
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
-        elif self.devices > 1:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.devices))
+        if self.threads is not None or self.devices > 1:
+            torch.set_num_threads(max(1, (self.threads or os.cpu_count() or 1) // self.devices))
         if self.deterministic:  # cuBLAS promises equal bits with a workspace of this kind only
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(self.deterministic)
@@ -128,7 +126,7 @@ class Compute:
         )
 
     def place(self, model: nn.Module, device: torch.device, updates: int) -> Placed:
-        """Put a model on its device for a run of so many updates."""
+        """Put a model on its device for a run of so many updates. Raises UserError, see `should_compile`."""
         network = model.to(device)
         if self.channels_last:
             network.to(memory_format=torch.channels_last)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from l2bn.durable import write_durably
-from l2bn.records import ENVIRONMENT
+from l2bn.records import ENVIRONMENT, THEN
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +41,11 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def note_start(folder: Path, device: torch.device, kernels: str) -> None:
-    """Add this start of a run to `env.json`; say so where it may compute other bits than the one before."""
+def note_start(folder: Path, device: torch.device, kernels: str) -> str:
+    """Add this start of a run to `env.json`; say so where it may compute other bits than the one before.
+
+    Returns what all of the run's starts took for kernels, as a record has it (`Record.kernels`).
+    """
     path = folder / ENVIRONMENT
     starts = _earlier_starts(path) if path.exists() else []
     facts = {**describe_environment(device), "kernels": kernels}
@@ -50,7 +53,9 @@ def note_start(folder: Path, device: torch.device, kernels: str) -> None:
         changed = [key for key in FACTS_BEHIND_BITS if starts[-1].get(key) != facts[key]]
         if changed:
             log.warning("resumed with other %s: equal to an uninterrupted run up to rounding", ", ".join(changed))
-    write_durably(path, json.dumps({"starts": [*starts, facts]}, indent=2) + "\n")
+    starts.append(facts)
+    write_durably(path, json.dumps({"starts": starts}, indent=2) + "\n")
+    return THEN.join(dict.fromkeys(start["kernels"] for start in starts if "kernels" in start))
 
 
 def _earlier_starts(path: Path) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from l2bn.processes import SIGNALS, end_with_parent
 log = logging.getLogger(__name__)
 
 EXIT_CODE = 75  # sysexits.h: a temporary failure; the same command goes on where this one stopped
+LOCK = ".lock"  # the file in a run's folder that is locked; it stays, since its being there says nothing
 LOOKS = (0.05, 0.2)  # seconds after which a lock that is held is tried again: a look at it holds it for an instant
 _following = False  # whether this process is one of several of a run, which another one has started
 
@@ -78,10 +79,11 @@ def follow_parent() -> None:
 def sole_owner(folder: Path) -> Iterator[None]:
     """Hold the run in a folder for this process alone. Raises UserError where another process has it.
 
-    The lock (flock) is the kernel's and goes with the process, however that ends. Over NFS it holds between
-    machines only where the server's locking does; where a file system has no locks at all, that is logged.
+    The lock (flock) is the kernel's and goes with the process, however that ends. It is that of a file, since NFS
+    has none of folders: there it holds between machines as far as the server's locking does. Where a file system
+    has no locks at all, that is logged.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
             alone = any(_lock(descriptor, fcntl.LOCK_EX, wait) for wait in (0, *LOOKS))
@@ -96,10 +98,10 @@ def sole_owner(folder: Path) -> Iterator[None]:
 
 
 def is_owned(folder: Path) -> bool:
-    """Whether a process is at work on the run in a folder."""
+    """Whether a process is at work on the run in a folder; nothing is written there."""
     try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
+        descriptor = os.open(folder / LOCK, os.O_RDONLY)
+    except OSError:  # nobody has been
         return False
     try:
         return not _lock(descriptor, fcntl.LOCK_SH)

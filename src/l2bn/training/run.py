@@ -15,7 +15,7 @@ from l2bn.data.splits import Splits
 from l2bn.errors import UserError
 from l2bn.norms.swap import norm_layers, swap_norm
 from l2bn.norms.sync import counterparts
-from l2bn.records import CONFIG, MACHINE_PATHS, SUMMARY, InvalidRecordError, Record
+from l2bn.records import CONFIG, SUMMARY, InvalidRecordError, Record, without_machine_paths
 from l2bn.seeding import derive_seed
 from l2bn.training.build import Builder, machine_keys
 from l2bn.training.checkpoint import CheckpointPolicy, Checkpoints
@@ -229,8 +229,10 @@ def read_config(folder: Path, root: str | None = None, *, foreign: bool = False)
         cell = Cell(**config.pop("cell"))
         if cell.seed != config["seed"]:
             raise ValueError(f"the cell's seed is {cell.seed!r}, the configuration's {config['seed']!r}")
-        own = {k: v for k, v in config["dataset"].items() if not (foreign and k in MACHINE_PATHS)}
-        dataset = {**machine_keys(f"dataset/{cell.dataset.partition(',')[0]}.yaml"), **own}
+        if foreign:
+            config = without_machine_paths(config)
+            _check_inside(config["dataset"], "dataset")
+        dataset = {**machine_keys(f"dataset/{cell.dataset.partition(',')[0]}.yaml"), **config["dataset"]}
         # A record from before there was an analysis says nothing of one.
         config = {"runs_dir": "runs", "analysis": {}, **config, "dataset": dataset}
         check_complete(config)
@@ -249,6 +251,17 @@ def read_config(folder: Path, root: str | None = None, *, foreign: bool = False)
     if root is not None:
         config["dataset"]["root"] = root
     return config, cell
+
+
+def _check_inside(node: Config, path: str) -> None:
+    """Raise UserError for a value that would lead out of the folder of the data set."""
+    for key, value in node.items():
+        if isinstance(value, dict):
+            _check_inside(value, f"{path}.{key}")
+        elif isinstance(value, str) and (Path(value).is_absolute() or ".." in Path(value).parts):
+            raise UserError(
+                f"{path}.{key} is {value!r}: a record may only name what lies within its data set's folder"
+            )
 
 
 def _result(record: Record) -> str:

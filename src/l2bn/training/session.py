@@ -80,7 +80,8 @@ def launch(job: Job) -> None:
                     raise
                 raise UserError(message) from error
             except ProcessExitedException as error:
-                if error.exit_code == EXIT_CODE:
+                # Told before they could take note of it, the processes have died of it.
+                if error.exit_code == EXIT_CODE or interruption.signal is not None:
                     interruption.leave()
                     raise SystemExit(EXIT_CODE) from error
                 raise UserError(
@@ -123,7 +124,7 @@ def train(fabric: Fabric, job: Job) -> None:
         position = state.restore()
         if lead:
             warn_if_few_updates(job.model, epochs * steps)
-            note_start(job.folder, fabric.device, kernels)
+            kernels = note_start(job.folder, fabric.device, kernels)
             journal = Journal(job.folder, job.cell, position.rows, position.epoch * steps + position.step)
             stack.callback(journal.close)
         observer = Observer(
@@ -203,16 +204,26 @@ def train(fabric: Fabric, job: Job) -> None:
 def make_loaders(job: Job, fabric: Fabric) -> tuple[Loader, Loader]:
     """The loaders of training and test images, of this process's share of each batch."""
     placing = _placing(job, fabric)
+    batch_size = evaluation_batch(job.recipe.batch_size, job.splits.image_size)
     return (
         training_loader(job.splits.train, batch_size=job.recipe.batch_size, seed=job.seed, **placing),
-        evaluation_loader(job.splits.test, batch_size=EVALUATION_BATCH, **placing),
+        evaluation_loader(job.splits.test, batch_size=batch_size, **placing),
     )
+
+
+def evaluation_batch(training_batch: int, image_size: int) -> int:
+    """Images in a batch of the evaluation, over all processes as in training; `image_size` is their side in pixels.
+
+    512 of up to 32 x 32 pixels. Of larger ones as many as have so many pixels, or as a batch of the training: what
+    that takes, with its gradients, there has been room for.
+    """
+    return min(EVALUATION_BATCH, max(training_batch, EVALUATION_BATCH * 32**2 // image_size**2))
 
 
 def make_shuffled_loader(job: Job, fabric: Fabric) -> Loader:
     """The test images in about equal batches, each with all classes in proportion; the same in every run."""
     test = job.splits.test
-    batches = -(-len(test) // EVALUATION_BATCH)
+    batches = -(-len(test) // evaluation_batch(job.recipe.batch_size, job.splits.image_size))
     shuffled = test.select(stratified_order(test.labels, "statistics"))
     return evaluation_loader(shuffled, batch_size=-(-len(test) // batches), **_placing(job, fabric))
 
