@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -56,6 +57,30 @@ def test_a_row_holds_the_numbers_of_its_records(tmp_path: Path, reference: Refer
     assert row["p"] == row["p_holm"] == "0.1885"
     assert (row["published_bn"], row["published_kind"], row["distance"]) == ("92.5600", "last", "-0.2600")
     assert row["paper_bn"] == row["paper_l2bn"] == ""
+
+
+@pytest.mark.parametrize(
+    ("other", "found"),
+    [
+        ({"dataset": "cifar10,image_size=64"}, ""),
+        ({"dataset": "cifar10,augmentation=None,augmentation.flip=None"}, ""),
+        ({"dataset": "cifar10,mean=[0.5,_0.5,_0.5]"}, ""),
+        ({"dataset": "cifar10,0123456789abcdef"}, ""),  # overrides too long for a folder's name
+        ({"dataset": "cifar10,baseline=cifar10,label=Mine,_a_copy"}, "92.5600"),
+        ({"backbone": "resnet20,width=8"}, ""),
+        ({"recipe": "cosine_200,lr=0.2"}, ""),
+        ({"parameters": 1}, ""),
+    ],
+    ids=str,
+)
+def test_a_published_number_stands_beside_its_own_images_net_and_recipe_alone(
+    other: dict[str, Any], found: str, tmp_path: Path, reference: Reference
+) -> None:
+    record = write_run(tmp_path, **{"baseline": "cifar10", **other})
+    paper = Reference(reference.bn, {"cifar10": {"resnet20": {"bn": 91.0}}})
+    (row,) = rows_of([record], paper)
+    assert (row["published_bn"], bool(row["distance"])) == (found, bool(found))
+    assert bool(row["paper_bn"]) == (bool(found) or "recipe" in other or "parameters" in other)
 
 
 def test_the_last_epoch_is_the_result_and_the_best_is_shown_apart(tmp_path: Path, reference: Reference) -> None:

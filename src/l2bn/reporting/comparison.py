@@ -41,6 +41,21 @@ class Cell:
         return natural(self.dataset), natural(self.recipe), natural(self.backbone), self.setting
 
 
+def overrides(name: str) -> dict[str, str]:
+    """The values overridden in a part of a run's folder: {"epochs": "3"} for "short,epochs=3".
+
+    Where the name was too long for its folder, the one key is the digest that stands for them.
+    """
+    found: dict[str, str] = {}
+    for part in re.split(r",(?![^\[]*\])", name)[1:]:  # not at a comma within a list
+        key, equals, value = part.partition("=")
+        if found and not equals:  # a comma within a text
+            found[list(found)[-1]] += f",{part}"
+        else:
+            found[key] = value
+    return found
+
+
 def natural(name: str) -> list[tuple[str, int]]:
     """A sort key in which the numbers inside a name count as numbers."""
     return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", name)]
