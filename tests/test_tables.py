@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.text import Text
 from rich.console import Console
 
 from l2bn.errors import UserError
-from l2bn.records import SUMMARY, Record
+from l2bn.records import SUMMARY, Problem, Record
+from l2bn.reporting.claims import claims_markdown
 from l2bn.reporting.comparison import grid, natural, other_norms, pooled, read_checked
+from l2bn.reporting.figures import curves, differences
 from l2bn.reporting.markup import Table, latex, markdown
 from l2bn.reporting.published import Reference, read_reference
 from l2bn.reporting.tables import BEGIN, END, documents, readme_with_block
@@ -35,6 +38,12 @@ def reference() -> Reference:
 
 def rows_of(records: Sequence[Record], reference: Reference, name: str = "grid.csv") -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(documents(records, [], reference)[name])))
+
+
+def in_terminal(records: Sequence[Record], problems: Sequence[Problem]) -> str:
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(terminal(records, problems))
+    return console.export_text()
 
 
 def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -131,6 +140,37 @@ def test_a_cell_under_two_recipes_is_pooled_once(tmp_path: Path) -> None:
         write_pairs(tmp_path, [90.0], [difference], recipe=recipe)
     result = pooled(grid(read_checked(tmp_path)[0]))
     assert (result.n, result.mean) == (1, pytest.approx(0.3))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "label", "shown"),
+    [
+        ("digits,image_size=16", "Digits", "Digits (image size 16)"),
+        ("digits,augmentation=None,augmentation.flip=None", "Digits", "Digits (augmentation None)"),
+        ("digits,image_size=16,subset=64,validation=0.1", "Digits, validation 0.1, 64 images", None),
+        ("image_folder,label=Mine,_a_copy", "Mine, a copy", "Mine, a copy"),
+    ],
+)
+def test_what_was_overridden_in_a_data_set_is_told_wherever_it_is_named(
+    dataset: str, label: str, shown: str | None, tmp_path: Path, reference: Reference
+) -> None:
+    shown = shown or f"{label} (image size 16)"
+    write_pairs(tmp_path, [90.0], [1.0], dataset=dataset, label=label)
+    write_run(tmp_path, dataset=dataset, label=label, norm="group_norm")
+    records = read_checked(tmp_path)[0]
+    texts = documents(records, [], reference)
+    assert f"| {shown} | resnet20 |" in texts["grid.md"]
+    assert f"| {shown} | resnet20 |" in texts["norms.md"]
+    assert f"\n{shown} & resnet20 &" in texts["grid.tex"]
+    assert rows_of(records, reference)[0]["label"] == shown
+    assert f"{shown} · resnet20 · " in in_terminal(records, [])
+    assert f"{shown}, resnet20, cosine\\_200: +1.00 points" in claims_markdown(records, [])
+    (row,) = grid(records)
+    titles = [
+        text.get_text() for figure in (curves([row], {}), differences([row])) for text in figure.findobj(Text)
+    ]
+    assert any(title.startswith(f"{shown}: cosine_200") for title in titles)
+    assert shown in titles
 
 
 # ---- What may share a row --------------------------------------------------------------------------------
@@ -407,9 +447,7 @@ def test_the_terminal_table_fits_and_reads(tmp_path: Path) -> None:
     write_run(tmp_path, dataset="digits", norm="l2bn,eps=0.001,momentum=0.01", accuracy=91.0, seed=7)
     write_run(tmp_path, dataset="digits", norm="l2bn", status="diverged", seed=8)
     records, problems = read_checked(tmp_path)
-    console = Console(width=100, record=True, file=io.StringIO())
-    console.print(terminal(records, problems))
-    text = console.export_text()
+    text = in_terminal(records, problems)
     assert max(map(len, text.splitlines())) <= 100
     assert "Digits · resnet20 · cosine_200 · float32" in text
     lines = [re.split(r"  +", line.strip()) for line in text.splitlines()]

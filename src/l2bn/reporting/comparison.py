@@ -56,6 +56,20 @@ def overrides(name: str) -> dict[str, str]:
     return found
 
 
+def changes_in_words(changes: Mapping[str, str]) -> str:
+    """Overridden values as a text: "batch size 16, epochs 3"."""
+    # What lay below a value that is itself another says nothing more.
+    own = [key for key in changes if not any(key.startswith(f"{above}.") for above in changes)]
+    return ", ".join(f"{key.replace('_', ' ')} {changes[key].replace(',_', ', ')}".strip() for key in own)
+
+
+def data_set(label: str, name: str) -> str:
+    """What a table calls a data set: its label, and the overrides in its name that it does not say."""
+    said = ("label", "baseline", "subset", "validation")
+    changes = {key: value for key, value in overrides(name).items() if key not in said}
+    return f"{label} ({changes_in_words(changes)})" if changes else label
+
+
 def natural(name: str) -> list[tuple[str, int]]:
     """A sort key in which the numbers inside a name count as numbers."""
     return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", name)]
@@ -87,7 +101,7 @@ class Arm:
     @property
     def label(self) -> str:
         """What a table calls the data set."""
-        return " / ".join(sorted({record.label for record in self.records}))
+        return " / ".join(sorted({data_set(record.label, record.dataset) for record in self.records}))
 
     @property
     def seeds(self) -> set[int]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from l2bn.reporting.comparison import Arm, Cell, Comparison, overrides
+from l2bn.reporting.comparison import Arm, Cell, Comparison, changes_in_words, overrides
 from l2bn.reporting.statistics import Estimate, estimate
 
 NONE = "–"
@@ -60,9 +60,8 @@ PRECISIONS = {"32-true": "float32", "bf16-mixed": "mixed bfloat16", "16-mixed": 
 
 def in_words(folder: str) -> str:
     """A part of a run's folder in words: "short (batch size 16, epochs 3)" for "short,batch_size=16,epochs=3"."""
-    choice, changes = folder.partition(",")[0], overrides(folder).items()
-    words = [f"{key.replace('_', ' ')} {value.replace(',_', ', ')}".strip() for key, value in changes]
-    return f"{choice} ({', '.join(words)})" if words else choice
+    choice, changes = folder.partition(",")[0], overrides(folder)
+    return f"{choice} ({changes_in_words(changes)})" if changes else choice
 
 
 def conditions(comparison: Comparison) -> str:
