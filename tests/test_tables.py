@@ -212,6 +212,16 @@ def test_two_kernel_paths_are_two_rows_against_the_same_bn(tmp_path: Path, refer
     assert "A: cosine\\_200, float32, fused kernels; B: cosine\\_200, float32, plain kernels." in table
 
 
+def test_a_run_of_bn_that_two_kernel_paths_miss_is_counted_once(tmp_path: Path, reference: Reference) -> None:
+    write_run(tmp_path, norm="bn", seed=0)
+    for kernels in ("plain", "fused"):
+        write_run(tmp_path / kernels, norm="l2bn", kernels=kernels, seed=1)
+    table = documents(read_checked(tmp_path)[0], [], reference)["grid.md"]
+    assert (
+        "Runs: 3 finished, 0 diverged, 3 missing whose seed the other arm has." in table
+    )  # one of BN, two of L2BN
+
+
 def test_a_changed_default_under_an_old_name_is_an_error(tmp_path: Path) -> None:
     write_run(tmp_path, norm="bn", identity={"recipe": {"lr": 0.1, "momentum": 0.9}})
     write_run(tmp_path, norm="l2bn", identity={"recipe": {"lr": 0.2, "new": 1}})

@@ -159,10 +159,13 @@ class Comparison:
     def difference(self) -> Estimate:
         return estimate(self.differences)
 
+    def missing_seeds(self, arm: Arm | None) -> set[int]:
+        """The seeds that this comparison has seen in any arm and that are not in this one."""
+        return {record.seed for record in self.records} - (arm.seeds if arm else set())
+
     def missing(self, arm: Arm | None) -> int:
-        """How many seeds that this comparison has seen in any arm are not in this one."""
-        seen = {record.seed for record in self.records}
-        return len(seen - arm.seeds) if arm else len(seen)
+        """How many they are."""
+        return len(self.missing_seeds(arm))
 
 
 def read_checked(root: Path) -> tuple[list[Record], list[Problem]]:
