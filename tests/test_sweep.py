@@ -1,5 +1,6 @@
 """Sweeps that finish themselves: what is left out, what is told, and what a killed one comes to."""
 
+import contextlib
 import json
 import os
 import runpy
@@ -312,6 +313,28 @@ def test_a_run_that_is_killed_takes_no_other_with_it(tmp_path: Path) -> None:
     records, problems = read_records(tmp_path)
     assert len(records) == 4
     assert problems == []
+
+
+def owner(folder: Path) -> int:
+    """The process that is at work on a run: it has the folder open."""
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if link.readlink() == folder:
+                return int(link.parts[2])
+    raise LookupError(folder)
+
+
+@pytest.mark.slow
+def test_a_job_that_dies_is_told_when_the_others_have_ended(tmp_path: Path) -> None:
+    """Jobs of submitit as Slurm has them, as processes of this machine; the launcher asks the first one first."""
+    process = start(tmp_path, "hydra/launcher=submitit_local", "norm=bn", "seed=0,1", *QUICK, "recipe.epochs=30")
+    folders = trained_side_by_side(tmp_path, process)
+    os.kill(owner(min(folders)), signal.SIGKILL)
+    printed = finish(process, code=1)
+    assert "the launcher stopped" not in printed
+    summary = printed.partition("sweep: ")[2]
+    assert summary.startswith("1 finished, 1 failed\nFAIL ")
+    assert "/seed0\n     UncompletedJobError: Job " in summary
 
 
 @pytest.mark.slow

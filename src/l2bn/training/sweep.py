@@ -99,7 +99,8 @@ def _judge(run: PlannedRun, errors: dict[Path, str]) -> Outcome:
 
 
 def prepare_launcher(launcher: DictConfig) -> bool:
-    """Make sure of the launcher's package, and share the machine out among the processes of joblib.
+    """Make sure of the launcher's package: share the machine out among the processes of joblib, and see to it that
+    submitit waits for all of its jobs.
 
     Returns whether the runs will have processes of their own on this machine. Raises UserError if the package
     is not installed.
@@ -111,6 +112,8 @@ def prepare_launcher(launcher: DictConfig) -> bool:
             f"this launcher needs the package {name}, which is not installed; "
             "pip install 'l2bn[launchers]', or take launcher=basic"
         )
+    if package.endswith("submitit_launcher"):
+        _outlive_jobs()
     if not package.endswith("joblib_launcher"):
         return False
     from joblib import cpu_count
@@ -122,3 +125,22 @@ def prepare_launcher(launcher: DictConfig) -> bool:
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     return bool(launcher.n_jobs > 1)
+
+
+def _outlive_jobs() -> None:
+    """Make how a job of submitit died its result.
+
+    The launcher asks one job after the other for its result, and would leave off at the first that has none, while
+    others run or stand in the queue.
+    """
+    from submitit import Job
+
+    results = Job.results
+
+    def results_or_death(job: "Job[JobReturn]") -> list[JobReturn]:
+        try:
+            return results(job)
+        except Exception as error:
+            return [JobReturn(status=JobStatus.FAILED, _return_value=error)]
+
+    Job.results = results_or_death  # type: ignore[method-assign, assignment]
