@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf
 
 from conftest import ROOT, TINY
@@ -206,6 +208,27 @@ def test_a_launcher_that_breaks_down_hides_nothing(multirun: Sweep, monkeypatch:
     assert code == 1
     assert "the launcher stopped: ZeroDivisionError" in printed
     assert "sweep: 4 missing\n" in printed
+
+
+def test_a_run_whose_killed_process_is_still_leaving_is_started_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "PATIENCE", 1.5)
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        runs = plan_sweep(compose_sweep([f"runs_dir={tmp_path}", "norm=bn", "seed=0,1,2"]))
+    launched: list[list[str]] = []
+    with contextlib.ExitStack() as mine, contextlib.ExitStack() as others:
+        for stack, run in ((mine, runs[0]), (others, runs[1])):
+            run.folder.mkdir(parents=True)
+            stack.enter_context(session.sole_owner(run.folder))
+
+        def launch(jobs: Sequence[Sequence[str]]) -> list[JobReturn]:
+            launched.append([override for job in jobs for override in job if override.startswith("seed=")])
+            Timer(0.5, mine.close).start()
+            raise ZeroDivisionError
+
+        assert sweep.run_sweep(runs, launch, parallel=True) == 1
+    assert launched == [["seed=0", "seed=1", "seed=2"], ["seed=0", "seed=2"]]
 
 
 # Real processes.

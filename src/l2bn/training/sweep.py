@@ -7,6 +7,7 @@ not matter how they were launched or how they came to an end.
 
 import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
@@ -18,7 +19,7 @@ from rich.console import Console
 
 from l2bn.errors import UserError
 from l2bn.training.failure import describe
-from l2bn.training.interruption import EXIT_CODE, Interruption
+from l2bn.training.interruption import EXIT_CODE, Interruption, is_owned
 from l2bn.training.outcome import Outcome, look
 from l2bn.training.planning import PlannedRun
 from l2bn.training.status import summary
@@ -30,6 +31,7 @@ Launch = Callable[[Sequence[Sequence[str]]], Sequence[JobReturn]]
 """Runs the jobs of these overrides, and returns when all have been run."""
 
 ATTEMPTS = 2  # joblib ends all of its processes when one is killed
+PATIENCE = 3.0  # seconds that they have for it
 
 
 def run_sweep(runs: Sequence[PlannedRun], launch: Launch, *, parallel: bool) -> int:
@@ -53,6 +55,8 @@ def run_sweep(runs: Sequence[PlannedRun], launch: Launch, *, parallel: bool) -> 
                 code = EXIT_CODE
             except Exception as error:
                 log.error("the launcher stopped: %s", describe(error).partition("\n")[0])
+                if parallel:
+                    _wait_for_killed(todo)
                 todo = [run for run in todo if look(run).standing in ("missing", "interrupted")]
                 if left and not told.signal:
                     log.warning("the %d runs that have not ended are started once more", len(todo))
@@ -64,6 +68,16 @@ def run_sweep(runs: Sequence[PlannedRun], launch: Launch, *, parallel: bool) -> 
     console = Console(highlight=False, soft_wrap=True)
     console.print(summary(outcomes, ended_before))
     return 0 if all(outcome.ended for _, outcome in outcomes) else code
+
+
+def _wait_for_killed(runs: Sequence[PlannedRun]) -> None:
+    """Wait until the processes that joblib ends together with a killed one have left their runs.
+
+    It says that one was killed before it ends the others. A run that somebody else is at work on stays his.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline and any(is_owned(run.folder) for run in runs):
+        time.sleep(0.05)
 
 
 def _check(runs: Sequence[PlannedRun]) -> None:
