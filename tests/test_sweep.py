@@ -106,6 +106,15 @@ def test_a_mistake_in_any_run_is_told_before_the_first(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_folder_of_runs_that_cannot_be_made_is_told_as_for_a_single_run(multirun: Sweep, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    code, printed = multirun(*FOUR, f"runs_dir={tmp_path}/file/runs")
+    assert code == 1
+    assert f"runs_dir: cannot make the folder {tmp_path}/file/runs: Not a directory; name another by" in printed
+    assert "launcher stopped" not in printed
+    assert "sweep: " not in printed
+
+
 # What becomes of the runs.
 
 FOUR = ("norm=bn", "seed=0,1,2,3", "recipe.epochs=1", "dataset.subset=64", "dataset.validation=0.05")

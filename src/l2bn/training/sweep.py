@@ -39,11 +39,12 @@ def run_sweep(runs: Sequence[PlannedRun], launch: Launch, *, parallel: bool) -> 
 
     It is 0 when all have ended, `interruption.EXIT_CODE` when the sweep was told to leave, else 1. `parallel`
     says that the runs have processes of their own on this machine, which are told when this one is. Raises
-    UserError, before anything is launched, for a configuration that is wrong.
+    UserError, before anything is launched, for a configuration that is wrong or a folder that cannot be made.
     """
     ended_before = {run.folder for run in runs if look(run).ended}
     todo = [run for run in runs if run.folder not in ended_before]
     _check(todo)
+    _make_folders(todo)
     errors: dict[Path, str] = {}
     code = 1
     told = Interruption()
@@ -91,6 +92,17 @@ def _check(runs: Sequence[PlannedRun]) -> None:
             check(run.config, run.files)
         except UserError as error:
             raise UserError(f"{run.cell}: {error}") from error
+
+
+def _make_folders(runs: Sequence[PlannedRun]) -> None:
+    """Make the folders that the runs are to lie in, which else the launcher would fail to do."""
+    for folder in dict.fromkeys(Path(run.config["runs_dir"]) for run in runs):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"runs_dir: cannot make the folder {folder}: {error.strerror}; name another by runs_dir=FOLDER"
+            ) from error
 
 
 def _launch(runs: Sequence[PlannedRun], launch: Launch) -> dict[Path, str]:
