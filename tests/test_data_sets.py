@@ -58,7 +58,7 @@ def test_a_data_set_offers_subset_and_validation(name: str, tmp_path: Path) -> N
     overrides = [*write(name, tmp_path), "dataset.subset=8", "dataset.validation=0.5"]
     splits = build(name, overrides)
     assert len(splits.train) == 8
-    assert splits.label.endswith(", validation, 8 images")
+    assert splits.label.endswith(", validation 0.5, 8 images")
     assert splits.baseline is None
 
 

@@ -81,8 +81,8 @@ def test_validation_is_the_same_for_every_subset() -> None:
     [
         ({}, "Data"),
         ({"subset": 100}, "Data, 100 images"),
-        ({"validation": 0.1}, "Data, validation"),
-        ({"validation": 0.1, "subset": 100}, "Data, validation, 100 images"),
+        ({"validation": 0.1}, "Data, validation 0.1"),
+        ({"validation": 0.1, "subset": 100}, "Data, validation 0.1, 100 images"),
     ],
 )
 def test_label_says_so_and_the_baseline_goes(choice: dict[str, Any], label: str) -> None:

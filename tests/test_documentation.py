@@ -164,6 +164,13 @@ def section(title: str) -> str:
     return (ROOT / "README.md").read_text().partition(f"## {title}\n")[2].partition("\n## ")[0]
 
 
+def test_the_readme_shows_every_file_that_figures_writes() -> None:
+    """Each figure as PNG and as SVG."""
+    shown = re.findall(r"^(runs/\S+)\.(png|svg)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert shown
+    assert shown == [(name, kind) for name, _ in shown[::2] for kind in ("png", "svg")]
+
+
 def test_what_the_readme_promises_is_tested() -> None:
     rows = re.findall(r"^\| (.*?) \| .* \|$", section("What happens when..."), re.MULTILINE)
     assert rows[0] == "when..."

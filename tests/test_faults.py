@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,10 +17,11 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
-from conftest import TINY, AtUpdate, Train, decoding
+from conftest import ROOT, TINY, AtUpdate, Train, decoding
 from l2bn.errors import UserError
-from l2bn.records import read_records
+from l2bn.records import SUMMARY, read_records
 from l2bn.training.faults import explain_faults
 from test_training import EPOCHS, drawn, equal, results, weights
 
@@ -219,13 +221,35 @@ def test_a_clock_that_jumps(train: Train, monkeypatch: pytest.MonkeyPatch, tmp_p
     assert all(0 < (row["seconds"] or 0) < 3600 for row in record.metrics())
 
 
-def test_paths_with_spaces_quotes_and_other_alphabets(train: Train, tmp_path: Path) -> None:
-    """Of the runs and of the images; the command is given them as they are."""
-    folder = tmp_path / "Läufe 'и' 走る \"x\""
-    folder.mkdir()
-    os.chdir(folder)
-    try:
-        record = train("recipe.epochs=1", *TINY, "runs_dir=.")
-    finally:
-        os.chdir(tmp_path)
-    assert (folder / record.folder / "summary.json").exists()
+def test_paths_with_spaces_quotes_and_other_alphabets(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the runs, of the images and of where the command is given: in this process, and as a real command."""
+    here, runs, images = (tmp_path / f"{name} 'и' 走る \"x\"" for name in ("Ort", "Läufe", "Bilder"))
+    here.mkdir()
+    for number in range(8):
+        for path in (
+            images / part / f"Klasse 'é' {number % 2}" / f'画像 "{number}".png' for part in ("train", "test")
+        ):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), (30 * number, 0, 0)).save(path)
+    options = (
+        *("dataset=image_folder", "dataset.label=x", "recipe.batch_size=4", "recipe.epochs=1", "progress=false"),
+        *(
+            f"dataset.{key}={quoted(path)}"
+            for key, path in (("root", images), ("cache", tmp_path / 'Vorrat é "x"'))
+        ),
+    )
+    monkeypatch.chdir(here)
+    record = train(*options, "runs_dir=.")
+    assert (here / record.folder / SUMMARY).exists()
+    command = [sys.executable, ROOT / "scripts/train.py", *options, f"runs_dir={quoted(runs)}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (other,), problems = read_records(runs)
+    assert (other.folder.relative_to(runs), problems) == (record.folder, [])
+
+
+def quoted(path: Path) -> str:
+    """A path as Hydra reads it, whatever is in it."""
+    return '"' + str(path).replace('"', r"\"") + '"'

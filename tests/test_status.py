@@ -108,6 +108,20 @@ def test_runs_that_have_begun_are_found_without_their_sweep(runs: dict[str, Plan
     assert "2 interrupted" in shown(found)
 
 
+def test_runs_of_one_cell_in_two_folders_stand_apart(runs: dict[str, PlannedRun], tmp_path: Path) -> None:
+    run = runs["resnet20/bn/0"]
+    demo = replace(run, config={**run.config, "runs_dir": str(tmp_path / "demo")})
+    end(tmp_path / "demo", demo)
+    begin(run, 4)
+    text = shown([run, demo], width=400)
+    assert text.startswith(f"{tmp_path} and {tmp_path}/demo, recipe short")
+    lines = {line.split()[0]: line.split()[1:] for line in text.splitlines()[1:5] if line}
+    assert lines["folder"] == ["data", "set", "backbone", "norm", "seed", "0", "s/epoch", "left"]
+    assert lines[str(tmp_path)] == ["digits", "resnet20", "bn", "cut", "40%", "6.0", "36", "s"]
+    assert lines[str(tmp_path / "demo")] == ["digits", "resnet20", "bn", "done", "1.0"]
+    assert f"cut  {run.folder}  epoch 4 of 10" in text
+
+
 def test_colour_says_nothing_that_a_word_does_not(runs: dict[str, PlannedRun], tmp_path: Path) -> None:
     end(tmp_path, runs["resnet20/bn/0"])
     console = Console(width=120, force_terminal=True, color_system="standard", highlight=False)

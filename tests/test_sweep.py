@@ -1,5 +1,6 @@
 """Sweeps that finish themselves: what is left out, what is told, and what a killed one comes to."""
 
+import contextlib
 import json
 import os
 import runpy
@@ -7,13 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf
 
 from conftest import ROOT, TINY
@@ -101,6 +104,15 @@ def test_a_mistake_in_any_run_is_told_before_the_first(
     assert named in printed
     assert "Traceback" not in printed
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_of_runs_that_cannot_be_made_is_told_as_for_a_single_run(multirun: Sweep, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    code, printed = multirun(*FOUR, f"runs_dir={tmp_path}/file/runs")
+    assert code == 1
+    assert f"runs_dir: cannot make the folder {tmp_path}/file/runs: Not a directory; name another by" in printed
+    assert "launcher stopped" not in printed
+    assert "sweep: " not in printed
 
 
 # What becomes of the runs.
@@ -205,6 +217,27 @@ def test_a_launcher_that_breaks_down_hides_nothing(multirun: Sweep, monkeypatch:
     assert code == 1
     assert "the launcher stopped: ZeroDivisionError" in printed
     assert "sweep: 4 missing\n" in printed
+
+
+def test_a_run_whose_killed_process_is_still_leaving_is_started_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "PATIENCE", 1.5)
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        runs = plan_sweep(compose_sweep([f"runs_dir={tmp_path}", "norm=bn", "seed=0,1,2"]))
+    launched: list[list[str]] = []
+    with contextlib.ExitStack() as mine, contextlib.ExitStack() as others:
+        for stack, run in ((mine, runs[0]), (others, runs[1])):
+            run.folder.mkdir(parents=True)
+            stack.enter_context(session.sole_owner(run.folder))
+
+        def launch(jobs: Sequence[Sequence[str]]) -> list[JobReturn]:
+            launched.append([override for job in jobs for override in job if override.startswith("seed=")])
+            Timer(0.5, mine.close).start()
+            raise ZeroDivisionError
+
+        assert sweep.run_sweep(runs, launch, parallel=True) == 1
+    assert launched == [["seed=0", "seed=1", "seed=2"], ["seed=0", "seed=2"]]
 
 
 # Real processes.
@@ -312,6 +345,28 @@ def test_a_run_that_is_killed_takes_no_other_with_it(tmp_path: Path) -> None:
     records, problems = read_records(tmp_path)
     assert len(records) == 4
     assert problems == []
+
+
+def owner(folder: Path) -> int:
+    """The process that is at work on a run: it has the folder open."""
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if link.readlink() == folder:
+                return int(link.parts[2])
+    raise LookupError(folder)
+
+
+@pytest.mark.slow
+def test_a_job_that_dies_is_told_when_the_others_have_ended(tmp_path: Path) -> None:
+    """Jobs of submitit as Slurm has them, as processes of this machine; the launcher asks the first one first."""
+    process = start(tmp_path, "hydra/launcher=submitit_local", "norm=bn", "seed=0,1", *QUICK, "recipe.epochs=30")
+    folders = trained_side_by_side(tmp_path, process)
+    os.kill(owner(min(folders)), signal.SIGKILL)
+    printed = finish(process, code=1)
+    assert "the launcher stopped" not in printed
+    summary = printed.partition("sweep: ")[2]
+    assert summary.startswith("1 finished, 1 failed\nFAIL ")
+    assert "/seed0\n     UncompletedJobError: Job " in summary
 
 
 @pytest.mark.slow

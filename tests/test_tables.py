@@ -9,13 +9,17 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+from matplotlib.text import Text
 from rich.console import Console
 
 from l2bn.errors import UserError
-from l2bn.records import SUMMARY, Record
+from l2bn.records import SUMMARY, Problem, Record
+from l2bn.reporting.claims import claims_markdown
 from l2bn.reporting.comparison import grid, natural, other_norms, pooled, read_checked
+from l2bn.reporting.figures import curves, differences
 from l2bn.reporting.markup import Table, latex, markdown
 from l2bn.reporting.published import Reference, read_reference
 from l2bn.reporting.tables import BEGIN, END, documents, readme_with_block
@@ -34,6 +38,12 @@ def reference() -> Reference:
 
 def rows_of(records: Sequence[Record], reference: Reference, name: str = "grid.csv") -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(documents(records, [], reference)[name])))
+
+
+def in_terminal(records: Sequence[Record], problems: Sequence[Problem]) -> str:
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(terminal(records, problems))
+    return console.export_text()
 
 
 def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -56,6 +66,30 @@ def test_a_row_holds_the_numbers_of_its_records(tmp_path: Path, reference: Refer
     assert row["p"] == row["p_holm"] == "0.1885"
     assert (row["published_bn"], row["published_kind"], row["distance"]) == ("92.5600", "last", "-0.2600")
     assert row["paper_bn"] == row["paper_l2bn"] == ""
+
+
+@pytest.mark.parametrize(
+    ("other", "found"),
+    [
+        ({"dataset": "cifar10,image_size=64"}, ""),
+        ({"dataset": "cifar10,augmentation=None,augmentation.flip=None"}, ""),
+        ({"dataset": "cifar10,mean=[0.5,_0.5,_0.5]"}, ""),
+        ({"dataset": "cifar10,0123456789abcdef"}, ""),  # overrides too long for a folder's name
+        ({"dataset": "cifar10,baseline=cifar10,label=Mine,_a_copy"}, "92.5600"),
+        ({"backbone": "resnet20,width=8"}, ""),
+        ({"recipe": "cosine_200,lr=0.2"}, ""),
+        ({"parameters": 1}, ""),
+    ],
+    ids=str,
+)
+def test_a_published_number_stands_beside_its_own_images_net_and_recipe_alone(
+    other: dict[str, Any], found: str, tmp_path: Path, reference: Reference
+) -> None:
+    record = write_run(tmp_path, **{"baseline": "cifar10", **other})
+    paper = Reference(reference.bn, {"cifar10": {"resnet20": {"bn": 91.0}}})
+    (row,) = rows_of([record], paper)
+    assert (row["published_bn"], bool(row["distance"])) == (found, bool(found))
+    assert bool(row["paper_bn"]) == (bool(found) or "recipe" in other or "parameters" in other)
 
 
 def test_the_last_epoch_is_the_result_and_the_best_is_shown_apart(tmp_path: Path, reference: Reference) -> None:
@@ -106,6 +140,37 @@ def test_a_cell_under_two_recipes_is_pooled_once(tmp_path: Path) -> None:
         write_pairs(tmp_path, [90.0], [difference], recipe=recipe)
     result = pooled(grid(read_checked(tmp_path)[0]))
     assert (result.n, result.mean) == (1, pytest.approx(0.3))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "label", "shown"),
+    [
+        ("digits,image_size=16", "Digits", "Digits (image size 16)"),
+        ("digits,augmentation=None,augmentation.flip=None", "Digits", "Digits (augmentation None)"),
+        ("digits,image_size=16,subset=64,validation=0.1", "Digits, validation 0.1, 64 images", None),
+        ("image_folder,label=Mine,_a_copy", "Mine, a copy", "Mine, a copy"),
+    ],
+)
+def test_what_was_overridden_in_a_data_set_is_told_wherever_it_is_named(
+    dataset: str, label: str, shown: str | None, tmp_path: Path, reference: Reference
+) -> None:
+    shown = shown or f"{label} (image size 16)"
+    write_pairs(tmp_path, [90.0], [1.0], dataset=dataset, label=label)
+    write_run(tmp_path, dataset=dataset, label=label, norm="group_norm")
+    records = read_checked(tmp_path)[0]
+    texts = documents(records, [], reference)
+    assert f"| {shown} | resnet20 |" in texts["grid.md"]
+    assert f"| {shown} | resnet20 |" in texts["norms.md"]
+    assert f"\n{shown} & resnet20 &" in texts["grid.tex"]
+    assert rows_of(records, reference)[0]["label"] == shown
+    assert f"{shown} · resnet20 · " in in_terminal(records, [])
+    assert f"{shown}, resnet20, cosine\\_200: +1.00 points" in claims_markdown(records, [])
+    (row,) = grid(records)
+    titles = [
+        text.get_text() for figure in (curves([row], {}), differences([row])) for text in figure.findobj(Text)
+    ]
+    assert any(title.startswith(f"{shown}: cosine_200") for title in titles)
+    assert shown in titles
 
 
 # ---- What may share a row --------------------------------------------------------------------------------
@@ -169,6 +234,16 @@ def test_a_run_of_two_kernel_paths_is_mixed_with_none_of_them(tmp_path: Path, re
         ("32-true, compiled", "plain then fused", "4.0000"),
         ("32-true, eager then compiled", "fused", "5.0000"),
     ]
+
+
+def test_a_run_of_bn_that_two_kernel_paths_miss_is_counted_once(tmp_path: Path, reference: Reference) -> None:
+    write_run(tmp_path, norm="bn", seed=0)
+    for kernels in ("plain", "fused"):
+        write_run(tmp_path / kernels, norm="l2bn", kernels=kernels, seed=1)
+    table = documents(read_checked(tmp_path)[0], [], reference)["grid.md"]
+    assert (
+        "Runs: 3 finished, 0 diverged, 3 missing whose seed the other arm has." in table
+    )  # one of BN, two of L2BN
 
 
 def test_a_changed_default_under_an_old_name_is_an_error(tmp_path: Path) -> None:
@@ -406,9 +481,7 @@ def test_the_terminal_table_fits_and_reads(tmp_path: Path) -> None:
     write_run(tmp_path, dataset="digits", norm="l2bn,eps=0.001,momentum=0.01", accuracy=91.0, seed=7)
     write_run(tmp_path, dataset="digits", norm="l2bn", status="diverged", seed=8)
     records, problems = read_checked(tmp_path)
-    console = Console(width=100, record=True, file=io.StringIO())
-    console.print(terminal(records, problems))
-    text = console.export_text()
+    text = in_terminal(records, problems)
     assert max(map(len, text.splitlines())) <= 100
     assert "Digits · resnet20 · cosine_200 · float32" in text
     lines = [re.split(r"  +", line.strip()) for line in text.splitlines()]

@@ -43,6 +43,7 @@ def image_folder(
 
     image_size: the centre square of each image is cut out and resized to it; null: the images are squares of
     one size already. cache: folder of the decoded images; null: `l2bn` in the user's cache folder.
+    label: names the images; where they lie is no part of a run's identity, so other images need another label.
 
     Raises `UserError`, naming the folder or file, for a missing or empty folder, for classes that differ between
     training and test, for sizes that differ, and for a file that cannot be decoded.

@@ -148,7 +148,7 @@ def make_splits(
             )
         order = stratified_order(train.labels, "validation")
         train, test = train.select(order[count:].sort().values), train.select(order[:count].sort().values, test)
-        label += ", validation"
+        label += f", validation {validation:g}"
     if subset is not None:
         if not 1 <= subset <= len(train):
             raise UserError(f"dataset.subset={subset}: give a number from 1 to {len(train)} (training images)")

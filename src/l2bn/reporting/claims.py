@@ -48,10 +48,9 @@ def _better_on_images(records: Sequence[Record]) -> Finding:
     counted = [row for row in rows if _counts(row)]
     result = pooled(counted)
     backbones = {row.cell.backbone for row in counted}
-    diverged = [
-        sum(arm.diverged for row in cells for arm in row.arms if arm.norm == norm and row.full_length)
-        for norm in (BN, L2BN)
-    ]
+    # One arm of BN may stand in several rows, beside L2BN by each kernel path.
+    arms = {(arm.cell, arm.norm, arm.kernels): arm for row in cells if row.full_length for arm in row.arms}
+    diverged = [sum(arm.diverged for arm in arms.values() if arm.norm == norm) for norm in (BN, L2BN)]
     evidence = [
         f"{len(counted)} of {plural('row', len(rows))} of the grid count: "
         f"{plural('data set × backbone cell', result.n)}, {plural('backbone', len(backbones))}."

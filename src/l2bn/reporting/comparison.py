@@ -41,6 +41,35 @@ class Cell:
         return natural(self.dataset), natural(self.recipe), natural(self.backbone), self.setting
 
 
+def overrides(name: str) -> dict[str, str]:
+    """The values overridden in a part of a run's folder: {"epochs": "3"} for "short,epochs=3".
+
+    Where the name was too long for its folder, the one key is the digest that stands for them.
+    """
+    found: dict[str, str] = {}
+    for part in re.split(r",(?![^\[]*\])", name)[1:]:  # not at a comma within a list
+        key, equals, value = part.partition("=")
+        if found and not equals:  # a comma within a text
+            found[list(found)[-1]] += f",{part}"
+        else:
+            found[key] = value
+    return found
+
+
+def changes_in_words(changes: Mapping[str, str]) -> str:
+    """Overridden values as a text: "batch size 16, epochs 3"."""
+    # What lay below a value that is itself another says nothing more.
+    own = [key for key in changes if not any(key.startswith(f"{above}.") for above in changes)]
+    return ", ".join(f"{key.replace('_', ' ')} {changes[key].replace(',_', ', ')}".strip() for key in own)
+
+
+def data_set(label: str, name: str) -> str:
+    """What a table calls a data set: its label, and the overrides in its name that it does not say."""
+    said = ("label", "baseline", "subset", "validation")
+    changes = {key: value for key, value in overrides(name).items() if key not in said}
+    return f"{label} ({changes_in_words(changes)})" if changes else label
+
+
 def natural(name: str) -> list[tuple[str, int]]:
     """A sort key in which the numbers inside a name count as numbers."""
     return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", name)]
@@ -72,7 +101,7 @@ class Arm:
     @property
     def label(self) -> str:
         """What a table calls the data set."""
-        return " / ".join(sorted({record.label for record in self.records}))
+        return " / ".join(sorted({data_set(record.label, record.dataset) for record in self.records}))
 
     @property
     def seeds(self) -> set[int]:
@@ -130,10 +159,13 @@ class Comparison:
     def difference(self) -> Estimate:
         return estimate(self.differences)
 
+    def missing_seeds(self, arm: Arm | None) -> set[int]:
+        """The seeds that this comparison has seen in any arm and that are not in this one."""
+        return {record.seed for record in self.records} - (arm.seeds if arm else set())
+
     def missing(self, arm: Arm | None) -> int:
-        """How many seeds that this comparison has seen in any arm are not in this one."""
-        seen = {record.seed for record in self.records}
-        return len(seen - arm.seeds) if arm else len(seen)
+        """How many they are."""
+        return len(self.missing_seeds(arm))
 
 
 def read_checked(root: Path) -> tuple[list[Record], list[Problem]]:

@@ -9,7 +9,7 @@ import yaml
 
 from l2bn.errors import UserError
 from l2bn.records import Record
-from l2bn.reporting.comparison import Comparison
+from l2bn.reporting.comparison import Comparison, overrides
 from l2bn.reporting.statistics import estimate
 
 EPOCHS = {"last": "last epoch", "paper": "paper", "weights": "published weights", "best": "best epoch"}
@@ -49,7 +49,7 @@ class Reference:
             return None
         record = comparison.bn.records[0]
         for table in self.bn:
-            row = table.get(record.baseline or "", {}).get(record.backbone)
+            row = table.get(_baseline(record), {}).get(record.backbone)
             if row and table["recipe"] == record.recipe and _same_net(row, record):
                 kind = next(kind for kind in EPOCHS if kind in row)
                 return Published(row[kind], kind, row.get("best"), table["source"])
@@ -68,10 +68,16 @@ class Reference:
         if not comparison.records:
             return None
         record = comparison.records[0]
-        row = self.images.get(record.baseline or "", {}).get(record.backbone)
+        row = self.images.get(_baseline(record), {}).get(record.backbone)
         if row is None or row.get("recipe", record.recipe) != record.recipe:
             return None
         return PaperRow(row.get("bn"), row.get("l2bn"), row.get("where", ""))
+
+
+def _baseline(record: Record) -> str:
+    """The published rows that a record's data set may be compared with; empty where its images are others."""
+    changed = overrides(record.dataset).keys() - {"label", "baseline"}
+    return "" if changed else record.baseline or ""
 
 
 def _same_net(row: Mapping[str, Any], record: Record) -> bool:

@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from l2bn.records import Record
-from l2bn.reporting.comparison import BN, L2BN, Cell, cell_of
+from l2bn.reporting.comparison import BN, L2BN, Cell, cell_of, data_set
 from l2bn.reporting.features import SHRINK, Features, Measure
 from l2bn.reporting.markup import Table
 from l2bn.reporting.statistics import Estimate, estimate, holm, paired_differences
@@ -90,7 +90,7 @@ def eps_studies(records: Iterable[Record], features: Features) -> list[EpsStudy]
     for record in records:
         eps = record.identity["norm"].get("eps")
         cell = cell_of(record)
-        labels[cell] = record.label
+        labels[cell] = data_set(record.label, record.dataset)
         norm = record.norm.partition(",")[0]
         found[cell][norm, DEFAULT_EPS if eps is None else float(eps)].append(record)
     return [

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from l2bn.reporting.comparison import BN, L2BN
+from l2bn.reporting.comparison import BN, L2BN, data_set
 from l2bn.reporting.feature_figures import file_name
 from l2bn.reporting.figures import GREY, RC, STYLES, save_figure
 from l2bn.reporting.statistics import estimate
@@ -112,7 +112,7 @@ def accuracy_over_rates(study: RateStudy) -> Figure:
         panel.set_xlabel("learning rate")
     panels[0].set_ylabel("test top-1 (%)")
     panels[0].legend(loc="lower left", handlelength=2.6)
-    _finish(figure, f"{study.label}, {study.backbone}; every seed a dash")
+    _finish(figure, f"{data_set(study.label, study.dataset)}, {study.backbone}; every seed a dash")
     return figure
 
 

@@ -7,7 +7,7 @@ from statistics import fmean
 
 from l2bn.measurements import StatisticsRow, read_statistics
 from l2bn.records import InvalidRecordError, Problem, Record
-from l2bn.reporting.comparison import Cell, cell_of
+from l2bn.reporting.comparison import Cell, cell_of, data_set
 from l2bn.reporting.markup import Table
 from l2bn.reporting.wording import NONE
 
@@ -54,7 +54,7 @@ def trap_studies(records: Iterable[Record]) -> tuple[list[TrapStudy], list[Probl
             continue
         if rows:
             found[cell_of(record)][record.norm][record.seed] = rows
-            labels[cell_of(record)] = record.label
+            labels[cell_of(record)] = data_set(record.label, record.dataset)
     cells = sorted(found, key=lambda cell: cell.order)
     return [TrapStudy(cell, labels[cell], found[cell]) for cell in cells], problems
 

@@ -1,9 +1,8 @@
 """How a number or a name is written: the texts that tables, figures and claims share."""
 
-import re
 from collections.abc import Iterable
 
-from l2bn.reporting.comparison import Arm, Cell, Comparison
+from l2bn.reporting.comparison import Arm, Cell, Comparison, changes_in_words, overrides
 from l2bn.reporting.statistics import Estimate, estimate
 
 NONE = "–"
@@ -61,12 +60,8 @@ PRECISIONS = {"32-true": "float32", "bf16-mixed": "mixed bfloat16", "16-mixed": 
 
 def in_words(folder: str) -> str:
     """A part of a run's folder in words: "short (batch size 16, epochs 3)" for "short,batch_size=16,epochs=3"."""
-    choice, *changes = re.split(r",(?![^\[]*\])", folder)  # not at a comma within a list
-    words = []
-    for change in changes:
-        key, _, value = change.partition("=")
-        words.append(f"{key.replace('_', ' ')} {value.replace(',_', ', ')}".strip())
-    return f"{choice} ({', '.join(words)})" if words else choice
+    choice, changes = folder.partition(",")[0], overrides(folder)
+    return f"{choice} ({changes_in_words(changes)})" if changes else choice
 
 
 def conditions(comparison: Comparison) -> str:

@@ -1,7 +1,7 @@
 """How a sweep stands, for the terminal: the grid of its runs, and the summary that it ends with."""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -30,7 +30,7 @@ def overview(runs: Runs) -> RenderableType:
     """The grid of the runs, how far they are, and what there is to say of single ones."""
     if not runs:
         return Text("No run here yet.")
-    places = " and ".join(sorted({str(run.config["runs_dir"]) for run, _ in runs}))
+    places = " and ".join(_places(runs))
     recipes = sorted({run.cell.recipe for run, _ in runs})
     head = Text(places, style="bold").append(f", recipe {recipes[0]}" if len(recipes) == 1 else "")
     return Group(head, _grid(runs), Text(""), _counts(runs), _progress(runs), *_notes(runs))
@@ -46,17 +46,33 @@ def summary(runs: Runs, ended_before: Collection[Path]) -> RenderableType:
     return Group(*parts)
 
 
+def _place(run: PlannedRun) -> str:
+    """The folder of runs that a run lies in."""
+    return str(run.config["runs_dir"])
+
+
+def _places(runs: Runs) -> list[str]:
+    return sorted({_place(run) for run, _ in runs})
+
+
 def _grid(runs: Runs) -> Table:
-    """A row a data set, backbone and norm; a column a seed."""
+    """A row a data set, backbone and norm, apart in each folder of runs; a column a seed."""
     rows: dict[tuple[str, ...], dict[int, tuple[PlannedRun, Outcome]]] = defaultdict(dict)
-    one_recipe = len({run.cell.recipe for run, _ in runs}) == 1
+    columns: dict[str, Callable[[PlannedRun], str]] = {
+        "folder": _place,
+        "data set": lambda run: run.cell.dataset,
+        "backbone": lambda run: run.cell.backbone,
+        "recipe": lambda run: run.cell.recipe,
+        "norm": lambda run: run.cell.norm,
+    }
+    for name in ("folder", "recipe"):  # told above the grid where it is one
+        if len({columns[name](run) for run, _ in runs}) == 1:
+            del columns[name]
     for run, outcome in runs:
-        cell = run.cell
-        names = (cell.dataset, cell.backbone, *(() if one_recipe else (cell.recipe,)), cell.norm)
-        rows[names][cell.seed] = run, outcome
+        rows[tuple(name_of(run) for name_of in columns.values())][run.cell.seed] = run, outcome
     seeds = sorted({run.cell.seed for run, _ in runs})
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("data set", "backbone", *(() if one_recipe else ("recipe",)), "norm"):
+    for name in columns:
         table.add_column(name, overflow="fold")
     for seed in seeds:
         table.add_column(f"seed {seed}", no_wrap=True)
@@ -121,7 +137,7 @@ def _progress(runs: Runs) -> Text:
 
 def _notes(runs: Runs) -> Iterator[Text]:
     """A line a run of which there is something to say, and below those that say the same the first lines of it."""
-    pace = _Pace(runs)
+    pace, one_place = _Pace(runs), len(_places(runs)) == 1
     for standing in ("running", "interrupted", "diverged", "failed"):
         word, style = LOOKS[standing]
         here = [(run, outcome) for run, outcome in runs if outcome.standing == standing]
@@ -129,7 +145,8 @@ def _notes(runs: Runs) -> Iterator[Text]:
             for run, outcome in here:
                 if outcome.message != message:
                     continue
-                note = Text(f"{word:<5}", style=style).append(str(run.cell), style="default")
+                name = str(run.cell if one_place else run.folder)
+                note = Text(f"{word:<5}", style=style).append(name, style="default")
                 if not outcome.ended and outcome.standing != "failed":
                     note.append(f"  epoch {outcome.epoch} of {_epochs(run)}", style="default")
                     left = pace.left(run, outcome)
@@ -153,7 +170,7 @@ class _Pace:
     def _keys(run: PlannedRun) -> tuple[tuple[str, ...], ...]:
         cell = run.cell
         pair = (cell.dataset, cell.backbone, cell.recipe)
-        return (*pair, cell.norm), pair
+        return (_place(run), *pair, cell.norm), (*pair, cell.norm), pair
 
     def of(self, run: PlannedRun) -> float | None:
         return next((fmean(self._measured[key]) for key in self._keys(run) if key in self._measured), None)

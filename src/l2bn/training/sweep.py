@@ -7,6 +7,7 @@ not matter how they were launched or how they came to an end.
 
 import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
@@ -18,7 +19,7 @@ from rich.console import Console
 
 from l2bn.errors import UserError
 from l2bn.training.failure import describe
-from l2bn.training.interruption import EXIT_CODE, Interruption
+from l2bn.training.interruption import EXIT_CODE, Interruption, is_owned
 from l2bn.training.outcome import Outcome, look
 from l2bn.training.planning import PlannedRun
 from l2bn.training.status import summary
@@ -30,6 +31,7 @@ Launch = Callable[[Sequence[Sequence[str]]], Sequence[JobReturn]]
 """Runs the jobs of these overrides, and returns when all have been run."""
 
 ATTEMPTS = 2  # joblib ends all of its processes when one is killed
+PATIENCE = 3.0  # seconds that they have for it
 
 
 def run_sweep(runs: Sequence[PlannedRun], launch: Launch, *, parallel: bool) -> int:
@@ -37,11 +39,12 @@ def run_sweep(runs: Sequence[PlannedRun], launch: Launch, *, parallel: bool) -> 
 
     It is 0 when all have ended, `interruption.EXIT_CODE` when the sweep was told to leave, else 1. `parallel`
     says that the runs have processes of their own on this machine, which are told when this one is. Raises
-    UserError, before anything is launched, for a configuration that is wrong.
+    UserError, before anything is launched, for a configuration that is wrong or a folder that cannot be made.
     """
     ended_before = {run.folder for run in runs if look(run).ended}
     todo = [run for run in runs if run.folder not in ended_before]
     _check(todo)
+    _make_folders(todo)
     errors: dict[Path, str] = {}
     code = 1
     told = Interruption()
@@ -53,6 +56,8 @@ def run_sweep(runs: Sequence[PlannedRun], launch: Launch, *, parallel: bool) -> 
                 code = EXIT_CODE
             except Exception as error:
                 log.error("the launcher stopped: %s", describe(error).partition("\n")[0])
+                if parallel:
+                    _wait_for_killed(todo)
                 todo = [run for run in todo if look(run).standing in ("missing", "interrupted")]
                 if left and not told.signal:
                     log.warning("the %d runs that have not ended are started once more", len(todo))
@@ -66,6 +71,16 @@ def run_sweep(runs: Sequence[PlannedRun], launch: Launch, *, parallel: bool) -> 
     return 0 if all(outcome.ended for _, outcome in outcomes) else code
 
 
+def _wait_for_killed(runs: Sequence[PlannedRun]) -> None:
+    """Wait until the processes that joblib ends together with a killed one have left their runs.
+
+    It says that one was killed before it ends the others. A run that somebody else is at work on stays his.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline and any(is_owned(run.folder) for run in runs):
+        time.sleep(0.05)
+
+
 def _check(runs: Sequence[PlannedRun]) -> None:
     """Raise UserError if one of these configurations is wrong."""
     if not runs:
@@ -77,6 +92,17 @@ def _check(runs: Sequence[PlannedRun]) -> None:
             check(run.config, run.files)
         except UserError as error:
             raise UserError(f"{run.cell}: {error}") from error
+
+
+def _make_folders(runs: Sequence[PlannedRun]) -> None:
+    """Make the folders that the runs are to lie in, which else the launcher would fail to do."""
+    for folder in dict.fromkeys(Path(run.config["runs_dir"]) for run in runs):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"runs_dir: cannot make the folder {folder}: {error.strerror}; name another by runs_dir=FOLDER"
+            ) from error
 
 
 def _launch(runs: Sequence[PlannedRun], launch: Launch) -> dict[Path, str]:
@@ -99,7 +125,8 @@ def _judge(run: PlannedRun, errors: dict[Path, str]) -> Outcome:
 
 
 def prepare_launcher(launcher: DictConfig) -> bool:
-    """Make sure of the launcher's package, and share the machine out among the processes of joblib.
+    """Make sure of the launcher's package: share the machine out among the processes of joblib, and see to it that
+    submitit waits for all of its jobs.
 
     Returns whether the runs will have processes of their own on this machine. Raises UserError if the package
     is not installed.
@@ -111,6 +138,8 @@ def prepare_launcher(launcher: DictConfig) -> bool:
             f"this launcher needs the package {name}, which is not installed; "
             "pip install 'l2bn[launchers]', or take launcher=basic"
         )
+    if package.endswith("submitit_launcher"):
+        _outlive_jobs()
     if not package.endswith("joblib_launcher"):
         return False
     from joblib import cpu_count
@@ -122,3 +151,22 @@ def prepare_launcher(launcher: DictConfig) -> bool:
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     return bool(launcher.n_jobs > 1)
+
+
+def _outlive_jobs() -> None:
+    """Make how a job of submitit died its result.
+
+    The launcher asks one job after the other for its result, and would leave off at the first that has none, while
+    others run or stand in the queue.
+    """
+    from submitit import Job
+
+    results = Job.results
+
+    def results_or_death(job: "Job[JobReturn]") -> list[JobReturn]:
+        try:
+            return results(job)
+        except Exception as error:
+            return [JobReturn(status=JobStatus.FAILED, _return_value=error)]
+
+    Job.results = results_or_death  # type: ignore[method-assign, assignment]
