@@ -39,7 +39,7 @@ def require(what: str, missing: object) -> None:
     """Skip a test where something it needs is missing; fail it where all is said to be there, as in CI."""
     if missing:
         say = pytest.fail if os.environ.get("L2BN_REQUIRE_SERVICES") else pytest.skip
-        say(f"{what} is not installed here; missing: {missing}")
+        say(f"{what} is not to be had here; missing: {missing}")
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import ROOT, TINY, AtUpdate, Train, decoding
+from conftest import ROOT, TINY, AtUpdate, Train, decoding, require
 from l2bn.errors import UserError
 from l2bn.records import SUMMARY, read_records
 from l2bn.training.faults import explain_faults
@@ -37,8 +37,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 12 MB: room for one checkpoint of ResNet-20 (3 MB) and TensorBoard's file, and more."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "l2bn", disk]).returncode:
-        pytest.skip("a file system can be mounted by root only")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "l2bn", disk]
+    mounted = os.geteuid() == 0 and subprocess.run(mount).returncode == 0
+    require("a small file system", [] if mounted else ["the right to mount one, which root has"])
     yield disk
     subprocess.run(["umount", "--lazy", disk], check=True)
 

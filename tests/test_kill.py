@@ -94,6 +94,7 @@ def endure(kills: int, options: tuple[str, ...], folder: Path) -> None:
             assert drawn(one) == drawn(other)
             assert equal(weights(one), weights(other))
     print(f"seed {SEED}: {kills} kills, {done.count('at a write')} of them in the middle of a checkpoint's write")
+    assert "at a write" in done
 
 
 def test_a_few_kills(tmp_path: Path) -> None:
