@@ -33,7 +33,9 @@ def main() -> None:
 
     records, problems = read_checked(arguments.runs)
     reference = read_reference(arguments.reference)
-    Console(width=None if sys.stdout.isatty() else 100, highlight=False).print(terminal(records, problems))
+    Console(width=None if sys.stdout.isatty() else 100, highlight=False).print(
+        terminal(records, problems), crop=False
+    )
     if arguments.readme:
         text = arguments.readme.read_text(encoding="utf-8")
         text = readme_with_block(text, records, problems, reference)

@@ -27,7 +27,9 @@ def terminal(records: Sequence[Record], problems: Sequence[Problem]) -> Renderab
         )
     else:
         parts.append(Text("No ended run here yet: nothing to compare."))
-    parts += [Text(f"left out: {problem.folder}: {problem.reason}", style="red") for problem in problems]
+    for problem in problems:
+        told = f"left out: {problem.folder}: {problem.reason}"
+        parts.append(Text(told, style="red", no_wrap=True, overflow="ignore"))  # a path is copied from here
     if problems:
         parts.append(Text(f"{plural('record', len(problems))} left out", style="bold red"))
     return Group(*parts)
