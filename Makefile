@@ -55,7 +55,7 @@ claims: setup ## results/claims.md, from results/records
 
 BENCH := python scripts/benchmark.py
 MADE  := --json results/benchmarks
-bench: bench-norm bench-step bench-train bench-data ## all benchmarks: hours; on a quiet machine only
+bench: bench-norm bench-step bench-train bench-data ## all benchmarks that need no data set: hours; on a quiet machine only
 
 bench-norm: setup ## time the layer: BN, the plain composition and the fused kernels side by side
 	$(BENCH) norm $(MADE)/norm.json $(ARGS)
