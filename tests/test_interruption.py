@@ -318,7 +318,8 @@ def test_what_is_locked_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def noted(descriptor: int, kind: int) -> None:
         exclusive = bool(kind & fcntl.LOCK_EX)
         writable = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
-        locked.append((Path(f"/proc/self/fd/{descriptor}").readlink(), exclusive, writable))
+        if kind != fcntl.LOCK_UN:
+            locked.append((Path(f"/proc/self/fd/{descriptor}").readlink(), exclusive, writable))
         flock(descriptor, kind)
 
     monkeypatch.setattr(fcntl, "flock", noted)
@@ -330,6 +331,18 @@ def test_what_is_locked_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     path = tmp_path / LOCK
     assert path.is_file()
     assert locked == [(path, True, True), (path, False, False), (path, False, False)]
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # of Python 3.12 on, that it forks
+def test_a_process_of_the_run_that_lingers_holds_no_lock(tmp_path: Path) -> None:
+    """A worker that decodes images may be forked, and then has the file open too."""
+    with sole_owner(tmp_path):
+        lingering = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        lingering.start()
+        assert is_owned(tmp_path)
+    assert not is_owned(tmp_path)
+    lingering.kill()
+    lingering.join()
 
 
 def test_a_file_system_without_locks_is_named(

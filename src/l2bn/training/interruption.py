@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -94,6 +94,9 @@ def sole_owner(folder: Path) -> Iterator[None]:
             raise UserError(f"another process is at work on {folder}; wait for it, or stop it first")
         yield
     finally:
+        with suppress(OSError):  # there are no locks
+            # Closing is not enough while a process that was forked meanwhile has the file open too.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 
