@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.fx.experimental.optimization import fuse
 
-from l2bn.benchmarks.measure import Action, interleaved, machine, write_json
+from l2bn.benchmarks.measure import Action, forget_compiled, interleaved, machine, write_json
 from l2bn.benchmarks.report import hardware, prose, write_table
 from l2bn.benchmarks.workload import NETWORKS, NORMS, add_workload_arguments
 from l2bn.norms.swap import swap_norm
@@ -86,6 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
         size = NETWORKS[network][1]
         batch = arguments.batch or BATCH[size]
         for caller in arguments.callers:
+            forget_compiled()
             actions = {kind: evaluation(network, kind, caller, batch, device) for kind in KINDS}
             seconds = interleaved(actions, device, arguments.seconds, fewest=5, warm_up=2)
             speeds = {kind: batch / value for kind, value in seconds.items()}

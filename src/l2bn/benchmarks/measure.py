@@ -23,6 +23,12 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def forget_compiled() -> None:
+    """Have torch compile what comes next as in a new process: of each kind of network it takes eight, and then,
+    with a warning, calls it as it is."""
+    torch.compiler.reset()
+
+
 REALTIME_PRIORITY = 40
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from l2bn.benchmarks.measure import Action, interleaved, machine, peak_memory, write_json
+from l2bn.benchmarks.measure import Action, forget_compiled, interleaved, machine, peak_memory, write_json
 from l2bn.benchmarks.norm import CALLERS, NETWORKS
 from l2bn.benchmarks.report import write_step_report
 from l2bn.norms.l2bn import convert
@@ -66,6 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
     for network in arguments.networks:
         for layout in arguments.layouts:
             for caller in arguments.callers:
+                forget_compiled()
                 steps = {
                     norm: training_step(network, norm, caller, layout, arguments.batch, device) for norm in NORMS
                 }

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from l2bn.benchmarks.measure import (
     Action,
+    forget_compiled,
     interleaved,
     machine,
     peak_memory,
@@ -143,6 +144,7 @@ def matrix_product_rates(device: torch.device, seconds: float = 3.0) -> dict[str
 
 def measure(workload: Workload, arguments: argparse.Namespace, device: torch.device) -> list[Row]:
     """A row for each path, all timed in turn."""
+    forget_compiled()
     options = {"threads": arguments.threads, "precision": arguments.precision}
     actions: dict[str, Action] = {}
     trainers: dict[str, Trainer] = {}
