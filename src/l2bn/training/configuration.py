@@ -1,6 +1,7 @@
 """What a configuration is made of: its nodes, and what it says besides them."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from l2bn.errors import UserError
 from l2bn.training.build import Builder, check_mapping
@@ -48,3 +49,13 @@ def read_settings(config: Config, builder: Builder) -> Settings:
     builder.check_keys(config, known, "")
     settings: Settings = builder.call(Settings, {k: v for k, v in config.items() if k not in NODES}, "")
     return settings
+
+
+def make_folder(folder: Path) -> None:
+    """Make `runs_dir`, or a folder in it. Raises UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"runs_dir: cannot make the folder {folder}: {error.strerror}; name another by runs_dir=FOLDER"
+        ) from error

@@ -20,7 +20,7 @@ from l2bn.seeding import derive_seed
 from l2bn.training.build import Builder, machine_keys
 from l2bn.training.checkpoint import CheckpointPolicy, Checkpoints
 from l2bn.training.compute import Compute, quieten
-from l2bn.training.configuration import Settings, check_complete, read_settings
+from l2bn.training.configuration import Settings, check_complete, make_folder, read_settings
 from l2bn.training.identity import Cell, Config, differences, identity
 from l2bn.training.loop import evaluate
 from l2bn.training.observation import AnalysisPolicy, check_observable
@@ -44,12 +44,7 @@ def run(config: Config, cell: Cell, files: list[str]) -> Record:
     record = find_record(folder, config)
     if record is None:
         job = make_job(config, settings, cell, folder, builder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"runs_dir: cannot make the folder {folder}: {error.strerror}; name another by runs_dir=FOLDER"
-            ) from error
+        make_folder(folder)
         launch(job)
         record = Record.read(folder)
     log.info("%s: %s; record in %s", cell, _result(record), folder)

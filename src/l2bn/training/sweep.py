@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from rich.console import Console
 
 from l2bn.errors import UserError
+from l2bn.training.configuration import make_folder
 from l2bn.training.failure import describe
 from l2bn.training.interruption import EXIT_CODE, Interruption, is_owned
 from l2bn.training.outcome import Outcome, look
@@ -97,12 +98,7 @@ def _check(runs: Sequence[PlannedRun]) -> None:
 def _make_folders(runs: Sequence[PlannedRun]) -> None:
     """Make the folders that the runs are to lie in, which else the launcher would fail to do."""
     for folder in dict.fromkeys(Path(run.config["runs_dir"]) for run in runs):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"runs_dir: cannot make the folder {folder}: {error.strerror}; name another by runs_dir=FOLDER"
-            ) from error
+        make_folder(folder)
 
 
 def _launch(runs: Sequence[PlannedRun], launch: Launch) -> dict[Path, str]:
