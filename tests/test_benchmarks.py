@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from conftest import ROOT
-from l2bn.benchmarks import accuracy, data, evaluation, floor, tables, together, train
+from l2bn.benchmarks import accuracy, data, evaluation, floor, measure, tables, together, train
 from l2bn.benchmarks.report import norm_table, step_table, tables_table
 from l2bn.benchmarks.train_report import train_table
 from l2bn.benchmarks.workload import CLASSES, make_workload
@@ -104,11 +104,11 @@ def test_networks_measured_before_keep_their_rows(tmp_path: Path) -> None:
     earlier = {"machine": machine, "precision": "32-true", "rows": [{"network": "A"}, {"network": "B"}]}
     path = tmp_path / "train.json"
     now = {"machine": machine | {"time": "later"}, "precision": "32-true", "rows": [{"network": "B"}]}
-    assert train.kept_rows(path, now) == []
+    assert measure.kept_rows(path, now) == []
     path.write_text(json.dumps(earlier))
-    assert train.kept_rows(path, now) == [{"network": "A"}]
-    assert train.kept_rows(path, now | {"machine": machine | {"threads": 1}}) == []
-    assert train.kept_rows(path, now | {"precision": "bf16-mixed"}) == []
+    assert measure.kept_rows(path, now) == [{"network": "A"}]
+    assert measure.kept_rows(path, now | {"machine": machine | {"threads": 1}}) == []
+    assert measure.kept_rows(path, now | {"precision": "bf16-mixed"}) == []
 
 
 def test_arithmetic_is_what_torchvision_says_of_its_networks() -> None:

@@ -137,6 +137,7 @@ def test_a_compiled_run_is_recorded_as_such_and_can_be_looked_into(train: Train)
 def test_each_run_of_a_process_is_compiled(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's limit is the process's; above it networks run as they are, and the record would say otherwise."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch.compiler.reset()  # of what other tests have compiled
     with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
         for norm in ("bn", "l2bn"):
             train(f"norm={norm}", "recipe.epochs=1", "compute.compile=true", *TINY)

@@ -378,7 +378,9 @@ def test_derivatives_by_other_means_than_backward() -> None:
         torch.testing.assert_close(of_func[name], parameter.grad)
 
 
-def test_an_activation_that_cuts_off_stores_no_map_more() -> None:
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("side", [3, 6])
+def test_an_activation_that_cuts_off_stores_no_map_more(side: int, layout: str) -> None:
     """What ReLU6 needs of y in backward, a compiled model computes anew from x, as it does behind batch norm.
 
     Inductor stores it otherwise, a truth value each, on a CPU in three times the time of everything else.
@@ -396,7 +398,7 @@ def test_an_activation_that_cuts_off_stores_no_map_more() -> None:
         def keep(graph: Any, _: Any, name: str = name) -> Any:
             outputs = next(node for node in graph.graph.nodes if node.op == "output").args[0]
             values = [node.meta["val"] for node in outputs if node is not None]
-            maps = sum(value.numel() == 6 * 8 * 36 for value in values if isinstance(value, Tensor))
+            maps = sum(value.numel() == 6 * 8 * side**2 for value in values if isinstance(value, Tensor))
             saved.setdefault(name, maps)  # forward comes first
             return make_boxed_func(graph.forward)
 
@@ -405,7 +407,10 @@ def test_an_activation_that_cuts_off_stores_no_map_more() -> None:
             partition_fn=min_cut_rematerialization_partition,
             decompositions=select_decomp_table(),
         )
-        torch.compile(model, fullgraph=True, backend=backend)(torch.randn(6, 3, 6, 6)).sum().backward()
+        memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+        model.to(memory_format=memory_format)
+        x = torch.randn(6, 3, side, side).to(memory_format=memory_format)
+        torch.compile(model, fullgraph=True, backend=backend)(x).sum().backward()
     assert saved["l2bn"] == saved["bn"], saved
 
 

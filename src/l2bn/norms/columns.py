@@ -1,6 +1,6 @@
 """The formulas for maps of few positions, whose (N, C) moments would be as large as the map and their sums short.
 
-The rows (N, C, P) or (N, P, C), see layout.py, are read as a table (N, Q, J) of J adjacent columns: J = C*P and
+The rows (N, C, ...) or (N, P, C), see layout.py, are read as a table (N, Q, J) of J adjacent columns: J = C*P and
 Q = 1, or for channels_last J = C and Q = P. Every sum runs along the columns, for a sample, or down them, for a
 batch statistic: over adjacent memory in both cases. Such a map stays in the cache, so a pass more is cheap.
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from l2bn.norms.kernels import computed_once
 from l2bn.norms.l2_step import TINY, sample_scale, squared_target, widened
+from l2bn.norms.layout import channels_of
 
 Saved = tuple[Tensor, ...]
 
@@ -80,16 +81,18 @@ def forward(
     The table is not seen as rows again, for then a traced layer's output would be a view, which an activation in
     place may not write to.
     """
-    table, channels = as_table(x, axis), x.shape[3 - axis]
+    table, channels = as_table(x, axis), channels_of(x, axis)
+    # Before the first sum, as in rows.py: else an activation's backward has a map more stored in a compiled model.
+    back = -widened(table)
     norm2 = squared_norm(table)
-    z = widened(table) * computed_once(sample_scale(norm2, squared_target(x, rms)))
-    mu, v = statistics(z, channels)
+    s = computed_once(sample_scale(norm2, squared_target(x, rms)))
+    mu, v = statistics(widened(table) * s, channels)
     inv = 1 / (v + eps).sqrt()
     k = inv if weight is None else inv * weight
-    near = mu.to(z.dtype)
+    near = mu.to(s.dtype)
     shift = (near - mu) * k if bias is None else bias + (near - mu) * k
-    of_mean, of_z, of_all = (over_columns(t.to(z.dtype), table.shape[2]) for t in (near, k, shift))
-    y = (z - of_mean) * of_z + of_all
+    of_mean, of_z, of_all = (over_columns(t.to(s.dtype), table.shape[2]) for t in (near, k, shift))
+    y = of_all - (back * s + of_mean) * of_z
     return y.to(x.dtype), mu, v, (norm2, mu, inv)
 
 
@@ -101,9 +104,9 @@ def backward(
     table, wide_g = as_table(x, axis), widened(as_table(g, axis))
     channels, columns, a2 = mu.shape[0], table.shape[2], squared_target(x, rms)
     s = computed_once(sample_scale(norm2, a2))
-    z = widened(table) * s
-    near = mu.to(z.dtype)
-    d = z - over_columns(near, columns)
+    back = -widened(table) * s  # -z
+    near = mu.to(s.dtype)
+    d = -(back + over_columns(near, columns))
     gb = by_channel(down(wide_g), channels).sum(1)
     gd = by_channel(down(wide_g * d), channels).sum(1)
     gr = gd + (near - mu) * gb
@@ -111,11 +114,11 @@ def backward(
     k = inv if weight is None else inv * weight
     c1 = k * gr * inv * inv / count
     c0 = k * gb / count + c1 * (near - mu)
-    of_g, of_d, of_all = (over_columns(t.to(z.dtype), columns) for t in (k, c1, c0))
+    of_g, of_d, of_all = (over_columns(t.to(s.dtype), columns) for t in (k, c1, c0))
     dz = wide_g * of_g - d * of_d - of_all
     # Below tiny, s does not depend on x.
-    along_z = torch.where(norm2 > TINY**2, (dz * z).sum((1, 2), keepdim=True) / a2, 0.0)
-    dx = (dz - z * computed_once(along_z)) * s
+    along_z = torch.where(norm2 > TINY**2, (dz * back).sum((1, 2), keepdim=True) / a2, 0.0)
+    dx = (dz - back * computed_once(along_z)) * s
     return dx.to(x.dtype).view(x.shape), gr * inv, gb
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from l2bn.norms import columns, rows
 from l2bn.norms.kernels import run_kernel
 from l2bn.norms.l2_step import sample_scale, squared_target, widened
-from l2bn.norms.layout import as_map, as_rows, dense, position_axis
+from l2bn.norms.layout import as_map, as_rows, dense, position_axis, positions_of
 
 FEW_POSITIONS = 16
 """Up to so many, columns.py is faster: for 128 x 320 x 4 x 4 it takes 0.8 (channels_last: 0.9) of the time of
@@ -138,7 +138,7 @@ class _TracedTraining(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, rms: bool, eps: float, axis: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, mu, v, saved = formulas_for(x.shape[axis]).forward(x, weight, bias, rms, eps, axis)
+        y, mu, v, saved = formulas_for(positions_of(x, axis)).forward(x, weight, bias, rms, eps, axis)
         ctx.save_for_backward(x, weight, *saved)
         ctx.rms, ctx.axis = rms, axis
         ctx.weight_dtype = None if weight is None else weight.dtype
@@ -149,7 +149,7 @@ class _TracedTraining(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> Any:
         x, weight, *saved = ctx.saved_tensors
-        dx, gw, gb = formulas_for(x.shape[ctx.axis]).backward(g, x, weight, tuple(saved), ctx.rms, ctx.axis)
+        dx, gw, gb = formulas_for(positions_of(x, ctx.axis)).backward(g, x, weight, tuple(saved), ctx.rms, ctx.axis)
         return (
             dx,
             None if ctx.weight_dtype is None else gw.to(ctx.weight_dtype),

@@ -1,8 +1,12 @@
 """A feature map (N, C, ...) seen as rows of memory, without a copy: (N, C, P), or for channels_last (N, P, C).
 
-`axis` is that of the positions P in the rows: 2, or 1 if the channels lie innermost.
+`axis` is that of the positions P in the rows: 2, or 1 if the channels lie innermost. Inside a compiled model rows
+(N, C, ...) keep the axes of the map, for the compiler may choose to store them in channels_last all the same.
 """
 
+import math
+
+import torch
 from torch import Tensor
 
 
@@ -22,11 +26,35 @@ def dense(x: Tensor, axis: int) -> Tensor:
 
 
 def as_rows(x: Tensor, axis: int) -> Tensor:
-    n, channels = x.shape[:2]
-    return x.reshape(n, channels, -1) if axis == 2 else x.movedim(1, -1).reshape(n, -1, channels)
+    if axis == 1:
+        return x.movedim(1, -1).reshape(x.shape[0], -1, x.shape[1])
+    return x if torch.compiler.is_compiling() else x.flatten(2)
 
 
 def as_map(rows: Tensor, like: Tensor, axis: int) -> Tensor:
     if axis == 2 or like.stride(-1) == 1:  # the latter: one position, of which both formats may be said
         return rows.reshape(like.shape)
     return rows.reshape(like.movedim(1, -1).shape).movedim(-1, 1)
+
+
+def channels_of(rows: Tensor, axis: int) -> int:
+    return rows.shape[3 - axis]
+
+
+def positions_of(rows: Tensor, axis: int) -> int:
+    return rows.shape[1] if axis == 1 else math.prod(rows.shape[2:])  # numel() would make a size a constant
+
+
+def over_positions(rows: Tensor, axis: int) -> Tensor:
+    """(N, C): sums over the positions."""
+    return rows.sum(1 if axis == 1 else tuple(range(2, rows.ndim)))
+
+
+def first_position(rows: Tensor, axis: int) -> Tensor:
+    """(N, C)."""
+    return rows[:, 0] if axis == 1 else rows.flatten(2)[:, :, 0]
+
+
+def at_positions(t: Tensor, rows: Tensor, axis: int) -> Tensor:
+    """(N, C) or (C,), to broadcast with rows."""
+    return t.unsqueeze(-2) if axis == 1 else t.view(*t.shape, *[1] * (rows.ndim - 2))

@@ -2,7 +2,7 @@
 
 With the per-sample, per-channel moments of x the batch statistics of the normalized features follow without another
 look at the map, so that forward is one reading pass and one read-write pass, batch norm's own traffic. Letters: N
-batch, C channels, P positions, M = N*P. Rows are (N, C, P) or (N, P, C), see layout.py.
+batch, C channels, P positions, M = N*P. Rows are (N, C, ...) or (N, P, C), see layout.py.
 
     x0 = the first position of x;  d = x - x0;  m = mean_p d;  var = mean_p (d - m)^2           (N, C)
     ||x_n||^2 = P sum_c (var + (x0 + m)^2);  s = a / ||x_n||                                    (N, 1)
@@ -26,14 +26,16 @@ from torch import Tensor
 
 from l2bn.norms.kernels import computed_once
 from l2bn.norms.l2_step import TINY, sample_scale, squared_target, widened
+from l2bn.norms.layout import at_positions, first_position, over_positions, positions_of
 
 Saved = tuple[Tensor, ...]
 
 
 class Moments(NamedTuple):
-    """What the first pass leaves of x: small, and kept for backward."""
+    """What the first pass leaves of x."""
 
-    m: Tensor  # (N, C) mean over the positions, as distance from the first of them
+    x0: Tensor  # (N, C) what x is a distance from
+    m: Tensor  # (N, C) mean of that distance over the positions
     var: Tensor  # (N, C) biased variance over the positions
 
 
@@ -57,32 +59,38 @@ class Line(NamedTuple):
 
 
 def origin(x: Tensor, axis: int) -> Tensor:
-    """x0, (N, C)."""
-    return widened(x.select(axis, 0))
+    """x0 of forward, (N, C)."""
+    return widened(first_position(x, axis))
 
 
-def distance(x: Tensor, axis: int) -> Tensor:
+def middle(x: Tensor, axis: int) -> Tensor:
+    """x0 of backward, (N, C)."""
+    return over_positions(widened(x), axis) / positions_of(x, axis)
+
+
+def distance(x: Tensor, x0: Tensor, axis: int) -> Tensor:
     """d, in the shape of x."""
-    return widened(x) - origin(x, axis).unsqueeze(axis)
+    return widened(x) - at_positions(x0, x, axis)
 
 
 def distance_back(x: Tensor, axis: int) -> Tensor:
     """-d, by a subtraction of its own, so that it is not the d of `moments` to a compiler."""
-    return origin(x, axis).unsqueeze(axis) - widened(x)
+    return at_positions(origin(x, axis), x, axis) - widened(x)
 
 
 def moments(x: Tensor, axis: int) -> Moments:
     """The reading pass."""
-    d = distance(x, axis)
-    m = d.sum(axis) / x.shape[axis]
-    return Moments(m, ((d * d).sum(axis) / x.shape[axis] - m * m).clamp_min(0))
+    x0, positions = origin(x, axis), positions_of(x, axis)
+    d = distance(x, x0, axis)
+    m = over_positions(d, axis) / positions
+    return Moments(x0, m, (over_positions(d * d, axis) / positions - m * m).clamp_min(0))
 
 
 def features(x: Tensor, taken: Moments, rms: bool | None, axis: int) -> Features:
     """Statistics of z = s x; with `rms` None the sample's norm is left as it is, which is BN."""
-    m, var = taken.m.double(), taken.var.double()
-    mean = origin(x, axis).double() + m
-    norm2 = x.shape[axis] * (var + mean * mean).sum(1, keepdim=True)
+    var = taken.var.double()
+    mean = taken.x0.double() + taken.m
+    norm2 = positions_of(x, axis) * (var + mean * mean).sum(1, keepdim=True)
     if rms is None:
         norm2 = torch.zeros_like(norm2)
         s = torch.ones_like(norm2)
@@ -106,14 +114,14 @@ def apply_line(x: Tensor, slope: Tensor, shift: Tensor, axis: int, back: Tensor 
     """The read-write pass; `back` is -d, if taken already."""
     slope, shift = computed_once(slope), computed_once(shift)
     back = distance_back(x, axis) if back is None else back
-    return (shift.unsqueeze(axis) - back * slope.unsqueeze(axis)).to(x.dtype)
+    return (at_positions(shift, x, axis) - back * at_positions(slope, x, axis)).to(x.dtype)
 
 
-def gradient_sums(g: Tensor, x: Tensor, m: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """The reading pass of backward: sg and sgx, (N, C)."""
-    wide = widened(g)
-    sg = wide.sum(axis)
-    return sg, (wide * distance(x, axis)).sum(axis) - m * sg
+def gradient_sums(g: Tensor, x: Tensor, x0: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The reading pass of backward: sg, sgx and m, (N, C)."""
+    wide, d = widened(g), distance(x, x0, axis)
+    sg, m = over_positions(wide, axis), over_positions(d, axis) / positions_of(x, axis)
+    return sg, over_positions(wide * d, axis) - m * sg, m
 
 
 def parameter_gradients(sg: Tensor, sgx: Tensor, z: Features, inv: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,7 +142,7 @@ def input_gradient_terms(
     positions: int,
 ) -> tuple[Tensor, Tensor]:
     """e and f of dx, (N, C). `count` is M, over which the statistics were taken."""
-    m, var = taken
+    m, var = taken.m, taken.var
     k = inv if weight is None else inv * weight
     c1 = -k * gw * inv / count
     c0 = -k * gb / count + c1 * z.zc
@@ -145,11 +153,10 @@ def input_gradient_terms(
     return e.to(m.dtype), (z.s * (c0 - r * z.mean) - m * e).to(m.dtype)
 
 
-def apply_gradient(g: Tensor, x: Tensor, slope: Tensor, e: Tensor, f: Tensor, axis: int) -> Tensor:
+def apply_gradient(g: Tensor, x: Tensor, x0: Tensor, slope: Tensor, e: Tensor, f: Tensor, axis: int) -> Tensor:
     """The read-write pass of backward."""
-    slope, e, f = computed_once(slope), computed_once(e), computed_once(f)
-    dx = widened(g) * slope.unsqueeze(axis) + distance(x, axis) * e.unsqueeze(axis) + f.unsqueeze(axis)
-    return dx.to(x.dtype)
+    slope, e, f = [at_positions(computed_once(t), x, axis) for t in (slope, e, f)]
+    return (widened(g) * slope + distance(x, x0, axis) * e + f).to(x.dtype)
 
 
 def forward(
@@ -162,21 +169,22 @@ def forward(
     taken = moments(x, axis)
     z = features(x, taken, rms, axis)
     drawn = line(taken, z, weight, bias, eps)
-    return apply_line(x, drawn.slope, drawn.shift, axis, back), z.mu, z.v, (drawn.inv, *taken)
+    return apply_line(x, drawn.slope, drawn.shift, axis, back), z.mu, z.v, (drawn.inv, middle(x, axis), taken.var)
 
 
 def backward(
     g: Tensor, x: Tensor, weight: Tensor | None, saved: Saved, rms: bool, axis: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias."""
-    inv, taken = saved[0], Moments(*saved[1:])
-    n, positions = x.shape[0], x.shape[axis]
+    inv, x0, var = saved
+    sg, sgx, m = gradient_sums(g, x, x0, axis)
+    taken = Moments(x0, m, var)
     z = features(x, taken, rms, axis)
-    slope = (z.s * (inv if weight is None else inv * weight)).to(taken.m.dtype)
-    sg, sgx = gradient_sums(g, x, taken.m, axis)
+    slope = (z.s * (inv if weight is None else inv * weight)).to(m.dtype)
     gw, gb = parameter_gradients(sg, sgx, z, inv)
+    n, positions = x.shape[0], positions_of(x, axis)
     e, f = input_gradient_terms(sg, sgx, gw, gb, taken, z, inv, weight, n * positions, positions)
-    return apply_gradient(g, x, slope, e, f, axis), gw, gb
+    return apply_gradient(g, x, x0, slope, e, f, axis), gw, gb
 
 
 def evaluate(
@@ -191,9 +199,9 @@ def evaluate(
 ) -> Tensor:
     """y by the running statistics: only the samples' norms have to be read from x before the second pass."""
     wide = widened(x)
-    s = sample_scale((wide * wide).sum(axis).sum(1, keepdim=True), squared_target(x, rms))
+    s = sample_scale(over_positions(wide * wide, axis).sum(1, keepdim=True), squared_target(x, rms))
     inv = 1 / (widened(var) + eps).sqrt()
     k = inv if weight is None else inv * weight
     shift = -widened(mean) * k if bias is None else bias - widened(mean) * k
     slope, shift = computed_once(s * k), computed_once(shift)
-    return (wide * slope.unsqueeze(axis) + shift.unsqueeze(axis - 1)).to(x.dtype)
+    return (wide * at_positions(slope, x, axis) + at_positions(shift, x, axis)).to(x.dtype)

@@ -24,7 +24,7 @@ from l2bn.norms.l2bn import (
     L2BatchNormAct2d,
     _L2BatchNorm,
 )
-from l2bn.norms.layout import as_map, as_rows, dense, position_axis
+from l2bn.norms.layout import as_map, as_rows, dense, position_axis, positions_of
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class _JointNorm(torch.autograd.Function):
 
         slope, shift, inv = rows.line(taken, z, weight, bias, eps)
         (y,) = _run(compiled, rows.apply_line, (x_rows, slope, shift), axis)
-        ctx.save_for_backward(x, weight, slope, inv, count, *taken, *z)
+        ctx.save_for_backward(x, weight, slope, inv, count, taken.x0, taken.var, *z)
         ctx.axis, ctx.group, ctx.compiled, ctx.has_bias = axis, group, compiled, bias is not None
         ctx.mark_non_differentiable(mu, v, count)
         # `.data`, because autograd forbids an in-place ReLU on what a Function returns as a view.
@@ -67,19 +67,20 @@ class _JointNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> Any:
-        x, weight, slope, inv, count, m, var, *statistics = ctx.saved_tensors
-        taken, z = rows.Moments(m, var), rows.Features(*statistics)
+        x, weight, slope, inv, count, x0, var, *statistics = ctx.saved_tensors
+        z = rows.Features(*statistics)
         axis, compiled = ctx.axis, ctx.compiled
         x_rows, g_rows = (as_rows(dense(t, axis), axis) for t in (x, g))
-        sg, sgx = _run(compiled, rows.gradient_sums, (g_rows, x_rows, taken.m), axis)
+        sg, sgx, m = _run(compiled, rows.gradient_sums, (g_rows, x_rows, x0), axis)
+        taken = rows.Moments(x0, m, var)
         gw, gb = rows.parameter_gradients(sg, sgx, z, inv)
         joint = torch.cat([gw, gb])
         dist.all_reduce(joint, group=ctx.group)
         joint_gw, joint_gb = joint.chunk(2)
         e, f = rows.input_gradient_terms(
-            sg, sgx, joint_gw, joint_gb, taken, z, inv, weight, count, x_rows.shape[axis]
+            sg, sgx, joint_gw, joint_gb, taken, z, inv, weight, count, positions_of(x_rows, axis)
         )
-        (dx,) = _run(compiled, rows.apply_gradient, (g_rows, x_rows, slope, e, f), axis)
+        (dx,) = _run(compiled, rows.apply_gradient, (g_rows, x_rows, x0, slope, e, f), axis)
         return (
             as_map(dx, x, axis),
             None if weight is None else gw.to(weight.dtype),
