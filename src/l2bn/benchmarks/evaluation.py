@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.fx.experimental.optimization import fuse
 
-from l2bn.benchmarks.measure import Action, forget_compiled, interleaved, machine, write_json
+from l2bn.benchmarks.measure import Action, forget_compiled, interleaved, kept_rows, machine, write_json
 from l2bn.benchmarks.report import hardware, prose, write_table
 from l2bn.benchmarks.workload import NETWORKS, NORMS, add_workload_arguments
 from l2bn.norms.swap import swap_norm
@@ -77,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """With --json, the networks measured before in the same setting keep their rows."""
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     keep_freed_memory()
@@ -95,7 +96,8 @@ def run(arguments: argparse.Namespace) -> None:
             )
             text = "   ".join(f"{KINDS[kind]} {speed:8,.0f}" for kind, speed in speeds.items())
             print(f"{network:13} {caller:9} {text} images/s", flush=True)
-    result = {"benchmark": "evaluation", "machine": machine(device), "rows": rows}
+    result: dict[str, Any] = {"benchmark": "evaluation", "machine": machine(device), "rows": rows}
     if arguments.json:  # first, because it is what took the time
+        result["rows"] = kept_rows(arguments.json, result) + result["rows"]
         write_json(arguments.json, result)
     print("\n" + write_table(evaluation_table(result), arguments.json))

@@ -126,3 +126,18 @@ def machine(device: torch.device) -> dict[str, Any]:
 def write_json(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_durably(path, json.dumps(result, indent=1) + "\n")
+
+
+def kept_rows(path: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an earlier result for the networks that were not measured now, on the same kind of machine and
+    in the same precision."""
+    if not path.exists():
+        return []
+    earlier = json.loads(path.read_text())
+    same = ("device", "processor", "threads", "packages")
+    if any(earlier["machine"][key] != result["machine"][key] for key in same):
+        return []
+    if earlier.get("precision") != result.get("precision"):
+        return []
+    measured = {row["network"] for row in result["rows"]}
+    return [row for row in earlier["rows"] if row["network"] not in measured]

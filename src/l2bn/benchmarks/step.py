@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from l2bn.benchmarks.measure import Action, forget_compiled, interleaved, machine, peak_memory, write_json
+from l2bn.benchmarks.measure import (
+    Action,
+    forget_compiled,
+    interleaved,
+    kept_rows,
+    machine,
+    peak_memory,
+    write_json,
+)
 from l2bn.benchmarks.norm import CALLERS, NETWORKS
 from l2bn.benchmarks.report import write_step_report
 from l2bn.norms.l2bn import convert
@@ -58,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """With --json, the networks measured before in the same setting keep their rows."""
     keep_freed_memory()  # as a run does
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
@@ -90,7 +99,8 @@ def run(arguments: argparse.Namespace) -> None:
                     f"memory {memory['naive'] / memory['bn']:5.3f} and {memory['fused'] / memory['bn']:5.3f}",
                     flush=True,
                 )
-    result = {"benchmark": "step", "machine": machine(device), "rows": rows}
+    result: dict[str, Any] = {"benchmark": "step", "machine": machine(device), "rows": rows}
     if arguments.json:  # first, because it is what took the time
+        result["rows"] = kept_rows(arguments.json, result) + result["rows"]
         write_json(arguments.json, result)
     print("\n" + write_step_report(result, arguments.json))

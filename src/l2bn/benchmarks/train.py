@@ -6,7 +6,6 @@ at most, and what share of the machine's rate of matrix products the arithmetic 
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -21,6 +20,7 @@ from l2bn.benchmarks.measure import (
     Action,
     forget_compiled,
     interleaved,
+    kept_rows,
     machine,
     peak_memory,
     synchronise,
@@ -251,17 +251,3 @@ def run(arguments: argparse.Namespace) -> None:
         result["rows"] = kept_rows(arguments.json, result) + result["rows"]
         write_json(arguments.json, result)
     print("\n" + write_train_report(result, arguments.json))
-
-
-def kept_rows(path: Path, result: dict[str, Any]) -> list[Row]:
-    """The rows of an earlier result for the networks that were not measured now, on the same kind of machine."""
-    if not path.exists():
-        return []
-    earlier = json.loads(path.read_text())
-    same = ("device", "processor", "threads", "packages")
-    if any(earlier["machine"][key] != result["machine"][key] for key in same):
-        return []
-    if earlier["precision"] != result["precision"]:
-        return []
-    measured = {row["network"] for row in result["rows"]}
-    return [row for row in earlier["rows"] if row["network"] not in measured]
