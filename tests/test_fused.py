@@ -5,6 +5,7 @@ without a compiler; then compiled for sizes left open, on many shapes; then comp
 """
 
 import contextlib
+import functools
 import logging
 import math
 import subprocess
@@ -24,6 +25,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from l2bn import L2BatchNorm1d, L2BatchNorm2d, L2BatchNorm3d, l2_normalize, swap_norm
+from l2bn.benchmarks.measure import peak_memory
 from l2bn.norms import fused, kernels, selection
 from l2bn.norms.selection import select_kernels
 
@@ -412,6 +414,27 @@ def test_an_activation_that_cuts_off_stores_no_map_more(side: int, layout: str) 
         x = torch.randn(6, 3, side, side).to(memory_format=memory_format)
         torch.compile(model, fullgraph=True, backend=backend)(x).sum().backward()
     assert saved["l2bn"] == saved["bn"], saved
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_compiled_step_holds_as_many_maps_as_with_batch_norm(layout: str) -> None:
+    """The gradient of a layer's input is written where that was, and no map is copied into another layout."""
+    torch.compiler.reset()
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    held: dict[type, int] = {}
+    for norm in (nn.BatchNorm2d, functools.partial(L2BatchNorm2d, fused="on")):
+        blocks = [nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), norm(16), nn.ReLU()) for _ in range(2)]
+        model = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1)).to(memory_format=memory_format)
+        x = torch.randn(8, 16, 16, 16).to(memory_format=memory_format)
+        run = torch.compile(model, fullgraph=True)
+
+        def step(run: Any = run, x: Tensor = x) -> None:
+            run(x).square().sum().backward()
+
+        step()
+        held[type(blocks[0][1])] = peak_memory(step, torch.device("cpu"))
+    of_map = x.numel() * x.element_size()
+    assert held[L2BatchNorm2d] - held[nn.BatchNorm2d] < of_map / 2, held
 
 
 def test_many_kinds_of_map_all_have_kernels() -> None:

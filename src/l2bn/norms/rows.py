@@ -9,14 +9,16 @@ batch, C channels, P positions, M = N*P. Rows are (N, C, ...) or (N, P, C), see 
     zm = s (x0 + m);  mu = mean_n zm;  zc = zm - mu;  v = mean_n (s^2 var + zc^2);  inv = 1 / sqrt(v + eps)
     y = d A + B,  k = inv w,  A = s k,  B = (zc - s m) k + b
 
-    backward, of the gradient g of y:
+    backward, of the gradient g of y, with x0 = mean_p x:
     sg = sum_p g;  sgx = sum_p g d - m sg;  gb = sum_n sg;  gw = sum_n (s sgx + zc sg) inv
     c1 = -k gw inv / M;  c0 = -k gb / M + c1 zc
     r = sum_c (k (sgx + (x0 + m) sg) + P (c0 (x0 + m) + c1 s var)) / ||x_n||^2;  e = s (c1 s - r)
     dx = g A + d e + f,  f = s (c0 - r (x0 + m)) - m e
 
-A mean far above the spread would cancel the digits of the spread away. So x enters as its distance from x0, a shift
-that costs no pass over x, and what is small, (N, C) and below, is computed in float64.
+A mean far above the spread would cancel the digits of the spread away. So x enters as its distance from x0, near to
+which the mean is: in forward the first position, which costs no pass over x; in backward the mean as far as x's own
+precision goes, and m what it lacks. Then an element of dx needs x at its own place alone, and a compiled model puts
+it there. What is small, (N, C) and below, is computed in float64.
 """
 
 from typing import NamedTuple
