@@ -417,7 +417,8 @@ def test_an_activation_that_cuts_off_stores_no_map_more(side: int, layout: str) 
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_a_compiled_step_holds_as_many_maps_as_with_batch_norm(layout: str) -> None:
+@pytest.mark.parametrize("side", [4, 16])
+def test_a_compiled_step_holds_as_many_maps_as_with_batch_norm(side: int, layout: str) -> None:
     """The gradient of a layer's input is written where that was, and no map is copied into another layout."""
     torch.compiler.reset()
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
@@ -425,7 +426,7 @@ def test_a_compiled_step_holds_as_many_maps_as_with_batch_norm(layout: str) -> N
     for norm in (nn.BatchNorm2d, functools.partial(L2BatchNorm2d, fused="on")):
         blocks = [nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), norm(16), nn.ReLU()) for _ in range(2)]
         model = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1)).to(memory_format=memory_format)
-        x = torch.randn(8, 16, 16, 16).to(memory_format=memory_format)
+        x = torch.randn(64, 16, side, side).to(memory_format=memory_format)
         run = torch.compile(model, fullgraph=True)
 
         def step(run: Any = run, x: Tensor = x) -> None:

@@ -37,10 +37,6 @@ def as_map(rows: Tensor, like: Tensor, axis: int) -> Tensor:
     return rows.reshape(like.movedim(1, -1).shape).movedim(-1, 1)
 
 
-def channels_of(rows: Tensor, axis: int) -> int:
-    return rows.shape[3 - axis]
-
-
 def positions_of(rows: Tensor, axis: int) -> int:
     return rows.shape[1] if axis == 1 else math.prod(rows.shape[2:])  # numel() would make a size a constant
 
