@@ -29,10 +29,9 @@ Saved = tuple[Tensor, ...]
 
 def over_columns(channels: Tensor, rows: Tensor, axis: int) -> Tensor:
     """(C,), to broadcast with rows."""
-    own = at_positions(channels, rows, axis)
-    if torch.compiler.is_compiling():  # into a model, whose layout is not known yet
-        return own
-    return computed_once(own.expand(rows.shape[1:]).contiguous() if axis == 2 else channels)
+    if axis == 2 and not torch.compiler.is_compiling():  # a model's layout is not known before it is compiled
+        return computed_once(at_positions(channels, rows, axis).expand(rows.shape[1:]).contiguous())
+    return at_positions(computed_once(channels), rows, axis)
 
 
 def by_channel(columns: Tensor) -> Tensor:
