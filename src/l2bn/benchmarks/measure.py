@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -58,7 +59,8 @@ def _set_priority(policy: str, priority: int) -> None:
 def interleaved(
     actions: dict[str, Action], device: torch.device, seconds: float, fewest: int = 20, warm_up: int = 3
 ) -> dict[str, float]:
-    """Seconds of each action, measured in turn, round after round, so that all feel the same machine.
+    """Seconds of each action, measured in turn, round after round, so that all feel the same machine. The order of
+    a round is drawn anew, so that none always runs in the caches that the same other one has left.
 
     Of each action's times the first decile is taken: whatever else the machine does can only add time, and on a
     quiet machine decile and median are close. Rounds are made for about `seconds`, and at least `fewest`, after
@@ -72,11 +74,12 @@ def interleaved(
             synchronise(device)
             repeats[name] = max(1, round(5e-4 / max(_time(action, 1, device), 1e-6)))
     times: dict[str, list[float]] = {name: [] for name in actions}
+    order = random.Random(0)
     with undisturbed():
         end = time.perf_counter() + seconds
         while time.perf_counter() < end or len(times[next(iter(times))]) < fewest:
-            for name, action in actions.items():
-                times[name].append(_time(action, repeats[name], device))
+            for name in order.sample(list(actions), len(actions)):
+                times[name].append(_time(actions[name], repeats[name], device))
     return {name: sorted(values)[len(values) // 10] for name, values in times.items()}
 
 
