@@ -101,14 +101,15 @@ def test_training_is_measured_beside_the_plain_loops(measured: Measured) -> None
 
 def test_networks_measured_before_keep_their_rows(tmp_path: Path) -> None:
     machine = {"device": "cpu", "processor": "one", "threads": 2, "packages": {"torch": "2"}}
-    earlier = {"machine": machine, "precision": "32-true", "rows": [{"network": "A"}, {"network": "B"}]}
+    rows = [{"network": "B", "at": "first"}, {"network": "A", "at": "first"}]
     path = tmp_path / "train.json"
-    now = {"machine": machine | {"time": "later"}, "precision": "32-true", "rows": [{"network": "B"}]}
-    assert measure.kept_rows(path, now) == []
-    path.write_text(json.dumps(earlier))
-    assert measure.kept_rows(path, now) == [{"network": "A"}]
-    assert measure.kept_rows(path, now | {"machine": machine | {"threads": 1}}) == []
-    assert measure.kept_rows(path, now | {"precision": "bf16-mixed"}) == []
+    path.write_text(json.dumps({"machine": machine, "precision": "32-true", "rows": rows}))
+    again = {"network": "B", "at": "last"}
+    now = {"machine": machine | {"time": "later"}, "precision": "32-true", "rows": [again]}
+    assert measure.with_earlier_rows(path, now) == [again, rows[1]]
+    assert measure.with_earlier_rows(tmp_path / "none.json", now) == [again]
+    assert measure.with_earlier_rows(path, now | {"machine": machine | {"threads": 1}}) == [again]
+    assert measure.with_earlier_rows(path, now | {"precision": "bf16-mixed"}) == [again]
 
 
 def test_arithmetic_is_what_torchvision_says_of_its_networks() -> None:

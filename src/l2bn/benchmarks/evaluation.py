@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.fx.experimental.optimization import fuse
 
-from l2bn.benchmarks.measure import Action, forget_compiled, interleaved, kept_rows, machine, write_json
+from l2bn.benchmarks.measure import Action, forget_compiled, interleaved, machine, with_earlier_rows, write_json
 from l2bn.benchmarks.report import hardware, prose, write_table
 from l2bn.benchmarks.workload import NETWORKS, NORMS, add_workload_arguments
 from l2bn.norms.swap import swap_norm
@@ -98,6 +98,6 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"{network:13} {caller:9} {text} images/s", flush=True)
     result: dict[str, Any] = {"benchmark": "evaluation", "machine": machine(device), "rows": rows}
     if arguments.json:  # first, because it is what took the time
-        result["rows"] = kept_rows(arguments.json, result) + result["rows"]
+        result["rows"] = with_earlier_rows(arguments.json, result)
         write_json(arguments.json, result)
     print("\n" + write_table(evaluation_table(result), arguments.json))

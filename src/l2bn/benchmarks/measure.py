@@ -131,16 +131,19 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
     write_durably(path, json.dumps(result, indent=1) + "\n")
 
 
-def kept_rows(path: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of an earlier result for the networks that were not measured now, on the same kind of machine and
-    in the same precision."""
+def with_earlier_rows(path: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The result's rows, and those of an earlier one for the networks that were not measured now, if it was on the
+    same kind of machine and in the same precision. Networks stay in their order."""
+    now = result["rows"]
     if not path.exists():
-        return []
+        return now
     earlier = json.loads(path.read_text())
     same = ("device", "processor", "threads", "packages")
     if any(earlier["machine"][key] != result["machine"][key] for key in same):
-        return []
+        return now
     if earlier.get("precision") != result.get("precision"):
-        return []
-    measured = {row["network"] for row in result["rows"]}
-    return [row for row in earlier["rows"] if row["network"] not in measured]
+        return now
+    measured = {row["network"] for row in now}
+    order = list(dict.fromkeys(row["network"] for row in [*earlier["rows"], *now]))
+    kept = [row for row in earlier["rows"] if row["network"] not in measured]
+    return sorted(kept + now, key=lambda row: order.index(row["network"]))

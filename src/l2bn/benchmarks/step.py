@@ -12,9 +12,9 @@ from l2bn.benchmarks.measure import (
     Action,
     forget_compiled,
     interleaved,
-    kept_rows,
     machine,
     peak_memory,
+    with_earlier_rows,
     write_json,
 )
 from l2bn.benchmarks.norm import CALLERS, NETWORKS
@@ -101,6 +101,6 @@ def run(arguments: argparse.Namespace) -> None:
                 )
     result: dict[str, Any] = {"benchmark": "step", "machine": machine(device), "rows": rows}
     if arguments.json:  # first, because it is what took the time
-        result["rows"] = kept_rows(arguments.json, result) + result["rows"]
+        result["rows"] = with_earlier_rows(arguments.json, result)
         write_json(arguments.json, result)
     print("\n" + write_step_report(result, arguments.json))

@@ -20,11 +20,11 @@ from l2bn.benchmarks.measure import (
     Action,
     forget_compiled,
     interleaved,
-    kept_rows,
     machine,
     peak_memory,
     synchronise,
     undisturbed,
+    with_earlier_rows,
     write_json,
 )
 from l2bn.benchmarks.paths import epochs_of, ours, plain, timm
@@ -248,6 +248,6 @@ def run(arguments: argparse.Namespace) -> None:
             )
     result |= {"machine": machine(device), "matrix_products": matrix_product_rates(device)}
     if arguments.json:  # first, because it is what took the time
-        result["rows"] = kept_rows(arguments.json, result) + result["rows"]
+        result["rows"] = with_earlier_rows(arguments.json, result)
         write_json(arguments.json, result)
     print("\n" + write_train_report(result, arguments.json))
