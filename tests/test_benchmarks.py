@@ -99,6 +99,18 @@ def test_training_is_measured_beside_the_plain_loops(measured: Measured) -> None
     assert ours["peak_bytes"] > 7 * 4 * 16 * 32 * 32 * 4
 
 
+def test_peak_memory_is_above_what_was_held_before() -> None:
+    """What an action releases of its last time was held before this one."""
+    x, held = torch.ones(1000), [torch.ones(1000)]
+
+    def replace() -> None:
+        held[0] = x.neg()  # new while the old one is there
+        held[0] = x.neg().neg()
+
+    peaks = [measure.peak_memory(replace, torch.device("cpu")) for _ in range(3)]
+    assert peaks == [3 * 4000] * 3
+
+
 def test_networks_measured_before_keep_their_rows(tmp_path: Path) -> None:
     machine = {"device": "cpu", "processor": "one", "threads": 2, "packages": {"torch": "2"}}
     rows = [{"network": "B", "at": "first"}, {"network": "A", "at": "first"}]

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._profiler import _EventType
+from torch.profiler._utils import traverse_dfs
 
 from l2bn.durable import write_durably
 from l2bn.training.environment import describe_environment
@@ -94,8 +96,9 @@ def _time(action: Action, repeats: int, device: torch.device) -> float:
 def peak_memory(action: Action, device: torch.device) -> int:
     """Most bytes of tensors held at once, above those held before.
 
-    On CUDA by the allocator's own count. On the CPU by summing up the allocations and releases that the profiler
-    records: the resident set of the process would also hold what the allocator keeps for later.
+    On CUDA by the allocator's own count. On the CPU by summing up the allocations that the profiler records, and
+    their releases, not those of blocks from before, of which it may have a wrong size. The resident set of the
+    process would also hold what the allocator keeps for later.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -107,11 +110,18 @@ def peak_memory(action: Action, device: torch.device) -> int:
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         action()
     assert profile.profiler is not None
+    events = traverse_dfs(profile.profiler.kineto_results.experimental_event_tree())
+    allocations = [event for event in events if event.tag == _EventType.Allocation]
+    sizes: dict[int, int] = {}  # of the blocks held, by address
     held = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
+    for event in sorted(allocations, key=lambda event: event.start_time_ns):
+        block = event.extra_fields
+        if block.alloc_size > 0:
+            sizes[block.ptr] = block.alloc_size
+            held += block.alloc_size
             peak = max(peak, held)
+        else:
+            held -= sizes.pop(block.ptr, 0)
     return peak
 
 
