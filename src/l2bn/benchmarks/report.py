@@ -33,16 +33,23 @@ def hardware(result: dict[str, Any]) -> str:
     return f"{where}{threads} ({facts['cpu_capability']}), torch {facts['packages']['torch']}, {facts['time'][:10]}"
 
 
+OF_NORM = """
+Ratios to `nn.BatchNorm2d` called the same way, measured in turn in one process: geometric mean over the maps, and
+the worst. Memory: most bytes held at once, same ratio. Copy: traffic of the least passes over the map, as a share
+of the bandwidth of a copy of that map; median.
+"""
+
+
 def norm_table(result: dict[str, Any]) -> str:
     lines = [
         "# The layer alone: time against batch norm's",
         "",
-        f"{hardware(result)}. Ratio to `nn.BatchNorm2d` called the same way, measured in turn in one process;",
-        "geometric mean over the maps, and the worst. Memory: most bytes held at once, same ratio. Copy: traffic",
-        "of the least passes over the map, as a fraction of the bandwidth of a copy of that map; median.",
+        f"{hardware(result)}.",
+        "",
+        prose(OF_NORM),
         "",
         "| called | phase | format | maps | naive | fused | fused, worst | memory | copy |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for caller in ("compiled", "eager"):
         for phase in ("training", "evaluation"):
@@ -63,7 +70,7 @@ def norm_table(result: dict[str, Any]) -> str:
                     f"| {copy:.0%} |"
                 )
     lines += ["", "The worst cells of training:", "", "| called | map | network | BN | fused | ratio |"]
-    lines.append("|---|---|---|---|---|---|")
+    lines.append("|---|---|---|---:|---:|---:|")
     training = [c for c in result["cells"] if c["phase"] == "training"]
     for cell in sorted(training, key=lambda c: -ratio(c, "fused"))[:6]:
         bn, fused_time = (cell["seconds"][norm] * 1e3 for norm in ("bn", "fused"))
@@ -74,15 +81,22 @@ def norm_table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+OF_STEP = """
+Forward, backward and SGD; ratios to the same network with BN, measured in turn in one process. Memory: most bytes
+held at once within the step.
+"""
+
+
 def step_table(result: dict[str, Any]) -> str:
     lines = [
         "# A whole training step: time and memory against batch norm's",
         "",
-        f"{hardware(result)}. Forward, backward and SGD; ratios to the same network with BN, measured in turn in",
-        "one process. Memory: most bytes held at once within the step.",
+        f"{hardware(result)}.",
+        "",
+        prose(OF_STEP),
         "",
         "| network | batch | format | called | BN | naive | fused | memory, naive | memory, fused |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---:|---|---|---:|---:|---:|---:|---:|",
     ]
     for row in result["rows"]:
         lines.append(
@@ -93,12 +107,19 @@ def step_table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+OF_TABLES = """
+From the start of Python to its end; pandas is what a user would write instead, and checks nothing. Median of
+several runs, in turn.
+"""
+
+
 def tables_table(result: dict[str, Any]) -> str:
     lines = [
         "# Tables of many records: time and memory of the whole command",
         "",
-        f"{hardware(result)}. From the start of Python to",
-        "its end; pandas is what a user would write instead, and checks nothing. Median of several runs, in turn.",
+        f"{hardware(result)}.",
+        "",
+        prose(OF_TABLES),
         "",
         "| records | `scripts/tables.py` | plain pandas | memory | memory, pandas |",
         "|---:|---:|---:|---:|---:|",
