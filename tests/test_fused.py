@@ -30,6 +30,7 @@ from l2bn.norms import fused, kernels, selection
 from l2bn.norms.selection import select_kernels
 
 LAYERS = {2: L2BatchNorm1d, 3: L2BatchNorm1d, 4: L2BatchNorm2d, 5: L2BatchNorm3d}
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -307,7 +308,7 @@ def test_inside_a_compiled_model(layout: str) -> None:
         torch.manual_seed(1)
         norms = [L2BatchNorm2d(8, fused=path), L2BatchNorm2d(4, fused=path, momentum=None, affine=False)]
         model = nn.Sequential(nn.Conv2d(3, 8, 3), norms[0], nn.ReLU(), nn.Conv2d(8, 4, 1), norms[1])
-        model.to(memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format)
+        model.to(memory_format=LAYOUTS[layout])
         model.double()
         run = torch.compile(model, fullgraph=True) if path == "on" else model
         y = run(x)
@@ -327,9 +328,7 @@ def test_an_activation_in_place_may_follow(compiled: bool, side: int, layout: st
     """As in MobileNetV2 and most networks of libraries: what the layer gives is nobody else's memory."""
     torch.compiler.reset()  # of one code torch compiles eight kinds, other tests' included
     torch.manual_seed(0)
-    x = torch.randn(6, 8, side, side).to(
-        memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    )
+    x = torch.randn(6, 8, side, side).to(memory_format=LAYOUTS[layout])
     results = []
     for inplace in (True, False):
         torch.manual_seed(1)
@@ -409,7 +408,7 @@ def test_an_activation_that_cuts_off_stores_no_map_more(side: int, layout: str) 
             partition_fn=min_cut_rematerialization_partition,
             decompositions=select_decomp_table(),
         )
-        memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+        memory_format = LAYOUTS[layout]
         model.to(memory_format=memory_format)
         x = torch.randn(6, 3, side, side).to(memory_format=memory_format)
         torch.compile(model, fullgraph=True, backend=backend)(x).sum().backward()
@@ -421,7 +420,7 @@ def test_an_activation_that_cuts_off_stores_no_map_more(side: int, layout: str) 
 def test_a_compiled_step_holds_as_many_maps_as_with_batch_norm(side: int, layout: str) -> None:
     """The gradient of a layer's input is written where that was, and no map is copied into another layout."""
     torch.compiler.reset()
-    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    memory_format = LAYOUTS[layout]
     held: dict[type, int] = {}
     for norm in (nn.BatchNorm2d, functools.partial(L2BatchNorm2d, fused="on")):
         blocks = [nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), norm(16), nn.ReLU()) for _ in range(2)]

@@ -142,18 +142,21 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
 
 
 def with_earlier_rows(path: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The result's rows, and those of an earlier one for the networks that were not measured now, if it was on the
-    same kind of machine and in the same precision. Networks stay in their order."""
-    now = result["rows"]
-    if not path.exists():
-        return now
-    earlier = json.loads(path.read_text())
-    same = ("device", "processor", "threads", "packages")
-    if any(earlier["machine"][key] != result["machine"][key] for key in same):
-        return now
-    if earlier.get("precision") != result.get("precision"):
+    """The result's rows, and those of an earlier one for the networks that were not measured now, if it is there,
+    of the same benchmark, on the same kind of machine and in the same precision. Networks stay in their order."""
+    now: list[dict[str, Any]] = result["rows"]
+    try:
+        earlier = json.loads(path.read_text())
+        if _setting(earlier) != _setting(result):
+            return now
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # not there, or no result
         return now
     measured = {row["network"] for row in now}
     order = list(dict.fromkeys(row["network"] for row in [*earlier["rows"], *now]))
     kept = [row for row in earlier["rows"] if row["network"] not in measured]
     return sorted(kept + now, key=lambda row: order.index(row["network"]))
+
+
+def _setting(result: dict[str, Any]) -> list[Any]:
+    same = ("device", "processor", "threads", "packages")
+    return [result.get("benchmark"), result.get("precision"), *(result["machine"][key] for key in same)]

@@ -108,12 +108,12 @@ def evaluation(call: Callable[[Tensor], Tensor], x: Tensor) -> Action:
 
 
 CALLERS = ("eager", "compiled")
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 def cells(maps: list[Map], callers: list[str], device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
     for kind in maps:
-        for layout in ("contiguous", "channels_last"):
-            memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+        for layout, memory_format in LAYOUTS.items():
             x, g = (torch.randn(kind.shape, device=device).to(memory_format=memory_format) for _ in range(2))
             for caller in callers:
                 for phase in ("training", "evaluation"):

@@ -17,7 +17,7 @@ from l2bn.benchmarks.measure import (
     with_earlier_rows,
     write_json,
 )
-from l2bn.benchmarks.norm import CALLERS, NETWORKS
+from l2bn.benchmarks.norm import CALLERS, LAYOUTS, NETWORKS
 from l2bn.benchmarks.report import write_step_report
 from l2bn.norms.l2bn import convert
 from l2bn.norms.swap import swap_norm
@@ -37,7 +37,7 @@ def training_step(
     torch.manual_seed(0)
     model = build().to(device)
     swap_norm(model, NORMS[norm])
-    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    memory_format = LAYOUTS[layout]
     model.to(memory_format=memory_format)
     run: Any = torch.compile(model, fullgraph=True) if caller == "compiled" else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     networks = ["ResNet-20", "MobileNetV2", "ResNet-50"]
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=networks)
     parser.add_argument("--callers", nargs="+", choices=CALLERS, default=list(CALLERS))
-    parser.add_argument("--layouts", nargs="+", default=["contiguous", "channels_last"])
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--batch", type=int, help="images a step (default: 128 at 32x32, 32 at 224x224)")
     parser.add_argument("--seconds", type=float, default=20.0, help="measuring time of a row (default: 20)")
 
