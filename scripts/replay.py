@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from l2bn.errors import told_plainly
+from l2bn.errors import optional_output, told_plainly
 
 
 def main() -> None:
@@ -12,9 +12,13 @@ def main() -> None:
     parser.add_argument("--runs-dir", default="runs/replay", help="where the new run goes (runs/replay)")
     parser.add_argument("--root", help="where the data set lies, if not where its YAML in configs/ says")
     arguments = parser.parse_args()
+    from l2bn.training.interruption import refuse_copies
     from l2bn.training.run import replay  # imported here: --help need not wait for torch
 
-    print(replay(arguments.record, arguments.runs_dir, arguments.root).folder)
+    refuse_copies()
+    with optional_output():
+        record = replay(arguments.record, arguments.runs_dir, arguments.root)
+    print(record.folder)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from l2bn.errors import told_plainly
+from l2bn.errors import optional_output, told_plainly
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
@@ -15,5 +15,8 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    with told_plainly():
+    with optional_output(), told_plainly():
+        from l2bn.training.interruption import refuse_copies  # needs a POSIX system, and says so
+
+        refuse_copies()
         main()

@@ -81,13 +81,22 @@ PROMISES: dict[str, list[Callable[..., Any]]] = {
         test_training.test_checkpoints_are_written_when_they_are_due,
         test_journal.test_a_resumed_run_is_drawn_once,
     ],
-    "SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C": [
+    "Ctrl-C, SIGTERM or another request to stop": [
+        test_interruption.test_every_signal_that_asks_a_process_to_stop_is_noted,
         test_interruption.test_a_signal_ends_the_run_in_good_order,
         test_interruption.test_all_processes_of_a_run_stop_at_one_update,
         test_interruption.test_a_scheduler_may_tell_all_processes_of_a_run,
         test_interruption.test_a_handler_that_was_there_before_is_called_after_the_checkpoint,
         test_interruption.test_a_second_signal_ends_the_run_at_once,
         test_training.test_a_resumed_run_equals_the_uninterrupted_one,
+    ],
+    "stdout or stderr cannot be written": [
+        test_faults.test_output_that_cannot_be_written_ends_no_run,
+        test_interruption.test_ctrl_c_ends_a_command_whose_reader_it_has_ended_too,
+    ],
+    "a command is started as several copies (torchrun, mpirun, srun)": [
+        test_interruption.test_copies_of_a_command_are_refused_with_one_hint,
+        test_interruption.test_which_commands_are_copies,
     ],
     "the newest checkpoint is damaged or cannot be read": [
         test_damage.test_a_damaged_newest_checkpoint,

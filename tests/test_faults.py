@@ -166,6 +166,29 @@ def test_another_error_is_not_explained_away(tmp_path: Path) -> None:
         raise RuntimeError("shapes differ")
 
 
+OUTPUTS = {
+    "stdout on a full disk": "> /dev/full",
+    "both on a full disk": "> /dev/full 2> /dev/full",
+    "a reader that stops": "2>&1 | head -n 1",
+    "no stdout": ">&-",
+    "a terminal without the characters": "| PYTHONIOENCODING=utf-8 cat",
+}
+
+
+@pytest.mark.parametrize("progress", ["true", "false"])
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_output_that_cannot_be_written_ends_no_run(output: str, progress: str, tmp_path: Path) -> None:
+    """The result is in files: the run is trained to its end, with exit code 0, and no file of it is blamed."""
+    run = f"{sys.executable} {ROOT}/scripts/train.py runs_dir={tmp_path} norm=bn dataset.subset=64 recipe.epochs=2"
+    command = f"set -o pipefail; {run} compute.workers=0 progress={progress} {OUTPUTS[output]}"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "error" not in done.stderr.lower()
+    (record,), problems = read_records(tmp_path)
+    assert (record.status, record.epochs, problems) == ("finished", 2, [])
+
+
 def test_a_data_worker_that_is_killed(photographs: Path, train: Train, at_update: AtUpdate, tmp_path: Path) -> None:
     """SIGKILL, as the kernel sends it when memory runs short; the run goes on, with another number of them."""
     options = (*decoding(photographs), EPOCHS)

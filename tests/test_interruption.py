@@ -18,11 +18,20 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import ROOT, TINY, decoding
+from conftest import ROOT, TINY, Train, decoding
 from l2bn.errors import UserError
+from l2bn.processes import SIGNALS
 from l2bn.records import Record, read_records
 from l2bn.training.checkpoint import Checkpoints
-from l2bn.training.interruption import EXIT_CODE, LOCK, Interruption, is_owned, sole_owner
+from l2bn.training.interruption import (
+    EXIT_CODE,
+    LOCK,
+    RANKS,
+    Interruption,
+    is_owned,
+    refuse_copies,
+    sole_owner,
+)
 from test_training import drawn, equal, results, weights
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -100,9 +109,7 @@ def processor_seconds_of_children() -> float:
     return used.ru_utime + used.ru_stime
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2], ids=lambda number: number.name
-)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_signal_ends_the_run_in_good_order(number: signal.Signals, tmp_path: Path) -> None:
     """The checkpoint is of the update that was under way, and no epoch of it lacks its line."""
     before = processor_seconds_of_children()
@@ -118,6 +125,90 @@ def test_a_signal_ends_the_run_in_good_order(number: signal.Signals, tmp_path: P
     epochs = [json.loads(line)["epoch"] for line in metrics.read_text().splitlines()]
     assert epochs == list(range(1, len(epochs) + 1))
     assert newest(tmp_path)[0].startswith(f"epoch{len(epochs):04d}-")
+
+
+def test_every_signal_that_asks_a_process_to_stop_is_noted() -> None:
+    """All that end a process by default are noted, but SIGKILL and those of a crash, and nothing else is."""
+    crashes = {"ILL", "TRAP", "ABRT", "BUS", "FPE", "SEGV", "SYS", "STKFLT"}
+    others = {signal.Signals[f"SIG{name}"] for name in crashes | {"KILL", "PIPE", "XFSZ"}}
+    for number in sorted(signal.valid_signals() - {signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU}):
+        child = os.fork()
+        if child == 0:
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            if number != signal.SIGKILL:
+                signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            os._exit(0)
+        ends = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        assert (number in SIGNALS) == (ends and number not in others), number
+    for number in SIGNALS:
+        with Interruption() as interruption:
+            os.kill(os.getpid(), number)
+            assert interruption.signal == number
+
+
+def test_a_signal_that_was_ignored_stays_ignored() -> None:
+    """As `nohup` has it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interruption.signal is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("sweep", [(), ("hydra.mode=MULTIRUN", "seed=0,1")], ids=["a run", "a sweep"])
+def test_ctrl_c_ends_a_command_whose_reader_it_has_ended_too(sweep: tuple[str, ...], tmp_path: Path) -> None:
+    """As in `train.py | tee log`: the terminal sends SIGINT to both, and nobody reads what is then printed."""
+    with started(tmp_path, *sweep, *LONG, "progress=true") as process:
+        assert process.stdout
+        process.stdout.close()
+        process.stdout = None  # for `communicate`, which else reads on
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=120) == EXIT_CODE
+
+
+def test_copies_of_a_command_are_refused_with_one_hint(tmp_path: Path) -> None:
+    """As `torchrun --nproc_per_node=2` starts them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", TRAIN, f"runs_dir={tmp_path}"]
+    done = subprocess.run([*command, *TINY], env=ONE_THREAD, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert (done.stdout + done.stderr).count("compute.devices=N trains one run on N devices") == 1
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, None),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None),  # a batch script that asked for tasks and starts none
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}, UserError),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, SystemExit),
+    ],
+)
+def test_which_commands_are_copies(
+    environment: dict[str, str], expected: type[BaseException] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (name for pair in RANKS for name in pair):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with contextlib.nullcontext() if expected is None else pytest.raises(expected):
+        refuse_copies()
+
+
+def test_a_run_that_was_trained_meanwhile_is_not_concluded_again(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second process that found no record before the first one ended."""
+    record = train("recipe.epochs=1", *TINY)
+    before = {path: path.stat().st_mtime_ns for path in record.folder.rglob("*")}
+    with monkeypatch.context() as patch:
+        patch.setattr("l2bn.training.run.find_record", lambda *_: None)
+        assert train("recipe.epochs=1", *TINY) == record
+    assert {path: path.stat().st_mtime_ns for path in record.folder.rglob("*")} == before
 
 
 def test_a_second_signal_ends_the_run_at_once(tmp_path: Path) -> None:
@@ -372,4 +463,4 @@ def _told_twice() -> None:
         follow_parent()
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
-        os._exit(7 if interruption.signal is signal.SIGTERM else 8)
+        os._exit(7 if interruption.signal == signal.SIGTERM else 8)

@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import pytest
 
 from conftest import TINY, Train, require
 from l2bn.records import Record
+from l2bn.training.identity import Cell
+from l2bn.training.tensorboard import TITLE, comparison, layout
 from local_slurm import free_port
 
 SMALL = ("dataset.subset=64", "dataset.validation=0.05", "recipe.epochs=2", *TINY[1:])
@@ -31,7 +34,7 @@ def events(record: Record) -> Any:
 
 def test_both_norms_of_a_pair_write_one_tag_and_one_layout(train: Train) -> None:
     bn, l2bn = (train(f"norm={norm}", *SMALL) for norm in ("bn", "l2bn"))
-    tag = f"compare/{DATASET}-resnet20/test_top1"
+    tag = f"compare/{DATASET}/resnet20/short,epochs=2/test_top1"
     for record in (bn, l2bn):
         drawn = [(event.step, event.value) for event in events(record).Scalars(tag)]
         assert drawn == [(row["epoch"], pytest.approx(row["test/top1"])) for row in record.metrics()]
@@ -43,6 +46,23 @@ def test_both_norms_of_a_pair_write_one_tag_and_one_layout(train: Train) -> None
     (pattern,) = category.chart[0].multiline.tag
     assert re.match(pattern, tag)
     assert not re.match(pattern, tag.replace("resnet20", "resnet200"))
+
+
+def test_runs_of_another_cell_have_a_chart_of_their_own() -> None:
+    """Any name that differs between two cells, with the values overridden in it, leads to another chart and tag."""
+    cell = Cell("digits", "resnet20", "bn", "short", 0)
+    one = layout(cell)
+    assert layout(replace(cell, norm="l2bn", seed=1)) == one
+    for group in ("dataset", "backbone", "recipe"):
+        other = layout(replace(cell, **{group: f"{getattr(cell, group)},epochs=2"}))
+        assert other.keys() == one.keys(), "one category"
+        charts, more = one[TITLE], other[TITLE]
+        assert not charts.keys() & more.keys()
+        for (_, (pattern,)), (_, (another,)) in zip(charts.values(), more.values(), strict=True):
+            assert pattern != another
+    row = {"test/top1": 90.0, "train/loss": 0.5}
+    for tag in comparison(cell, row):  # type: ignore[arg-type]
+        assert sum(bool(re.match(pattern, tag)) for _, (pattern,) in one[TITLE].values()) == 1
 
 
 def test_the_hparams_are_the_runs_own(train: Train) -> None:
@@ -132,12 +152,12 @@ def test_a_browser_shows_the_pairs_of_a_sweep(train: Train, page: Any, tensorboa
     for record in records:  # by name, in the list of runs
         page.get_by_text(f"{DATASET}/{record.backbone}/{record.norm}/short,epochs=2/seed0").first.wait_for()
     for backbone in ("resnet20", "shufflenetv2_x0_5"):
-        page.get_by_title(f"compare/{DATASET}-{backbone}/test_top1").first.wait_for()
+        page.get_by_title(f"compare/{DATASET}/{backbone}/short,epochs=2/test_top1").first.wait_for()
 
     page.goto(f"{tensorboard}/#custom_scalars")
     page.reload()
     for backbone in ("resnet20", "shufflenetv2_x0_5"):
-        page.get_by_text(f"{DATASET}, {backbone}: test top-1 (%)").wait_for()
+        page.get_by_text(f"{DATASET}, {backbone}, short,epochs=2: test top-1 (%)").wait_for()
     page.get_by_text("Matches (2)").nth(3).wait_for()  # each of the four charts shows BN and L2BN, and no other
     assert page.get_by_text("Matches (2)").count() == 4
 

@@ -1,8 +1,11 @@
 """A run, from its configuration to its record."""
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +19,7 @@ from l2bn.records import COST_KEYS, METRICS, Record, read_metrics
 from l2bn.training import session
 from l2bn.training.checkpoint import Checkpoints
 from l2bn.training.interruption import EXIT_CODE, Interruption
-from l2bn.training.loop import Trainer
+from l2bn.training.loop import Trainer, peak_memory
 
 NORMS = sorted(path.stem for path in (ROOT / "configs" / "norm").glob("*.yaml"))
 assert len(NORMS) >= 2
@@ -275,6 +278,29 @@ def test_checkpoints_cost_little(train: Train, monkeypatch: pytest.MonkeyPatch) 
     record = train("recipe.epochs=3", "progress=false")
     assert len(spent) == 3
     assert sorted(spent)[1] < 0.02 * record.seconds / 3
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
+def test_peak_memory_is_in_bytes_on_every_system(platform: str, unit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ru_maxrss` is in KiB on Linux and in bytes on macOS."""
+    usage = SimpleNamespace(ru_maxrss=3 * 2**30 // unit)
+    monkeypatch.setattr("resource.getrusage", lambda _: usage)
+    monkeypatch.setattr(sys, "platform", platform)
+    assert peak_memory(torch.device("cpu")) == 3 * 2**30
+
+
+@pytest.mark.parametrize("missing", ["fcntl", "resource"])
+def test_without_a_posix_system_the_layer_works_and_training_says_what_it_needs(missing: str) -> None:
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None; import torch, l2bn.data.loader; from l2bn import swap_norm\n"
+    )
+    code += "assert swap_norm(torch.nn.Sequential(torch.nn.BatchNorm2d(4)), 'l2bn') == 1\n"
+    train = str(ROOT / "scripts" / "train.py")
+    code += f"import runpy; sys.argv = ['train.py']; runpy.run_path({train!r}, None, '__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("training needs a POSIX system, Linux or macOS")
+    assert "Traceback" not in done.stderr
 
 
 def test_dropout_and_mixup_follow_from_seed_and_place(train: Train, losses: list[float], tmp_path: Path) -> None:

@@ -1,16 +1,18 @@
-"""The one exception that a user is meant to read, and how a command ends on it.
+"""The exception whose message is for the user, and how a command ends and prints.
 
-Hydra goes on with the other runs of a sweep after a `CompactHydraException`, and so after this one.
+Hydra prints a `CompactHydraException` without a traceback; `UserError` is one.
 """
 
+import io
 import os
 import select
 import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
+from typing import Any, TextIO
 
 import yaml
 from hydra.errors import CompactHydraException
@@ -50,6 +52,49 @@ def told_plainly() -> Iterator[None]:
         sys.exit(message)
     finally:
         del os.environ["HYDRA_FULL_ERROR"]
+
+
+@contextmanager
+def optional_output() -> Iterator[None]:
+    """Ignore errors of stdout and stderr: a closed pipe, a full disk, a closed terminal, a missing character.
+
+    For training, whose result is in files: what is printed must never end it. Holds for this process only.
+    """
+    out, err = _OptionalStream(sys.stdout), _OptionalStream(sys.stderr)
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            yield
+        finally:
+            out.settle()
+            err.settle()
+
+
+class _OptionalStream:
+    """A text stream that drops what it cannot write."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream or open(os.devnull, "w")  # noqa: SIM115, PTH123 (None: the command began without it)
+        if isinstance(self._stream, io.TextIOWrapper):
+            self._stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def settle(self) -> None:
+        """Flush for the last time, so that Python's own flush at exit cannot fail and change the exit code."""
+        try:
+            self._stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _nobody_reads_on() -> bool:

@@ -1,4 +1,4 @@
-"""Processes that serve another one: they end with it, and leave to it what it is told."""
+"""Helper processes: they end with the process that started them, and leave signals to it."""
 
 import ctypes
 import multiprocessing
@@ -6,17 +6,25 @@ import os
 import signal
 import sys
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-"""By which a process is asked to leave: of a scheduler, of a terminal, of Slurm."""
+_OTHER = (
+    *("SIGKILL", "SIGSTOP"),  # cannot be handled
+    *("SIGILL", "SIGTRAP", "SIGABRT", "SIGBUS", "SIGFPE", "SIGSEGV", "SIGSYS", "SIGEMT", "SIGSTKFLT"),  # a crash
+    *("SIGCHLD", "SIGCONT", "SIGTSTP", "SIGTTIN", "SIGTTOU", "SIGURG", "SIGWINCH", "SIGINFO"),  # end no process
+    *("SIGPIPE", "SIGXFSZ"),  # Python raises OSError instead
+)
+SIGNALS = sorted(signal.valid_signals() - {getattr(signal, name) for name in _OTHER if hasattr(signal, name)})
+"""The requests to stop: every signal whose default ends a process, except those of crashes and SIGKILL.
+
+Terminals send SIGINT, SIGHUP and SIGQUIT; schedulers SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU or one of their own.
+"""
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def end_with_parent() -> None:
-    """Have the kernel end this process when the one that started it ends, however that comes about.
+    """Ask the kernel to kill this process when its parent ends, for whatever reason.
 
-    Otherwise what a killed process has left behind keeps its lock, its memory and its device. On other systems
-    than Linux nothing changes.
+    Otherwise the helpers of a killed process keep its lock, memory and device. Does nothing outside Linux.
     """
     if sys.platform != "linux":
         return
@@ -27,6 +35,6 @@ def end_with_parent() -> None:
 
 
 def leave_signals_to_parent() -> None:
-    """Ignore what a whole group of processes is told: the process that this one works for will see to it."""
+    """Ignore requests to stop: they reach a whole process group, and the parent decides for its helpers."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

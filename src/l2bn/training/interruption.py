@@ -30,12 +30,13 @@ class Interruption:
     """
 
     def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-        self._previous: dict[signal.Signals, signal._HANDLER] = {}
+        self.signal: int | None = None
+        self._previous: dict[int, signal._HANDLER] = {}
 
     def __enter__(self) -> "Interruption":
         for number in SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # ignored from the start: a process above takes care
+            # Ignored signals stay ignored (nohup, a parent that decides); None is the handler of a C library.
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 self._previous[number] = signal.signal(number, self._note)
         return self
 
@@ -49,7 +50,7 @@ class Interruption:
                 return
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.signal = signal.Signals(number)
+        self.signal = number
         for child in multiprocessing.active_children():  # the other processes of a run on several devices
             if child.pid:
                 os.kill(child.pid, signal.SIGTERM)
@@ -73,6 +74,31 @@ def follow_parent() -> None:
     _following = True
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
+
+
+RANKS = (  # the variables in which a launcher of several processes numbers them, and their count
+    ("RANK", "WORLD_SIZE"),  # torchrun, accelerate, deepspeed
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),  # mpirun of Open MPI
+    ("PMI_RANK", "PMI_SIZE"),  # mpiexec of MPICH
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),  # srun
+)
+
+
+def refuse_copies() -> None:
+    """Refuse to be one of several copies of a command, as torchrun starts them. Only the first one says so.
+
+    Raises UserError in the first copy and ends the others, with exit code 0: the launcher would kill the first one
+    before it has printed, if another failed.
+    """
+    for rank, count in RANKS:
+        if os.environ.get(count, "1") not in ("", "0", "1"):
+            if os.environ.get(rank, "0") != "0":
+                raise SystemExit(0)
+            raise UserError(
+                f"this command was started as {os.environ[count]} processes ({count}), as torchrun, mpirun or srun "
+                "do; start it once, without them: compute.devices=N trains one run on N devices, and "
+                "launcher=joblib trains the runs of a sweep side by side"
+            )
 
 
 @contextmanager

@@ -6,6 +6,7 @@ Shapes: N images of a batch, K classes.
 import math
 import random
 import resource
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -229,7 +230,8 @@ def first_not_finite(network: nn.Module) -> str | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most memory taken so far, in bytes: by tensors on a CUDA device, elsewhere by the whole process."""
+    """Return the peak memory so far in bytes: of tensors on a CUDA device, else of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes, Linux and the BSDs KiB

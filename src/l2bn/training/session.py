@@ -16,9 +16,9 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 from l2bn.data.loader import Loader, evaluation_loader, training_loader
 from l2bn.data.splits import Splits, stratified_order
 from l2bn.durable import write_durably
-from l2bn.errors import UserError
+from l2bn.errors import UserError, optional_output
 from l2bn.norms.l2bn import warn_if_few_updates
-from l2bn.records import CONFIG, Record
+from l2bn.records import CONFIG, SUMMARY, Record
 from l2bn.training.agreement import Agreement
 from l2bn.training.checkpoint import CheckpointPolicy
 from l2bn.training.compute import Compute
@@ -67,6 +67,8 @@ def launch(job: Job) -> None:
     """
     fabric = job.compute.fabric()
     with explain_faults(job.cell, job.folder), sole_owner(job.folder), noted(job.folder):
+        if (job.folder / SUMMARY).exists():
+            return  # another process has trained it since this one looked
         write_durably(job.folder / CONFIG, job.config)
         if job.compute.devices == 1:
             fabric.launch(functools.partial(train, job=job))
@@ -107,6 +109,7 @@ def train(fabric: Fabric, job: Job) -> None:
         stack.enter_context(explain_faults(job.cell, job.folder))  # here, too: of several devices each is a process
         interruption = stack.enter_context(Interruption())
         if fabric.world_size > 1:
+            stack.enter_context(optional_output())
             follow_parent()
         job.compute.set_up()
         train_loader, test_loader = make_loaders(job, fabric)

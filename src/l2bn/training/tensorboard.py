@@ -1,7 +1,7 @@
-"""How the runs meet in TensorBoard: the norms of a pair in one chart, and each run as a row of the HParams tab.
+"""Charts that compare runs in TensorBoard: one per data set, backbone and recipe, and each run in the HParams tab.
 
-A chart is drawn for a tag over all runs on show, so that a tag which carries data set and backbone brings together
-the runs that are to be compared, and no others.
+TensorBoard draws one chart per tag, over all selected runs. The tag therefore names data set, backbone and recipe,
+with the values overridden in them, so that a chart shows all norms and seeds of one comparison and nothing else.
 """
 
 import re
@@ -12,35 +12,38 @@ from l2bn.records import Metrics, Record
 from l2bn.training.identity import Cell
 
 COMPARED = {"test_top1": ("test/top1", "test top-1 (%)"), "train_loss": ("train/loss", "training loss")}
-"""The end of a tag: the metric that it shows, and what the chart calls it."""
+"""Last part of a tag: the metric it shows, and its name in the chart."""
 
-TITLE = "The norms of each data set and backbone"
+TITLE = "Norms compared, by data set, backbone and recipe"
 
 FINAL = "final/test_top1"
 
 
 def comparison(cell: Cell, row: Metrics) -> dict[str, float | None]:
-    """What an epoch adds to the charts of its pair, by tag: "compare/cifar10-resnet20/test_top1"."""
+    """Return an epoch's points by tag, such as "compare/cifar10/resnet20/short/test_top1"."""
     return {_tag(cell, end): row[metric] for end, (metric, _) in COMPARED.items()}
 
 
 def layout(cell: Cell) -> Mapping[str, Mapping[str, Any]]:
-    """The charts of a pair for the custom scalars tab, which joins the layouts of all runs."""
+    """Return the charts of a run's cell for the custom scalars tab, which joins the layouts of all runs."""
     charts = {
-        f"{cell.dataset}, {cell.backbone}: {name}": ["Multiline", [f"^{re.escape(_tag(cell, end))}$"]]
+        f"{cell.dataset}, {cell.backbone}, {cell.recipe}: {name}": [
+            "Multiline",
+            [f"^{re.escape(_tag(cell, end))}$"],
+        ]
         for end, (_, name) in COMPARED.items()
     }
     return {TITLE: charts}
 
 
 def add_hparams(writer: Any, record: Record) -> None:
-    """Write what a run was and its final test accuracy for the HParams tab, with the run's own writer.
+    """Write a run's cell and final test accuracy for the HParams tab, with the run's own writer.
 
-    `SummaryWriter.add_hparams` would open a run of its own beside it. A diverged run has no accuracy.
+    `SummaryWriter.add_hparams` would open a second run beside it. A diverged run has no accuracy.
     """
     from torch.utils.tensorboard.summary import hparams
 
-    # Five, because the tab shows no more unless asked; values overridden are in these names.
+    # The tab shows five columns by default; overridden values are part of these names.
     values = {name: getattr(record, name) for name in ("backbone", "dataset", "norm", "recipe", "seed")}
     if record.status == "finished":
         writer.add_scalar(FINAL, record.last["test/top1"], record.epochs)
@@ -49,4 +52,4 @@ def add_hparams(writer: Any, record: Record) -> None:
 
 
 def _tag(cell: Cell, end: str) -> str:
-    return f"compare/{cell.dataset}-{cell.backbone}/{end}"
+    return f"compare/{cell.dataset}/{cell.backbone}/{cell.recipe}/{end}"
