@@ -12,8 +12,8 @@ from hydra import compose, initialize_config_dir
 from l2bn.data.imagenet_wds import pack_imagenet
 from l2bn.data.splits import Splits
 from l2bn.errors import UserError, told_plainly
-from l2bn.training.build import CONFIGS, Builder
-from l2bn.training.planning import resolve
+from l2bn.training.instantiate import CONFIGS, Builder
+from l2bn.training.plan import resolve
 
 
 def main(arguments: list[str] | None = None) -> None:

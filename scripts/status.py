@@ -13,9 +13,9 @@ from hydra import initialize_config_dir
 from rich.console import Console
 
 from l2bn.errors import told_plainly
-from l2bn.training.build import CONFIGS
+from l2bn.training.instantiate import CONFIGS
 from l2bn.training.outcome import look
-from l2bn.training.planning import compose_sweep, find_runs, plan_sweep
+from l2bn.training.plan import compose_sweep, find_runs, plan_sweep
 from l2bn.training.status import overview
 
 

@@ -1,17 +1,36 @@
 """Train one run, or a sweep with -m: python scripts/train.py dataset=cifar10 backbone=resnet20 norm=l2bn seed=0."""
 
+from pathlib import Path
+
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from l2bn.errors import told_plainly
+from l2bn.training.instantiate import CONFIGS
+from l2bn.training.plan import ROOT, composing
+
+OURS = {"overrides", "run", "multirun", "config_dir"}
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="train")
-def main(config: DictConfig) -> None:
-    from l2bn.training.command import train_from_hydra  # imported here: --help need not wait for torch
+def train(config: DictConfig) -> None:
+    from l2bn.training.run import train_composed  # imported here: --help need not wait for torch
 
-    train_from_hydra(config, HydraConfig.get().runtime.choices)
+    train_composed(config, HydraConfig.get())
+
+
+def main() -> None:
+    arguments = vars(get_args_parser().parse_args())
+    if any(value for key, value in arguments.items() if key not in OURS):  # --help, --cfg and the like
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=ROOT)(train)()
+        return
+    folders = [Path(arguments["config_dir"])] if arguments["config_dir"] else []
+    with composing(arguments["overrides"], folders) as (composer, overrides):
+        mode = RunMode.MULTIRUN if arguments["multirun"] else composer.get_mode(ROOT, overrides) or RunMode.RUN
+        start = composer.multirun if mode == RunMode.MULTIRUN else composer.run
+        start(ROOT, train, [*overrides, f"hydra.mode={mode.name}"])
 
 
 if __name__ == "__main__":

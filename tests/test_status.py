@@ -20,7 +20,7 @@ from l2bn.records import CONFIG, METRICS, SUMMARY, Record
 from l2bn.training.failure import note_failure
 from l2bn.training.interruption import LOCK, sole_owner
 from l2bn.training.outcome import look
-from l2bn.training.planning import PlannedRun, compose_sweep, find_runs, plan_sweep
+from l2bn.training.plan import PlannedRun, compose_sweep, find_runs, plan_sweep
 from l2bn.training.status import duration, overview
 from synthetic_records import write_run
 
@@ -184,7 +184,7 @@ def test_the_command_tells_a_mistake_without_a_traceback() -> None:
 
 
 def test_a_look_at_a_sweep_does_not_load_torch() -> None:
-    code = "import sys, l2bn.training.status, l2bn.training.outcome, l2bn.training.planning, l2bn.training.build\n"
+    code = "import sys, l2bn.training.status, l2bn.training.outcome, l2bn.training.plan\n"
     assert subprocess.run([sys.executable, "-c", code + "sys.exit('torch' in sys.modules)"]).returncode == 0
 
 

@@ -10,9 +10,8 @@ import yaml
 
 from l2bn.records import CONFIG, METRICS, SUMMARY, InvalidRecordError, Record
 from l2bn.training.failure import read_failure
-from l2bn.training.identity import differences, identity
 from l2bn.training.interruption import is_owned
-from l2bn.training.planning import PlannedRun
+from l2bn.training.plan import PlannedRun, differences, identity
 
 Standing = Literal["finished", "diverged", "running", "interrupted", "failed", "missing"]
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from l2bn.training.outcome import Outcome, Standing
-from l2bn.training.planning import PlannedRun
+from l2bn.training.plan import PlannedRun
 
 Runs = Sequence[tuple[PlannedRun, Outcome]]
 
