@@ -303,6 +303,11 @@ def _folder(source: ConfigSource) -> Path:
     return Path(source.path).resolve()
 
 
+def own_folders() -> list[Path]:
+    """`configs/` and the user's own folders of YAML files."""
+    return [_folder(source) for source in _own_sources()]
+
+
 def compose_sweep(overrides: Sequence[str]) -> DictConfig:
     """The configuration of a whole sweep, as the command `train.py -m` composes it."""
     hydra = GlobalHydra.instance().hydra
@@ -421,7 +426,7 @@ class _Planner:
         """The overrides of each job, as Hydra's own sweeper makes them."""
         parser = OverridesParser.create(config_loader=self._loader)
         with _explained():
-            parsed = [_rounded(override, parser) for override in parser.parse_overrides(overrides)]
+            parsed = [_listed(override, parser) for override in parser.parse_overrides(overrides)]
             (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
         return jobs
 
@@ -449,7 +454,7 @@ class _Planner:
             cell=name_cell(resolved, self._defaults[key], chosen),
             config=resolved,
             files=[f"{ROOT}.yaml", *self._files(choices)],
-            folders=[_folder(source) for source in self._sources],
+            folders=own_folders(),
             overrides=overrides,
             deferred={str(key): value for key, value in deferred.items() if key not in COMPUTE_KEYS},
         )
@@ -478,8 +483,12 @@ def _plain(node: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def _rounded(override: Override, parser: OverridesParser) -> Override:
-    """A range of floats as the list of its values: 0.3, not 0.30000000000000004."""
+def _listed(override: Override, parser: OverridesParser) -> Override:
+    """A range as the list of its values: 0.3, not 0.30000000000000004. Raises UserError for an interval."""
+    if override.is_interval_sweep():
+        raise UserError(
+            f"{override.input_line}: an interval has no values to go over; list them, or use range(...)"
+        )
     if not override.is_range_sweep():
         return override
     values = ",".join(f"{value:.12g}" for value in override.sweep_iterator())

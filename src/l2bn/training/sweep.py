@@ -20,9 +20,8 @@ from rich.console import Console
 from l2bn.errors import UserError
 from l2bn.training.failure import describe
 from l2bn.training.interruption import EXIT_CODE, Interruption, is_owned
-from l2bn.training.outcome import Outcome, look
 from l2bn.training.plan import PlannedRun, make_folder
-from l2bn.training.status import summary
+from l2bn.training.status import Outcome, look, summary
 from l2bn.training.worker import RunLeftError, visible_gpus
 
 log = logging.getLogger(__name__)
