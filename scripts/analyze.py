@@ -1,7 +1,7 @@
-"""Measure the features of runs that are there: python scripts/analyze.py --run RUN [RUN...].
+"""Measure the features of existing runs: python scripts/analyze.py --run RUN [RUN...].
 
-The measures (src/l2bn/analysis/features.py defines them) go to the runs' features.jsonl and to TensorBoard, and a
-table of each run is printed. With --checkpoints all kept checkpoints are measured, not the last alone.
+The measures (defined in src/l2bn/analysis/features.py) go to the runs' features.jsonl and to TensorBoard, and a
+table of each run is printed. With --checkpoints every kept checkpoint is measured, without it the last one.
 """
 
 import argparse
@@ -14,9 +14,12 @@ from l2bn.errors import UserError, told_plainly
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", nargs="+", type=Path, required=True, metavar="RUN", help="the folder of a run")
-    parser.add_argument("--checkpoints", action="store_true", help="every kept checkpoint, not the last alone")
+    parser.add_argument("--checkpoints", action="store_true", help="every kept checkpoint")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    parser.add_argument("--root", help="where the data set lies, if not where it lay in training")
+    parser.add_argument(
+        "--config-dir", type=Path, action="append", default=[], help="your own folder of YAML files"
+    )
+    parser.add_argument("--root", help="the folder of the data set, if it has moved since training")
     arguments = parser.parse_args()
     from rich.console import Console  # imported here: --help need not wait for torch
 
@@ -28,7 +31,11 @@ def main() -> None:
     for run in arguments.run:
         try:
             rows = analyze(
-                run, every_checkpoint=arguments.checkpoints, device=arguments.device, root=arguments.root
+                run,
+                every_checkpoint=arguments.checkpoints,
+                device=arguments.device,
+                root=arguments.root,
+                config_dirs=arguments.config_dir,
             )
         except UserError as error:
             print(error, file=sys.stderr)

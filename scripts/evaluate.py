@@ -10,11 +10,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Evaluate a run's last weights on its test images.")
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    parser.add_argument("--root", help="where the data set lies, if not where it lay in training")
+    parser.add_argument(
+        "--config-dir", type=Path, action="append", default=[], help="your own folder of YAML files"
+    )
+    parser.add_argument("--root", help="the folder of the data set, if it has moved since training")
     arguments = parser.parse_args()
     from l2bn.training.run import evaluate_run  # imported here: --help need not wait for torch
 
-    loss, top1, top5 = evaluate_run(arguments.run, device=arguments.device, root=arguments.root)
+    loss, top1, top5 = evaluate_run(arguments.run, arguments.device, arguments.root, arguments.config_dir)
     print(f"test loss {loss:.4f}  top-1 {top1:.2f} %" + (f"  top-5 {top5:.2f} %" if top5 is not None else ""))
 
 

@@ -1,38 +1,44 @@
-"""How a sweep stands: which runs are done, under way, cut off, failed or missing, and how long the rest takes.
+"""Show how a sweep stands: which runs are done, running, interrupted, failed or missing, and the time left.
 
 python scripts/status.py --experiment cifar_table         the runs of an experiment
-python scripts/status.py dataset=cifar10 norm=bn,l2bn     those of a sweep over these values
-python scripts/status.py                                  all that have begun in runs/
+python scripts/status.py dataset=cifar10 norm=bn,l2bn     the runs of a sweep over these values
+python scripts/status.py                                  every run that has begun in runs/
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from hydra import initialize_config_dir
 from rich.console import Console
 
 from l2bn.errors import told_plainly
-from l2bn.training.build import CONFIGS
-from l2bn.training.outcome import look
-from l2bn.training.planning import compose_sweep, find_runs, plan_sweep
-from l2bn.training.status import overview
+from l2bn.training.plan import compose_sweep, composing, find_runs, plan_sweep
+from l2bn.training.status import look, overview
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experiment", help="a name in configs/experiment")
     parser.add_argument("overrides", nargs="*", help="as for train.py: backbone=resnet20,vgg16")
-    arguments = parser.parse_args()
+    parser.add_argument("--experiment", metavar="NAME", help="as experiment=NAME")
+    parser.add_argument("--runs", metavar="FOLDER", help="the folder of the runs; as runs_dir=FOLDER")
+    parser.add_argument("--config-dir", type=Path, action="append", default=[], help="as for train.py")
+    parser.add_argument("-m", "--multirun", action="store_true", help="accepted, as for train.py")
+    arguments = parser.parse_intermixed_args()
     overrides = [f"experiment={arguments.experiment}"] if arguments.experiment else []
     overrides += arguments.overrides
     if overrides:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            runs = plan_sweep(compose_sweep(overrides))
+        overrides += [f"runs_dir={quoted(arguments.runs)}"] if arguments.runs else []
+        with composing(overrides, arguments.config_dir) as (_, rest):
+            runs = plan_sweep(compose_sweep(rest))
     else:
-        runs = find_runs(Path("runs"))
+        runs = find_runs(Path(arguments.runs or "runs"))
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    console.print(overview([(run, look(run)) for run in runs]))
+    console.print(overview([(run, look(run)) for run in runs], console.width))
+
+
+def quoted(text: str) -> str:
+    """A text as the value of an override."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 if __name__ == "__main__":

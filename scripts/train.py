@@ -1,22 +1,41 @@
 """Train one run, or a sweep with -m: python scripts/train.py dataset=cifar10 backbone=resnet20 norm=l2bn seed=0."""
 
+from pathlib import Path
+
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from l2bn.errors import optional_output, told_plainly
 
+OURS = {"overrides", "run", "multirun", "config_dir"}
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="train")
-def main(config: DictConfig) -> None:
-    from l2bn.training.command import train_from_hydra  # imported here: --help need not wait for torch
 
-    train_from_hydra(config, HydraConfig.get().runtime.choices)
+def train(config: DictConfig) -> None:
+    from l2bn.training.run import train_composed  # imported here: --help need not wait for torch
+
+    train_composed(config, HydraConfig.get())
+
+
+def main() -> None:
+    from l2bn.training.instantiate import CONFIGS  # imported here: without a POSIX system the import says so
+    from l2bn.training.interruption import refuse_copies
+    from l2bn.training.plan import ROOT, composing
+
+    refuse_copies()
+    arguments = vars(get_args_parser().parse_args())
+    if any(value for key, value in arguments.items() if key not in OURS):  # --help, --cfg and the like
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=ROOT)(train)()
+        return
+    folders = [Path(arguments["config_dir"])] if arguments["config_dir"] else []
+    with composing(arguments["overrides"], folders) as (composer, overrides):
+        mode = RunMode.MULTIRUN if arguments["multirun"] else composer.get_mode(ROOT, overrides) or RunMode.RUN
+        start = composer.multirun if mode == RunMode.MULTIRUN else composer.run
+        start(ROOT, train, [*overrides, f"hydra.mode={mode.name}"])
 
 
 if __name__ == "__main__":
     with optional_output(), told_plainly():
-        from l2bn.training.interruption import refuse_copies  # needs a POSIX system, and says so
-
-        refuse_copies()
         main()

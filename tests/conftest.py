@@ -77,13 +77,12 @@ def decoding(folder: Path) -> tuple[str, ...]:
 
 def train_in(runs: Path, *overrides: str) -> Record:
     """Compose a configuration from overrides, as the command line does, train it in a folder, return its record."""
-    from l2bn.training.command import train_from_hydra  # seconds of imports that few tests need
+    from l2bn.training.run import train_composed  # seconds of imports that few tests need
 
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         config = compose("train", [f"runs_dir={runs}", *overrides], return_hydra_config=True)
-        choices = config.hydra.runtime.choices
         own = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
-        return train_from_hydra(own, choices)
+        return train_composed(own, config.hydra)
 
 
 @pytest.fixture

@@ -76,7 +76,7 @@ def kill_at(pattern: str, moment: str) -> None:
 def run(runs: Path, place: tuple[str, str] | None = None) -> int:
     """The exit code of a process that makes an attempt."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["l2bn.training.command", "torch.utils.tensorboard", "hydra", "test_training"])
+    context.set_forkserver_preload(["l2bn.training.run", "torch.utils.tensorboard", "hydra", "test_training"])
     process = context.Process(target=attempt, args=(runs, place))
     process.start()
     process.join(timeout=300)

@@ -14,7 +14,7 @@ from l2bn.data import fashion_mnist
 from l2bn.data.loader import evaluation_loader, training_loader
 from l2bn.data.splits import Images, Splits, pixel_statistics
 from l2bn.errors import UserError
-from l2bn.training.build import Builder
+from l2bn.training.instantiate import Builder
 from official_formats import CONFIGS, write
 
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))

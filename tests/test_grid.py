@@ -30,8 +30,8 @@ import official_formats
 from conftest import ROOT, Train
 from l2bn.data.splits import Splits
 from l2bn.norms.swap import swap_norm
-from l2bn.training.build import Builder
 from l2bn.training.catalogue import choices, count_parameters, overview, summary
+from l2bn.training.instantiate import Builder
 from l2bn.training.optim import Recipe
 
 CONFIGS = ROOT / "configs"

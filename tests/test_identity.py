@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from l2bn.training.identity import differences, hash_identity, identity, name_cell
+from l2bn.training.plan import differences, hash_identity, identity, name_cell
 
 CHOICES = {"dataset": "cifar10", "backbone": "resnet20", "norm": "l2bn", "recipe": "short"}
 DEFAULTS: dict[str, Any] = {

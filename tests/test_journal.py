@@ -8,8 +8,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from l2bn.records import METRICS, Metrics, read_metrics
-from l2bn.training.identity import Cell
 from l2bn.training.journal import Journal
+from l2bn.training.plan import Cell
 from test_records import row
 
 CELL = Cell("digits", "resnet20", "bn", "short", 0)

@@ -19,9 +19,8 @@ from conftest import ROOT
 from l2bn.records import CONFIG, METRICS, SUMMARY, Record
 from l2bn.training.failure import note_failure
 from l2bn.training.interruption import LOCK, sole_owner
-from l2bn.training.outcome import look
-from l2bn.training.planning import PlannedRun, compose_sweep, find_runs, plan_sweep
-from l2bn.training.status import duration, overview
+from l2bn.training.plan import PlannedRun, compose_sweep, find_runs, plan_sweep
+from l2bn.training.status import duration, look, overview
 from synthetic_records import write_run
 
 SWEEP = ("backbone=resnet20,vgg11", "norm=bn,l2bn", "seed=0,1,2", "recipe.epochs=10")
@@ -57,7 +56,7 @@ def end(root: Path, run: PlannedRun, status: str = "finished", identity: str | N
 
 def shown(runs: Sequence[PlannedRun], width: int = 120) -> str:
     console = Console(file=io.StringIO(), width=width, record=True, highlight=False)
-    console.print(overview([(run, look(run)) for run in runs]))
+    console.print(overview([(run, look(run)) for run in runs], width))
     return console.export_text()
 
 
@@ -126,7 +125,7 @@ def test_colour_says_nothing_that_a_word_does_not(runs: dict[str, PlannedRun], t
     end(tmp_path, runs["resnet20/bn/0"])
     console = Console(width=120, force_terminal=True, color_system="standard", highlight=False)
     with console.capture() as captured:
-        console.print(overview([(run, look(run)) for run in runs.values()]))
+        console.print(overview([(run, look(run)) for run in runs.values()], 120))
     assert re.search(r"\x1b\[32mdone *\x1b\[0m", captured.get())
     assert "\x1b" not in shown(list(runs.values()))
 
@@ -184,7 +183,7 @@ def test_the_command_tells_a_mistake_without_a_traceback() -> None:
 
 
 def test_a_look_at_a_sweep_does_not_load_torch() -> None:
-    code = "import sys, l2bn.training.status, l2bn.training.outcome, l2bn.training.planning, l2bn.training.build\n"
+    code = "import sys, l2bn.training.status, l2bn.training.plan\n"
     assert subprocess.run([sys.executable, "-c", code + "sys.exit('torch' in sys.modules)"]).returncode == 0
 
 

@@ -25,7 +25,7 @@ from l2bn.records import ENVIRONMENT, SUMMARY, read_records
 from l2bn.training import session, sweep, worker
 from l2bn.training.failure import FAILURE
 from l2bn.training.interruption import EXIT_CODE, is_owned
-from l2bn.training.planning import compose_sweep, plan_sweep
+from l2bn.training.plan import compose_sweep, plan_sweep
 from test_training import stop_after
 
 Sweep = Callable[..., tuple[int, str]]

@@ -1,40 +1,47 @@
-"""The sweeper of this suite, where Hydra looks for plugins; what it does is in `l2bn.training.sweep`."""
+"""The sweeper of this suite, in the package where Hydra looks for plugins; `l2bn.training.sweep` does the work."""
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-# A launcher whose package is missing composes all the same, so that the sweeper can say what to install.
-for launcher, package in (
-    ("joblib", "hydra_plugins.hydra_joblib_launcher"),
-    ("submitit_slurm", "hydra_plugins.hydra_submitit_launcher"),
-):
-    if find_spec(package) is None:
-        ConfigStore.instance().store(group="hydra/launcher", name=launcher, node={"_target_": f"{package}.missing"})
-
 
 class ResumingSweeper(BasicSweeper):
-    """Launches the runs that have not ended, and ends with what became of all."""
+    """Launches the runs that have not ended, and ends with a summary of all runs."""
+
+    def __init__(self, max_batch_size: int | None = None, params: Any = None, **others: Any) -> None:
+        super().__init__(max_batch_size, params)
+        self._others = others  # the options of another sweeper
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        from l2bn.training.sweep import prepare_launcher  # here, because Hydra loads this module at every start
+        from l2bn.errors import UserError  # here, because Hydra loads this module in programs of others, too
 
-        self.parallel = prepare_launcher(config.hydra.launcher)
-        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        if self._others:
+            raise UserError(
+                f"hydra/sweeper={config.hydra.runtime.choices['hydra/sweeper']} cannot be used here: sweep over "
+                "listed values, as in -m recipe.lr=0.05,0.1"
+            )
+        self.hydra_context, self.config = hydra_context, config
 
-    def sweep(self, arguments: list[str]) -> Any:
+    def sweep(self, arguments: list[str]) -> None:
         """Exits with 1 or `interruption.EXIT_CODE` unless all runs have ended."""
-        from l2bn.training.planning import plan_sweep
-        from l2bn.training.sweep import run_sweep
+        from l2bn.training.plan import PlannedJobs, plan_sweep
+        from l2bn.training.sweep import prepare_launcher, run_sweep
 
         assert self.config is not None
-        code = run_sweep(plan_sweep(self.config), self._launch, parallel=self.parallel)
+        assert self.hydra_context is not None
+        runs = plan_sweep(self.config)
+        parallel = prepare_launcher(self.config.hydra.launcher)
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=HydraContext(config_loader=PlannedJobs(runs), callbacks=self.hydra_context.callbacks),
+            task_function=train_planned,
+            config=self.config,
+        )
+        code = run_sweep(runs, self._launch, parallel=parallel)
         if code:
             raise SystemExit(code)
 
@@ -44,3 +51,13 @@ class ResumingSweeper(BasicSweeper):
         for batch in self.split_overrides_to_chunks([list(job) for job in jobs], self.max_batch_size):
             returns += self.launcher.launch(batch, initial_job_idx=len(returns))
         return returns
+
+
+def train_planned(config: DictConfig) -> None:
+    """Train the run of a sweep's job."""
+    from l2bn.training.worker import side_by_side
+
+    with side_by_side():
+        from l2bn.training.run import train_job  # here, because it loads torch, which then finds this process's GPU
+
+        train_job(config)

@@ -1,8 +1,8 @@
-"""Look into a run that is there: measure the features of its checkpoints, and add them to its record."""
+"""Measure features from the checkpoints of an existing run, and add them to its record."""
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,11 @@ from l2bn.analysis.probe import Probe
 from l2bn.errors import UserError
 from l2bn.measurements import FEATURES, FeatureRow, Sample
 from l2bn.records import METRICS, SUMMARY, InvalidRecordError, Record, read_metrics, write_lines
-from l2bn.training.identity import Cell
 from l2bn.training.interruption import sole_owner
 from l2bn.training.journal import Journal
 from l2bn.training.loop import evaluate
 from l2bn.training.observation import collect
+from l2bn.training.plan import Cell
 from l2bn.training.run import OpenedRun, open_run
 from l2bn.training.state import fitting
 
@@ -23,16 +23,21 @@ log = logging.getLogger(__name__)
 
 
 def analyze(
-    folder: Path, *, every_checkpoint: bool = False, device: str = "auto", root: str | None = None
+    folder: Path,
+    *,
+    every_checkpoint: bool = False,
+    device: str = "auto",
+    root: str | None = None,
+    config_dirs: Sequence[Path] = (),
 ) -> list[FeatureRow]:
-    """Measure the features of a run after its last epoch that has a checkpoint, or of all that are there.
+    """Measure the features of a run, from its newest checkpoint after an epoch or from every one.
 
-    They go to the run's `features.jsonl`, in the place of what was measured at the same update before, and to
-    TensorBoard; a sample of the penultimate features after the last epoch is kept. Returns the lines measured.
-    `root` says where the data set lies, if not where it lay in training. Raises UserError for what is no run, where
-    no checkpoint after an epoch can be read, and where another process is at work on the run.
+    The measures go to the run's `features.jsonl`, where they replace those of the same update, and to TensorBoard.
+    A sample of the penultimate features after the last epoch is kept. `root` and `config_dirs` are those of
+    `read_run`. Returns the measured lines. Raises UserError if the folder is not a run, if it has no readable
+    checkpoint after an epoch, and if another process works on the run.
     """
-    run = open_run(folder, device, root)
+    run = open_run(folder, device, root, config_dirs)
     with sole_owner(folder):
         found = []
         for state in _states(run):
@@ -48,12 +53,12 @@ def analyze(
 
 
 def _states(run: OpenedRun) -> Iterator[dict[str, Any]]:
-    """The checkpoints after whole epochs that can be read, newest first."""
+    """The readable checkpoints after whole epochs, newest first."""
     for path in reversed(run.checkpoints.paths()):
         try:
             state = run.checkpoints.read(path, run.fabric.device)
         except ValueError as error:
-            log.warning("the checkpoint %s is damaged and left out: %s", path, error)
+            log.warning("the damaged checkpoint %s is left out: %s", path, error)
             continue
         if state["position"]["step"] == 0:
             yield state
@@ -71,7 +76,7 @@ def _measure(run: OpenedRun, state: dict[str, Any]) -> tuple[FeatureRow, Sample]
 
 
 def _write(cell: Cell, folder: Path, rows: list[FeatureRow], sample: Sample | None) -> None:
-    """Merge the lines into the run's own, and draw them all anew."""
+    """Merge the lines into those of the run, and draw all of them again."""
     try:
         before, _ = measurements.keep(folder, math.inf)
         metrics = read_metrics(folder / METRICS)

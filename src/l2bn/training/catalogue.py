@@ -11,7 +11,7 @@ import yaml
 from rich.text import Text
 from torch import nn
 
-from l2bn.training.build import CONFIGS, Builder
+from l2bn.training.instantiate import CONFIGS, Builder
 
 GROUPS = ("dataset", "backbone", "norm", "recipe", "experiment")
 CLASSES_OF_ITS_DATA = re.compile(r"^# .*Parameters at ([\d,]+) classes", re.MULTILINE)

@@ -12,7 +12,7 @@ from l2bn.errors import UserError
 from l2bn.measurements import FEATURES, SIDES, STATISTICS, FeatureRow, Measures, Sample, StatisticsRow
 from l2bn.records import METRICS, InvalidRecordError, Metrics, Record, as_line, write_lines
 from l2bn.training import tensorboard
-from l2bn.training.identity import Cell
+from l2bn.training.plan import Cell
 
 
 class Journal:

@@ -1,13 +1,17 @@
-"""From a configuration to a record: the only reader of the configuration."""
+"""Runs, from the configuration to the record: train, replay and evaluate. The only reader of the configuration."""
 
+import contextlib
 import functools
 import logging
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from lightning_fabric import Fabric
+from omegaconf import DictConfig
 from torch import nn
 
 from l2bn.data.loader import Loader, check_batch_size
@@ -17,38 +21,86 @@ from l2bn.norms.swap import norm_layers, swap_norm
 from l2bn.norms.sync import counterparts
 from l2bn.records import CONFIG, SUMMARY, InvalidRecordError, Record, without_machine_paths
 from l2bn.seeding import derive_seed
-from l2bn.training.build import Builder, machine_keys
 from l2bn.training.checkpoint import CheckpointPolicy, Checkpoints
 from l2bn.training.compute import Compute, quieten
-from l2bn.training.configuration import Settings, check_complete, make_folder, read_settings
-from l2bn.training.identity import Cell, Config, differences, identity
+from l2bn.training.failure import describe, note_failure
+from l2bn.training.instantiate import CONFIGS, Builder, machine_keys
+from l2bn.training.interruption import is_owned
 from l2bn.training.loop import evaluate
 from l2bn.training.observation import AnalysisPolicy, check_observable
 from l2bn.training.optim import Recipe
+from l2bn.training.plan import (
+    Cell,
+    Config,
+    PlannedRun,
+    Settings,
+    differences,
+    identity,
+    make_folder,
+    plan_run,
+    read_config,
+    read_planned,
+    read_settings,
+)
 from l2bn.training.session import Job, launch, make_loaders
 from l2bn.training.state import fitting
 
 log = logging.getLogger(__name__)
 
 
-def run(config: Config, cell: Cell, files: list[str]) -> Record:
-    """Train the run of a configuration to its end, from its last checkpoint if it has one; return its record.
+def train_composed(config: DictConfig, hydra: Any) -> Record:
+    """Train the run that Hydra composed; `hydra` is the configuration's `hydra` node."""
+    return run(plan_run(config, hydra))
 
-    A run that has ended already is left alone. `files` are the files of `configs/` that the configuration was
-    composed of. Raises UserError for what the user can mend; then no folder has been made.
+
+def train_job(config: DictConfig) -> Record:
+    """Train the run of a job of a sweep. A failure is reported at once, because Hydra goes on to the next job."""
+    planned = read_planned(config)
+    try:
+        return run(planned)
+    except Exception as error:
+        log.error("%s failed: %s", planned.cell, describe(error))
+        # A run that has its folder has noted the failure itself; nothing is written into another process's run.
+        if not (planned.folder / CONFIG).exists() and not is_owned(planned.folder):
+            note_failure(planned.folder, error)
+        raise
+
+
+def run(planned: PlannedRun) -> Record:
+    """Train a run to its end, from its last checkpoint if it has one; return its record.
+
+    A run that has ended is left alone. Raises UserError for what the user can correct; then no folder is made.
     """
     quieten()
-    builder = Builder(files)
+    config, cell, builder = planned.config, planned.cell, planned.builder
     settings = read_settings(config, builder)
-    folder = Path(settings.runs_dir) / cell.path
+    folder = planned.folder
     record = find_record(folder, config)
     if record is None:
         job = make_job(config, settings, cell, folder, builder)
+        if not folder.exists():
+            note_other_lengths(planned)
         make_folder(folder)
         launch(job)
         record = Record.read(folder)
     log.info("%s: %s; record in %s", cell, _result(record), folder)
     return record
+
+
+def note_other_lengths(planned: PlannedRun) -> None:
+    """Say that a run starts at its first epoch, where an equal one of another number of epochs exists.
+
+    The schedule of the learning rate spans the whole run, so that a run is not continued beyond its end.
+    """
+    for path in sorted(planned.folder.parents[1].glob(f"*/{planned.folder.name}/{CONFIG}")):
+        with contextlib.suppress(OSError, ValueError):
+            changed = differences(identity(read_config(path)[0]), planned.identity)
+            if [line.partition(":")[0] for line in changed] == ["recipe.epochs"]:
+                log.info(
+                    "%s is an equal run with another number of epochs; this one starts from its first epoch, "
+                    "because the learning rate follows the number of epochs",
+                    path.parent,
+                )
 
 
 def find_record(folder: Path, config: Config) -> Record | None:
@@ -86,10 +138,9 @@ def _stored_identity(path: Path) -> Config | None:
         ) from error
 
 
-def check(config: Config, files: list[str]) -> None:
-    """Raise UserError for what is wrong with a configuration, as far as it shows without its data, its network
-    and the machine that it is for."""
-    builder = Builder(files)
+def check(planned: PlannedRun) -> None:
+    """Check a run's configuration without its data, its network and its machine. Raises UserError."""
+    config, builder = planned.config, planned.builder
     read_settings(config, builder)
     builder.call(Recipe, config["recipe"], "recipe")
     builder.call(CheckpointPolicy, config["checkpoint"], "checkpoint")
@@ -101,7 +152,7 @@ def check(config: Config, files: list[str]) -> None:
 
 
 def make_job(config: Config, settings: Settings, cell: Cell, folder: Path, builder: Builder) -> Job:
-    """Build what a configuration describes. Raises UserError naming the key that is wrong."""
+    """Instantiate what a configuration describes. Raises UserError that names the wrong key."""
     recipe: Recipe = builder.call(Recipe, config["recipe"], "recipe")
     compute: Compute = builder.call(Compute, config["compute"], "compute")
     checkpoint: CheckpointPolicy = builder.call(CheckpointPolicy, config["checkpoint"], "checkpoint")
@@ -143,7 +194,7 @@ def make_job(config: Config, settings: Settings, cell: Cell, folder: Path, build
 
 
 def check_fit(model: nn.Module, splits: Splits) -> None:
-    """Raise UserError unless the model makes logits of the data set's classes of one of its images."""
+    """Raise UserError unless the model turns an image of the data set into a logit for each class."""
     size, classes = splits.image_size, splits.num_classes
     model.eval()
     try:
@@ -152,30 +203,33 @@ def check_fit(model: nn.Module, splits: Splits) -> None:
     except (RuntimeError, ValueError, AssertionError) as error:
         raise UserError(
             f"backbone: this network cannot take images of {size} x {size} pixels: {error}\n"
-            "give it larger ones by dataset.image_size, where the data set has that, or take another backbone"
+            "set a larger dataset.image_size, where the data set has that key, or take another backbone"
         ) from error
     finally:
         model.train()
     if not isinstance(logits, torch.Tensor) or logits.shape != (1, classes):
         found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise UserError(
-            f"backbone: of one image this network makes {found}, not (1, {classes}): logits of each class"
+            f"backbone: for one image this network returns {found}, not (1, {classes}), a logit for each class"
         )
 
 
-def replay(folder: Path, runs_dir: str, root: str | None = None) -> Record:
-    """Train the run of a record once more, under `runs_dir`. Raises UserError.
+def replay(folder: Path, runs_dir: str, root: str | None = None, config_dirs: Sequence[Path] = ()) -> Record:
+    """Train the run of a record again, under `runs_dir`. Raises UserError.
 
-    A record may come from anybody: its YAML is read as plain values, only what stands in `configs/` is called,
-    and nothing is read or written where the record says: paths are those of the data set's YAML, or `root`.
+    A record may come from anybody: its YAML is read as plain values, only a `_target_` of `configs/` or of the
+    folders `config_dirs` is called, and no path of the record is used: paths are those of the data set's YAML file,
+    or `root`.
     """
-    config, cell = read_config(folder, root, foreign=True)
-    return run({**config, "runs_dir": runs_dir}, cell, [])
+    planned = read_run(folder, root, config_dirs, foreign=True)
+    return run(replace(planned, config={**planned.config, "runs_dir": str(Path(runs_dir).expanduser())}))
 
 
-def evaluate_run(folder: Path, device: str = "auto", root: str | None = None) -> tuple[float, float, float | None]:
+def evaluate_run(
+    folder: Path, device: str = "auto", root: str | None = None, config_dirs: Sequence[Path] = ()
+) -> tuple[float, float, float | None]:
     """Loss, top-1 and top-5 accuracy in percent of a run's last weights on its test images. Raises UserError."""
-    opened = open_run(folder, device, root)
+    opened = open_run(folder, device, root, config_dirs)
     state = opened.checkpoints.load(opened.fabric.device)
     if state is None:
         raise UserError(f"{folder} has no checkpoint to evaluate")
@@ -186,7 +240,7 @@ def evaluate_run(folder: Path, device: str = "auto", root: str | None = None) ->
 
 @dataclass(frozen=True)
 class OpenedRun:
-    """A run that is there, on a device, without its weights."""
+    """An existing run on a device, without its weights."""
 
     job: Job
     fabric: Fabric
@@ -195,15 +249,16 @@ class OpenedRun:
     checkpoints: Checkpoints
 
 
-def open_run(folder: Path, device: str = "auto", root: str | None = None) -> OpenedRun:
-    """The run in a folder as it was, on one device. Raises UserError."""
+def open_run(
+    folder: Path, device: str = "auto", root: str | None = None, config_dirs: Sequence[Path] = ()
+) -> OpenedRun:
+    """The run in a folder, on one device. Raises UserError."""
     quieten()
-    config, cell = read_config(folder, root)
-    # What is compiled is only ever trained.
+    planned = read_run(folder, root, config_dirs)
+    config, builder = planned.config, planned.builder
+    # Only training is worth compiling for.
     compute = {**config["compute"], "device": device, "devices": 1, "sync_bn": False, "compile": False}
-    builder = Builder()
-    settings = read_settings(config, builder)
-    job = make_job({**config, "compute": compute}, settings, cell, folder, builder)
+    job = make_job({**config, "compute": compute}, read_settings(config, builder), planned.cell, folder, builder)
     job.compute.set_up()
     fabric = job.compute.fabric()
     network = job.compute.place(job.model, fabric.device, updates=0).network
@@ -211,45 +266,40 @@ def open_run(folder: Path, device: str = "auto", root: str | None = None) -> Ope
     return OpenedRun(job, fabric, network, test, Checkpoints(folder / "checkpoints", []))
 
 
-def read_config(folder: Path, root: str | None = None, *, foreign: bool = False) -> tuple[Config, Cell]:
-    """The configuration and cell of a run or a published record.
+def read_run(
+    folder: Path, root: str | None = None, config_dirs: Sequence[Path] = (), *, foreign: bool = False
+) -> PlannedRun:
+    """The run of a folder or of a published record.
 
-    `root` says where the data set lies, if not where it lay in training. The paths that publishing leaves out,
-    and all of a `foreign` record, are those of the data set's YAML. Raises UserError for a file that is missing
-    or not a run's.
+    root: the folder of the data set, if it has moved since training.
+    config_dirs: the user's own folders of YAML files, whose `_target_`s may be called, as those of `configs/`.
+    foreign: take no path from the record. These, and the paths that publishing leaves out, come from the data set's
+    YAML file.
+
+    Raises UserError for a file that is missing or not the configuration of a run.
     """
+    for config_dir in config_dirs:
+        if not config_dir.is_dir():
+            raise UserError(f"--config-dir: there is no folder {config_dir}")
+    folders = [CONFIGS, *(config_dir.resolve() for config_dir in config_dirs)]
     path = folder / CONFIG
     try:
-        config = yaml.safe_load(path.read_text())
-        cell = Cell(**config.pop("cell"))
-        if cell.seed != config["seed"]:
-            raise ValueError(f"the cell's seed is {cell.seed!r}, the configuration's {config['seed']!r}")
-        if foreign:
-            config = without_machine_paths(config)
-            _check_inside(config["dataset"], "dataset")
-        dataset = {**machine_keys(f"dataset/{cell.dataset.partition(',')[0]}.yaml"), **config["dataset"]}
-        # A record from before there was an analysis says nothing of one.
-        config = {"runs_dir": "runs", "analysis": {}, **config, "dataset": dataset}
-        check_complete(config)
+        config, cell = read_config(path)
     except OSError as error:
         raise UserError(f"{folder} is not the folder of a run: {CONFIG}: {error.strerror}") from error
-    except (
-        yaml.YAMLError,
-        UserError,
-        UnicodeDecodeError,
-        AttributeError,
-        KeyError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except ValueError as error:
         raise UserError(f"{path} is not the configuration of a run: {error}") from error
+    if foreign:
+        config = {"runs_dir": "runs", **without_machine_paths(config)}
+        _check_inside(config["dataset"], "dataset")
+    dataset = {**machine_keys(f"dataset/{cell.dataset.partition(',')[0]}.yaml", folders), **config["dataset"]}
     if root is not None:
-        config["dataset"]["root"] = root
-    return config, cell
+        dataset["root"] = root
+    return PlannedRun(cell, {**config, "dataset": dataset}, folders=folders)
 
 
 def _check_inside(node: Config, path: str) -> None:
-    """Raise UserError for a value that would lead out of the folder of the data set."""
+    """Raise UserError for a value that leads out of the data set's folder."""
     for key, value in node.items():
         if isinstance(value, dict):
             _check_inside(value, f"{path}.{key}")

@@ -25,12 +25,12 @@ from l2bn.training.compute import Compute
 from l2bn.training.environment import note_start
 from l2bn.training.failure import noted
 from l2bn.training.faults import explain_faults
-from l2bn.training.identity import Cell, hash_identity
 from l2bn.training.interruption import EXIT_CODE, Interruption, follow_parent, sole_owner
 from l2bn.training.journal import Journal
 from l2bn.training.loop import DivergedError, Position, Trainer
 from l2bn.training.observation import AnalysisPolicy, Network, Observer
 from l2bn.training.optim import Recipe
+from l2bn.training.plan import Cell, hash_identity
 from l2bn.training.progress import ProgressDisplay
 from l2bn.training.state import State
 

@@ -13,8 +13,8 @@ from torch import nn
 from l2bn.durable import write_durably
 from l2bn.errors import UserError
 from l2bn.training.checkpoint import CheckpointPolicy, Checkpoints
-from l2bn.training.identity import Config, differences
 from l2bn.training.loop import Position, Totals
+from l2bn.training.plan import Config, differences
 
 log = logging.getLogger(__name__)
 

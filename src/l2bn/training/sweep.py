@@ -18,12 +18,10 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from rich.console import Console
 
 from l2bn.errors import UserError
-from l2bn.training.configuration import make_folder
 from l2bn.training.failure import describe
 from l2bn.training.interruption import EXIT_CODE, Interruption, is_owned
-from l2bn.training.outcome import Outcome, look
-from l2bn.training.planning import PlannedRun
-from l2bn.training.status import summary
+from l2bn.training.plan import PlannedRun, make_folder
+from l2bn.training.status import Outcome, look, summary
 from l2bn.training.worker import RunLeftError, visible_gpus
 
 log = logging.getLogger(__name__)
@@ -90,7 +88,7 @@ def _check(runs: Sequence[PlannedRun]) -> None:
 
     for run in runs:
         try:
-            check(run.config, run.files)
+            check(run)
         except UserError as error:
             raise UserError(f"{run.cell}: {error}") from error
 

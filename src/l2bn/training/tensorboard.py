@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from l2bn.records import Metrics, Record
-from l2bn.training.identity import Cell
+from l2bn.training.plan import Cell
 
 COMPARED = {"test_top1": ("test/top1", "test top-1 (%)"), "train_loss": ("train/loss", "training loss")}
 """Last part of a tag: the metric it shows, and its name in the chart."""

@@ -1,0 +1,290 @@
+"""Instantiate the objects that the nodes of a configuration describe, or say what is wrong with a node.
+
+`_target_` is the registry: a new data set, backbone or norm is one Python file and one YAML. Hydra would import
+and call whatever a `_target_` names. Here a `_target_` must stand at the same place in a YAML file of `configs/`
+or of a folder that the user has named, so that the record of a stranger runs neither the stranger's code nor a
+function of ours that was not meant to be called there.
+"""
+
+import difflib
+import functools
+import inspect
+import sys
+import typing
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union
+
+import yaml
+from hydra.utils import get_object
+
+from l2bn.errors import UserError
+from l2bn.records import MACHINE_PATHS, is_finite_number
+
+
+def _find_configs() -> Path:
+    """The folder of configurations: of the checkout whose script is running, else of this package."""
+    package = Path("src", "l2bn", "configs")
+    checkout = Path(sys.argv[0]).resolve().parent.parent
+    own = checkout / package if (checkout / package).is_dir() else Path(__file__).parents[1] / package.name
+    return own.resolve()  # in a checkout the package has a link to it
+
+
+CONFIGS = _find_configs()
+
+Node = Mapping[str, Any]
+
+
+class Builder:
+    """Instantiates the nodes of one configuration.
+
+    folders: the folders of YAML files whose `_target_`s may be called; None for a configuration that has been
+    checked already.
+    files: the YAML files that the configuration was composed of, relative to their folder, so that a message can
+    name the one to correct.
+    """
+
+    def __init__(self, folders: Sequence[Path] | None = (CONFIGS,), files: Sequence[str] = ()) -> None:
+        self.folders = folders
+        self.files = files
+
+    def build(self, node: Node, path: str, kind: type = object) -> Any:
+        """Instantiate a node with a `_target_`; `path` is the node's place in the configuration.
+
+        With `_partial_: true` the result is the target with these arguments bound. Raises UserError, also if the
+        object is not of the `kind` that is needed.
+        """
+        target, partial, arguments = self._split(node, path)
+        built = self.call(target, arguments, path, partial=partial)
+        if not isinstance(built, kind):
+            raise UserError(
+                f"{path}._target_: {node['_target_']} makes a {type(built).__name__}, "
+                f"but a {kind.__name__} is needed here; name another choice of this group"
+            )
+        return built
+
+    def call(self, target: Callable[..., Any], arguments: Node, path: str, *, partial: bool = False) -> Any:
+        """Call a target with the arguments of a node, once their names and types fit the target's signature."""
+        built = self._fit(target, arguments, path, partial=partial)
+        if partial:
+            return functools.partial(target, **built)
+        try:
+            return target(**built)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}" if path else str(error)) from error
+
+    def check(self, node: Node, path: str, target: Callable[..., Any] | None = None) -> None:
+        """Check a node's names and types against its `_target_`, or a given target, without calling it.
+
+        Raises UserError.
+        """
+        found, partial, arguments = self._split(node, path) if target is None else (target, False, node)
+        self._fit(found, arguments, path, partial=partial)
+
+    def check_keys(self, given: Node, accepted: Collection[str], path: str) -> None:
+        """Raise UserError for a key that is not accepted, with its file and the nearest key that is accepted."""
+        for key in given:
+            if key not in accepted:
+                place = _join(path, key)
+                files = self._files_that_set(place)
+                near = difflib.get_close_matches(key, accepted, n=1)
+                raise UserError(
+                    f"unknown key {place}"
+                    + (f" in {', '.join(files)}" if files else "")
+                    + (f"; did you mean {near[0]}?" if near else "")
+                    + f"\naccepted here: {', '.join(sorted(accepted)) or 'nothing'}"
+                )
+
+    def _fit(self, target: Callable[..., Any], arguments: Node, path: str, *, partial: bool) -> dict[str, Any]:
+        """The arguments, the nodes among them instantiated, once they fit the target's signature."""
+        check_mapping(arguments, path)
+        accepted, open_ended = _parameters(target)
+        if partial and accepted:  # the caller passes the first parameter
+            accepted.pop(next(iter(accepted)))
+        if not open_ended:
+            self.check_keys(arguments, accepted, path)
+        missing = [_join(path, key) for key, (_, need) in accepted.items() if need and key not in arguments]
+        if missing:
+            raise UserError(f"missing {', '.join(missing)}: give each a value")
+        built = {key: self._build_nested(value, _join(path, key)) for key, value in arguments.items()}
+        for key, value in built.items():
+            hint, _ = accepted.get(key, (Any, False))
+            if not _fits(value, hint):
+                raise UserError(f"{_join(path, key)} must be {_describe(hint)}, not {value!r}")
+        return built
+
+    def _build_nested(self, value: Any, path: str) -> Any:
+        return self.build(value, path) if isinstance(value, Mapping) and "_target_" in value else value
+
+    def _split(self, node: Node, path: str) -> tuple[Callable[..., Any], bool, dict[str, Any]]:
+        """A node's target, whether the target is only to be bound, and its arguments."""
+        check_mapping(node, path)
+        partial = node.get("_partial_", False)
+        if not isinstance(partial, bool):
+            raise UserError(f"{path}._partial_ must be true or false, not {partial!r}")
+        arguments = {key: value for key, value in node.items() if key not in ("_target_", "_partial_")}
+        return self._import(node.get("_target_"), path), partial, arguments
+
+    def _import(self, name: object, path: str) -> Callable[..., Any]:
+        if not isinstance(name, str):
+            raise UserError(f"{path}: has no _target_ to say what it is")
+        if self.folders is not None and not any((path, name) in _targets(folder) for folder in self.folders):
+            raise UserError(
+                f"{path}._target_ is {name}, which stands there in no YAML file of "
+                f"{' or '.join(_shown(folder) + '/' for folder in self.folders)}; to use your own code, write a "
+                "YAML file with this _target_ into the group's folder, or into a folder named by --config-dir"
+            )
+        try:
+            target = get_object(name)
+        except Exception as error:  # importing a user's own module may raise anything
+            raise UserError(f"{path}._target_: {name} cannot be imported: {error}") from error
+        if not callable(target):
+            raise UserError(f"{path}._target_: {name} is neither a class nor a function")
+        return target
+
+    def _files_that_set(self, place: str) -> list[str]:
+        """The YAML files, of those that the configuration was composed of, that set a key."""
+        found = [
+            (folder, file) for file in self.files for folder in self.folders or () if _sets(folder, file, place)
+        ]
+        return [f"{_shown(folder)}/{file}" for folder, file in found]
+
+
+def check_mapping(node: object, path: str) -> None:
+    """Raise UserError for a value where a node is needed."""
+    if not isinstance(node, Mapping):
+        raise UserError(f"{path} must be a node of keys and values, not {node!r}")
+
+
+def machine_keys(file: str, folders: Sequence[Path]) -> dict[str, Any]:
+    """The keys of a YAML file that name places on this machine."""
+    content = next((files[file] for files in map(_yaml_files, folders) if file in files), None)
+    content = content if isinstance(content, dict) else {}
+    return {key: value for key, value in content.items() if key in MACHINE_PATHS and value != "???"}
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether a path within a folder of YAML files is hidden, as the `._x.yaml` that macOS leaves with `x.yaml`."""
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _shown(folder: Path) -> str:
+    """A folder of configurations as messages name it."""
+    return folder.name if folder == CONFIGS else str(folder)
+
+
+@functools.cache
+def _yaml_files(folder: Path) -> dict[str, Any]:
+    """The content of every YAML file of a folder, by its path there, without the files that cannot be read."""
+    contents = {}
+    for path in sorted(folder.rglob("*.yaml")):
+        if is_hidden(path.relative_to(folder)):
+            continue
+        try:
+            contents[path.relative_to(folder).as_posix()] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            continue  # a run that uses the file is refused by Hydra, which reads it too
+    return contents
+
+
+@functools.cache
+def _targets(folder: Path) -> frozenset[tuple[str, str]]:
+    """Every `_target_` of a folder's files with its place: in the node of the file's group, and as it stands."""
+    found: set[tuple[str, str]] = set()
+    for file, content in _yaml_files(folder).items():
+        for group in (file.partition("/")[0].removesuffix("_for"), ""):
+            found.update(_find_targets(content, group))
+    return frozenset(found)
+
+
+def _find_targets(value: object, place: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        if isinstance(value.get("_target_"), str):
+            yield place, value["_target_"]
+        for key, child in value.items():
+            yield from _find_targets(child, _join(place, str(key)))
+
+
+def _sets(folder: Path, file: str, place: str) -> bool:
+    """Whether a file sets a key of its own group, or of the whole configuration."""
+    group, *rest = place.split(".")
+    own, whole = file.startswith((f"{group}/", f"{group}_for/")), file.startswith(("train.yaml", "experiment/"))
+    content = _yaml_files(folder).get(file) if own or whole else None
+    if content is None:
+        return False
+    for key in rest if own else [group, *rest]:
+        if not isinstance(content, dict) or key not in content:
+            return False
+        content = content[key]
+    return True
+
+
+def _parameters(target: Callable[..., Any]) -> tuple[dict[str, tuple[Any, bool]], bool]:
+    """The keyword parameters of a signature, and whether it takes any others.
+
+    Of each parameter the type hint, and whether a value is required.
+    """
+    try:
+        hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except (NameError, TypeError):  # of a user's own code: hints that only its type checker can read
+        hints = {}
+    parameters: dict[str, tuple[Any, bool]] = {}
+    open_ended = False
+    for name, parameter in inspect.signature(target).parameters.items():
+        hint = hints.get(name, Any)
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            if typing.get_origin(hint) is typing.Unpack:  # **common: Unpack[SomeTypedDict]
+                (fields,) = typing.get_args(hint)
+                for key, field_hint in typing.get_type_hints(fields).items():
+                    parameters[key] = (field_hint, key in fields.__required_keys__)
+            else:
+                open_ended = True
+        elif parameter.kind is not inspect.Parameter.VAR_POSITIONAL:
+            parameters[name] = (hint, parameter.default is inspect.Parameter.empty)
+    return parameters, open_ended
+
+
+_WORDS = {
+    int: "a whole number",
+    float: "a finite number",
+    bool: "true or false",
+    str: "a text",
+    NoneType: "null",
+}
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value of the configuration, or the object made of it, is of a type."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, option) for option in arguments)
+    if origin is Literal:
+        return any(value is option or (isinstance(value, str) and value == option) for option in arguments)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+    if hint is float:
+        return is_finite_number(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if origin is Callable:
+        return callable(value)
+    kind = origin or hint
+    return hint is Any or not inspect.isclass(kind) or isinstance(value, kind)
+
+
+def _describe(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(_describe(option) for option in arguments)
+    if origin is Literal:
+        return " or ".join(map(str, arguments))
+    if origin is list:
+        return f"a list with each item {_describe(arguments[0])}"
+    if hint in _WORDS:
+        return _WORDS[hint]
+    return "a node with a _target_" + (f" that makes a {hint.__name__}" if inspect.isclass(hint) else "")
