@@ -1,6 +1,7 @@
 """Sweeps that finish themselves: what is left out, what is told, and what a killed one comes to."""
 
 import contextlib
+import functools
 import json
 import os
 import runpy
@@ -8,23 +9,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from threading import Timer
 from typing import Any
 
 import pytest
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.utils import JobReturn
-from omegaconf import OmegaConf
+from joblib import cpu_count
 
 from conftest import ROOT, TINY
 from l2bn.errors import UserError
 from l2bn.records import ENVIRONMENT, SUMMARY, read_records
-from l2bn.training import session, sweep, worker
+from l2bn.training import session, sweep
 from l2bn.training.failure import FAILURE
-from l2bn.training.interruption import EXIT_CODE, is_owned
+from l2bn.training.interruption import EXIT_CODE, LOCK, is_owned
 from l2bn.training.plan import compose_sweep, plan_sweep
 from test_training import stop_after
 
@@ -219,33 +218,14 @@ def test_a_launcher_that_breaks_down_hides_nothing(multirun: Sweep, monkeypatch:
     assert "sweep: 4 missing\n" in printed
 
 
-def test_a_run_whose_killed_process_is_still_leaving_is_started_once_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sweep, "PATIENCE", 1.5)
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        runs = plan_sweep(compose_sweep([f"runs_dir={tmp_path}", "norm=bn", "seed=0,1,2"]))
-    launched: list[list[str]] = []
-    with contextlib.ExitStack() as mine, contextlib.ExitStack() as others:
-        for stack, run in ((mine, runs[0]), (others, runs[1])):
-            run.folder.mkdir(parents=True)
-            stack.enter_context(session.sole_owner(run.folder))
-
-        def launch(jobs: Sequence[Sequence[str]]) -> list[JobReturn]:
-            launched.append([override for job in jobs for override in job if override.startswith("seed=")])
-            Timer(0.5, mine.close).start()
-            raise ZeroDivisionError
-
-        assert sweep.run_sweep(runs, launch, parallel=True) == 1
-    assert launched == [["seed=0", "seed=1", "seed=2"], ["seed=0", "seed=2"]]
-
-
 # Real processes.
 
 
 def start(runs: Path, *overrides: str) -> "subprocess.Popen[str]":
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), "-m", f"runs_dir={runs}", *overrides]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
 
 
 def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]", seconds: float = 300) -> None:
@@ -298,16 +278,12 @@ SIDE_BY_SIDE = ("launcher=joblib", "hydra.launcher.n_jobs=2", "norm=bn", "seed=0
 
 
 def workers(process: "subprocess.Popen[str]") -> list[int]:
-    """The processes of joblib that make runs for this one."""
+    """The processes that train the runs of this sweep."""
     found = []
-    for line in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            name, _, fields = line.read_text().rpartition(")")
-            command = line.with_name("cmdline").read_text()
-        except OSError:
-            continue
-        if int(fields.split()[1]) == process.pid and "--process-name" in command:
-            found.append(int(name.split()[0]))
+    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        with contextlib.suppress(OSError):
+            if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text():
+                found.append(int(pid))
     return found
 
 
@@ -321,12 +297,17 @@ def trained_side_by_side(runs: Path, process: "subprocess.Popen[str]") -> set[Pa
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=lambda n: n.name
 )
 def test_runs_side_by_side_share_the_cores_and_leave_in_good_order(number: signal.Signals, tmp_path: Path) -> None:
+    """Ctrl-C reaches all processes, SIGTERM the first one alone."""
     process = start(tmp_path, *SIDE_BY_SIDE, "recipe.epochs=500", "compute.threads=null")
     folders = trained_side_by_side(tmp_path, process)
+    share = int(os.environ.get("OMP_NUM_THREADS", max(1, cpu_count() // 2)))
     for folder in folders:
         (facts,) = json.loads((folder / ENVIRONMENT).read_text())["starts"]
-        assert facts["threads"] == max(1, len(os.sched_getaffinity(0)) // 2)
-    process.send_signal(number)
+        assert facts["threads"] == share
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     printed = finish(process, EXIT_CODE)
     assert "sweep: 2 interrupted, 2 missing\n" in printed
     assert "launcher stopped" not in printed
@@ -334,14 +315,32 @@ def test_runs_side_by_side_share_the_cores_and_leave_in_good_order(number: signa
 
 
 @pytest.mark.slow
+def test_ctrl_c_while_the_processes_start_leaves_no_traceback(tmp_path: Path) -> None:
+    process = start(tmp_path, *SIDE_BY_SIDE, "recipe.epochs=500")
+    wait_for(lambda: len(workers(process)) == 2, process)
+    os.killpg(process.pid, signal.SIGINT)
+    printed = finish(process, EXIT_CODE)
+    assert "Traceback" not in printed
+    assert "sweep: " in printed
+
+
+@pytest.mark.slow
 def test_a_run_that_is_killed_takes_no_other_with_it(tmp_path: Path) -> None:
+    """It alone has failed, and the same command resumes it."""
     process = start(tmp_path, *SIDE_BY_SIDE, "recipe.epochs=12")
     trained_side_by_side(tmp_path, process)
-    assert len(workers(process)) == 2
-    os.kill(workers(process)[0], signal.SIGKILL)
-    printed = finish(process)
-    assert "started once more" in printed
-    assert "sweep: 4 finished\n" in printed
+    others = workers(process)
+    assert len(others) == 2
+    os.kill(others.pop(0), signal.SIGKILL)
+    wait_for(lambda: len(workers(process)) == 2, process)
+    assert set(others) < set(workers(process)), "another run was started again"
+    printed = finish(process, code=1)
+    summary = printed.partition("sweep: ")[2]
+    assert summary.startswith("3 finished, 1 failed\nFAIL ")
+    assert "its process was ended by SIGKILL; the same command resumes from the last checkpoint" in summary
+    printed = finish(start(tmp_path, *SIDE_BY_SIDE, "recipe.epochs=12"))
+    assert "sweep: 1 finished, 3 skipped (ended before)\n" in printed
+    assert printed.count("resumed after epoch") == 1
     records, problems = read_records(tmp_path)
     assert len(records) == 4
     assert problems == []
@@ -351,22 +350,26 @@ def owner(folder: Path) -> int:
     """The process that is at work on a run: it has the folder open."""
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
-            if link.readlink() == folder:
+            if link.readlink() == folder / LOCK:
                 return int(link.parts[2])
     raise LookupError(folder)
 
 
 @pytest.mark.slow
-def test_a_job_that_dies_is_told_when_the_others_have_ended(tmp_path: Path) -> None:
-    """Jobs of submitit as Slurm has them, as processes of this machine; the launcher asks the first one first."""
-    process = start(tmp_path, "hydra/launcher=submitit_local", "norm=bn", "seed=0,1", *QUICK, "recipe.epochs=30")
+def test_a_cluster_job_that_dies_fails_alone(tmp_path: Path) -> None:
+    """The jobs of launcher=slurm as processes of this machine; the result of the first one is asked for first."""
+    process = start(
+        tmp_path,
+        *("hydra/launcher=l2bn_slurm", "hydra.launcher.cluster=local", "norm=bn", "seed=0,1"),
+        *(*QUICK, "recipe.epochs=30"),
+    )
     folders = trained_side_by_side(tmp_path, process)
     os.kill(owner(min(folders)), signal.SIGKILL)
     printed = finish(process, code=1)
     assert "the launcher stopped" not in printed
     summary = printed.partition("sweep: ")[2]
     assert summary.startswith("1 finished, 1 failed\nFAIL ")
-    assert "/seed0\n     UncompletedJobError: Job " in summary
+    assert "/seed0\n     its job was ended: Job " in summary
 
 
 @pytest.mark.slow
@@ -382,45 +385,68 @@ def test_runs_side_by_side_die_with_their_sweep(tmp_path: Path) -> None:
         time.sleep(0.1)
 
 
-def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    from joblib import Parallel, delayed
-
-    def gpu_of_this_process() -> tuple[int, str]:
-        with worker.side_by_side():
-            time.sleep(0.3)
-            return os.getpid(), os.environ[worker.VISIBLE]
-
-    monkeypatch.setenv(worker.VISIBLE, "4,7")
-    launcher = OmegaConf.create({"_target_": JOBLIB, "n_jobs": -1})
-    assert sweep.prepare_launcher(launcher)
-    assert launcher.n_jobs == 2
-    gpu_of_this_process.__module__ = "__main__"  # sent as it is: its process need not load this module
-    seen = Parallel(n_jobs=2, backend="loky")(delayed(gpu_of_this_process)() for _ in range(6))
-    assert {gpu for _, gpu in seen} == {"4", "7"}
-    assert len(set(seen)) == 2  # a process keeps its own
+def environment_after(seconds: float, path: Path) -> Callable[[], Any]:
+    """A job that writes its GPU, its threads and when it began and ended."""
+    code = "[now.append(time.time()), time.sleep({}), now.append(time.time()), path.write_text(json.dumps([*map("
+    code += "os.environ.get, ('CUDA_VISIBLE_DEVICES', 'OMP_NUM_THREADS')), *now]))][-1]"
+    scope = {"now": [], "path": path}
+    run = f"exec('import json, os, time') or {code.format(seconds)}"
+    return functools.partial(eval, run, scope)
 
 
-JOBLIB = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"
+def test_processes_share_gpus_and_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One GPU for each process at a time, on the two that this one may use."""
+    monkeypatch.setenv(sweep.VISIBLE, "4,7,-1,2")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(sweep, "available_cores", lambda: 6)
+    jobs = [environment_after(0.5, tmp_path / str(number)) for number in range(4)]
+    assert sweep.run_processes(jobs, -1) == [None] * 4
+    seen = sorted(json.loads(path.read_text()) for path in tmp_path.iterdir())
+    assert [(gpu, threads) for gpu, threads, *_ in seen] == [("4", "3")] * 2 + [("7", "3")] * 2
+    for (_, _, _, ended), (_, _, began, _) in (seen[:2], seen[2:]):
+        assert ended <= began
+    assert os.environ.get("OMP_NUM_THREADS") is None
 
 
-def test_without_a_gpu_there_is_a_run_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(worker.VISIBLE, "")
-    launcher = OmegaConf.create({"_target_": JOBLIB, "n_jobs": -1})
-    sweep.prepare_launcher(launcher)
-    assert launcher.n_jobs == len(os.sched_getaffinity(0))
+@pytest.mark.parametrize(
+    ("visible", "gpus"), [("", []), ("-1", []), ("0,-1,1", ["0"]), ("GPU-8a, 3", ["GPU-8a", "3"])]
+)
+def test_the_gpus_of_this_process_are_those_that_cuda_sees(
+    visible: str, gpus: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(sweep.VISIBLE, visible)
+    assert sweep.visible_gpus() == gpus
 
 
-def test_a_missing_launcher_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib.util
+def test_a_number_of_jobs_that_is_none_is_refused(multirun: Sweep) -> None:
+    code, printed = multirun(*FOUR, "launcher=joblib", "hydra.launcher.n_jobs=0")
+    assert code == 1
+    assert "hydra.launcher.n_jobs must be at least 1, or -1" in printed
+    assert "Traceback" not in printed
 
-    import hydra_plugins.l2bn_sweeper as plugin
 
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if "joblib" in name else found(name))
-    before = dict(ConfigStore.instance().repo["hydra"]["launcher"])
-    runpy.run_path(plugin.__file__)
-    node = ConfigStore.instance().repo["hydra"]["launcher"]["joblib.yaml"].node
-    ConfigStore.instance().repo["hydra"]["launcher"] = before
-    monkeypatch.setattr(sweep, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"hydra-joblib-launcher, which is not installed; pip install"):
-        sweep.prepare_launcher(OmegaConf.create({**node, "n_jobs": -1}))
+def test_a_missing_package_of_a_launcher_is_named(multirun: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    code, printed = multirun(*FOUR, "launcher=slurm")
+    assert code == 1
+    assert "launcher=slurm needs the package submitit, which is not installed; pip install" in printed
+    assert "Traceback" not in printed
+
+
+def test_launchers_of_other_packages_are_not_pretended() -> None:
+    """In another Hydra program `hydra/launcher=joblib` without its package is "not found"."""
+    stored = ConfigStore.instance().repo["hydra"]["launcher"]
+    runpy.run_path(str(ROOT / "src" / "hydra_plugins" / "l2bn_launchers.py"))
+    ours = {name for name, node in stored.items() if node.provider == "l2bn"}
+    assert ours == {"l2bn_processes.yaml", "l2bn_slurm.yaml"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_a_sweep_whose_output_nobody_reads_goes_on(launcher: str, tmp_path: Path) -> None:
+    sweep = f"{sys.executable} {ROOT}/scripts/train.py -m launcher={launcher} runs_dir={tmp_path} {' '.join(FOUR)}"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {sweep} 2>&1 | head -n 1"], capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert len(ended(tmp_path)) == 4

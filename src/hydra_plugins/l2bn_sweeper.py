@@ -30,18 +30,17 @@ class ResumingSweeper(BasicSweeper):
     def sweep(self, arguments: list[str]) -> None:
         """Exits with 1 or `interruption.EXIT_CODE` unless all runs have ended."""
         from l2bn.training.plan import PlannedJobs, plan_sweep
-        from l2bn.training.sweep import prepare_launcher, run_sweep
+        from l2bn.training.sweep import run_sweep
 
         assert self.config is not None
         assert self.hydra_context is not None
         runs = plan_sweep(self.config)
-        parallel = prepare_launcher(self.config.hydra.launcher)
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=HydraContext(config_loader=PlannedJobs(runs), callbacks=self.hydra_context.callbacks),
             task_function=train_planned,
             config=self.config,
         )
-        code = run_sweep(runs, self._launch, parallel=parallel)
+        code = run_sweep(runs, self._launch)
         if code:
             raise SystemExit(code)
 
@@ -55,9 +54,8 @@ class ResumingSweeper(BasicSweeper):
 
 def train_planned(config: DictConfig) -> None:
     """Train the run of a sweep's job."""
-    from l2bn.training.worker import side_by_side
+    from l2bn.training.run import (
+        train_job,
+    )  # here, because it loads torch, which a sweep with nothing to do need not
 
-    with side_by_side():
-        from l2bn.training.run import train_job  # here, because it loads torch, which then finds this process's GPU
-
-        train_job(config)
+    train_job(config)

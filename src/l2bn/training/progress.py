@@ -1,22 +1,25 @@
-"""What a person sees of a run: a bar on a terminal, one line an epoch elsewhere, and the runs' names in it where
-several are made at a time."""
+"""Progress of a run: a bar on a terminal, else a line per epoch, which names the run if several run at once."""
 
+import os
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from l2bn.records import Metrics
-from l2bn.training.worker import is_worker
+
+NAMED = "L2BN_NAMED_PROGRESS"
+"""Environment variable that is set in the processes of runs side by side."""
 
 
 class ProgressDisplay:
-    """Shows the updates of a run that take place in this process."""
+    """Shows the training steps made by this process."""
 
     def __init__(self, name: str, *, epochs: int, steps: int, batch_size: int, shown: bool) -> None:
         self._console = Console(highlight=False, soft_wrap=True)
         self._epochs, self._steps, self._batch_size = epochs, steps, batch_size
         self._shown = shown
+        self._named = NAMED in os.environ
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -24,7 +27,7 @@ class ProgressDisplay:
             TimeRemainingColumn(compact=True),
             console=self._console,
             transient=True,
-            disable=is_worker() or not (shown and self._console.is_terminal),
+            disable=self._named or not (shown and self._console.is_terminal),
         )
         self._task = self._bar.add_task(name, total=epochs * steps, loss="", speed="")
         self._name = name
@@ -57,5 +60,5 @@ class ProgressDisplay:
         )
         self._bar.update(self._task, loss=f"loss {row['train/loss']:.3f} test {row['test/top1']:.2f} %")
         if self._shown:
-            line = f"{self._name}  {line}" if is_worker() else line
+            line = f"{self._name}  {line}" if self._named else line
             self._console.print(f"{line}  {row['images_per_second']:,.0f} images/s  {row['seconds']:.1f} s")

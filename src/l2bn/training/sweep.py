@@ -1,90 +1,70 @@
-"""A sweep that finishes itself: issued again, it runs what is missing, and it ends with what became of each run.
+"""A sweep: its unfinished runs are launched, and its summary says how every run has ended.
 
-Hydra's own multirun starts over each time, and ends by raising the first error. Here the runs that have ended are
-left out before anything is launched, and what became of the others is read from their folders, so that it does
-not matter how they were launched or how they came to an end.
+Hydra's own multirun starts all runs again, and ends by raising the first error. Here finished runs are left out,
+and how the others have ended is read from their folders, whichever launcher ran them.
 """
 
 import logging
+import multiprocessing
 import os
-import time
+import signal
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from importlib.util import find_spec
+from itertools import takewhile
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from hydra.core.utils import JobReturn, JobStatus
-from omegaconf import DictConfig, OmegaConf, read_write
+from hydra.core.utils import JobReturn, JobStatus, env_override
 from rich.console import Console
 
 from l2bn.errors import UserError
+from l2bn.processes import SIGNALS
 from l2bn.training.failure import describe
-from l2bn.training.interruption import EXIT_CODE, Interruption, is_owned
+from l2bn.training.interruption import EXIT_CODE, Interruption, follow_parent
 from l2bn.training.plan import PlannedRun, make_folder
+from l2bn.training.progress import NAMED
 from l2bn.training.status import Outcome, look, summary
-from l2bn.training.worker import RunLeftError, visible_gpus
 
 log = logging.getLogger(__name__)
 
 Launch = Callable[[Sequence[Sequence[str]]], Sequence[JobReturn]]
-"""Runs the jobs of these overrides, and returns when all have been run."""
+"""Runs the jobs of these overrides, and returns when all have ended."""
 
-ATTEMPTS = 2  # joblib ends all of its processes when one is killed
-PATIENCE = 3.0  # seconds that they have for it
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
-def run_sweep(runs: Sequence[PlannedRun], launch: Launch, *, parallel: bool) -> int:
-    """Launch the runs that have not ended, and print what became of each; the exit code.
+def run_sweep(runs: Sequence[PlannedRun], launch: Launch) -> int:
+    """Launch the runs that have not ended, print how each run has ended, and return the exit code.
 
-    It is 0 when all have ended, `interruption.EXIT_CODE` when the sweep was told to leave, else 1. `parallel`
-    says that the runs have processes of their own on this machine, which are told when this one is. Raises
-    UserError, before anything is launched, for a configuration that is wrong or a folder that cannot be made.
+    It is 0 if all have ended, `interruption.EXIT_CODE` if the sweep was asked to stop, else 1. Raises UserError,
+    before anything is launched, for a wrong configuration or a folder that cannot be made.
     """
     ended_before = {run.folder for run in runs if look(run).ended}
     todo = [run for run in runs if run.folder not in ended_before]
     _check(todo)
-    _make_folders(todo)
+    for folder in dict.fromkeys(Path(run.config["runs_dir"]) for run in todo):
+        make_folder(folder)
     errors: dict[Path, str] = {}
     code = 1
-    told = Interruption()
-    with told if parallel else nullcontext():
-        for left in reversed(range(ATTEMPTS if parallel else 1)):
-            try:
-                errors = _launch(todo, launch)
-            except (SystemExit, KeyboardInterrupt):
-                code = EXIT_CODE
-            except Exception as error:
-                log.error("the launcher stopped: %s", describe(error).partition("\n")[0])
-                if parallel:
-                    _wait_for_killed(todo)
-                todo = [run for run in todo if look(run).standing in ("missing", "interrupted")]
-                if left and not told.signal:
-                    log.warning("the %d runs that have not ended are started once more", len(todo))
-                    continue
-            break
-    if told.signal:
+    try:
+        errors = _launch(todo, launch)
+    except (SystemExit, KeyboardInterrupt):
         code = EXIT_CODE
+    except UserError:
+        raise
+    except Exception as error:
+        log.error("the launcher stopped: %s", describe(error).partition("\n")[0])
     outcomes = [(run, _judge(run, errors)) for run in runs]
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(summary(outcomes, ended_before))
+    Console(highlight=False, soft_wrap=True).print(summary(outcomes, ended_before))
     return 0 if all(outcome.ended for _, outcome in outcomes) else code
-
-
-def _wait_for_killed(runs: Sequence[PlannedRun]) -> None:
-    """Wait until the processes that joblib ends together with a killed one have left their runs.
-
-    It says that one was killed before it ends the others. A run that somebody else is at work on stays his.
-    """
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline and any(is_owned(run.folder) for run in runs):
-        time.sleep(0.05)
 
 
 def _check(runs: Sequence[PlannedRun]) -> None:
     """Raise UserError if one of these configurations is wrong."""
     if not runs:
         return
-    from l2bn.training.run import check  # seconds of imports that a sweep with nothing to do need not spend
+    from l2bn.training.run import check  # here, because it takes seconds, and a sweep may have nothing to do
 
     for run in runs:
         try:
@@ -93,74 +73,106 @@ def _check(runs: Sequence[PlannedRun]) -> None:
             raise UserError(f"{run.cell}: {error}") from error
 
 
-def _make_folders(runs: Sequence[PlannedRun]) -> None:
-    """Make the folders that the runs are to lie in, which else the launcher would fail to do."""
-    for folder in dict.fromkeys(Path(run.config["runs_dir"]) for run in runs):
-        make_folder(folder)
-
-
 def _launch(runs: Sequence[PlannedRun], launch: Launch) -> dict[Path, str]:
-    """Launch these runs; what the failed ones say."""
+    """Launch these runs; return the errors of the failed ones by folder."""
     returns = launch([run.overrides for run in runs]) if runs else []
-    errors = {run.folder: done._return_value for run, done in zip(runs, returns, strict=True) if _failed(done)}
-    return {folder: describe(error) for folder, error in errors.items() if not isinstance(error, RunLeftError)}
-
-
-def _failed(job: JobReturn) -> bool:
-    return bool(job.status == JobStatus.FAILED)
+    return {
+        run.folder: describe(done._return_value)
+        for run, done in zip(runs, returns, strict=True)
+        if done.status == JobStatus.FAILED
+    }
 
 
 def _judge(run: PlannedRun, errors: dict[Path, str]) -> Outcome:
-    """How a run stands, by its folder; by its error where it could not even be noted there."""
+    """Return the outcome in a run's folder, or its error where the run could not even note that there."""
     outcome = look(run)
     if run.folder in errors and outcome.standing in ("missing", "interrupted"):
         return Outcome("failed", outcome.epoch, outcome.pace, errors[run.folder])
     return outcome
 
 
-def prepare_launcher(launcher: DictConfig) -> bool:
-    """Make sure of the launcher's package: share the machine out among the processes of joblib, and see to it that
-    submitit waits for all of its jobs.
+# Runs side by side on this machine.
 
-    Returns whether the runs will have processes of their own on this machine. Raises UserError if the package
-    is not installed.
+
+def run_processes(jobs: Sequence[Callable[[], bool]], n_jobs: int) -> list[str | None]:
+    """Call each job in a process of its own, `n_jobs` at a time; return how each failed, None for success.
+
+    Each process has a GPU of its own where there is one, and its share of the CPU cores (unless OMP_NUM_THREADS is
+    set already). A process that dies fails its own job only. A request to stop is passed on: the processes leave
+    in good order, no other is started, and SystemExit with `interruption.EXIT_CODE` is raised.
+
+    n_jobs: -1 for one per GPU, or without a GPU one per CPU core.
     """
-    package = ".".join(str(launcher._target_).split(".")[:2])
-    if package.startswith("hydra_plugins.") and find_spec(package) is None:
-        name = package.removeprefix("hydra_plugins.").replace("_", "-")
-        raise UserError(
-            f"this launcher needs the package {name}, which is not installed; "
-            "pip install 'l2bn[launchers]', or take launcher=basic"
-        )
-    if package.endswith("submitit_launcher"):
-        _outlive_jobs()
-    if not package.endswith("joblib_launcher"):
-        return False
+    gpus = visible_gpus()
+    cores = available_cores()
+    n_jobs = n_jobs if n_jobs > 0 else len(gpus) or cores
+    shared = {name: os.environ.get(name, str(max(1, cores // n_jobs))) for name in THREADS}
+    failures: list[str | None] = [None] * len(jobs)
+    waiting, slots = list(enumerate(jobs)), list(range(n_jobs))
+    running: dict[int, tuple[int, int, BaseProcess]] = {}  # by sentinel: number of the job, slot, process
+    with Interruption() as interruption:
+        while running or (waiting and interruption.signal is None):
+            while waiting and slots and interruption.signal is None:
+                (number, job), slot = waiting.pop(0), slots.pop(0)
+                gpu = {VISIBLE: gpus[slot % len(gpus)]} if gpus else {}
+                process = _start(job, {**shared, **gpu, NAMED: "1"})
+                running[process.sentinel] = number, slot, process
+            for sentinel in wait(list(running)):
+                assert isinstance(sentinel, int)
+                number, slot, process = running.pop(sentinel)
+                process.join()
+                failures[number] = _failure(process)
+                slots.append(slot)
+        if interruption.signal is not None:
+            raise SystemExit(EXIT_CODE)
+    return failures
+
+
+def _start(job: Callable[[], bool], environment: dict[str, str]) -> BaseProcess:
+    """Start a process that calls a job. It begins with requests to stop blocked, until it can handle them."""
+    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(job,))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        with env_override(environment):
+            process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return process
+
+
+def _serve(job: Callable[[], bool]) -> None:
+    """Call a job in this process, and end the process with 0 only if it succeeds."""
+    follow_parent()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    if not job():
+        raise SystemExit(1)
+
+
+def _failure(process: BaseProcess) -> str | None:
+    """Return how an ended process failed; None if it did not, or left in good order."""
+    code = process.exitcode
+    assert code is not None
+    if code in (0, EXIT_CODE):
+        return None
+    if code > 0:
+        return f"its process ended with exit code {code}; see what it printed above"
+    return (
+        f"its process was ended by {signal.Signals(-code).name}; the same command resumes from the last checkpoint"
+    )
+
+
+def visible_gpus() -> list[str]:
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; CUDA stops at the first -1."""
+    if VISIBLE in os.environ:
+        names = (name.strip() for name in os.environ[VISIBLE].split(","))
+        return list(takewhile(lambda name: name and not name.startswith("-"), names))
+    import torch
+
+    return [str(index) for index in range(torch.cuda.device_count())]
+
+
+def available_cores() -> int:
+    """Return the number of CPU cores that this process may use, within the limits of a container."""
     from joblib import cpu_count
 
-    gpus = visible_gpus()
-    if launcher.n_jobs < 0:
-        with read_write(launcher):
-            OmegaConf.update(launcher, "n_jobs", len(gpus) or cpu_count())
-    if gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-    return bool(launcher.n_jobs > 1)
-
-
-def _outlive_jobs() -> None:
-    """Make how a job of submitit died its result.
-
-    The launcher asks one job after the other for its result, and would leave off at the first that has none, while
-    others run or stand in the queue.
-    """
-    from submitit import Job
-
-    results = Job.results
-
-    def results_or_death(job: "Job[JobReturn]") -> list[JobReturn]:
-        try:
-            return results(job)
-        except Exception as error:
-            return [JobReturn(status=JobStatus.FAILED, _return_value=error)]
-
-    Job.results = results_or_death  # type: ignore[method-assign, assignment]
+    return int(cpu_count())
