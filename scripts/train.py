@@ -22,7 +22,7 @@ def train(config: DictConfig) -> None:
 
 
 def main() -> None:
-    arguments = vars(get_args_parser().parse_args())
+    arguments = vars(get_args_parser().parse_intermixed_args())
     if any(value for key, value in arguments.items() if key not in OURS):  # --help, --cfg and the like
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=ROOT)(train)()
         return

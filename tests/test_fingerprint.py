@@ -14,8 +14,6 @@ import pytest
 import torch
 import yaml
 from hydra import initialize_config_dir
-from l2bn.training.identity import check_images
-from l2bn.training.planning import PlannedRun, compose_sweep, plan_sweep
 from PIL import Image
 
 from conftest import ROOT, AtUpdate, Train, train_in
@@ -26,6 +24,7 @@ from l2bn.errors import UserError
 from l2bn.publishing import publish
 from l2bn.records import SUMMARY, InvalidRecordError, Record
 from l2bn.training.analyze import analyze
+from l2bn.training.plan import PlannedRun, check_images, compose_sweep, plan_sweep
 from l2bn.training.run import evaluate_run
 from l2bn.training.sweep import run_sweep
 

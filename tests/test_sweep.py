@@ -22,10 +22,10 @@ from omegaconf import OmegaConf
 from conftest import ROOT, TINY
 from l2bn.errors import UserError
 from l2bn.records import ENVIRONMENT, SUMMARY, read_records
-from l2bn.training import session, sweep, worker
+from l2bn.training import plan, session, sweep, worker
 from l2bn.training.failure import FAILURE
 from l2bn.training.interruption import EXIT_CODE, is_owned
-from l2bn.training.plan import compose_sweep, plan_sweep
+from l2bn.training.plan import compose_sweep, composing, plan_sweep
 from test_training import stop_after
 
 Sweep = Callable[..., tuple[int, str]]
@@ -411,16 +411,13 @@ def test_without_a_gpu_there_is_a_run_a_core(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_missing_launcher_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib.util
-
-    import hydra_plugins.l2bn_sweeper as plugin
-
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if "joblib" in name else found(name))
-    before = dict(ConfigStore.instance().repo["hydra"]["launcher"])
-    runpy.run_path(plugin.__file__)
-    node = ConfigStore.instance().repo["hydra"]["launcher"]["joblib.yaml"].node
-    ConfigStore.instance().repo["hydra"]["launcher"] = before
+    monkeypatch.setattr(plan, "find_spec", lambda name: None)
     monkeypatch.setattr(sweep, "find_spec", lambda name: None)
+    before = dict(ConfigStore.instance().repo["hydra"]["launcher"])
+    try:
+        with composing(["launcher=joblib"]) as (_, rest):
+            launcher = compose_sweep(rest).hydra.launcher
+    finally:
+        ConfigStore.instance().repo["hydra"]["launcher"] = before
     with pytest.raises(UserError, match=r"hydra-joblib-launcher, which is not installed; pip install"):
-        sweep.prepare_launcher(OmegaConf.create({**node, "n_jobs": -1}))
+        sweep.prepare_launcher(launcher)

@@ -1,6 +1,7 @@
 """The sweeper of this suite, in the package where Hydra looks for plugins; `l2bn.training.sweep` does the work."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -35,6 +36,7 @@ class ResumingSweeper(BasicSweeper):
         assert self.config is not None
         assert self.hydra_context is not None
         runs = plan_sweep(self.config)
+        self.config.hydra.sweep.dir = str(Path(self.config.hydra.sweep.dir).expanduser())
         parallel = prepare_launcher(self.config.hydra.launcher)
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=HydraContext(config_loader=PlannedJobs(runs), callbacks=self.hydra_context.callbacks),

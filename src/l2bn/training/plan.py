@@ -14,6 +14,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
@@ -173,8 +175,8 @@ def differences(one: Config, other: Config) -> list[str]:
 def check_images(stored: Mapping[str, str | None] | None, present: Mapping[str, str | None], place: Path) -> None:
     """Raise UserError if a run was made on other images than those present; both are fingerprints.
 
-    Equal files that decode to other pixels, as with another version of a decoder, cause a warning. A run from before
-    there were fingerprints has None.
+    Equal files that decode to other pixels, as with another version of a decoder, cause a warning. A run from
+    before there were fingerprints has None.
     """
     if stored is None:
         log.info("%s has no fingerprint of its images: they are not compared with those present", place)
@@ -213,6 +215,12 @@ def _flatten(tree: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 # Composition.
+
+
+LAUNCHERS = {
+    "joblib": "hydra_plugins.hydra_joblib_launcher",
+    "submitit_slurm": "hydra_plugins.hydra_submitit_launcher",
+}
 
 
 class _Repository(ConfigRepository):
@@ -289,6 +297,10 @@ def composing(overrides: Sequence[str] = (), folders: Sequence[Path] = ()) -> It
     with initialize_config_dir(str(CONFIGS), job_name="l2bn", version_base="1.3"):
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None
+        for launcher, package in LAUNCHERS.items():
+            if find_spec(package) is None:  # it composes all the same, so that the sweep can say what to install
+                missing = {"_target_": f"{package}.missing"}
+                ConfigStore.instance().store(group="hydra/launcher", name=launcher, node=missing)
         search_path = hydra.config_loader.get_search_path()
         own = [f"file://{folder.resolve()}" for folder in folders]
         rest = []

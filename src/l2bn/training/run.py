@@ -162,8 +162,8 @@ def _stored_identity(path: Path) -> Config | None:
         return None
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path} is damaged: {error}\nremove this file to continue the run, whose checkpoints hold its identity, "
-            "or move the folder away to train it again"
+            f"{path} is damaged: {error}\nremove this file to continue the run, whose checkpoints hold its "
+            "identity, or move the folder away to train it again"
         ) from error
 
 
