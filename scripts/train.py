@@ -25,7 +25,7 @@ def main() -> None:
     from l2bn.training.plan import ROOT, composing
 
     refuse_copies()
-    arguments = vars(get_args_parser().parse_args())
+    arguments = vars(get_args_parser().parse_intermixed_args())
     if any(value for key, value in arguments.items() if key not in OURS):  # --help, --cfg and the like
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=ROOT)(train)()
         return

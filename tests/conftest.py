@@ -3,17 +3,18 @@
 import functools
 import os
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hypothesis import settings
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from l2bn.records import Record
+from l2bn.training.plan import composing
 
 ROOT = Path(__file__).parents[1]
 
@@ -75,14 +76,18 @@ def decoding(folder: Path) -> tuple[str, ...]:
     )
 
 
+def composed(overrides: Sequence[str]) -> tuple[DictConfig, DictConfig]:
+    """The configuration of a run as Hydra composes it, and its `hydra` node."""
+    config = compose("train", list(overrides), return_hydra_config=True)
+    return OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]), config.hydra
+
+
 def train_in(runs: Path, *overrides: str) -> Record:
     """Compose a configuration from overrides, as the command line does, train it in a folder, return its record."""
     from l2bn.training.run import train_composed  # seconds of imports that few tests need
 
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        config = compose("train", [f"runs_dir={runs}", *overrides], return_hydra_config=True)
-        own = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
-        return train_composed(own, config.hydra)
+    with composing([f"runs_dir={runs}", *overrides]) as (_, rest):
+        return train_composed(*composed(rest))
 
 
 @pytest.fixture

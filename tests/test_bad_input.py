@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from hydra.errors import CompactHydraException
 
-from conftest import ROOT, Train
+from conftest import ROOT, Train, composed
+from l2bn.training.plan import composing
+from l2bn.training.run import train_composed
 from test_interruption import processor_seconds_of_children
 
 # What is given, and what the message must name. Hydra prints these exceptions without a traceback.
@@ -39,6 +41,9 @@ WRONG = [
     ("~norm", ["missing norm"]),
     ("~recipe.lr", ["missing recipe.lr"]),
     ("~checkpoint", ["missing checkpoint"]),
+    ("~recipe.epochs", ["missing recipe.epochs"]),
+    ("~compute.precision", ["missing compute.precision"]),
+    ("dataset.label='${oc.env:UNSET}'", ["dataset.label", "UNSET", "not found"]),
     ("norm=[bn,l2bn]", ["norm takes one choice", "-m norm="]),
     ("norm=bn,l2bn", ["norm=bn,l2bn", "--multirun"]),
     ("seed=0,1", ["seed=0,1", "--multirun"]),
@@ -147,7 +152,7 @@ WRONG = [
     ("backbone._target_=torch.os.system", ["backbone._target_", "torch.os.system", "configs/"]),
     ("recipe.schedule._target_=builtins.eval", ["recipe.schedule._target_", "builtins.eval"]),
     ("norm._target_=null", ["norm", "_target_"]),
-    ("backbone._target_=l2bn.data.digits.digits", ["backbone._target_", "digits", "stands there in no file"]),
+    ("backbone._target_=l2bn.data.digits.digits", ["backbone._target_", "digits", "stands there in no YAML file"]),
     ("norm=bn norm._partial_=false", ["missing norm.bn"]),
     # folders
     ("runs_dir=/proc/runs", ["runs_dir", "/proc/runs", "runs_dir=FOLDER"]),
@@ -192,22 +197,16 @@ def test_as_a_command_too_it_leaves_one_message_and_no_folder(given: str, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_key_in_a_yaml_is_named_with_its_file(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import shutil
-
-    from l2bn.training import build
-
-    configs = tmp_path / "configs"
-    shutil.copytree(ROOT / "configs", configs)
-    (configs / "recipe" / "mine.yaml").write_text(
-        (configs / "recipe" / "short.yaml").read_text().replace("momentum", "momentun")
+def test_an_unknown_key_in_a_yaml_file_is_named_with_its_file(tmp_path: Path) -> None:
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "mine.yaml").write_text(
+        (ROOT / "configs/recipe/short.yaml").read_text().replace("momentum", "momentun")
     )
-    monkeypatch.setattr(build, "CONFIGS", configs)
-    monkeypatch.setattr("conftest.ROOT", tmp_path)
-    build._yaml_files.cache_clear()
-    with pytest.raises(CompactHydraException) as error:
-        train("recipe=mine")
-    build._yaml_files.cache_clear()
-    assert "unknown key recipe.momentun in configs/recipe/mine.yaml; did you mean momentum?" in str(error.value)
+    with (
+        composing(["recipe=mine", f"runs_dir={tmp_path / 'runs'}"], [tmp_path]) as (_, overrides),
+        pytest.raises(CompactHydraException) as error,
+    ):
+        train_composed(*composed(overrides))
+    file = tmp_path / "recipe" / "mine.yaml"
+    assert f"unknown key recipe.momentun in {file}; did you mean momentum?" in str(error.value)
+    assert not (tmp_path / "runs").exists()

@@ -75,7 +75,7 @@ def test_every_way_a_run_may_stand_is_shown(runs: dict[str, PlannedRun], tmp_pat
     assert ["vgg11", "bn", "–", "–", "–", "?"] in lines
     assert "1 finished, 1 running, 1 interrupted, 1 diverged, 1 failed, 7 missing" in text
     # 20 epochs of the ended, 4 and 5 under way; 36 s, 60 s and, by the pace of its like, 2 x 120 s are left.
-    assert "24 % of 120 epochs; about 6 min of training left; 6 without an epoch to tell the pace by" in text
+    assert "24 % of 120 epochs; about 6 min of training left; 6 of unknown pace" in text
     assert "run  digits/resnet20/l2bn/short,epochs=10/seed0  epoch 5 of 10, 1 min left" in text
     assert "cut  digits/resnet20/bn/short,epochs=10/seed2  epoch 4 of 10, 36 s left" in text
     assert "FAIL digits/resnet20/l2bn/short,epochs=10/seed1\n     RuntimeError: first line\n" in text

@@ -1,6 +1,7 @@
 """The sweeper of this suite, in the package where Hydra looks for plugins; `l2bn.training.sweep` does the work."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -35,6 +36,7 @@ class ResumingSweeper(BasicSweeper):
         assert self.config is not None
         assert self.hydra_context is not None
         runs = plan_sweep(self.config)
+        self.config.hydra.sweep.dir = str(Path(self.config.hydra.sweep.dir).expanduser())
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=HydraContext(config_loader=PlannedJobs(runs), callbacks=self.hydra_context.callbacks),
             task_function=train_planned,
@@ -54,8 +56,6 @@ class ResumingSweeper(BasicSweeper):
 
 def train_planned(config: DictConfig) -> None:
     """Train the run of a sweep's job."""
-    from l2bn.training.run import (
-        train_job,
-    )  # here, because it loads torch, which a sweep with nothing to do need not
+    from l2bn.training.run import train_job  # here, because it loads torch
 
     train_job(config)

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from l2bn.training.interruption import sole_owner
 from l2bn.training.journal import Journal
 from l2bn.training.loop import evaluate
 from l2bn.training.observation import collect
-from l2bn.training.plan import Cell
+from l2bn.training.plan import Cell, check_images
 from l2bn.training.run import OpenedRun, open_run
 from l2bn.training.state import fitting
 
@@ -65,6 +66,7 @@ def _states(run: OpenedRun) -> Iterator[dict[str, Any]]:
 
 
 def _measure(run: OpenedRun, state: dict[str, Any]) -> tuple[FeatureRow, Sample]:
+    check_images(state.get("images"), asdict(run.job.splits.fingerprint), run.job.folder)
     with fitting(run.job.folder):
         run.network.load_state_dict(state["model"])
     classes = run.job.splits.num_classes

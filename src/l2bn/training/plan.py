@@ -10,6 +10,7 @@ import copy
 import hashlib
 import importlib.resources
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -38,6 +39,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from l2bn.errors import UserError
 from l2bn.records import CONFIG, is_plain_name
 from l2bn.training.instantiate import CONFIGS, Builder, check_mapping, is_hidden
+
+log = logging.getLogger(__name__)
 
 ROOT = "train"  # the YAML file that every run is composed from
 GROUPS = ("dataset", "backbone", "norm", "recipe")
@@ -165,6 +168,23 @@ def differences(one: Config, other: Config) -> list[str]:
         for key in sorted(a.keys() | b.keys())
         if a.get(key, missing) != b.get(key, missing)
     ]
+
+
+def check_images(stored: Mapping[str, str | None] | None, present: Mapping[str, str | None], place: Path) -> None:
+    """Raise UserError if a run was made on other images than those present; both are fingerprints.
+
+    Equal files that decode to other pixels, as with another version of a decoder, cause a warning. A run from
+    before there were fingerprints has None.
+    """
+    if stored is None:
+        log.info("%s has no fingerprint of its images: they are not compared with those present", place)
+    elif stored["files"] != present["files"]:
+        raise UserError(
+            f"{place} was made on other images than those present: files, their labels or their contents differ\n"
+            "bring its images back, give these a name of their own by dataset.label=NAME, or move the folder away"
+        )
+    elif stored["pixels"] != present["pixels"]:
+        log.warning("%s was made on the same files decoded to other pixels, by another version of a decoder", place)
 
 
 def _name(choice: str, node: Config, default: Config) -> str:

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from l2bn.data.loader import Loader, check_batch_size
-from l2bn.data.splits import Splits
+from l2bn.data.splits import Fingerprint, Splits
 from l2bn.errors import UserError
 from l2bn.norms.swap import norm_layers, swap_norm
 from l2bn.norms.sync import counterparts
@@ -34,6 +34,7 @@ from l2bn.training.plan import (
     Config,
     PlannedRun,
     Settings,
+    check_images,
     differences,
     identity,
     make_folder,
@@ -76,7 +77,9 @@ def run(planned: PlannedRun) -> Record:
     settings = read_settings(config, builder)
     folder = planned.folder
     record = find_record(folder, config)
-    if record is None:
+    if record is not None:
+        check_ended([(record, planned)])
+    else:
         job = make_job(config, settings, cell, folder, builder)
         if not folder.exists():
             note_other_lengths(planned)
@@ -125,16 +128,42 @@ def find_record(folder: Path, config: Config) -> Record | None:
     return record
 
 
-def _stored_identity(path: Path) -> Config | None:
-    """The identity of the run that a `config.yaml` describes, None where there is no such file."""
-    if not path.exists():
-        return None
+def check_ended(runs: Iterable[tuple[Record, PlannedRun]]) -> None:
+    """Raise UserError if an ended run was made on other images than its configuration names now.
+
+    Images that cannot be read are logged, and the run stands. The data set of several runs is read once.
+    """
+    found: dict[str, Fingerprint | None] = {}
+    for record, planned in runs:
+        if record.images is None:
+            continue
+        key = yaml.safe_dump(planned.config["dataset"])
+        if key not in found:
+            found[key] = _fingerprint(planned)
+        present = found[key]
+        if present is not None:
+            check_images(record.images, asdict(present), record.folder)
+
+
+def _fingerprint(planned: PlannedRun) -> Fingerprint | None:
     try:
-        return identity(yaml.safe_load(path.read_text()))
-    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+        splits: Splits = planned.builder.build(planned.config["dataset"], "dataset", Splits)
+    except UserError as error:
+        log.warning("%s: its images cannot be compared with those present: %s", planned.folder, error)
+        return None
+    return splits.fingerprint
+
+
+def _stored_identity(path: Path) -> Config | None:
+    """The identity in the `config.yaml` of a run; None if there is no such file."""
+    try:
+        return identity(read_config(path)[0])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"{path} is damaged: {error}\nremove this file to go on with the run, whose checkpoints say which "
-            "it is, or move the folder away to train it anew"
+            f"{path} is damaged: {error}\nremove this file to continue the run, whose checkpoints hold its "
+            "identity, or move the folder away to train it again"
         ) from error
 
 
@@ -233,6 +262,7 @@ def evaluate_run(
     state = opened.checkpoints.load(opened.fabric.device)
     if state is None:
         raise UserError(f"{folder} has no checkpoint to evaluate")
+    check_images(state.get("images"), asdict(opened.job.splits.fingerprint), folder)
     with fitting(folder):
         opened.network.load_state_dict(state["model"])
     return evaluate(opened.network, opened.test, opened.job.splits.num_classes, opened.fabric)

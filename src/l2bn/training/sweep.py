@@ -19,6 +19,7 @@ from rich.console import Console
 
 from l2bn.errors import UserError
 from l2bn.processes import SIGNALS
+from l2bn.records import Record
 from l2bn.training.failure import describe
 from l2bn.training.interruption import EXIT_CODE, Interruption, follow_parent
 from l2bn.training.plan import PlannedRun, make_folder
@@ -42,6 +43,7 @@ def run_sweep(runs: Sequence[PlannedRun], launch: Launch) -> int:
     """
     ended_before = {run.folder for run in runs if look(run).ended}
     todo = [run for run in runs if run.folder not in ended_before]
+    _check_images([run for run in runs if run.folder in ended_before])
     _check(todo)
     for folder in dict.fromkeys(Path(run.config["runs_dir"]) for run in todo):
         make_folder(folder)
@@ -71,6 +73,15 @@ def _check(runs: Sequence[PlannedRun]) -> None:
             check(run)
         except UserError as error:
             raise UserError(f"{run.cell}: {error}") from error
+
+
+def _check_images(ended: Sequence[PlannedRun]) -> None:
+    """Raise UserError if a run that has ended was made on other images than those present."""
+    if not ended:
+        return
+    from l2bn.training.run import check_ended  # here, because it takes seconds
+
+    check_ended((Record.read(run.folder), run) for run in ended)
 
 
 def _launch(runs: Sequence[PlannedRun], launch: Launch) -> dict[Path, str]:

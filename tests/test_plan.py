@@ -1,0 +1,279 @@
+"""The plan of a command: what each job of a sweep is composed of, and that this is what is trained."""
+
+import contextlib
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+
+from conftest import ROOT
+from l2bn.errors import UserError
+from l2bn.training import instantiate, plan
+from l2bn.training.plan import PlannedJobs, PlannedRun, compose_sweep, composing, plan_sweep, read_planned
+
+SMALL = ("dataset.subset=64", "dataset.image_size=16", "recipe.epochs=1", "recipe.batch_size=32", "progress=false")
+
+
+def planned(*overrides: str, folders: Sequence[Path] = ()) -> list[PlannedRun]:
+    with composing(overrides, folders) as (_, rest):
+        return plan_sweep(compose_sweep(rest))
+
+
+def mode(*overrides: str) -> RunMode | None:
+    """The mode in which `train.py` without -m issues these overrides."""
+    with composing(overrides) as (composer, rest):
+        return composer.get_mode("train", rest)
+
+
+# A value needs to fit each job, not the default choices.
+
+
+@pytest.mark.parametrize(
+    ("command", "runs"),
+    [
+        ("experiment=cifar_subset dataset.root=X", 6),
+        ("experiment=imagenet_table dataset.root=X", 18),
+        ("experiment=cifar_table dataset.root=X", 80),
+    ],
+)
+def test_an_experiment_takes_the_values_of_its_own_choices(command: str, runs: int) -> None:
+    assert mode(*command.split()) == RunMode.MULTIRUN
+    found = planned(*command.split())
+    assert len(found) == runs
+    assert {run.config["dataset"]["root"] for run in found} == {"X"}
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["dataset=cifar10,cifar100 dataset.root=X", "backbone=timm,torchvision backbone.name=resnet18"],
+)
+def test_a_sweep_takes_the_values_of_its_own_choices(command: str) -> None:
+    assert len(planned(*command.split())) == 2
+
+
+def test_a_value_that_does_not_fit_a_job_is_refused_with_the_job() -> None:
+    with pytest.raises(UserError) as error:
+        planned("dataset=cifar10,digits", "dataset.root=X")
+    assert "Could not override 'dataset.root'" in str(error.value)
+    assert "in the run dataset=digits dataset.root=X" in str(error.value)
+
+
+# Each job is composed as by Hydra's own sweeper.
+
+
+def test_an_interpolation_on_the_command_line_is_each_jobs_own() -> None:
+    runs = planned("recipe.batch_size=32,64", "dataset.subset=${recipe.batch_size}")
+    assert [run.config["dataset"]["subset"] for run in runs] == [32, 64]
+
+
+SWEEPS = [
+    ["norm=bn,l2bn", "recipe.lr=choice(0.1,0.2)", "seed=range(3)"],
+    ["norm=glob(l2bn*)", "norm.eps=1e-3"],
+    ["recipe.batch_size=32,64", "dataset.subset=${recipe.batch_size}"],
+    ["experiment=lr_study", "seed=4"],
+    ["dataset=cifar10,cifar100", "dataset.root=X", "+compute.threads=2", "~dataset.label", "+dataset.label='a, b'"],
+    ["dataset.label='${recipe.epochs} epochs, ${seed}'", "seed=1,2"],
+]
+
+
+@pytest.mark.parametrize("overrides", SWEEPS, ids=lambda overrides: overrides[0])
+def test_each_job_equals_the_one_of_hydras_own_sweeper(overrides: list[str]) -> None:
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    with composing(overrides) as (_, rest):
+        sweep = compose_sweep(rest)
+        loader = GlobalHydra.instance().config_loader()
+        parameters = [f"{key}={value}" for key, value in (sweep.hydra.sweeper.params or {}).items()]
+        parsed = OverridesParser.create(config_loader=loader).parse_overrides([*parameters, *rest])
+        (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+        expected = []
+        for job in jobs:
+            config = loader.load_sweep_config(sweep, job)
+            config = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+            expected.append(OmegaConf.to_container(config, resolve=True))
+        assert [dict(run.config) for run in plan_sweep(sweep)] == expected
+    assert len(expected) > 1 or "experiment=lr_study" not in overrides
+
+
+def test_a_range_has_the_numbers_that_a_user_reads() -> None:
+    runs = planned("recipe.lr=range(0.1,0.5,0.1)")
+    assert [run.config["recipe"]["lr"] for run in runs] == [0.1, 0.2, 0.3, 0.4]
+    assert [run.cell.recipe for run in runs] == ["short", "short,lr=0.2", "short,lr=0.3", "short,lr=0.4"]
+    assert [run.config["seed"] for run in planned("seed=range(1,4)")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("seed=interval(0,3)", ["seed=interval(0,3)", "range("]),
+        ("norm=bn dataset.label='${oc.env:UNSET}'", ["dataset.label", "UNSET", "in the run norm=bn"]),
+        ("norm=bn,l2bn dataset.label='${nothing}'", ["dataset.label", "nothing"]),
+        ("norm=null,bn", ["norm", "list.py"]),
+        ("launcher=basic,joblib", ["one launcher"]),
+        ("hydra.job.name=a,b", ["hydra.job.name=a,b"]),
+        ("~recipe.epochs", ["missing recipe.epochs"]),
+        ("hydra.searchpath=[file:///nowhere]", ["hydra.searchpath", "/nowhere"]),
+        ("hydra.searchpath=/nowhere", ["hydra.searchpath", "list"]),
+    ],
+)
+def test_what_hydra_refuses_is_one_message(given: str, named: list[str]) -> None:
+    with pytest.raises(plan.CompactHydraException) as error:
+        planned(*given.split())
+    for word in named:
+        assert word in str(error.value)
+
+
+# Sweeps over experiments.
+
+
+def test_each_experiment_of_a_sweep_is_expanded() -> None:
+    alone = [*planned("experiment=demo"), *planned("experiment=variance_trap")]
+    together = planned("experiment=demo,variance_trap")
+    assert [(run.folder, run.hash) for run in together] == [(run.folder, run.hash) for run in alone]
+    assert len(together) == 6 + 9
+
+
+def test_a_value_on_the_command_line_holds_in_each_experiment() -> None:
+    assert [run.config["seed"] for run in planned("experiment=demo,eps_study", "seed=5", "norm=bn")] == 5 * [5]
+
+
+# A job is handed what was planned.
+
+
+def handed_over(run: PlannedRun, jobs: PlannedJobs, sweep: object) -> PlannedRun:
+    config = jobs.load_sweep_config(sweep, list(run.overrides))
+    return read_planned(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
+
+
+def test_a_job_gets_its_planned_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = ["norm=bn,l2bn", "seed=0,1", "recipe.lr=0.2", "compute.threads='${oc.decode:${oc.env:CORES,null}}'"]
+    with composing(overrides) as (_, rest):
+        sweep = compose_sweep(rest)
+        runs, jobs = plan_sweep(sweep), PlannedJobs(plan_sweep(sweep))
+    monkeypatch.setenv("CORES", "3")  # of the job's machine
+    for run in runs:
+        got = handed_over(run, jobs, sweep)
+        assert (got.cell, got.hash, got.folder) == (run.cell, run.hash, run.folder)
+        assert got.config == {**run.config, "compute": {**run.config["compute"], "threads": 3}}
+
+
+@contextlib.contextmanager
+def checkout(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of configs/ in the place of the project's own."""
+    configs = folder / "configs"
+    subprocess.run(["cp", "-r", str(ROOT / "configs"), str(configs)], check=True)
+    for module in (instantiate, plan):
+        monkeypatch.setattr(module, "CONFIGS", configs)
+    yield configs
+
+
+def test_an_edit_of_a_yaml_file_reaches_no_job_of_a_planned_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with checkout(tmp_path, monkeypatch) as configs, composing(["norm=bn,l2bn"]) as (_, rest):
+        sweep = compose_sweep(rest)
+        runs = plan_sweep(sweep)
+        jobs = PlannedJobs(runs)
+        (configs / "norm/l2bn.yaml").write_text("scale: [")
+        (configs / "train.yaml").unlink()
+        assert handed_over(runs[1], jobs, sweep).hash == runs[1].hash
+
+
+def test_hidden_and_unfinished_files_stop_no_run_that_does_not_use_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with checkout(tmp_path, monkeypatch) as configs:
+        (configs / "norm/._bn.yaml").write_bytes(b"\x00\x05\x16\x07\xff\xfe")
+        (configs / "norm/wip.yaml").write_text("scale: [")
+        assert [run.cell.norm for run in planned("norm=glob(*bn)")] == ["bn", "l2bn"]
+        assert instantiate.Builder((configs,)).build(
+            {"_target_": "l2bn.norms.bn.convert", "_partial_": True}, "norm"
+        )
+        with pytest.raises(yaml.YAMLError, match=r"norm/wip\.yaml"):
+            planned("norm=wip")
+        (configs / "norm/wip.yaml").write_bytes(b"scale: \xff")
+        with pytest.raises(UserError, match=r"norm/wip\.yaml is not UTF-8"):
+            planned("norm=wip")
+
+
+def test_a_user_file_with_the_name_of_ours_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "norm").mkdir()
+    (tmp_path / "norm/bn.yaml").write_text((ROOT / "configs/norm/bn.yaml").read_text())
+    with pytest.raises(UserError, match=r"norm/bn\.yaml is in .* and in .*; give your own another name"):
+        planned("norm=bn", folders=[tmp_path])
+    assert len(planned("norm=l2bn", folders=[tmp_path])) == 1
+
+
+# The command.
+
+
+@pytest.fixture
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Issue `train.py` in this process and folder; returns all that it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def issue(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        try:
+            runpy.run_path(str(ROOT / "scripts/train.py"), run_name="__main__")
+        except SystemExit as left:
+            out, err = capfd.readouterr()
+            return f"{out}{err}{left.code}"
+        out, err = capfd.readouterr()
+        return out + err
+
+    return issue
+
+
+def test_a_sweep_runs_where_it_was_issued(command: Callable[..., str], tmp_path: Path) -> None:
+    printed = command("-m", *SMALL, "norm=bn", "runs_dir=rel", "hydra.job.chdir=true")
+    assert "sweep: 1 finished" in printed
+    (record,) = (tmp_path / "rel").rglob("summary.json")
+    assert record.relative_to(tmp_path / "rel").parts[1] == "resnet20"
+
+
+def test_a_tilde_is_the_home_folder(
+    command: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for arguments in (("norm=bn",), ("-m", "norm=bn,l2bn")):
+        command(*SMALL, 'runs_dir="~/x"', *arguments)
+    assert len(list((tmp_path / "home/x").rglob("summary.json"))) == 2
+    assert not (tmp_path / "~").exists()
+
+
+def test_another_sweeper_is_refused(command: Callable[..., str]) -> None:
+    printed = command("-m", "norm=bn", "+hydra.sweeper.n_trials=3")
+    assert "cannot be used here" in printed
+    assert "Traceback" not in printed
+
+
+def test_a_longer_run_says_that_it_starts_again(command: Callable[..., str], tmp_path: Path) -> None:
+    command(*SMALL, "norm=bn")
+    printed = command(*SMALL, "norm=bn", "recipe.epochs=2")
+    assert "short,epochs=1/seed0 is an equal run with another number of epochs" in printed
+    assert "equal run" not in command(*SMALL, "norm=bn", "recipe.epochs=2")
+    assert "equal run" not in command(*SMALL, "norm=bn", "recipe.epochs=2", "recipe.lr=0.2")
+
+
+def test_another_program_of_hydra_finds_no_launcher_that_is_not_installed() -> None:
+    """Hydra imports the module of our sweeper in every program."""
+    code = (
+        "import importlib.util, sys\n"
+        "found = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name: None if name.startswith('hydra_plugins.hydra_') else found(name)\n"
+        "import hydra_plugins.l2bn_sweeper\n"
+        "from hydra.core.config_store import ConfigStore\n"
+        "sys.exit('joblib.yaml' in ConfigStore.instance().repo.get('hydra', {}).get('launcher', {}))\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
