@@ -1,6 +1,7 @@
 """The documents: their links lead somewhere, the commands they name exist, and what they promise is tested."""
 
 import re
+import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from hydra._internal.utils import get_args_parser
+from hydra.types import RunMode
 
 import test_bad_input
 import test_checkpoint
@@ -24,7 +27,8 @@ import test_kill
 import test_replay
 import test_security
 import test_training
-from conftest import ROOT
+from conftest import ROOT, composed
+from l2bn.training.plan import compose_sweep, composing, plan_run, plan_sweep
 
 DOCUMENTS = sorted(
     path
@@ -68,6 +72,56 @@ def test_a_target_that_is_none_says_so() -> None:
     done = subprocess.run(["make", "nonsense"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "no target 'nonsense'" in done.stdout
+
+
+# Every command that the documents name: of the scripts that compose a configuration, all runs are composed.
+
+SOURCES = [*ROOT.glob("*.md"), *ROOT.glob("results/**/*.md"), *ROOT.glob("configs/**/*.yaml")]
+SOURCES += [*ROOT.glob("scripts/*.py"), ROOT / "Makefile"]
+
+
+def documented() -> dict[tuple[str, str], str]:
+    """The script and the arguments of each command, and the document that names it."""
+    found = {}
+    for path in SOURCES:
+        text = re.sub(r"\\\n#?\s*", "", path.read_text())
+        for script, line in re.findall(r"python scripts/(\w+)\.py([^`\n]*)", text):
+            arguments = re.split(r" {3}| #| \(| \||\.?\"\"\"|\.$|, |: |\$", line)[0].strip()
+            found[script, arguments] = path.relative_to(ROOT).as_posix()
+    return found
+
+
+COMMANDS = documented()
+assert sum(script == "train" for script, _ in COMMANDS) > 60
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        pytest.param(*command, marks=pytest.mark.slow if "experiment" in command[1] else (), id=" ".join(command))
+        for command in COMMANDS
+    ],
+)
+def test_a_documented_command_is_accepted(script: str, arguments: str) -> None:
+    source = (ROOT / "scripts" / f"{script}.py").read_text()
+    words = shlex.split(arguments)
+    options = {word for word in words if word.startswith("--")}
+    if script == "train":
+        options -= {option for action in get_args_parser()._actions for option in action.option_strings}
+    assert all(f'"{option}"' in source or script == "benchmark" for option in options)
+    overrides = [word for word in words if "=" in word and not word.startswith("-")]
+    if script == "status" and "--experiment" in words:
+        overrides.append(f"experiment={words[words.index('--experiment') + 1]}")
+    if script == "fetch_data":
+        overrides.append(f"dataset={words[0]}")
+    with composing(overrides) as (composer, rest):
+        sweep = script == "status" or "-m" in words or composer.get_mode("train", rest) == RunMode.MULTIRUN
+        if script == "fetch_data":
+            composed(rest)
+        elif sweep:
+            assert len(plan_sweep(compose_sweep(rest))) > 1
+        else:
+            plan_run(*composed(rest))
 
 
 # Each line of the README's "What happens when...", and the tests that show it.

@@ -16,7 +16,7 @@ import pytest
 
 from conftest import TINY, Train, require
 from l2bn.records import Record
-from l2bn.training.identity import Cell
+from l2bn.training.plan import Cell
 from l2bn.training.tensorboard import TITLE, comparison, layout
 from local_slurm import free_port
 
