@@ -1,14 +1,14 @@
-"""Files that are either the old ones or the new ones, whole, whatever happens while they are written."""
+"""Atomic replacement of files: after a crash a file has its old content or its new one."""
 
 import os
 from pathlib import Path
 
 
 def write_durably(path: Path, data: bytes | str) -> None:
-    """Replace a file in one step: write a temporary file beside it, flush it to the disk, rename it.
+    """Replace a file atomically: write a temporary file beside it, flush it to the disk, rename it.
 
     After a crash or a power cut the path holds the old content or the new one, never a mixture. Raises
-    OSError (disk full, read-only folder): then the old file stands and the temporary one is removed.
+    OSError (disk full, read-only folder); then the old file stays and the temporary one is removed.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     content = data.encode() if isinstance(data, str) else data
@@ -25,7 +25,7 @@ def write_durably(path: Path, data: bytes | str) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """A rename is on the disk only once its folder is."""
+    """Flush a folder to the disk, and with it the renames in it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

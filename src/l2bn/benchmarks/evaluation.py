@@ -11,7 +11,7 @@ from l2bn.benchmarks.measure import Action, forget_compiled, interleaved, machin
 from l2bn.benchmarks.report import hardware, prose, write_table
 from l2bn.benchmarks.workload import NETWORKS, NORMS, add_workload_arguments
 from l2bn.norms.swap import swap_norm
-from l2bn.training.allocator import keep_freed_memory
+from l2bn.training.compute import keep_freed_memory
 
 BATCH = {32: 512, 224: 32}  # by image size
 KINDS = {"bn": "BN", "folded": "BN, folded", "l2bn": "L2BN"}

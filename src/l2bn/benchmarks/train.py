@@ -31,8 +31,7 @@ from l2bn.benchmarks.paths import epochs_of, ours, plain, timm
 from l2bn.benchmarks.train_report import write_train_report
 from l2bn.benchmarks.workload import NETWORKS, NORMS, Workload, add_workload_arguments, make_workload
 from l2bn.data.loader import Batch
-from l2bn.training.allocator import free_as_usual, keep_freed_memory
-from l2bn.training.compilation import should_compile
+from l2bn.training.compute import free_as_usual, keep_freed_memory, should_compile
 from l2bn.training.loop import Trainer
 
 STEPS = {32: 10, 224: 6}  # of an epoch, by image size

@@ -12,13 +12,13 @@ from l2bn.analysis.probe import Probe
 from l2bn.errors import UserError
 from l2bn.measurements import FEATURES, FeatureRow, Sample
 from l2bn.records import METRICS, SUMMARY, InvalidRecordError, Record, read_metrics, write_lines
+from l2bn.training.failures import fitting
 from l2bn.training.interruption import sole_owner
 from l2bn.training.journal import Journal
 from l2bn.training.loop import evaluate
 from l2bn.training.observation import collect
 from l2bn.training.plan import Cell, check_images
 from l2bn.training.run import OpenedRun, open_run
-from l2bn.training.state import fitting
 
 log = logging.getLogger(__name__)
 
