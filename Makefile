@@ -77,7 +77,7 @@ bench-tables: setup ## time tables of up to 10,000 records
 
 LOGDIR ?= runs
 tensorboard: setup ## show the curves of all runs in LOGDIR (runs), to this machine alone
-	tensorboard --host 127.0.0.1 --logdir $(LOGDIR)
+	tensorboard --host 127.0.0.1 --logdir "$(LOGDIR)"
 
 # make DATASET-BACKBONE-NORM: any names of configs/, and these short ones.
 cifar := cifar10

@@ -12,8 +12,6 @@ from pathlib import Path
 from rich.console import Console
 
 from l2bn.errors import told_plainly
-from l2bn.training.plan import compose_sweep, composing, find_runs, plan_sweep
-from l2bn.training.status import look, overview
 
 
 def main() -> None:
@@ -24,6 +22,9 @@ def main() -> None:
     parser.add_argument("--config-dir", type=Path, action="append", default=[], help="as for train.py")
     parser.add_argument("-m", "--multirun", action="store_true", help="accepted, as for train.py")
     arguments = parser.parse_intermixed_args()
+    from l2bn.training.plan import compose_sweep, composing, find_runs, plan_sweep
+    from l2bn.training.status import look, overview
+
     overrides = [f"experiment={arguments.experiment}"] if arguments.experiment else []
     overrides += arguments.overrides
     if overrides:

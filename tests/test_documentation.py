@@ -1,6 +1,7 @@
 """The documents: their links lead somewhere, the commands they name exist, and what they promise is tested."""
 
 import re
+import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from hydra._internal.utils import get_args_parser
+from hydra.types import RunMode
 
 import test_bad_input
 import test_checkpoint
@@ -21,10 +24,12 @@ import test_faults
 import test_interruption
 import test_journal
 import test_kill
+import test_plan
 import test_replay
 import test_security
 import test_training
-from conftest import ROOT
+from conftest import ROOT, composed
+from l2bn.training.plan import compose_sweep, composing, plan_run, plan_sweep
 
 DOCUMENTS = sorted(
     path
@@ -68,6 +73,73 @@ def test_a_target_that_is_none_says_so() -> None:
     done = subprocess.run(["make", "nonsense"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "no target 'nonsense'" in done.stdout
+
+
+# Every command that the documents name: of the scripts that compose a configuration, all runs are composed.
+
+SOURCES = [*ROOT.glob("*.md"), *ROOT.glob("results/**/*.md"), *ROOT.glob("configs/**/*.yaml")]
+SOURCES += [*ROOT.glob("scripts/*.py"), ROOT / "Makefile"]
+
+
+def documented() -> dict[tuple[str, str], str]:
+    """The script and the arguments of each command, and the document that names it."""
+    found = {}
+    for path in SOURCES:
+        text = re.sub(r"\\\n#?\s*", "", path.read_text())
+        for script, line in re.findall(r"python scripts/(\w+)\.py([^`\n]*)", text):
+            arguments = re.split(r" {3}| #| \(| \||\.?\"\"\"|\.$|, |: |\$", line)[0].strip()
+            if "--config-dir mine" not in arguments:  # the block that makes this folder has a test below
+                found[script, arguments] = path.relative_to(ROOT).as_posix()
+    return found
+
+
+COMMANDS = documented()
+assert sum(script == "train" for script, _ in COMMANDS) > 60
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        pytest.param(*command, marks=pytest.mark.slow if "experiment" in command[1] else (), id=" ".join(command))
+        for command in COMMANDS
+    ],
+)
+def test_a_documented_command_is_accepted(script: str, arguments: str) -> None:
+    source = (ROOT / "scripts" / f"{script}.py").read_text()
+    words = shlex.split(arguments)
+    options = {word for word in words if word.startswith("--")}
+    if script == "train":
+        options -= {option for action in get_args_parser()._actions for option in action.option_strings}
+    assert all(f'"{option}"' in source or script == "benchmark" for option in options)
+    overrides = [word for word in words if "=" in word and not word.startswith("-")]
+    if script == "status" and "--experiment" in words:
+        overrides.append(f"experiment={words[words.index('--experiment') + 1]}")
+    if script == "fetch_data":
+        overrides.append(f"dataset={words[0]}")
+    with composing(overrides) as (composer, rest):
+        sweep = script == "status" or "-m" in words or composer.get_mode("train", rest) == RunMode.MULTIRUN
+        if script == "fetch_data":
+            composed(rest)
+        elif sweep:
+            assert len(plan_sweep(compose_sweep(rest))) > 1
+        else:
+            plan_run(*composed(rest))
+
+
+@pytest.mark.slow
+def test_the_readmes_own_norm_trains_from_outside_the_repository(tmp_path: Path) -> None:
+    """Run the block itself, in an empty folder with a link to the scripts."""
+    (block,) = re.findall(
+        r"```sh\n(mkdir -p mine/norm\n.*?)```", section("Add a norm, a backbone, a data set"), re.DOTALL
+    )
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    block = block.replace("PYTHONPATH=mine", "PYTHONPATH=mine:$PYTHONPATH")
+    done = subprocess.run(["bash", "-e", "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert "sweep: 2 finished" in done.stdout
+    assert "2 finished\n100 % of 2 epochs" in done.stdout
+    assert "test loss" in done.stdout
+    assert "BN of features that are clipped first." in done.stdout
 
 
 # Each line of the README's "What happens when...", and the tests that show it.
@@ -154,6 +226,16 @@ PROMISES: dict[str, list[Callable[..., Any]]] = {
         test_commands.test_a_mistake_that_hydra_meets_is_one_message_too,
         test_commands.test_a_wrong_argument_is_named,
     ],
+    "an override fits only some runs of a sweep": [
+        test_plan.test_a_value_that_does_not_fit_a_job_is_refused_with_the_job,
+        test_plan.test_an_experiment_takes_the_values_of_its_own_choices,
+        test_plan.test_each_job_equals_the_one_of_hydras_own_sweeper,
+    ],
+    "a YAML file is edited, broken or hidden": [
+        test_plan.test_an_edit_of_a_yaml_file_reaches_no_job_of_a_planned_sweep,
+        test_plan.test_hidden_and_unfinished_files_stop_no_run_that_does_not_use_them,
+    ],
+    "the number of epochs of a finished run is changed": [test_plan.test_a_longer_run_says_that_it_starts_again],
     "somebody's record is replayed or published": [
         test_replay.test_a_malicious_record_runs_nothing,
         test_replay.test_a_yaml_that_would_make_objects_makes_none,

@@ -384,3 +384,18 @@ def test_the_script_prints_one_group_of_the_list(
     printed = capsys.readouterr().out
     assert all(re.search(rf"^{name} ", printed, re.MULTILINE) for name in NAMES["norm"])
     assert not re.search(rf"^{NAMES['recipe'][0]} ", printed, re.MULTILINE)
+
+
+def test_what_cannot_be_used_is_one_line_of_the_list(tmp_path: Path) -> None:
+    (tmp_path / "backbone").mkdir()
+    (tmp_path / "norm").mkdir()
+    (tmp_path / "backbone/broken.yaml").write_text("# Mine\n_target_: no_such_module.net\n")
+    (tmp_path / "norm/wip.yaml").write_text("# Mine\nscale: [\n")
+    (tmp_path / "norm/latin.yaml").write_bytes(b"# \xff\n")
+    (tmp_path / "norm/._bn.yaml").write_bytes(b"\x00\xff")
+    text = overview(("backbone", "norm"), 200, [CONFIGS, tmp_path]).plain
+    assert re.search(r"^broken +cannot be used: .*No module named 'no_such_module'", text, re.MULTILINE)
+    assert re.search(r"^wip +cannot be used: ", text, re.MULTILINE)
+    assert re.search(r"^latin +cannot be used: ", text, re.MULTILINE)
+    assert "._bn" not in text
+    assert all(re.search(rf"^{name} ", text, re.MULTILINE) for name in [*NAMES["backbone"], *NAMES["norm"]])

@@ -7,6 +7,7 @@ checkpoints (`test_checkpoint.py`), targets and objects in a record's YAML (`tes
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import time
@@ -25,7 +26,7 @@ from test_records import written
 
 SECRET = "correct-horse-battery-staple"
 FACTS = {
-    *("time", "commit", "dirty", "python", "packages", "system", "processor", "device", "cuda", "cudnn"),
+    *("time", "commit", "dirty", "source", "python", "packages", "system", "processor", "device", "cuda", "cudnn"),
     *("cpu_capability", "threads", "deterministic", "kernels"),
 }
 
@@ -144,11 +145,13 @@ def listening(pid: int) -> set[str]:
 
 
 def test_tensorboard_is_there_for_this_machine_alone(tmp_path: Path) -> None:
-    """The very command of `make tensorboard`, on a port that is free."""
-    make = ["make", "--dry-run", "--no-print-directory", "tensorboard", f"LOGDIR={tmp_path}"]
+    """The command of `make tensorboard` itself, on a free port, for a folder with a space in its name."""
+    (tmp_path / "my runs").mkdir()
+    make = ["make", "--dry-run", "--no-print-directory", "tensorboard", f"LOGDIR={tmp_path / 'my runs'}"]
     printed = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    command = [*printed.splitlines()[-1].split(), "--port", "0"]
+    command = [*shlex.split(printed.splitlines()[-1]), "--port", "0"]
     assert command[0] == "tensorboard"
+    assert command[-3] == str(tmp_path / "my runs")
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         deadline = time.monotonic() + 120

@@ -19,7 +19,7 @@ from conftest import ROOT
 from l2bn.records import CONFIG, METRICS, SUMMARY, Record
 from l2bn.training.failures import note_failure
 from l2bn.training.interruption import LOCK, sole_owner
-from l2bn.training.plan import PlannedRun, compose_sweep, find_runs, plan_sweep
+from l2bn.training.plan import PlannedRun, compose_sweep, composing, find_runs, plan_sweep
 from l2bn.training.status import duration, look, overview
 from synthetic_records import write_run
 
@@ -140,7 +140,7 @@ def test_a_folder_with_another_run_in_it_is_no_result(
     other.folder.rename(run.folder)
     if ended:
         end(tmp_path, run, identity=other.hash)
-        (run.folder / CONFIG).write_text(yaml.safe_dump(dict(other.config)))
+        (run.folder / CONFIG).write_text(yaml.safe_dump({**other.config, "cell": vars(other.cell)}))
     outcome = look(run)
     assert outcome.standing == "failed"
     assert "another run, with another backbone._target_" in outcome.message
@@ -162,6 +162,50 @@ def test_durations_are_in_words(seconds: float | None, words: str) -> None:
     assert duration(seconds) == words
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in (ROOT / "configs/experiment").glob("*.yaml")))
+def test_the_grid_of_any_experiment_is_readable_in_80_columns(experiment: str) -> None:
+    choices = (ROOT / "configs/experiment" / f"{experiment}.yaml").read_text()
+    root = ["dataset.root=X"] if re.search(r"dataset: (cifar|image)", choices) else []
+    with composing([f"experiment={experiment}", *root]) as (_, rest):
+        check_readable(plan_sweep(compose_sweep(rest)))
+
+
+@pytest.mark.parametrize("seeds", [1, 5, 6, 7, 20, 156])
+def test_the_grid_of_any_number_of_seeds_is_readable_in_80_columns(seeds: int) -> None:
+    with composing(["norm=bn,l2bn", "backbone=resnet20,mobilenetv2_x0_5", f"seed=range({seeds})"]) as (_, rest):
+        runs = plan_sweep(compose_sweep(rest))
+    text = check_readable(runs)
+    header = text.splitlines()[1]
+    assert ("seed 0" in header) != ("missing" in header)
+    if seeds >= 20:
+        assert re.search(rf"^digits +mobilenetv2_x0_5 +bn +{seeds} +\?$", text, re.MULTILINE)
+
+
+def check_readable(runs: Sequence[PlannedRun]) -> str:
+    """Every name, and the standing of every run, must be seen in 80 columns."""
+    text = shown(runs, width=80)
+    assert max(map(len, text.splitlines())) <= 80
+    words = text.split()
+    for name in {run.cell.norm for run in runs} | {run.cell.backbone for run in runs}:
+        assert name in text.replace("\n", "") or any(name.startswith(word) for word in words if len(word) > 3), name
+    header = text.splitlines()[1]
+    rows = {(run.folder.parent, run.cell.norm) for run in runs}
+    assert text.count("–") == len(runs) if "seed" in header else header.count("missing") == 1
+    assert text.count("?") == len(rows)
+    return text
+
+
+def test_many_runs_that_say_the_same_are_listed_in_part(tmp_path: Path) -> None:
+    with composing(["norm=bn", "seed=range(30)", f"runs_dir={tmp_path}"]) as (_, rest):
+        runs = plan_sweep(compose_sweep(rest))
+    for run in runs:
+        note_failure(run.folder, RuntimeError("the same"))
+    text = shown(runs, width=80)
+    assert text.count("FAIL digits") == 10
+    assert "     and 20 more\n     RuntimeError: the same\n" in text
+
+
 def status(*arguments: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, str(ROOT / "scripts" / "status.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -173,6 +217,14 @@ def test_the_command_shows_an_experiment(tmp_path: Path) -> None:
     assert "recipe cosine_200" in done.stdout
     assert "20 missing" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 120
+
+
+def test_the_command_takes_what_train_takes(tmp_path: Path) -> None:
+    done = status("-m", "norm=bn,l2bn", "seed=range(0,3)", "--runs", str(tmp_path / "my runs"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{tmp_path}/my runs, recipe short")
+    assert "6 missing" in done.stdout
+    assert "No run here yet" in status("--runs", str(tmp_path)).stdout
 
 
 def test_the_command_tells_a_mistake_without_a_traceback() -> None:

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from l2bn.training.identity import Cell
 
 from conftest import TINY, Train, require
 from l2bn.records import Record
 from l2bn.training.journal import TITLE, comparison, layout
+from l2bn.training.plan import Cell
 from local_slurm import free_port
 
 SMALL = ("dataset.subset=64", "dataset.validation=0.05", "recipe.epochs=2", *TINY[1:])

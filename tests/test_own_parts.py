@@ -1,0 +1,116 @@
+"""A user's own parts from outside the repository: found wherever a run is planned, trained or opened."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import ROOT
+from l2bn.errors import UserError
+from l2bn.training.plan import compose_sweep, composing, plan_sweep
+from l2bn.training.run import check, evaluate_run, replay
+
+MODULE = """
+from torch import nn
+
+from l2bn.data.digits import digits
+
+def data(**common):
+    return digits(**common)
+
+def network(num_classes: int, width: int = 8, **others: "not importable") -> nn.Module:
+    layers = nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(width, num_classes))
+
+def convert(bn: nn.Module, limit: float) -> nn.Module:
+    return nn.Sequential(nn.Hardtanh(-limit, limit), bn)
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a part of each kind, whose module can be imported here and in processes started from here."""
+    folder = tmp_path / "mine"
+    files = {
+        "norm/clipped": {"defaults": ["_base"], "limit": 3.0},
+        "norm/_base": {"_target_": "own_parts.convert", "_partial_": True},
+        "backbone/tiny": {"_target_": "own_parts.network", "width": 4},
+        "dataset/mine": yaml.safe_load((ROOT / "configs/dataset/digits.yaml").read_text())
+        | {"_target_": "own_parts.data", "label": "Mine"},
+        "recipe/quick": yaml.safe_load((ROOT / "configs/recipe/short.yaml").read_text()) | {"epochs": 1},
+    }
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.yaml").write_text("# Mine.\n" + yaml.safe_dump(content))
+    (folder / "experiment").mkdir()
+    parameters = {"dataset": "mine", "backbone": "tiny", "norm": "bn,clipped", "recipe": "quick"}
+    experiment = {"runs_dir": str(tmp_path / "runs"), "progress": False, "dataset": {"subset": 64}}
+    experiment |= {"hydra": {"mode": "MULTIRUN", "sweeper": {"params": parameters}}}
+    text = "# @package _global_\n# Mine.\n" + yaml.safe_dump(experiment)
+    (folder / "experiment/both.yaml").write_text(text)
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules/own_parts.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'modules'}:{os.environ.get('PYTHONPATH', '')}")
+    return folder
+
+
+def script(name: str, *arguments: object, code: int = 0) -> str:
+    command = [sys.executable, ROOT / "scripts" / f"{name}.py", *arguments]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=900)
+    assert done.returncode == code, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("by", ["--config-dir", "hydra.searchpath"])
+def test_own_parts_are_planned_and_checked(by: str, mine: Path) -> None:
+    overrides = ["experiment=both"] + ([f"hydra.searchpath=[file://{mine}]"] if by == "hydra.searchpath" else [])
+    with composing(overrides, [mine] if by == "--config-dir" else []) as (_, rest):
+        runs = plan_sweep(compose_sweep(rest))
+    assert [str(run.cell) for run in runs] == [
+        f"mine,subset=64/tiny/{norm}/quick/seed0" for norm in ("bn", "clipped")
+    ]
+    for run in runs:
+        check(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_own_parts_are_trained_and_opened_again(launcher: str, mine: Path, tmp_path: Path) -> None:
+    given = ["--config-dir", mine]
+    assert "sweep: 2 finished" in script("train", *given, "experiment=both", f"launcher={launcher}")
+    assert "2 finished" in script("status", *given, "--experiment", "both")
+    for group, name in (("norm", "clipped"), ("backbone", "tiny"), ("dataset", "mine"), ("recipe", "quick")):
+        assert f"\n{name} " in script("list", group, *given)
+    assert "64 images to train on" in script("fetch_data", "mine", "dataset.subset=64", *given)
+    (summary,) = (tmp_path / "runs").rglob("clipped/*/*/summary.json")
+    run = summary.parent
+    result = json.loads(summary.read_text())["last"]
+    assert evaluate_run(run, "cpu", config_dirs=[mine])[:2] == (result["test/loss"], result["test/top1"])
+    assert "top-1" in script("evaluate", *given, run)
+    assert replay(run, str(tmp_path / "again"), config_dirs=[mine]).last["test/loss"] == result["test/loss"]
+    # A stranger's record runs nothing that the user has not named.
+    with pytest.raises(
+        UserError, match=r"own_parts\.\w+, which stands there in no YAML file of configs/; .*--config-dir"
+    ):
+        replay(run, str(tmp_path / "third"))
+    assert "Traceback" not in script("evaluate", run, code=1)
+    assert not (tmp_path / "third").exists()
+
+
+def test_a_folder_that_is_missing_is_named(tmp_path: Path) -> None:
+    for name, *arguments in (
+        ("train", "norm=bn"),
+        ("list",),
+        ("status", "norm=bn"),
+        ("evaluate", tmp_path),
+        ("replay", tmp_path),
+        ("fetch_data", "digits"),
+    ):
+        printed = script(name, *arguments, "--config-dir", tmp_path / "nowhere", code=1)
+        assert f"--config-dir: there is no folder {tmp_path / 'nowhere'}" in printed
+        assert "Traceback" not in printed
