@@ -49,7 +49,7 @@ import torch
 from torch import Tensor
 
 from l2bn.analysis.moments import OCTAVES, Moments
-from l2bn.measurements import BINS_AN_OCTAVE, MEASURES, Measures
+from l2bn.records import BINS_PER_OCTAVE, MEASURES, Measures
 
 RANK_TOLERANCE = 1e-10
 """Eigenvalues of a covariance below this share of the largest count as 0 where one is inverted."""
@@ -69,7 +69,7 @@ def histogram(moments: Moments) -> dict[str, object]:
     occupied = moments.histogram.nonzero().flatten().tolist() or [0]
     low, high = occupied[0], occupied[-1] + 1
     counts = [int(count) for count in moments.histogram[low:high].tolist()]
-    return {"first": low - OCTAVES * BINS_AN_OCTAVE, "counts": counts}
+    return {"first": low - OCTAVES * BINS_PER_OCTAVE, "counts": counts}
 
 
 class Geometry:

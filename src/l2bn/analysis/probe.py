@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from l2bn.analysis.features import histogram, measure
 from l2bn.analysis.moments import Moments, pooled
-from l2bn.measurements import SIDES, FeatureRow, Sample
+from l2bn.records import SIDES, FeatureRow, Sample
 
 SAMPLED_CLASSES = 20
 SAMPLED_IMAGES = 50  # of each of them

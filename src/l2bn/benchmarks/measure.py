@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._C._profiler import _EventType
 from torch.profiler._utils import traverse_dfs
 
-from l2bn.durable import write_durably
+from l2bn.records import write_durably
 from l2bn.training.environment import describe_environment
 
 Action = Callable[[], Any]

@@ -6,7 +6,7 @@ from statistics import geometric_mean
 from textwrap import fill
 from typing import Any
 
-from l2bn.durable import write_durably
+from l2bn.records import write_durably
 
 Cell = dict[str, Any]
 
