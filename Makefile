@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup demo test test-all test-services lint list tables figures claims bench bench-norm bench-step bench-train bench-data bench-tables tensorboard
+.PHONY: help setup demo test test-all test-services lint list tables figures claims bench bench-norm bench-step bench-train bench-data tensorboard
 
 help: ## what there is
 	@echo "make TARGET, or make DATASET-BACKBONE-NORM to train, e.g. make cifar-resnet-l2bn ARGS='seed=1'"
@@ -66,14 +66,11 @@ bench-step: setup ## time whole training steps with BN and with L2BN
 bench-train: setup ## images a second in training and evaluation, beside the plain loop; several runs at once
 	$(BENCH) train $(MADE)/train.json $(ARGS)
 	$(BENCH) evaluation $(MADE)/evaluation.json
-	$(BENCH) together $(MADE)/together.json
+	$(BENCH) train --together 2 $(MADE)/together.json
 	$(BENCH) floor $(MADE)/floor.json
 
 bench-data: setup ## images a second of the data pipelines alone
 	$(BENCH) data $(MADE)/data.json $(ARGS)
-
-bench-tables: setup ## time tables of up to 10,000 records
-	python scripts/benchmark.py tables --json results/benchmarks/tables.json
 
 LOGDIR ?= runs
 tensorboard: setup ## show the curves of all runs in LOGDIR (runs), to this machine alone

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
+from l2bn.backbones.cost import count_multiply_adds
+from l2bn.benchmarks import together
 from l2bn.benchmarks.measure import (
     Action,
     forget_compiled,
@@ -120,12 +121,12 @@ def one_step_of(trainer: Trainer) -> Action:
 
 
 def flops_of(workload: Workload) -> int:
-    """Of convolutions and matrix products, for one image: two for a factor and its sum. Backward counts twice what
-    forward does, since each product has two gradients. (torch's counter takes a depthwise convolution's backward
-    for that of a full one.)"""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        workload.build("bn").eval()(torch.zeros(1, 3, workload.size, workload.size))
-    return 3 * counter.get_total_flops()
+    """Floating-point operations of convolutions and matrix products in a training step of one image.
+
+    Two for a multiply-add. Backward counts twice, since each product has two gradients (torch's counter takes a
+    depthwise convolution's backward for that of a full one).
+    """
+    return 3 * 2 * count_multiply_adds(workload.build("bn"), workload.size)
 
 
 def matrix_product_rates(device: torch.device, seconds: float = 3.0) -> dict[str, float]:
@@ -220,11 +221,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, help="images a step (default: 128 at 32x32, 32 at 224x224)")
     parser.add_argument("--seconds", type=float, default=60.0, help="measuring time of a network (default: 60)")
     parser.add_argument("--rounds", type=int, default=5, help="fewest epochs of each path (default: 5)")
+    parser.add_argument(
+        "--together",
+        type=int,
+        nargs="+",
+        metavar="RUNS",
+        help="instead, images/s of so many runs side by side and of one alone, of the first norm",
+    )
     parser.add_argument("--profile", type=Path, help="instead, write a trace of the first network's steps here")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Raises UserError. With --json, the networks measured before in the same setting keep their rows."""
+    if arguments.together:
+        together.run(arguments)
+        return
     device = torch.device(arguments.device)
     workloads = (
         make_workload(name, arguments.root, STEPS[NETWORKS[name][1]], arguments.batch)
