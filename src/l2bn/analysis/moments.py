@@ -1,4 +1,4 @@
-"""Sums over images from which every measure of their features follows: one pass, and memory for sums alone.
+"""Sums over images from which every measure of their features is computed, in one pass over the images.
 
 Letters: N images of a batch, K classes, d features, B bins of a histogram.
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from l2bn.records import BINS_PER_OCTAVE
 
-OCTAVES = 64  # norms from 2^-64 to 2^64 are told apart
+OCTAVES = 64  # norms are resolved from 2^-64 to 2^64
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ STEPS = 10  # of an epoch
 def one_of_several(
     index: int, arguments: argparse.Namespace, network: str, runs: int, started: Any, times: Any
 ) -> None:
-    """A process with a run of its own: warm it up, wait for the others, and train for some epochs."""
+    """Train one of several runs in this process: warm up, wait for the others, then train for some epochs."""
     device = torch.device(arguments.device)
     threads = max(1, (arguments.threads or os.cpu_count() or 1) // runs)
     workload = make_workload(network, arguments.root, STEPS, arguments.batch)
@@ -40,7 +40,7 @@ def one_of_several(
 
 
 def images_per_second(arguments: argparse.Namespace, network: str, runs: int) -> list[float]:
-    """Of each of several runs that train at the same time."""
+    """Images/s of each of several runs that train at the same time."""
     context = multiprocessing.get_context("spawn")
     times, started = context.Array("d", runs), context.Barrier(runs)
     spawn(one_of_several, (arguments, network, runs, started, times), nprocs=runs)  # type: ignore[no-untyped-call]
@@ -49,14 +49,14 @@ def images_per_second(arguments: argparse.Namespace, network: str, runs: int) ->
 
 
 EXPLANATION = """
-So many runs of one network train at the same time, each in a process of its own; on a CPU each has its share of the
-cores. ×: all of them against one run that has the machine alone.
+Runs of one network train at the same time, each in its own process; on a CPU the cores are divided among them.
+×: their images/s together, relative to one run that has the machine alone.
 """
 
 
 def together_table(result: dict[str, Any]) -> str:
     lines = [
-        "# Several runs at once: images a second",
+        "# Several runs side by side: images/s",
         "",
         f"{hardware(result)}.",
         "",
