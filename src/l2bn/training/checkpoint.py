@@ -19,8 +19,8 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
-from l2bn.durable import write_durably
 from l2bn.errors import UserError
+from l2bn.records import write_durably
 from l2bn.training.failures import fitting
 from l2bn.training.loop import Position, Totals
 from l2bn.training.plan import Config, check_images, differences
