@@ -10,7 +10,7 @@ STEPS = """
 import resource
 import torch
 from torch import nn
-from l2bn.training.allocator import free_as_usual, keep_freed_memory
+from l2bn.training.compute import free_as_usual, keep_freed_memory
 for rule in {rules}:
     assert rule()
 x = torch.randn(32, 64, 72, 72, requires_grad=True)  # 42 MB

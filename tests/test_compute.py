@@ -15,12 +15,11 @@ from torch import nn
 
 from conftest import ROOT, TINY, Train
 from l2bn.errors import UserError
-from l2bn.measurements import FEATURES
 from l2bn.norms.l2bn import convert
 from l2bn.norms.swap import swap_norm
+from l2bn.records import FEATURES
 from l2bn.training import compilation
-from l2bn.training.compilation import UPDATES, should_compile
-from l2bn.training.compute import Compute
+from l2bn.training.compute import UPDATES, Compute, should_compile
 from l2bn.training.instantiate import Builder
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -22,7 +22,7 @@ from PIL import Image
 from conftest import ROOT, TINY, AtUpdate, Train, decoding, require
 from l2bn.errors import UserError
 from l2bn.records import SUMMARY, read_records
-from l2bn.training.faults import explain_faults
+from l2bn.training.failures import explained
 from test_training import EPOCHS, drawn, equal, results, weights
 
 EXHAUSTED = [
@@ -157,12 +157,12 @@ def test_a_device_out_of_memory(train: Train, at_update: AtUpdate, tmp_path: Pat
 
 @pytest.mark.parametrize("error", EXHAUSTED, ids=lambda error: type(error).__name__)
 def test_memory_that_runs_out_is_told_in_every_dialect(error: Exception, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="out of memory"), explain_faults("run", tmp_path):
+    with pytest.raises(UserError, match="out of memory"), explained("run", tmp_path):
         raise error
 
 
 def test_another_error_is_not_explained_away(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="shapes differ"), explain_faults("run", tmp_path):
+    with pytest.raises(RuntimeError, match="shapes differ"), explained("run", tmp_path):
         raise RuntimeError("shapes differ")
 
 

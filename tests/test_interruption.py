@@ -381,7 +381,7 @@ def test_a_second_process_leaves_the_run_to_the_first(tmp_path: Path) -> None:
         second = start(tmp_path, *LONG)
         output, _ = second.communicate(timeout=120)
         assert second.returncode == 1
-        assert "another process is at work on" in output
+        assert "another process is training the run in" in output
         assert "Traceback" not in output
         assert first.poll() is None
 

@@ -24,9 +24,8 @@ from l2bn.data.splits import Fingerprint, Images, Splits
 from l2bn.norms.l2bn import convert
 from l2bn.norms.swap import swap_norm
 from l2bn.seeding import generator
-from l2bn.training.agreement import Agreement
 from l2bn.training.compute import Compute
-from l2bn.training.loop import Position, Trainer
+from l2bn.training.loop import DelayedMin, Position, Trainer
 from l2bn.training.optim import MultiStep, Recipe
 
 STEPS, BATCH, SIZE, SEED, EPOCH = 20, 8, 12, 0, 1
@@ -213,8 +212,8 @@ def test_a_compiled_network_has_the_losses_of_the_plain_loop(norm: str, small: b
 def on_two_devices(fabric: Fabric, folder: Path) -> None:
     placing = compute(devices=2, sync_bn=True)
     placing.set_up()
-    agreement = Agreement()
-    answers = [agreement.ask(torch.tensor(float(10 * question + fabric.global_rank))) for question in range(3)]
+    minimum = DelayedMin()
+    answers = [minimum(torch.tensor(float(10 * call + fabric.global_rank))) for call in range(3)]
     torch.save(answers, folder / f"answers{fabric.global_rank}.pt")
     for norm in ("bn", "l2bn"):
         made = trainer(fabric, placing, Net(norm, torch.float64), 0.05)
@@ -251,16 +250,16 @@ def test_two_devices_with_joint_statistics_equal_one(norm: str, two_devices: Pat
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_processes_agree_one_question_later(rank: int, two_devices: Path) -> None:
+def test_processes_get_the_minimum_one_call_later(rank: int, two_devices: Path) -> None:
     assert torch.load(two_devices / f"answers{rank}.pt") == [None, 0, 10]
 
 
-def test_alone_one_agrees_with_oneself_one_question_later() -> None:
-    agreement, number = Agreement(), torch.tensor(3.0)
-    assert agreement.ask(number) is None
+def test_one_process_gets_its_number_one_call_later() -> None:
+    minimum, number = DelayedMin(), torch.tensor(3.0)
+    assert minimum(number) is None
     number.fill_(4.0)  # the answer is what the number was when it was asked for
-    assert agreement.ask(number) == 3
-    assert agreement.ask(number) == 4
+    assert minimum(number) == 3
+    assert minimum(number) == 4
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

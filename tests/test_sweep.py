@@ -22,8 +22,8 @@ from conftest import ROOT, TINY
 from l2bn.errors import UserError
 from l2bn.records import ENVIRONMENT, SUMMARY, read_records
 from l2bn.training import session, sweep
-from l2bn.training.failure import FAILURE
-from l2bn.training.interruption import EXIT_CODE, LOCK, is_owned
+from l2bn.training.failures import FAILURE
+from l2bn.training.interruption import EXIT_CODE, LOCK, is_owned, sole_owner
 from l2bn.training.plan import compose_sweep, plan_sweep
 from test_training import stop_after
 
@@ -178,7 +178,7 @@ def test_what_fails_without_a_folder_is_noted_too(multirun: Sweep, tmp_path: Pat
 def test_a_run_that_another_process_has_is_no_failure(multirun: Sweep, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / CELL / "seed1"
     folder.mkdir(parents=True)
-    with session.sole_owner(folder):
+    with sole_owner(folder):
         assert is_owned(folder)
         code, printed = multirun(*FOUR)
     assert not is_owned(folder)

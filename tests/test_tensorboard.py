@@ -16,8 +16,8 @@ import pytest
 
 from conftest import TINY, Train, require
 from l2bn.records import Record
+from l2bn.training.journal import TITLE, comparison, layout
 from l2bn.training.plan import Cell
-from l2bn.training.tensorboard import TITLE, comparison, layout
 from local_slurm import free_port
 
 SMALL = ("dataset.subset=64", "dataset.validation=0.05", "recipe.epochs=2", *TINY[1:])

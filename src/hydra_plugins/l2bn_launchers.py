@@ -131,7 +131,7 @@ class SlurmLauncher(_JobLauncher):
     """Submits jobs to Slurm through submitit, and waits until all have ended."""
 
     def __init__(self, **options: Any) -> None:
-        self.options = {
+        self.options: dict[str, Any] = {
             key: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
             for key, value in options.items()
         }
@@ -167,6 +167,8 @@ def _failure(job: Any) -> str | None:
 
 
 def _returned(failure: str | None) -> JobReturn:
+    from l2bn.errors import UserError
+
     if failure is None:
         return JobReturn(status=JobStatus.COMPLETED)
-    return JobReturn(status=JobStatus.FAILED, _return_value=RuntimeError(failure))
+    return JobReturn(status=JobStatus.FAILED, _return_value=UserError(failure))

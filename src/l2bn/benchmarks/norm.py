@@ -22,7 +22,7 @@ from l2bn.backbones.vgg import vgg
 from l2bn.benchmarks.measure import Action, copy_of, interleaved, machine, peak_memory, write_json
 from l2bn.benchmarks.report import write_norm_report
 from l2bn.norms.l2bn import L2BatchNorm2d
-from l2bn.training.allocator import keep_freed_memory
+from l2bn.training.compute import keep_freed_memory
 
 LAYERS: dict[str, Callable[[int], nn.Module]] = {
     "bn": nn.BatchNorm2d,
@@ -78,7 +78,7 @@ def compiled_alone(layer: nn.Module) -> Callable[[Tensor], Tensor]:
     """The layer as part of a compiled model, whose layers are traced once each, at the sizes that they have there.
 
     Its code object, and so Dynamo's count of recompilations, is its own. Left to itself, Dynamo would take a size
-    that differs from the last cell's for one that varies.
+    that differs from the last cell's for a dynamic one.
     """
 
     def call(x: Tensor) -> Tensor:

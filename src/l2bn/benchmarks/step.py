@@ -21,7 +21,7 @@ from l2bn.benchmarks.norm import CALLERS, LAYOUTS, NETWORKS
 from l2bn.benchmarks.report import write_step_report
 from l2bn.norms.l2bn import convert
 from l2bn.norms.swap import swap_norm
-from l2bn.training.allocator import keep_freed_memory
+from l2bn.training.compute import keep_freed_memory
 
 NORMS: dict[str, Callable[[Any], nn.Module]] = {
     "bn": lambda bn: bn,

@@ -1,8 +1,8 @@
-"""Checkpoints that survive a crash at any instant.
+"""Checkpoints that survive a crash at any instant, and the state of a run that they hold.
 
-A checkpoint is written beside the others and renamed, so it is whole or not there; its name carries its place
-in the run and a checksum of its content. The last two that are whole are kept, so that a damaged newest one costs
-an interval and not the run.
+A checkpoint is written to a temporary file and renamed, so that it is complete or absent. Its name holds its
+position in the run and a checksum of its content. The last two intact ones are kept, so that a damaged newest one
+costs one interval and not the run.
 """
 
 import hashlib
@@ -14,10 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
+from lightning_fabric import Fabric
+from torch import nn
 
-from l2bn.durable import write_durably
 from l2bn.errors import UserError
+from l2bn.records import write_durably
+from l2bn.training.failures import fitting
+from l2bn.training.loop import Position, Totals
+from l2bn.training.plan import Config, check_images, differences
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +32,11 @@ _NAME = re.compile(r"epoch(?P<epoch>\d+)-step(?P<step>\d+)\.(?P<digest>[0-9a-f]{
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointPolicy:
-    """When checkpoints are written: after every epoch, and also after every so many updates (0 for never) of a
-    long one. Those after the epochs in `keep_epochs` are kept for good."""
+    """The schedule of checkpoints: one after every epoch, and one every `every_steps` steps within an epoch.
+
+    every_steps: 0 for none within an epoch.
+    keep_epochs: the epochs, counted from 1, whose checkpoints are never deleted.
+    """
 
     every_steps: int = 1000
     keep_epochs: list[int] = field(default_factory=list)
@@ -39,43 +48,43 @@ class CheckpointPolicy:
             raise ValueError(f"keep_epochs are counted from 1; got {self.keep_epochs}")
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint is due after this many updates of an epoch."""
+        """Return whether a checkpoint is due after this many steps of an epoch."""
         return self.every_steps > 0 and step % self.every_steps == 0
 
 
 class Checkpoints:
-    """The checkpoints of one run, in their folder."""
+    """The checkpoint files of one run, in their folder."""
 
     def __init__(self, folder: Path, keep_epochs: list[int]) -> None:
         self.folder = folder
         self.keep_epochs = keep_epochs
-        self._last: Path | None = None  # what this process has written or loaded last, and so is whole
+        self._last: Path | None = None  # the last one written or loaded by this process, and therefore intact
 
     def save(self, epoch: int, step: int, state: dict[str, Any]) -> None:
-        """Write the state after `epoch` whole epochs and `step` updates more, then drop those no longer needed.
+        """Write the state after `epoch` epochs and `step` more steps, then delete checkpoints no longer needed.
 
-        What was written or loaded before stays beside it. Those of later places, which `load` has passed over as
-        damaged, stay until the run has come to them again.
+        The one written or loaded before is kept. Damaged ones of later positions, which `load` has skipped, are
+        kept until the run reaches these positions again.
         """
         self.folder.mkdir(exist_ok=True)
-        for cut_off in self.folder.glob(".*.tmp"):  # a kill during an earlier write has left it
-            cut_off.unlink()
+        for partial in self.folder.glob(".*.tmp"):  # left by a kill during an earlier write
+            partial.unlink()
         buffer = io.BytesIO()
         torch.save(state, buffer)
         data = buffer.getvalue()
         path = self.folder / f"epoch{epoch:04d}-step{step:07d}.{_digest(data)}.pt"
         write_durably(path, data)
         for old in self.paths():
-            passed = _place(old) < (epoch, step) and not self._is_kept(old)
-            replaced = _place(old) == (epoch, step)
-            if (passed or replaced) and old not in (path, self._last):
+            earlier = _position(old) < (epoch, step) and not self._is_kept(old)
+            replaced = _position(old) == (epoch, step)
+            if (earlier or replaced) and old not in (path, self._last):
                 old.unlink()
         self._last = path
 
     def load(self, device: torch.device) -> dict[str, Any] | None:
-        """The newest state that is whole, or None where there is none yet.
+        """Return the newest intact state, or None if there is no checkpoint.
 
-        Raises UserError, and deletes nothing, if all of the last ones are damaged.
+        Raises UserError, and deletes nothing, if all checkpoints are damaged.
         """
         damaged = []
         for path in reversed(self.paths()):
@@ -97,29 +106,29 @@ class Checkpoints:
 
     @staticmethod
     def read(path: Path, device: torch.device) -> dict[str, Any]:
-        """The state in one file. Raises ValueError saying why, if it is damaged."""
+        """Return the state in one file. Raises ValueError with the reason if it is damaged."""
         try:
             data = path.read_bytes()
         except OSError as error:
             raise ValueError(str(error)) from error
         if _digest(data) != _match(path)["digest"]:
-            raise ValueError("its checksum is not that of its content")
+            raise ValueError("its checksum does not match its content")
         try:  # weights_only: tensors and plain values, never a pickled object that could run code
             return torch.load(io.BytesIO(data), map_location=device, weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             raise ValueError(str(error).splitlines()[0]) from error
 
     def paths(self) -> list[Path]:
-        """All checkpoints, oldest first."""
+        """Return all checkpoints, oldest first."""
         found = [path for path in self.folder.glob("*.pt") if _NAME.fullmatch(path.name)]
-        return sorted(found, key=_place)
+        return sorted(found, key=_position)
 
     def _is_kept(self, path: Path) -> bool:
-        epoch, step = _place(path)
+        epoch, step = _position(path)
         return epoch in self.keep_epochs and step == 0
 
 
-def _place(path: Path) -> tuple[int, int]:
+def _position(path: Path) -> tuple[int, int]:
     match = _match(path)
     return int(match["epoch"]), int(match["step"])
 
@@ -132,3 +141,79 @@ def _match(path: Path) -> re.Match[str]:
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
+
+
+class State:
+    """The state of a run: saved to its checkpoints, and restored from them."""
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        folder: Path,
+        identity: Config,
+        images: dict[str, str | None],
+        policy: CheckpointPolicy,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        self._fabric, self._identity, self._network, self._optimizer = fabric, identity, network, optimizer
+        self._images = images
+        self._checkpoints = Checkpoints(folder / "checkpoints", policy.keep_epochs)
+
+    def save(self, position: Position) -> None:
+        """Write a checkpoint at a position. All processes call it; rank 0 writes."""
+        totals = None
+        if position.totals:  # (processes, 5), by rank
+            own = torch.cat([position.totals.sums, position.totals.bad_step[None]])
+            totals = self._fabric.all_gather(own).reshape(-1, len(own))  # type: ignore[union-attr]
+        if not self._fabric.is_global_zero:
+            return
+        state = {
+            "identity": self._identity,
+            "images": self._images,
+            "model": self._network.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "precision": self._fabric.strategy.precision.state_dict(),
+            "position": {**vars(position), "totals": totals},
+        }
+        self._checkpoints.save(position.epoch, position.step, state)
+
+    def save_weights(self, path: Path) -> None:
+        """Write the weights alone, as safetensors."""
+        weights = {key: value.contiguous() for key, value in self._network.state_dict().items()}
+        write_durably(path, safetensors.torch.save(weights))
+
+    def restore(self) -> Position:
+        """Load the newest intact checkpoint and return its position, or the start of the run.
+
+        Raises UserError for a checkpoint of another run or of other images.
+        """
+        state = self._checkpoints.load(self._fabric.device)
+        if state is None:
+            return Position()
+        with fitting(self._checkpoints.folder):
+            changed = differences(state["identity"], self._identity)
+            if changed:
+                raise UserError(
+                    f"{self._checkpoints.folder} is of another run, which differs (there against here) in\n"
+                    + "".join(f"  {line}\n" for line in changed)
+                    + "give this one another runs_dir, or move the old folder away"
+                )
+            check_images(state.get("images"), self._images, self._checkpoints.folder.parent)
+            self._network.load_state_dict(state["model"])
+            self._optimizer.load_state_dict(state["optimizer"])
+            self._match_memory_format()
+            self._fabric.strategy.precision.load_state_dict(state["precision"])
+            position = Position(**state["position"])
+            if position.totals is not None:
+                own = state["position"]["totals"][self._fabric.global_rank]
+                position.totals = Totals(own[:4], own[4])
+        if self._fabric.is_global_zero:
+            log.info("resumed after epoch %d, step %d", position.epoch, position.step)
+        return position
+
+    def _match_memory_format(self) -> None:
+        """Store momentum in the memory format of the parameters, which may have changed since it was saved."""
+        for parameter, kept in self._optimizer.state.items():
+            if kept.get("momentum_buffer") is not None:
+                kept["momentum_buffer"] = torch.empty_like(parameter).copy_(kept["momentum_buffer"])

@@ -1,5 +1,6 @@
-"""Where and how a run computes: devices, precision, kernels."""
+"""How a run computes: devices, precision, compilation, CPU memory."""
 
+import ctypes
 import inspect
 import logging
 import os
@@ -14,25 +15,31 @@ from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from l2bn.errors import UserError
+from l2bn.norms.kernels import DEVICES, compiler_works
 from l2bn.norms.selection import select_kernels
 from l2bn.norms.sync import convert_sync
-from l2bn.training.allocator import keep_freed_memory
-from l2bn.training.compilation import Compile, compiled, should_compile
+
+log = logging.getLogger(__name__)
+
+Compile = Literal["auto", "graphs"] | bool
+
+MOST = 1024  # threads or workers: far above what a machine has, far below what brings one down
 
 
 def quieten() -> None:
-    """Leave out what libraries say that a user can do nothing about."""
+    """Silence library messages users cannot act on."""
     for name, level in (("lightning_fabric", logging.WARNING), ("torch.utils.cpp_extension", logging.ERROR)):
         logging.getLogger(name).setLevel(level)
     warnings.filterwarnings("ignore", module="lightning_fabric")
 
 
 class _Processes(DDPStrategy):
-    """Processes of this machine, each with a device."""
+    """Distributed data parallel on this machine: a process per device."""
 
     def __init__(self) -> None:
         options: dict[str, Any] = {"gradient_as_bucket_view": True}
-        # Batch norm's buffers are each process's own, and the first one's are evaluated: none to send around.
+        # Each process has its own running statistics, and those of rank 0 are evaluated: broadcast none.
         known = inspect.signature(DistributedDataParallel).parameters
         options["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False
         super().__init__(start_method="spawn", **options)
@@ -45,23 +52,20 @@ class _Processes(DDPStrategy):
 class Placed(NamedTuple):
     """A network on its device."""
 
-    network: nn.Module  # with the weights, as it is evaluated and saved
-    trained: nn.Module  # the same, compiled if it is to be
-    kernels: str  # what it runs on, as a record has it
-
-
-MOST = 1024  # threads or workers; far above what any machine here has, far below what brings one down
+    network: nn.Module  # the weights, for evaluation and checkpoints
+    trained: nn.Module  # the same network, possibly compiled
+    kernels: str  # the kernels it runs on, as in `Record.kernels`
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
-    """Where and how a run computes.
+    """Devices, precision and speed of a run.
 
-    The number of devices and `sync_bn` say over which images batch statistics are taken; with the precision
-    they are part of the run's identity, the rest is not.
+    Precision, `devices` and `sync_bn` are part of a run's identity, the rest is not: the last two decide over which
+    images batch statistics are taken.
 
     precision: "32-true" is float32 throughout; "tf32-mixed" lets a GPU's tensor cores round the factors of
-    convolutions and matrix products to 10 bits of mantissa; the others are autocast to bfloat16 or float16.
+    convolutions and matrix products to 10 bits of mantissa; the others autocast to bfloat16 or float16.
     """
 
     device: Literal["auto", "cpu", "cuda", "mps"]
@@ -100,22 +104,22 @@ class Compute:
         return self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
 
     def set_up(self) -> None:
-        """Set this process's memory, threads and kernels."""
+        """Set memory, threads and kernels of this process."""
         keep_freed_memory()
         if self.threads is not None or self.devices > 1:
             torch.set_num_threads(max(1, (self.threads or os.cpu_count() or 1) // self.devices))
-        if self.deterministic:  # cuBLAS promises equal bits with a workspace of this kind only
+        if self.deterministic:  # cuBLAS is deterministic only with such a workspace
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(self.deterministic)
         torch.backends.cudnn.benchmark = not self.deterministic
-        # torch's own default is true for convolutions.
+        # PyTorch's default is true for convolutions.
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = self.precision == "tf32-mixed"
 
     def fabric(self) -> Fabric:
-        """The devices, one process each where there are several.
+        """Return Fabric for the devices, with a process per device if there are several.
 
-        This process starts the others itself, also where a cluster's scheduler has started this one: of the
-        scheduler's environment, which Fabric would follow, nothing is read.
+        This process starts the others itself, also under a cluster's scheduler: the plugin keeps Fabric from
+        reading the scheduler's environment.
         """
         return Fabric(
             accelerator=self.device,
@@ -126,7 +130,7 @@ class Compute:
         )
 
     def place(self, model: nn.Module, device: torch.device, updates: int) -> Placed:
-        """Put a model on its device for a run of so many updates. Raises UserError, see `should_compile`."""
+        """Move a model to its device for a run of `updates` steps. Raises UserError, see `should_compile`."""
         network = model.to(device)
         if self.channels_last:
             network.to(memory_format=torch.channels_last)
@@ -136,3 +140,90 @@ class Compute:
         if should_compile(self.compile, network, device, updates):
             return Placed(network, compiled(network, self.compile), f"{kernels}+compiled")
         return Placed(network, network, kernels)
+
+
+# Compilation.
+
+UPDATES = {"cpu": 1_000, "cuda": 20_000}
+"""Steps from which compilation pays off, where it makes a step faster at all.
+
+cpu: 66 s on two cores for ShuffleNetV2, cached per machine, against 0.1 s saved per step of 128 images.
+cuda: not measured yet; 60 s against 3 ms per step, the launches of a small network.
+"""
+
+VECTOR = 16  # float32 values in the widest vector register, that of AVX-512
+
+
+def should_compile(wanted: Compile, model: nn.Module, device: torch.device, updates: int) -> bool:
+    """Return whether a run of `updates` steps compiles its network.
+
+    "auto" depends only on network, machine and number of steps, so that both norms of a comparison, and a resumed
+    run, get the same answer. If a compiler works,
+
+    - on CUDA, runs of at least `UPDATES["cuda"]` steps are compiled;
+    - on a CPU, the same with `UPDATES["cpu"]`, but only networks whose channels do not fill the vector registers
+      (ShuffleNetV2): PyTorch's batch norm then takes up to eight times as long, and compiled kernels do not. Other
+      networks gain nothing, because the convolutions, which are the same, take four fifths of the time.
+
+    Figures are in results/benchmarks/train.md. Raises UserError if compilation is requested and no compiler works.
+    """
+    if wanted != "auto":
+        if wanted and device.type in DEVICES and not compiler_works(device.type):
+            raise UserError(
+                f"compute.compile={str(wanted).lower()}, but no compiler works for {device.type} here: "
+                "install one (g++, as in Debian's build-essential), or take compute.compile=auto or false"
+            )
+        return bool(wanted)
+    needed = UPDATES.get(device.type)
+    if needed is None or (device.type == "cpu" and not _has_odd_channels(model)):
+        return False
+    if updates < needed:
+        log.info("the network is not compiled: it pays off from %d steps, and this run has %d", needed, updates)
+        return False
+    if not compiler_works(device.type):
+        log.info("the network is not compiled: no compiler works for %s", device.type)
+        return False
+    log.info("the network is compiled, which takes about a minute the first time; compute.compile=false skips it")
+    return True
+
+
+def _has_odd_channels(model: nn.Module) -> bool:
+    """Return whether most convolutions have a number of channels that is no multiple of the vector width."""
+    channels = [layer.out_channels for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    return 2 * sum(count % VECTOR != 0 for count in channels) > len(channels)
+
+
+def compiled(network: nn.Module, wanted: Compile) -> nn.Module:
+    """Return the network, to be compiled by Inductor at its first call, for batches of one size.
+
+    "graphs" launches the kernels of a step as one CUDA graph.
+    """
+    options: dict[str, Any] = {"mode": "reduce-overhead"} if wanted == "graphs" else {}
+    return torch.compile(network, dynamic=False, **options)  # type: ignore[return-value]
+
+
+# CPU memory.
+
+# malloc.h of glibc
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
+
+
+def keep_freed_memory() -> bool:
+    """Make malloc keep freed memory instead of returning it to the kernel; return whether that was possible.
+
+    glibc maps a block of more than 32 MB, such as a feature map, anew at each allocation, and the kernel clears
+    each page at its first touch. That takes longer than the arithmetic: forward and backward of batch norm on a
+    128 x 64 x 32 x 32 map went from 20 to 5 ms on two cores. The process keeps its peak memory. Does nothing
+    without glibc.
+    """
+    return _set({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1})
+
+
+def free_as_usual() -> bool:
+    """Undo `keep_freed_memory`, for a benchmark's baseline: the highest thresholds glibc sets by itself."""
+    return _set({_M_MMAP_MAX: 65536, _M_MMAP_THRESHOLD: 32 << 20, _M_TRIM_THRESHOLD: 64 << 20})
+
+
+def _set(options: dict[int, int]) -> bool:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and all(mallopt(option, value) for option, value in options.items())

@@ -1,4 +1,4 @@
-"""Leaving a run in good order when the machine is needed elsewhere, and keeping others out of it meanwhile."""
+"""Requests to stop, which end a run after a checkpoint, and the lock that keeps other processes out of a run."""
 
 import fcntl
 import logging
@@ -16,17 +16,17 @@ from l2bn.processes import SIGNALS, end_with_parent
 
 log = logging.getLogger(__name__)
 
-EXIT_CODE = 75  # sysexits.h: a temporary failure; the same command goes on where this one stopped
-LOCK = ".lock"  # the file in a run's folder that is locked; it stays, since its being there says nothing
-LOOKS = (0.05, 0.2)  # seconds after which a lock that is held is tried again: a look at it holds it for an instant
-_following = False  # whether this process is one of several of a run, which another one has started
+EXIT_CODE = 75  # sysexits.h: a temporary failure; the same command resumes the run
+LOCK = ".lock"  # the locked file in a run's folder; it is never deleted, because its presence means nothing
+RETRIES = (0.05, 0.2)  # seconds before a held lock is tried again: `is_owned` holds it for an instant
+_following = False  # whether this process works for the one that started it
 
 
 class Interruption:
-    """Notes the first signal, so that the step under way can be finished; a second one ends the process.
+    """Notes the first request to stop, so that the current step can be finished; a second one ends the process.
 
-    A process that follows another is told by it, and again where a scheduler tells all of a job's processes at
-    once: it ends on no second signal, but when the one that it follows ends.
+    The request is passed on to this process's children. A child may get it twice, from its parent and from a
+    scheduler that signals all processes of a job, so that a second one does not end a child.
     """
 
     def __init__(self) -> None:
@@ -51,15 +51,15 @@ class Interruption:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.signal = number
-        for child in multiprocessing.active_children():  # the other processes of a run on several devices
+        for child in multiprocessing.active_children():
             if child.pid:
                 os.kill(child.pid, signal.SIGTERM)
 
     def leave(self) -> None:
-        """End the process with `EXIT_CODE`, or leave it to the handler that was there before.
+        """End the process with `EXIT_CODE`, or call the handler that was installed before.
 
-        Of submitit's, that of SIGUSR2 puts its job back into Slurm's queue and exits, and that of SIGTERM returns:
-        Slurm says so first when it preempts a job, and requeues it later if it still runs. Then the run goes on.
+        submitit's handler of SIGUSR2 requeues its Slurm job and exits. Its handler of SIGTERM returns, and the run
+        goes on: Slurm sends SIGTERM when it begins to preempt a job, and requeues the job if it still runs later.
         """
         number, self.signal = self.signal, None
         previous = self._previous.get(number) if number else None
@@ -69,7 +69,7 @@ class Interruption:
 
 
 def follow_parent() -> None:
-    """Make this process one that ends with its parent, and that leaves the terminal's Ctrl-C to it."""
+    """Make this process end with its parent, and leave the terminal's Ctrl-C to the parent."""
     global _following
     _following = True
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -103,38 +103,38 @@ def refuse_copies() -> None:
 
 @contextmanager
 def sole_owner(folder: Path) -> Iterator[None]:
-    """Hold the run in a folder for this process alone. Raises UserError where another process has it.
+    """Lock the run in a folder for this process. Raises UserError if another process holds the lock.
 
-    The lock (flock) is the kernel's and goes with the process, however that ends. It is that of a file, since NFS
-    has none of folders: there it holds between machines as far as the server's locking does. Where a file system
-    has no locks at all, that is logged.
+    The kernel holds the lock (flock) and drops it when the process ends, for whatever reason. It is on a file,
+    because NFS has no locks on folders; there it holds between machines as far as the server's locking does. A file
+    system without locks is logged.
     """
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
-            alone = any(_lock(descriptor, fcntl.LOCK_EX, wait) for wait in (0, *LOOKS))
+            alone = any(_lock(descriptor, fcntl.LOCK_EX, wait) for wait in (0, *RETRIES))
         except OSError as error:
-            log.warning("%s: no locks here (%s); see to it that no second process is started on it", folder, error)
+            log.warning("%s: no locks here (%s); make sure that no second process trains this run", folder, error)
             alone = True
         if not alone:
-            raise UserError(f"another process is at work on {folder}; wait for it, or stop it first")
+            raise UserError(f"another process is training the run in {folder}; wait for it, or stop it first")
         yield
     finally:
-        with suppress(OSError):  # there are no locks
-            # Closing is not enough while a process that was forked meanwhile has the file open too.
+        with suppress(OSError):  # the file system has no locks
+            # Closing is not enough: a process forked meanwhile has the file open, too.
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 
 def is_owned(folder: Path) -> bool:
-    """Whether a process is at work on the run in a folder; nothing is written there."""
+    """Return whether a process is training the run in a folder, without writing there."""
     try:
         descriptor = os.open(folder / LOCK, os.O_RDONLY)
-    except OSError:  # nobody has been
+    except OSError:  # the run was never started
         return False
     try:
         return not _lock(descriptor, fcntl.LOCK_SH)
-    except OSError:  # there are no locks
+    except OSError:  # the file system has no locks
         return False
     finally:
         os.close(descriptor)

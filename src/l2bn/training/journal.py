@@ -1,38 +1,63 @@
-"""What a run finds out as it goes, for tables (JSON lines) and for eyes (TensorBoard): one call writes both."""
+"""The metrics of a run as JSON lines, for tables, and as TensorBoard events, for eyes: one call writes both.
+
+TensorBoard draws one chart per tag, over all selected runs. The tags of the custom scalars tab therefore name data
+set, backbone and recipe, with the values overridden in them, so that each chart shows all norms and seeds of one
+comparison and nothing else.
+"""
 
 import os
+import re
 import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from l2bn import measurements
+from l2bn import records
 from l2bn.errors import UserError
-from l2bn.measurements import FEATURES, SIDES, STATISTICS, FeatureRow, Measures, Sample, StatisticsRow
-from l2bn.records import METRICS, InvalidRecordError, Metrics, Record, as_line, write_lines
-from l2bn.training import tensorboard
+from l2bn.records import (
+    FEATURES,
+    METRICS,
+    SIDES,
+    STATISTICS,
+    FeatureRow,
+    InvalidRecordError,
+    Measures,
+    Metrics,
+    Record,
+    Sample,
+    StatisticsRow,
+    as_line,
+    write_lines,
+)
 from l2bn.training.plan import Cell
+
+COMPARED = {"test_top1": ("test/top1", "test top-1 (%)"), "train_loss": ("train/loss", "training loss")}
+"""Last part of a tag: the metric it shows, and its name in the chart."""
+
+TITLE = "Norms compared, by data set, backbone and recipe"
+
+FINAL = "final/test_top1"
 
 
 class Journal:
-    """Opens with what a checkpoint knows of, and forgets what was written after it.
+    """The metrics of a run, opened at the position of its checkpoint; later lines are dropped.
 
-    A run that was cut off between a checkpoint and its line, or the other way round, so has no epoch twice and
-    none missing. Measurements are on the disk before the checkpoint of their position, so what is to be kept of
-    them stands in their own files. For TensorBoard the same lines are drawn anew.
+    A run that was cut off between a checkpoint and its line therefore has no epoch twice and none missing.
+    Measurements are written before the checkpoint of their position, so that their own files hold those to keep.
+    TensorBoard's events are written again from the same lines.
     """
 
     def __init__(self, folder: Path, cell: Cell, rows: list[Metrics], step: float) -> None:
-        """`rows` are the epochs done, `step` the updates made. Raises UserError."""
+        """`rows` are the completed epochs, `step` counts the steps of the run. Raises UserError."""
         self._folder, self._cell = folder, cell
         write_lines(folder / METRICS, rows)
         try:
-            features, statistics = measurements.keep(folder, step, len(rows))
+            features, statistics = records.keep_measurements(folder, step, len(rows))
         except InvalidRecordError as error:
             raise UserError(f"{folder}: {error}\nmove this file away to go on without it") from error
         self._writer = _open_writer(folder / "tb")
-        self._writer.add_custom_scalars(tensorboard.layout(cell))
+        self._writer.add_custom_scalars(layout(cell))
         for row in rows:
             self._draw(row)
         for line in features:
@@ -41,15 +66,15 @@ class Journal:
             self._draw_statistics(line)
 
     def append(self, row: Metrics) -> None:
-        """Add one epoch to both."""
-        _append_durably(self._folder / METRICS, row)  # so that a record, written last, lacks none after a power cut
+        """Add an epoch."""
+        _append_durably(self._folder / METRICS, row)  # before the record, which is written last
         self._draw(row)
 
     def append_features(self, row: FeatureRow, sample: Sample | None) -> None:
-        """Add the features measured in one epoch, and a sample of them if there is one."""
+        """Add the features measured after an epoch, and a sample of them if there is one."""
         _append_durably(self._folder / FEATURES, row)
         if sample:
-            measurements.write_sample(self._folder, sample)
+            records.write_sample(self._folder, sample)
         self._draw_features(row)
 
     def append_statistics(self, row: StatisticsRow) -> None:
@@ -58,19 +83,19 @@ class Journal:
         self._draw_statistics(row)
 
     def conclude(self, record: Record) -> None:
-        """Add how the run ended to TensorBoard; for tables its record says so."""
-        tensorboard.add_hparams(self._writer, record)
+        """Add the result to TensorBoard; for tables the record holds it."""
+        add_hparams(self._writer, record)
 
     def close(self) -> None:
         self._writer.close()
 
     def _draw(self, row: Metrics) -> None:
         metrics = {tag: value for tag, value in row.items() if tag != "epoch"}
-        self._add_scalars({**metrics, **tensorboard.comparison(self._cell, row)}, row["epoch"])
+        self._add_scalars({**metrics, **comparison(self._cell, row)}, row["epoch"])
         self._writer.flush()
 
     def _draw_features(self, row: FeatureRow) -> None:
-        """A chart a measure and side, with all layers; a histogram of the norms at the input of each layer."""
+        """Draw a chart per measure and side over all layers, and a histogram of each layer's input norms."""
         epoch = row["epoch"]
         self._add_scalars({f"penultimate/{name}": value for name, value in row["penultimate"].items()}, epoch)
         for layer in row["layers"]:
@@ -96,7 +121,7 @@ class Journal:
         if mean is None or cv is None:
             return
         counts, images = norms["counts"], sum(norms["counts"])
-        limits = [2 ** ((norms["first"] + i) / measurements.BINS_AN_OCTAVE) for i in range(len(counts) + 1)]
+        limits = [2 ** ((norms["first"] + i) / records.BINS_PER_OCTAVE) for i in range(len(counts) + 1)]
         self._writer.add_histogram_raw(
             tag,
             min=limits[0],
@@ -111,7 +136,7 @@ class Journal:
 
 
 def _append_durably(path: Path, row: Mapping[str, Any]) -> None:
-    """Add a line that is on the disk when this returns."""
+    """Append a line, and flush it to the disk."""
     with path.open("a") as file:
         file.write(as_line(row))
         file.flush()
@@ -119,16 +144,52 @@ def _append_durably(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def _open_writer(folder: Path) -> Any:
-    """A writer whose file begins with the word to forget what the files of earlier starts hold.
+    """Return a writer whose file first purges the events of earlier files.
 
-    Those stay, because a TensorBoard that is looking on would wait for ever for more of a file that is gone. Files
-    are read in the order of the seconds in their names: where the clock has gone back, the earlier ones would come
-    last, and go.
+    Earlier files stay, because a running TensorBoard would wait forever for more of a deleted file. It reads files
+    in the order of the seconds in their names: if the clock has gone back, the earlier ones would be read last, and
+    are deleted.
     """
-    # Imported here, because it takes seconds that a skipped run need not spend.
+    # Imported here, because it takes seconds.
     from torch.utils.tensorboard import SummaryWriter
 
     prefix = "events.out.tfevents."
     if any(path.name >= f"{prefix}{int(time.time()):010d}" for path in folder.glob(f"{prefix}*")):
         shutil.rmtree(folder)
     return SummaryWriter(str(folder), purge_step=1)
+
+
+def comparison(cell: Cell, row: Metrics) -> dict[str, float | None]:
+    """Return an epoch's points by tag, such as "compare/cifar10/resnet20/short/test_top1"."""
+    return {_tag(cell, end): row[metric] for end, (metric, _) in COMPARED.items()}
+
+
+def layout(cell: Cell) -> Mapping[str, Mapping[str, Any]]:
+    """Return the charts of a run's cell for the custom scalars tab, which joins the layouts of all runs."""
+    charts = {
+        f"{cell.dataset}, {cell.backbone}, {cell.recipe}: {name}": [
+            "Multiline",
+            [f"^{re.escape(_tag(cell, end))}$"],
+        ]
+        for end, (_, name) in COMPARED.items()
+    }
+    return {TITLE: charts}
+
+
+def add_hparams(writer: Any, record: Record) -> None:
+    """Write a run's cell and final test accuracy for the HParams tab, with the run's own writer.
+
+    `SummaryWriter.add_hparams` would open a second run beside it. A diverged run has no accuracy.
+    """
+    from torch.utils.tensorboard.summary import hparams
+
+    # The tab shows five columns by default; overridden values are part of these names.
+    values = {name: getattr(record, name) for name in ("backbone", "dataset", "norm", "recipe", "seed")}
+    if record.status == "finished":
+        writer.add_scalar(FINAL, record.last["test/top1"], record.epochs)
+    for summary in hparams(values, {FINAL: None}):  # type: ignore[no-untyped-call]
+        writer.file_writer.add_summary(summary)
+
+
+def _tag(cell: Cell, end: str) -> str:
+    return f"compare/{cell.dataset}/{cell.backbone}/{cell.recipe}/{end}"

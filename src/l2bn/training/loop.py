@@ -1,6 +1,6 @@
 """The training loop, on plain objects: one path for every device, precision and norm.
 
-Shapes: N images of a batch, K classes.
+Shapes: N images in a batch, K classes.
 """
 
 import math
@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
@@ -20,31 +21,62 @@ from torch import Tensor, nn
 from l2bn.data.loader import Loader
 from l2bn.records import Metrics
 from l2bn.seeding import derive_seed, seed_global
-from l2bn.training.agreement import Agreement
 from l2bn.training.optim import Recipe
 
-CHECK_EVERY = 100  # updates between two looks at whether the loss is still finite
+CHECK_EVERY = 100  # steps between two checks that the loss is finite
 
 
 class DivergedError(Exception):
-    """The loss or a weight is no longer a finite number; the message names epoch and step, counted from 1."""
+    """The loss or a weight is not finite; the message names epoch and step, counted from 1."""
 
     @classmethod
     def at(cls, epoch: int, step: float) -> "DivergedError":
-        """Both counted from 0."""
+        """Return the error of an epoch and step, both counted from 0."""
         return cls(f"the loss is not finite in epoch {epoch + 1}, step {step + 1:.0f}")
+
+
+class DelayedMin:
+    """A min all-reduce whose result is read one call later, so the host never waits for the device.
+
+    All processes call it at the same steps and get the same result, so that they can act on it together.
+    """
+
+    def __init__(self) -> None:
+        self._pending: tuple[Tensor, torch.cuda.Event | None] | None = None
+
+    def __call__(self, number: Tensor) -> float | None:
+        """Start to reduce `number` (); return the minimum of the previous call, None at the first call."""
+        result = self._result()
+        minimum = number.detach().clone()
+        if dist.is_initialized():
+            dist.all_reduce(minimum, dist.ReduceOp.MIN)
+        if minimum.is_cuda:
+            host = torch.empty_like(minimum, device="cpu", pin_memory=True)
+            host.copy_(minimum, non_blocking=True)
+            self._pending = host, torch.cuda.current_stream(minimum.device).record_event()
+        else:
+            self._pending = minimum, None
+        return result
+
+    def _result(self) -> float | None:
+        if self._pending is None:
+            return None
+        number, copied = self._pending
+        if copied is not None:
+            copied.synchronize()
+        return float(number)
 
 
 @dataclass
 class Totals:
-    """Sums over the images that this process has seen, kept on the device."""
+    """Sums over the images seen by this process, kept on the device."""
 
-    sums: Tensor  # (4,) float64: loss, right within the first, right within the first five, images
+    sums: Tensor  # (4,) float64: loss, top-1 correct, top-5 correct, images
     bad_step: Tensor  # () float64: the first step whose loss was not finite, else infinity
 
     @classmethod
     def zeros(cls, device: torch.device) -> "Totals":
-        # In float64, because a sum over a million images loses digits in float32.
+        # float64: in float32 a sum over a million images loses digits.
         zeros = torch.zeros(4, dtype=torch.float64, device=device)
         return cls(zeros, torch.full((), math.inf, dtype=torch.float64, device=device))
 
@@ -52,60 +84,60 @@ class Totals:
     def add(self, step: int, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add one batch: its mean loss (), logits (N, K) and labels (N,)."""
         n, k = logits.shape
-        right = (logits.topk(min(5, k)).indices == labels[:, None]).sum(0, dtype=torch.float64)  # by rank
+        correct = (logits.topk(min(5, k)).indices == labels[:, None]).sum(0, dtype=torch.float64)  # (5,), by rank
         images = torch.full_like(self.bad_step, n)
-        self.sums += torch.stack([loss.double() * n, right[0], right.sum(), images])
-        here = torch.where(loss.isfinite(), math.inf, float(step))
-        self.bad_step = torch.minimum(self.bad_step, here)
+        self.sums += torch.stack([loss.double() * n, correct[0], correct.sum(), images])
+        bad_step = torch.where(loss.isfinite(), math.inf, float(step))
+        self.bad_step = torch.minimum(self.bad_step, bad_step)
 
     def joined(self, fabric: Fabric) -> "Totals":
-        """The sums over all processes."""
+        """Return the sums over all processes."""
         if fabric.world_size == 1:
             return self
         sums, bad = self.sums.clone(), self.bad_step.clone()
-        torch.distributed.all_reduce(sums)
-        torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MIN)
+        dist.all_reduce(sums)
+        dist.all_reduce(bad, dist.ReduceOp.MIN)
         return Totals(sums, bad)
 
     def raise_if_diverged(self, epoch: int) -> None:
+        """Raise DivergedError if a loss was not finite."""
         step = float(self.bad_step)
         if math.isfinite(step):
             raise DivergedError.at(epoch, step)
 
     def means(self, classes: int) -> tuple[float, float, float | None]:
-        """Loss, top-1 and top-5 accuracy in percent (None under 5 classes)."""
+        """Return loss, top-1 and top-5 accuracy in percent (None for fewer than 5 classes)."""
         loss, top1, top5, images = self.sums.tolist()
         return loss / images, 100 * top1 / images, 100 * top5 / images if classes >= 5 else None
 
 
 @dataclass
 class Position:
-    """Where a run stands: all that changes, besides weights and optimizer."""
+    """The progress of a run: all of its state besides weights and optimizer."""
 
-    epoch: int = 0  # epochs done
-    step: int = 0  # updates done in the epoch under way
-    seconds: float = 0.0  # spent on them
-    totals: Totals | None = None  # sums over them
-    rows: list[Metrics] = field(default_factory=list)  # metrics of the epochs done
+    epoch: int = 0  # epochs completed
+    step: int = 0  # steps completed in the current epoch
+    seconds: float = 0.0  # time spent on these steps
+    totals: Totals | None = None  # sums over these steps
+    rows: list[Metrics] = field(default_factory=list)  # metrics of the completed epochs
 
 
 BeforeBatch = Callable[[Tensor], None]
-"""Called with the labels (N,) of the images that the network is given next."""
+"""Called with the labels (N,) of the next batch of an evaluation."""
 
 
 def unwatched(epoch: int) -> AbstractContextManager[BeforeBatch | None]:
-    """An evaluation that nobody looks into."""
+    """Return the context of an evaluation that measures nothing else."""
     return nullcontext()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """What a run is made of.
+    """Trains a network and evaluates it after every epoch.
 
-    `model` is `network` as it is trained: on its device, with its precision, its gradients shared by all
-    processes. `after_step` and `after_epoch` are called with the position just reached: where a checkpoint can
-    be written, progress be shown, or the run be left. Within `watch`, which is given the epochs done, the network
-    is evaluated: where its features can be looked into.
+    model: the network as Fabric trains it, with its precision and all-reduced gradients.
+    after_step, after_epoch: called with the position just reached, to write a checkpoint, show progress or leave.
+    watch: the context of an evaluation, given the epochs completed, to measure features.
     """
 
     fabric: Fabric
@@ -155,19 +187,19 @@ class Trainer:
             self.after_epoch(position)
 
     def train_epoch(self, position: Position) -> Totals:
-        """Make the updates of an epoch that are still to be made; the sums over the whole of it.
+        """Train the remaining steps of an epoch; return the sums over the whole epoch.
 
-        The host never waits for the device in between, unless `after_step` makes it: losses and accuracies are
-        summed there and read at the end. Raises DivergedError.
+        The host never waits for the device, unless `after_step` does: losses and accuracies are summed on the
+        device and read at the end. Raises DivergedError.
         """
         self.model.train()
         epoch, steps = position.epoch, len(self.train)
         totals = position.totals = position.totals or Totals.zeros(self.fabric.device)
-        finite = Agreement()
+        first_bad_step = DelayedMin()
         clock = time.perf_counter()
         for images, labels in self.train.epoch(epoch, position.step):
             step = position.step
-            # Dropout and the like draw from the global generators: these, too, become a function of the place.
+            # Dropout draws from the global generators: make them, too, a function of seed, epoch and step.
             seed_global(derive_seed(self.seed, "step", epoch, step, self.fabric.global_rank), self.fabric.device)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.recipe.learning_rate(epoch + step / steps)
@@ -179,7 +211,7 @@ class Trainer:
             now = time.perf_counter()
             position.step, position.seconds, clock = step + 1, position.seconds + now - clock, now
             if position.step % CHECK_EVERY == 0:
-                bad_step = finite.ask(totals.bad_step)
+                bad_step = first_bad_step(totals.bad_step)
                 if bad_step is not None and math.isfinite(bad_step):
                     raise DivergedError.at(epoch, bad_step)
             self.after_step(position)
@@ -189,13 +221,13 @@ class Trainer:
         return totals
 
     def forward(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        """Cross-entropy () and logits (N, K), with the recipe's mixup and label smoothing."""
+        """Return cross-entropy () and logits (N, K), with the recipe's mixup and label smoothing."""
         smoothing, alpha = self.recipe.label_smoothing, self.recipe.mixup
         if alpha == 0:
             logits = self.model(images)
             return F.cross_entropy(logits, labels, label_smoothing=smoothing), logits
-        # Mixup (Zhang et al. 2018, arXiv:1710.09412) with one share for the batch. The partners are the batch
-        # in reverse: as random as any other order, since the batch itself is drawn at random.
+        # Mixup (Zhang et al. 2018, arXiv:1710.09412) with one share per batch. The partners are the batch in
+        # reverse, which is as random as any other order, because the batch is drawn at random.
         share = random.Random(derive_seed(self.seed, "mixup", epoch, step)).betavariate(alpha, alpha)
         logits = self.model(share * images + (1 - share) * images.flip(0))
         own = F.cross_entropy(logits, labels, label_smoothing=smoothing)
@@ -207,10 +239,10 @@ class Trainer:
 def evaluate(
     network: nn.Module, loader: Loader, classes: int, fabric: Fabric, before_batch: BeforeBatch | None = None
 ) -> tuple[float, float, float | None]:
-    """Loss, top-1 and top-5 accuracy in percent (None under 5 classes) over all images of a loader."""
-    if fabric.world_size > 1:  # each process has updated its own running statistics; the first one's count
+    """Return loss, top-1 and top-5 accuracy in percent (None for fewer than 5 classes) over a loader's images."""
+    if fabric.world_size > 1:  # each process has its own running statistics; those of rank 0 count
         for buffer in network.buffers():
-            torch.distributed.broadcast(buffer, src=0)
+            dist.broadcast(buffer, src=0)
     network.eval()
     totals = Totals.zeros(fabric.device)
     for step, (images, labels) in enumerate(loader.epoch(0)):
@@ -223,7 +255,7 @@ def evaluate(
 
 
 def first_not_finite(network: nn.Module) -> str | None:
-    """The first parameter or buffer that holds a NaN or an infinity, which need not reach the loss."""
+    """Return the first parameter or buffer with a NaN or infinity, which need not reach the loss."""
     tensors = {name: tensor for name, tensor in network.state_dict().items() if tensor.is_floating_point()}
     finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
     return next((name for name, fine in zip(tensors, finite, strict=True) if not fine), None)

@@ -1,6 +1,6 @@
-"""Looking into the network of a run: its features every few epochs, and its running statistics at the start.
+"""Measurements during a run: features every few epochs, and running against batch statistics at the start.
 
-Nothing here changes what the run computes, so it is no part of its identity.
+They do not change what the run computes, and are no part of its identity.
 """
 
 import math
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from l2bn.analysis.probe import Probe, classifier
 from l2bn.data.loader import Loader
 from l2bn.errors import UserError
-from l2bn.measurements import FeatureRow, Sample, StatisticsRow
+from l2bn.records import FeatureRow, Sample, StatisticsRow
 from l2bn.training.journal import Journal
 from l2bn.training.loop import BeforeBatch, Position, evaluate
 
@@ -25,12 +25,13 @@ MEASURED_EPOCHS = 20
 
 @dataclass(frozen=True, kw_only=True)
 class AnalysisPolicy:
-    """When a run is looked into.
+    """The schedule of the measurements of a run.
 
-    every: features are measured after every so many epochs, and after the last (0: never; None: a twentieth).
-    sample: whether penultimate features of a few images are kept after the last epoch.
-    statistics_until: up to this update, accuracy is measured by running and by batch statistics (0: never),
-    statistics_every: every so many updates.
+    every: epochs between two measurements of features; the last epoch is always measured. 0: never. None: a
+    twentieth of the epochs.
+    sample: whether the penultimate features of a few images are kept after the last epoch.
+    statistics_until: last step at which accuracy is measured with running and with batch statistics; 0: never.
+    statistics_every: steps between two such measurements.
     """
 
     every: int | None = 0
@@ -45,13 +46,13 @@ class AnalysisPolicy:
                 raise ValueError(f"{name} must be {least} or more, not {value}")
 
     def measures_after(self, epoch: int, epochs: int) -> bool:
-        """Whether features are measured after so many of the run's epochs."""
+        """Return whether features are measured after an epoch of a run of `epochs` epochs."""
         every = max(1, epochs // MEASURED_EPOCHS) if self.every is None else self.every
         return every > 0 and (epoch == epochs or epoch % every == 0)
 
 
 def check_observable(policy: AnalysisPolicy, model: nn.Module, classes: int) -> None:
-    """Raise UserError where a policy asks for what cannot be seen."""
+    """Raise UserError if features are to be measured and the model has no classifier to find them by."""
     if policy.every != 0:
         try:
             classifier(model, classes)
@@ -61,7 +62,7 @@ def check_observable(policy: AnalysisPolicy, model: nn.Module, classes: int) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """A network to look into: the names of its norm layers and the number of classes."""
+    """A network to measure: its module, the names of its norm layers, the number of classes."""
 
     module: nn.Module
     layers: tuple[str, ...]
@@ -70,10 +71,11 @@ class Network:
 
 @dataclass(kw_only=True)
 class Observer:
-    """Looks into a run's network as its policy says, and writes what it finds into the run's journal.
+    """Measures the network of a run on the schedule of its policy, and writes the results to its journal.
 
-    `make_shuffled` gives the test images in an order that mixes the classes: batch statistics depend on the company
-    that an image is in. Of several processes only the first has a journal.
+    make_shuffled: makes a loader of the test images that mixes the classes, because batch statistics depend on the
+    other images of a batch.
+    journal: None in all processes but that of rank 0.
     """
 
     policy: AnalysisPolicy
@@ -91,7 +93,7 @@ class Observer:
 
     @contextmanager
     def watch(self, epoch: int) -> Iterator[BeforeBatch | None]:
-        """Within, the evaluation after so many epochs is looked into, if it is due."""
+        """Measure features in the evaluation after an epoch, if that is due."""
         if not self.policy.measures_after(epoch, self.epochs):
             yield None
             return
@@ -101,7 +103,7 @@ class Observer:
         self._found = collect(probe, self.fabric, epoch, epoch * self.steps)
 
     def after_epoch(self, position: Position) -> None:
-        """Write what was found in the evaluation of the epoch; the sample after the last one only."""
+        """Write the features measured in the evaluation of the epoch; the sample only after the last one."""
         if self._found and self.journal:
             row, sample = self._found
             kept = self.policy.sample and position.epoch == self.epochs
@@ -109,7 +111,7 @@ class Observer:
         self._found = None
 
     def after_step(self, position: Position) -> None:
-        """Compare running and batch statistics, if it is due."""
+        """Compare running and batch statistics, if that is due."""
         update = position.epoch * self.steps + position.step
         if update <= self.policy.statistics_until and update % self.policy.statistics_every == 0:
             row = compare_statistics(self.network, self._shuffled, self.fabric, update)
@@ -119,7 +121,7 @@ class Observer:
 
 @torch.inference_mode()
 def collect(probe: Probe, fabric: Fabric, epoch: int, step: int) -> tuple[FeatureRow, Sample]:
-    """What a probe has seen in the processes of a run, as a line of the record and a sample."""
+    """Return the measurements of a probe, joined over all processes, as a row and a sample."""
     if fabric.world_size > 1:
         probe.join()
     return probe.row(epoch, step), probe.sample()
@@ -127,7 +129,7 @@ def collect(probe: Probe, fabric: Fabric, epoch: int, step: int) -> tuple[Featur
 
 @torch.inference_mode()
 def compare_statistics(network: Network, loader: Loader, fabric: Fabric, update: int) -> StatisticsRow:
-    """Loss and accuracy by running and by batch statistics; the network is left as it was, in training mode."""
+    """Return loss and accuracy with running and with batch statistics; the network stays as it was."""
     row: StatisticsRow = {"step": update}
     layers = [network.module.get_submodule(name) for name in network.layers]
     saved = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers()]

@@ -1,6 +1,6 @@
-"""How a run learns: the recipe's numbers, its schedule and its optimizer.
+"""Recipe, learning rate schedules and optimizer of a run.
 
-A schedule is a pure function of the position in the run, so a resumed run needs no state of it.
+A schedule is a pure function of the position in the run, so that checkpoints need not hold its state.
 """
 
 import math
@@ -11,17 +11,17 @@ import torch
 from torch import nn
 
 LARGEST = torch.finfo(torch.float32).max
-LARGEST_MIXUP = 1000  # an alpha at which the share of a beta distribution is 1/2 to two digits
+LARGEST_MIXUP = 1000  # from this alpha on, the share drawn from the beta distribution is 1/2 to two digits
 
 Schedule = Callable[[float, int], float]
-"""(epochs done, fractions included; epochs in all) -> factor of the recipe's learning rate."""
+"""(completed epochs, with fractions; all epochs) -> factor of the recipe's learning rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine:
-    """From 1 to 0 along half a cosine (Loshchilov and Hutter 2017, arXiv:1608.03983), after a linear warm-up.
+    """Decay from 1 to 0 along half a cosine (Loshchilov and Hutter 2017, arXiv:1608.03983), after a linear warm-up.
 
-    `per_epoch` holds the rate still within an epoch, as schedulers that are stepped once an epoch do.
+    per_epoch: keep the rate constant within an epoch, as schedulers do that are stepped once per epoch.
     """
 
     warmup_epochs: float = 0.0
@@ -40,7 +40,7 @@ class Cosine:
 
 @dataclass(frozen=True, kw_only=True)
 class MultiStep:
-    """Times `gamma` at each of the milestones (in epochs); `start_factor` during the first `warmup_epochs`."""
+    """Decay by `gamma` at each milestone (in epochs); constant `start_factor` during the first `warmup_epochs`."""
 
     milestones: list[int]
     gamma: float = 0.1
@@ -64,7 +64,7 @@ class MultiStep:
 
 @dataclass(frozen=True, kw_only=True)
 class Exponential:
-    """Times `gamma` after each epoch."""
+    """Decay by `gamma` after each epoch."""
 
     gamma: float
 
@@ -78,8 +78,10 @@ class Exponential:
 
 @dataclass(frozen=True, kw_only=True)
 class OneCycle:
-    """Linearly from 1/25 up to 1 at the share `peak` of the run, then linearly down to 0 (after Smith and
-    Topin 2017, arXiv:1708.07120)."""
+    """Linear rise from 1/25 to 1 in the first `peak` of the run, then linear decay to 0.
+
+    After Smith and Topin 2017, arXiv:1708.07120. peak: a fraction of the run, between 0 and 1.
+    """
 
     peak: float = 0.25
 
@@ -95,16 +97,17 @@ class OneCycle:
 
 
 def _warmup(position: float, length: float, start_factor: float) -> float:
-    """Linearly from `start_factor` to 1."""
+    """Return the factor of a linear warm-up from `start_factor` to 1."""
     return start_factor + (1 - start_factor) * position / length
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The training of one run, as `configs/recipe/` has it.
+    """The hyper-parameters of training, as in `configs/recipe/`.
 
-    `batch_size` counts the images of an update over all devices, and `lr` belongs to it: the highest value
-    that the schedule reaches. `mixup` is the alpha of Zhang et al. 2018 (arXiv:1710.09412), 0 for none.
+    batch_size: images per step over all devices.
+    lr: the learning rate at the schedule's factor of 1, for this batch size.
+    mixup: the alpha of Zhang et al. 2018 (arXiv:1710.09412); 0 for none.
     """
 
     epochs: int
@@ -136,15 +139,14 @@ class Recipe:
             raise ValueError("nesterov needs a momentum greater than 0; set nesterov=false or a momentum")
 
     def learning_rate(self, epoch: float) -> float:
-        """The learning rate of the update that begins after this many epochs (fractions included)."""
+        """Return the learning rate of the step that begins after `epoch` epochs, with fractions."""
         return self.lr * self.schedule(epoch, self.epochs)
 
     def optimizer(self, model: nn.Module) -> torch.optim.SGD:
-        """SGD over the parameters, with weight decay on all of them or on weights of two or more axes only.
+        """Return SGD over the parameters, with weight decay on all or only on weights of two or more axes.
 
-        All parameters are updated by a few kernels: fused ones on CUDA. Those that torch has for CPUs are no
-        faster, and compute something else where a gradient or momentum lies in memory in another order than its
-        parameter (torch 2.15).
+        CUDA uses PyTorch's fused kernels. Those for CPUs are no faster, and wrong where a gradient or momentum has
+        another memory format than its parameter (torch 2.15).
         """
         groups: dict[float, list[nn.Parameter]] = {}
         for p in model.parameters():

@@ -170,7 +170,7 @@ def differences(one: Config, other: Config) -> list[str]:
     ]
 
 
-def check_images(stored: Mapping[str, str | None] | None, present: Mapping[str, str | None], place: Path) -> None:
+def check_images(stored: Mapping[str, Any] | None, present: Mapping[str, Any], place: Path) -> None:
     """Raise UserError if a run was made on other images than those present; both are fingerprints.
 
     Equal files that decode to other pixels, as with another version of a decoder, cause a warning. A run from

@@ -42,7 +42,7 @@ class ProgressDisplay:
         self._bar.stop()
 
     def step(self, epoch: int, step: int, seconds: float) -> None:
-        """After `step` updates of an epoch (both from 0), `seconds` after its start."""
+        """Show that `step` steps of an epoch, counted from 0, took `seconds`."""
         if self._bar.disable:
             return
         self._bar.update(
@@ -53,7 +53,7 @@ class ProgressDisplay:
         )
 
     def epoch(self, row: Metrics) -> None:
-        """After an epoch, with its metrics."""
+        """Show the metrics of an epoch."""
         line = (
             f"epoch {row['epoch']:>{len(str(self._epochs))}}/{self._epochs}  loss {row['train/loss']:.4f}  "
             f"train {row['train/top1']:.2f} %  test {row['test/top1']:.2f} %"

@@ -23,7 +23,7 @@ from l2bn.records import CONFIG, SUMMARY, InvalidRecordError, Record, without_ma
 from l2bn.seeding import derive_seed
 from l2bn.training.checkpoint import CheckpointPolicy, Checkpoints
 from l2bn.training.compute import Compute, quieten
-from l2bn.training.failure import describe, note_failure
+from l2bn.training.failures import describe, fitting, note_failure
 from l2bn.training.instantiate import CONFIGS, Builder, machine_keys
 from l2bn.training.interruption import is_owned
 from l2bn.training.loop import evaluate
@@ -44,7 +44,6 @@ from l2bn.training.plan import (
     read_settings,
 )
 from l2bn.training.session import Job, launch, make_loaders
-from l2bn.training.state import fitting
 
 log = logging.getLogger(__name__)
 

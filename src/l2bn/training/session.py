@@ -1,4 +1,4 @@
-"""The life of one run: restored, trained, saved at every turn, and recorded at its end."""
+"""The training of one run: restored from its checkpoint, trained, saved as it goes, and recorded at its end."""
 
 import contextlib
 import copy
@@ -15,35 +15,31 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 
 from l2bn.data.loader import Loader, evaluation_loader, training_loader
 from l2bn.data.splits import Splits, stratified_order
-from l2bn.durable import write_durably
 from l2bn.errors import UserError, optional_output
 from l2bn.norms.l2bn import warn_if_few_updates
-from l2bn.records import CONFIG, SUMMARY, Record
-from l2bn.training.agreement import Agreement
-from l2bn.training.checkpoint import CheckpointPolicy
+from l2bn.records import CONFIG, SUMMARY, Images, Record, write_durably
+from l2bn.training.checkpoint import CheckpointPolicy, State
 from l2bn.training.compute import Compute
 from l2bn.training.environment import note_start
-from l2bn.training.failure import noted
-from l2bn.training.faults import explain_faults
+from l2bn.training.failures import RESUMES, explained, noted
 from l2bn.training.interruption import EXIT_CODE, Interruption, follow_parent, sole_owner
 from l2bn.training.journal import Journal
-from l2bn.training.loop import DivergedError, Position, Trainer
+from l2bn.training.loop import DelayedMin, DivergedError, Position, Trainer
 from l2bn.training.observation import AnalysisPolicy, Network, Observer
 from l2bn.training.optim import Recipe
 from l2bn.training.plan import Cell, hash_identity
 from l2bn.training.progress import ProgressDisplay
-from l2bn.training.state import State
 
 log = logging.getLogger(__name__)
 
 WEIGHTS = "weights.safetensors"
 EVALUATION_BATCH = 512
-AGREE_EVERY = 10  # updates after which several processes ask each other whether one was told to leave
+AGREE_EVERY = 10  # steps between two exchanges among several processes on whether one was asked to stop
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What one run is to do, in plain objects."""
+    """A run to be trained, in plain objects."""
 
     cell: Cell
     folder: Path
@@ -61,14 +57,14 @@ class Job:
 
 
 def launch(job: Job) -> None:
-    """Train a job on its devices, as the only process at work on it.
+    """Train a job on its devices, with its folder locked. Does nothing if another process has just trained it.
 
-    Raises UserError; ends the process with `interruption.EXIT_CODE` once it was told to leave.
+    Raises UserError; ends the process with `interruption.EXIT_CODE` after a request to stop.
     """
     fabric = job.compute.fabric()
-    with explain_faults(job.cell, job.folder), sole_owner(job.folder), noted(job.folder):
+    with explained(job.cell, job.folder), sole_owner(job.folder), noted(job.folder):
         if (job.folder / SUMMARY).exists():
-            return  # another process has trained it since this one looked
+            return
         write_durably(job.folder / CONFIG, job.config)
         if job.compute.devices == 1:
             fabric.launch(functools.partial(train, job=job))
@@ -82,103 +78,80 @@ def launch(job: Job) -> None:
                     raise
                 raise UserError(message) from error
             except ProcessExitedException as error:
-                # Told before they could take note of it, the processes have died of it.
+                # A request to stop ends processes that cannot handle it yet.
                 if error.exit_code == EXIT_CODE or interruption.signal is not None:
                     interruption.leave()
                     raise SystemExit(EXIT_CODE) from error
                 raise UserError(
                     f"{job.cell}: the process of device {error.error_index} was ended "
-                    f"({error.signal_name or f'exit code {error.exit_code}'}); "
-                    "the same command resumes from the last checkpoint"
+                    f"({error.signal_name or f'exit code {error.exit_code}'}); {RESUMES}"
                 ) from error
 
 
 def _user_error(traceback: str) -> str | None:
-    """What the UserError of another process says, of the traceback that came over; None for another exception."""
+    """Return the message of a UserError in another process, from its traceback; None for another exception."""
     own = f"{UserError.__module__}.{UserError.__qualname__}: "
     return traceback.rpartition(own)[2].strip() if own in traceback else None
 
 
 def train(fabric: Fabric, job: Job) -> None:
-    """Train a run from its last checkpoint, or from the start, to its end and its record.
-
-    Of several devices each has a process that is here; the first one alone writes.
-    """
-    lead = fabric.is_global_zero
+    """Train a job in this process, which with several devices is one of several."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(explain_faults(job.cell, job.folder))  # here, too: of several devices each is a process
+        stack.enter_context(explained(job.cell, job.folder))
         interruption = stack.enter_context(Interruption())
         if fabric.world_size > 1:
             stack.enter_context(optional_output())
             follow_parent()
+        Session(fabric, job, interruption, stack).run()
+
+
+class Session:
+    """A run in one process: restored from its checkpoint, trained, and recorded. Only rank 0 writes files."""
+
+    def __init__(self, fabric: Fabric, job: Job, interruption: Interruption, stack: contextlib.ExitStack) -> None:
+        """`stack` closes what the session opens."""
+        self.fabric, self.job, self.interruption = fabric, job, interruption
+        self.leaving = DelayedMin()
+        lead = fabric.is_global_zero
         job.compute.set_up()
         train_loader, test_loader = make_loaders(job, fabric)
-        steps, epochs = len(train_loader), job.recipe.epochs
-        # Several processes are handed one memory: the images may stay there, the weights must not.
+        self.steps, self.epochs = len(train_loader), job.recipe.epochs
+        # Several processes share the memory of the job: its images may stay there, its weights must not.
         own = copy.deepcopy(job.model) if fabric.world_size > 1 else job.model
-        network, trained, kernels = job.compute.place(own, fabric.device, updates=epochs * steps)
+        network, trained, kernels = job.compute.place(own, fabric.device, updates=self.epochs * self.steps)
         if trained is not network:
-            # Of one kind of network torch compiles eight in a process and then, with a warning, no more: leave them
-            # to the sweep's next runs.
+            # torch compiles eight networks of one class in a process and then no more: leave them to later runs.
             stack.callback(torch.compiler.reset)
         model, optimizer = fabric.setup(trained, job.recipe.optimizer(network))
 
         images = asdict(job.splits.fingerprint)
-        state = State(fabric, job.folder, job.identity, images, job.checkpoint, network, optimizer)
-        position = state.restore()
+        self.state = State(fabric, job.folder, job.identity, images, job.checkpoint, network, optimizer)
+        self.position = self.state.restore()
+        self.journal: Journal | None = None
         if lead:
-            warn_if_few_updates(job.model, epochs * steps)
-            kernels = note_start(job.folder, fabric.device, kernels)
-            journal = Journal(job.folder, job.cell, position.rows, position.epoch * steps + position.step)
-            stack.callback(journal.close)
-        observer = Observer(
+            warn_if_few_updates(job.model, self.epochs * self.steps)
+            self.kernels = note_start(job.folder, fabric.device, kernels)
+            step = self.position.epoch * self.steps + self.position.step
+            self.journal = Journal(job.folder, job.cell, self.position.rows, step)
+            stack.callback(self.journal.close)
+        self.observer = Observer(
             policy=job.analysis,
             fabric=fabric,
             network=Network(module=network, layers=job.norm_layers, classes=job.splits.num_classes),
             make_shuffled=functools.partial(make_shuffled_loader, job, fabric),
-            epochs=epochs,
-            steps=steps,
-            journal=journal if lead else None,
+            epochs=self.epochs,
+            steps=self.steps,
+            journal=self.journal,
         )
-        display = stack.enter_context(
-            ProgressDisplay(
-                str(job.cell),
-                epochs=epochs,
-                steps=steps,
-                batch_size=job.recipe.batch_size,
-                shown=lead and job.progress,
-            )
+        display = ProgressDisplay(
+            str(job.cell),
+            epochs=self.epochs,
+            steps=self.steps,
+            batch_size=job.recipe.batch_size,
+            shown=lead and job.progress,
         )
-
-        leave = Agreement()
-
-        def must_leave(step: int) -> bool:
-            told = interruption.signal is not None
-            if fabric.world_size == 1:
-                return told
-            if step % AGREE_EVERY and step < steps:
-                return False
-            return leave.ask(torch.full((), -float(told), device=fabric.device)) == -1
-
-        def after_step(position: Position) -> None:
-            display.step(position.epoch, position.step, position.seconds)
-            observer.after_step(position)
-            leaving = must_leave(position.step)
-            if leaving or (position.step < steps and job.checkpoint.due(position.step)):
-                state.save(position)
-            if leaving:
-                interruption.leave()
-
-        def after_epoch(position: Position) -> None:
-            observer.after_epoch(position)
-            state.save(position)
-            if lead:
-                journal.append(position.rows[-1])
-                display.epoch(position.rows[-1])
-            if must_leave(0) and position.epoch < epochs:
-                interruption.leave()
-
-        trainer = Trainer(
+        self.display = stack.enter_context(display)
+        self.trainer = Trainer(
             fabric=fabric,
             model=model,
             network=network,
@@ -188,25 +161,57 @@ def train(fabric: Fabric, job: Job) -> None:
             test=test_loader,
             classes=job.splits.num_classes,
             seed=job.seed,
-            after_step=after_step,
-            after_epoch=after_epoch,
-            watch=observer.watch,
+            after_step=self.after_step,
+            after_epoch=self.after_epoch,
+            watch=self.observer.watch,
         )
+
+    def run(self) -> None:
+        """Train to the end, or until the run diverges, and write its weights and its record."""
         divergence = None
         try:
-            trainer.fit(position)
+            self.trainer.fit(self.position)
         except DivergedError as error:
             divergence = str(error)
-            log.error("%s: %s; recorded as diverged", job.cell, error)
-        if lead:
-            state.save_weights(job.folder / WEIGHTS)
-            record = make_record(job, position, kernels, divergence)
-            journal.conclude(record)
+            log.error("%s: %s; recorded as diverged", self.job.cell, error)
+        if self.journal is not None:
+            self.state.save_weights(self.job.folder / WEIGHTS)
+            record = make_record(self.job, self.position, self.kernels, divergence)
+            self.journal.conclude(record)
             record.write()
+
+    def after_step(self, position: Position) -> None:
+        """Measure, write a checkpoint if it is due, and stop if asked to."""
+        self.display.step(position.epoch, position.step, position.seconds)
+        self.observer.after_step(position)
+        stop = self._must_stop(position.step)
+        if stop or (position.step < self.steps and self.job.checkpoint.due(position.step)):
+            self.state.save(position)
+        if stop:
+            self.interruption.leave()
+
+    def after_epoch(self, position: Position) -> None:
+        """Write measurements, checkpoint and metrics, in this order, and stop if asked to."""
+        self.observer.after_epoch(position)
+        self.state.save(position)
+        if self.journal is not None:
+            self.journal.append(position.rows[-1])
+            self.display.epoch(position.rows[-1])
+        if self._must_stop(0) and position.epoch < self.epochs:
+            self.interruption.leave()
+
+    def _must_stop(self, step: int) -> bool:
+        """Return whether a process was asked to stop; all processes of a run get the same answer at a step."""
+        asked = self.interruption.signal is not None
+        if self.fabric.world_size == 1:
+            return asked
+        if step % AGREE_EVERY and step < self.steps:
+            return False
+        return self.leaving(torch.full((), -float(asked), device=self.fabric.device)) == -1
 
 
 def make_loaders(job: Job, fabric: Fabric) -> tuple[Loader, Loader]:
-    """The loaders of training and test images, of this process's share of each batch."""
+    """Return the loaders of training and test images, for this process's share of each batch."""
     placing = _placing(job, fabric)
     batch_size = evaluation_batch(job.recipe.batch_size, job.splits.image_size)
     return (
@@ -216,16 +221,16 @@ def make_loaders(job: Job, fabric: Fabric) -> tuple[Loader, Loader]:
 
 
 def evaluation_batch(training_batch: int, image_size: int) -> int:
-    """Images in a batch of the evaluation, over all processes as in training; `image_size` is their side in pixels.
+    """Return the batch size of an evaluation, over all processes; `image_size` is the side of an image in pixels.
 
-    512 of up to 32 x 32 pixels. Of larger ones as many as have so many pixels, or as a batch of the training: what
-    that takes, with its gradients, there has been room for.
+    It is 512 for images of up to 32 x 32 pixels. For larger ones it has as many pixels, or the batch size of
+    training, whose activations and gradients fit into memory.
     """
     return min(EVALUATION_BATCH, max(training_batch, EVALUATION_BATCH * 32**2 // image_size**2))
 
 
 def make_shuffled_loader(job: Job, fabric: Fabric) -> Loader:
-    """The test images in about equal batches, each with all classes in proportion; the same in every run."""
+    """Return the test images in about equal, stratified batches, which are the same in every run."""
     test = job.splits.test
     batches = -(-len(test) // evaluation_batch(job.recipe.batch_size, job.splits.image_size))
     shuffled = test.select(stratified_order(test.labels, "statistics"))
@@ -244,8 +249,8 @@ def _placing(job: Job, fabric: Fabric) -> dict[str, Any]:
 
 
 def make_record(job: Job, position: Position, kernels: str, divergence: str | None) -> Record:
-    """The record of a run that has ended."""
-    rows = position.rows
+    """Return the record of a run that has ended."""
+    rows, fingerprint = position.rows, job.splits.fingerprint
     return Record(
         folder=job.folder,
         status="diverged" if divergence else "finished",
@@ -270,5 +275,5 @@ def make_record(job: Job, position: Position, kernels: str, divergence: str | No
         best=max(rows, key=lambda row: row["test/top1"] or 0.0) if rows else {},
         seconds=sum(row["seconds"] or 0.0 for row in rows),
         divergence=divergence,
-        images=asdict(job.splits.fingerprint),
+        images=Images(files=fingerprint.files, pixels=fingerprint.pixels),
     )

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from l2bn.records import CONFIG, METRICS, SUMMARY, InvalidRecordError, Record
-from l2bn.training.failure import read_failure
+from l2bn.training.failures import read_failure
 from l2bn.training.interruption import is_owned
 from l2bn.training.plan import PlannedRun, differences, identity, read_config
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from l2bn.errors import UserError
 from l2bn.processes import SIGNALS
 from l2bn.records import Record
-from l2bn.training.failure import describe
+from l2bn.training.failures import describe
 from l2bn.training.interruption import EXIT_CODE, Interruption, follow_parent
 from l2bn.training.plan import PlannedRun, make_folder
 from l2bn.training.progress import NAMED
