@@ -89,7 +89,8 @@ def documented() -> dict[tuple[str, str], str]:
         text = re.sub(r"\\\n#?\s*", "", path.read_text())
         for script, line in re.findall(r"python scripts/(\w+)\.py([^`\n]*)", text):
             arguments = re.split(r" {3}| #| \(| \||\.?\"\"\"|\.$|, |: |\$", line)[0].strip()
-            if "--config-dir mine" not in arguments:  # the block that makes this folder has a test below
+            # The block of the README that makes the folder "mine" has a test below; make fills in $(...).
+            if "--config-dir mine" not in arguments and "$(" not in line:
                 found[script, arguments] = path.relative_to(ROOT).as_posix()
     return found
 
@@ -122,7 +123,7 @@ def test_a_documented_command_is_accepted(script: str, arguments: str) -> None:
         if script == "fetch_data":
             composed(rest)
         elif sweep:
-            assert len(plan_sweep(compose_sweep(rest))) > 1
+            assert plan_sweep(compose_sweep(rest))
         else:
             plan_run(*composed(rest))
 
