@@ -18,7 +18,7 @@ from l2bn.errors import UserError
 from l2bn.norms.l2bn import convert
 from l2bn.norms.swap import swap_norm
 from l2bn.records import FEATURES
-from l2bn.training import compilation
+from l2bn.training import compute as compute_module
 from l2bn.training.compute import UPDATES, Compute, should_compile
 from l2bn.training.instantiate import Builder
 
@@ -72,7 +72,7 @@ def test_the_processes_of_a_run_share_its_threads(
 @pytest.fixture(params=[True, False], ids=["a compiler", "no compiler"])
 def works(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether a compiler works, here as on a machine with CUDA."""
-    monkeypatch.setattr(compilation, "compiler_works", lambda _: request.param)
+    monkeypatch.setattr(compute_module, "compiler_works", lambda _: request.param)
     return bool(request.param)
 
 

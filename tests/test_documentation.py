@@ -27,6 +27,7 @@ import test_kill
 import test_plan
 import test_replay
 import test_security
+import test_sweep
 import test_training
 from conftest import ROOT, composed
 from l2bn.training.plan import compose_sweep, composing, plan_run, plan_sweep
@@ -165,11 +166,16 @@ PROMISES: dict[str, list[Callable[..., Any]]] = {
     ],
     "stdout or stderr cannot be written": [
         test_faults.test_output_that_cannot_be_written_ends_no_run,
+        test_sweep.test_a_sweep_whose_output_nobody_reads_goes_on,
         test_interruption.test_ctrl_c_ends_a_command_whose_reader_it_has_ended_too,
     ],
     "a command is started as several copies (torchrun, mpirun, srun)": [
         test_interruption.test_copies_of_a_command_are_refused_with_one_hint,
         test_interruption.test_which_commands_are_copies,
+    ],
+    "one of several runs side by side dies": [
+        test_sweep.test_a_run_that_is_killed_takes_no_other_with_it,
+        test_sweep.test_a_cluster_job_that_dies_fails_alone,
     ],
     "the newest checkpoint is damaged or cannot be read": [
         test_damage.test_a_damaged_newest_checkpoint,

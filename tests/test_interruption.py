@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import gc
 import json
 import multiprocessing
 import os
@@ -310,6 +311,26 @@ def test_the_processes_of_a_run_die_with_it(photographs: Path, tmp_path: Path) -
         (folder,) = tmp_path.rglob("checkpoints")
         with sole_owner(folder.parent):
             pass
+
+
+def test_the_processes_of_a_run_end_with_it(photographs: Path, train: Train) -> None:
+    """At once, not when garbage is collected: they ignore the signal that Python sends its children at exit."""
+    gc.disable()
+    try:
+        train(*decoding(photographs), "recipe.epochs=1", "compute.workers=1")
+        assert multiprocessing.active_children() == []
+    finally:
+        gc.enable()
+
+
+def test_the_processes_of_a_run_may_be_spawned(photographs: Path, tmp_path: Path) -> None:
+    """As on macOS, where processes are not forked."""
+    spawning = "import multiprocessing; multiprocessing.set_start_method('spawn')\n"
+    options = (*decoding(photographs), "recipe.epochs=1", "compute.workers=1")
+    process = start(tmp_path, *options, before=spawning)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    assert len(read_records(tmp_path)[0]) == 1
 
 
 @pytest.mark.slow

@@ -114,18 +114,18 @@ class Session:
         self.leaving = DelayedMin()
         lead = fabric.is_global_zero
         job.compute.set_up()
-        train_loader, test_loader = make_loaders(job, fabric)
-        self.steps, self.epochs = len(train_loader), job.recipe.epochs
+        self.train_loader, self.test_loader = make_loaders(job, fabric)
+        self.steps, self.epochs = len(self.train_loader), job.recipe.epochs
         # Several processes share the memory of the job: its images may stay there, its weights must not.
         own = copy.deepcopy(job.model) if fabric.world_size > 1 else job.model
-        network, trained, kernels = job.compute.place(own, fabric.device, updates=self.epochs * self.steps)
-        if trained is not network:
+        self.network, trained, kernels = job.compute.place(own, fabric.device, updates=self.epochs * self.steps)
+        if trained is not self.network:
             # torch compiles eight networks of one class in a process and then no more: leave them to later runs.
             stack.callback(torch.compiler.reset)
-        model, optimizer = fabric.setup(trained, job.recipe.optimizer(network))
+        self.model, self.optimizer = fabric.setup(trained, job.recipe.optimizer(self.network))
 
         images = asdict(job.splits.fingerprint)
-        self.state = State(fabric, job.folder, job.identity, images, job.checkpoint, network, optimizer)
+        self.state = State(fabric, job.folder, job.identity, images, job.checkpoint, self.network, self.optimizer)
         self.position = self.state.restore()
         self.journal: Journal | None = None
         if lead:
@@ -137,7 +137,7 @@ class Session:
         self.observer = Observer(
             policy=job.analysis,
             fabric=fabric,
-            network=Network(module=network, layers=job.norm_layers, classes=job.splits.num_classes),
+            network=Network(module=self.network, layers=job.norm_layers, classes=job.splits.num_classes),
             make_shuffled=functools.partial(make_shuffled_loader, job, fabric),
             epochs=self.epochs,
             steps=self.steps,
@@ -151,26 +151,27 @@ class Session:
             shown=lead and job.progress,
         )
         self.display = stack.enter_context(display)
-        self.trainer = Trainer(
-            fabric=fabric,
-            model=model,
-            network=network,
-            optimizer=optimizer,
-            recipe=job.recipe,
-            train=train_loader,
-            test=test_loader,
-            classes=job.splits.num_classes,
-            seed=job.seed,
+
+    def run(self) -> None:
+        """Train to the end, or until the run diverges, and write its weights and its record."""
+        # Not kept in the session: a cycle would keep the loaders' processes alive after the run.
+        trainer = Trainer(
+            fabric=self.fabric,
+            model=self.model,
+            network=self.network,
+            optimizer=self.optimizer,
+            recipe=self.job.recipe,
+            train=self.train_loader,
+            test=self.test_loader,
+            classes=self.job.splits.num_classes,
+            seed=self.job.seed,
             after_step=self.after_step,
             after_epoch=self.after_epoch,
             watch=self.observer.watch,
         )
-
-    def run(self) -> None:
-        """Train to the end, or until the run diverges, and write its weights and its record."""
         divergence = None
         try:
-            self.trainer.fit(self.position)
+            trainer.fit(self.position)
         except DivergedError as error:
             divergence = str(error)
             log.error("%s: %s; recorded as diverged", self.job.cell, error)
