@@ -245,7 +245,7 @@ class _Loader(ConfigLoaderImpl):
         from_shell: bool = True,
         validate_sweep_overrides: bool = True,
     ) -> DictConfig:
-        with _explained():
+        with _explained(overrides):
             values: dict[str | None, Override] = {}
             if run_mode == RunMode.MULTIRUN:
                 found = self.compute_defaults_list(config_name, overrides, run_mode).config_overrides
@@ -265,15 +265,16 @@ class _Loader(ConfigLoaderImpl):
 
 
 @contextlib.contextmanager
-def _explained() -> Iterator[None]:
-    """Turn what Hydra and OmegaConf raise on a user's mistake into UserError."""
+def _explained(overrides: Sequence[str]) -> Iterator[None]:
+    """Turn what Hydra and OmegaConf raise on a user's mistake in the overrides into UserError."""
     try:
         yield
     except CompactHydraException:
         raise
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         remedy = "\na group takes the name of one of its choices; scripts/list.py prints them"
-        raise UserError(f"{error}{remedy if 'Config group' in str(error) else ''}") from error
+        given = f"{error}\ngiven: {' '.join(overrides)}"
+        raise UserError(f"{given}{remedy if 'Config group' in str(error) else ''}") from error
 
 
 @contextlib.contextmanager
@@ -445,7 +446,7 @@ class _Planner:
     def _jobs(self, overrides: list[str]) -> list[list[str]]:
         """The overrides of each job, as Hydra's own sweeper makes them."""
         parser = OverridesParser.create(config_loader=self._loader)
-        with _explained():
+        with _explained(overrides):
             parsed = [_listed(override, parser) for override in parser.parse_overrides(overrides)]
             (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
         return jobs
@@ -555,7 +556,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], Cell]:
         raise ValueError(str(error)) from error
     names = content.pop("cell", None) if isinstance(content, dict) else None
     if not isinstance(names, dict) or names.keys() != Cell.__dataclass_fields__.keys():
-        raise ValueError(f"it has no cell of {', '.join(Cell.__dataclass_fields__)}")
+        raise ValueError(f"missing cell, with {', '.join(Cell.__dataclass_fields__)}")
     cell = Cell(**names)
     # A published record has no runs_dir, and a record from before there was an analysis no such node.
     config = {"runs_dir": "runs", "analysis": {}, **content}
