@@ -24,7 +24,7 @@ def main() -> None:
     from rich.console import Console  # imported here: --help need not wait for torch
 
     from l2bn.reporting.layers import layers_table
-    from l2bn.training.analyze import analyze
+    from l2bn.training.run import analyze
 
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
     failures = 0

@@ -255,9 +255,8 @@ class _Loader(ConfigLoaderImpl):
                 config_name, choices, run_mode, from_shell, validate_sweep_overrides
             )
             for value in values.values():
-                with contextlib.suppress(
-                    ConfigCompositionException
-                ):  # raised again in each job that it does not fit
+                # A value that does not fit here is judged in each job.
+                with contextlib.suppress(ConfigCompositionException):
                     self._apply_overrides_to_config([value], config)
             if values:
                 parsed = OverridesParser.create().parse_overrides(overrides)
@@ -437,10 +436,11 @@ class _Planner:
                 if seed is not None:
                     OmegaConf.update(config, "seed", seed)
                 with _as_in_job(full):
-                    yield self.plan(config, full.hydra.runtime.choices, job)
+                    run = self.plan(config, full.hydra.runtime.choices, job)
             except CompactHydraException as error:
                 cause = f"\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
                 raise UserError(f"{error}{cause}\nin the run {' '.join(job)}") from error
+            yield run
 
     def _jobs(self, overrides: list[str]) -> list[list[str]]:
         """The overrides of each job, as Hydra's own sweeper makes them."""

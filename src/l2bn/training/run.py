@@ -1,9 +1,10 @@
-"""Runs, from the configuration to the record: train, replay and evaluate. The only reader of the configuration."""
+"""Runs, from configuration to record: train, replay, evaluate, analyze. The only reader of the configuration."""
 
 import contextlib
 import functools
 import logging
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,35 @@ from lightning_fabric import Fabric
 from omegaconf import DictConfig
 from torch import nn
 
+from l2bn import records
+from l2bn.analysis.probe import Probe
 from l2bn.data.loader import Loader, check_batch_size
 from l2bn.data.splits import Fingerprint, Splits
 from l2bn.errors import UserError
 from l2bn.norms.swap import norm_layers, swap_norm
 from l2bn.norms.sync import counterparts
-from l2bn.records import CONFIG, SUMMARY, InvalidRecordError, Record, without_machine_paths
+from l2bn.records import (
+    CONFIG,
+    FEATURES,
+    METRICS,
+    SUMMARY,
+    FeatureRow,
+    InvalidRecordError,
+    Record,
+    Sample,
+    read_metrics,
+    without_machine_paths,
+    write_lines,
+)
 from l2bn.seeding import derive_seed
 from l2bn.training.checkpoint import CheckpointPolicy, Checkpoints
 from l2bn.training.compute import Compute, quieten
 from l2bn.training.failures import describe, fitting, note_failure
 from l2bn.training.instantiate import CONFIGS, Builder, machine_keys
-from l2bn.training.interruption import is_owned
+from l2bn.training.interruption import is_owned, sole_owner
+from l2bn.training.journal import Journal
 from l2bn.training.loop import evaluate
-from l2bn.training.observation import AnalysisPolicy, check_observable
+from l2bn.training.observation import AnalysisPolicy, check_observable, collect
 from l2bn.training.optim import Recipe
 from l2bn.training.plan import (
     Cell,
@@ -293,6 +309,77 @@ def open_run(
     network = job.compute.place(job.model, fabric.device, updates=0).network
     _, test = make_loaders(job, fabric)
     return OpenedRun(job, fabric, network, test, Checkpoints(folder / "checkpoints", []))
+
+
+def analyze(
+    folder: Path,
+    *,
+    every_checkpoint: bool = False,
+    device: str = "auto",
+    root: str | None = None,
+    config_dirs: Sequence[Path] = (),
+) -> list[FeatureRow]:
+    """Measure the features of a run, from its newest checkpoint after an epoch or from every one.
+
+    The measures go to the run's `features.jsonl`, where they replace those of the same update, and to TensorBoard.
+    A sample of the penultimate features after the last epoch is kept. `root` and `config_dirs` are those of
+    `read_run`. Returns the measured lines. Raises UserError if the folder is not a run, if it has no readable
+    checkpoint after an epoch, and if another process works on the run.
+    """
+    opened = open_run(folder, device, root, config_dirs)
+    with sole_owner(folder):
+        found = []
+        for state in _checkpoints(opened):
+            found.append(_measure(opened, state))
+            if not every_checkpoint:
+                break
+        if not found:
+            raise UserError(f"{folder} has no checkpoint after an epoch to analyze")
+        rows = [row for row, _ in reversed(found)]
+        kept = opened.job.analysis.sample and rows[-1]["epoch"] == opened.job.recipe.epochs
+        _write_measures(opened.job.cell, folder, rows, found[0][1] if kept else None)
+    return rows
+
+
+def _checkpoints(opened: OpenedRun) -> Iterator[dict[str, Any]]:
+    """The readable checkpoints after whole epochs, newest first."""
+    for path in reversed(opened.checkpoints.paths()):
+        try:
+            state = opened.checkpoints.read(path, opened.fabric.device)
+        except ValueError as error:
+            log.warning("the damaged checkpoint %s is left out: %s", path, error)
+            continue
+        if state["position"]["step"] == 0:
+            yield state
+
+
+def _measure(opened: OpenedRun, state: dict[str, Any]) -> tuple[FeatureRow, Sample]:
+    check_images(state.get("images"), asdict(opened.job.splits.fingerprint), opened.job.folder)
+    with fitting(opened.job.folder):
+        opened.network.load_state_dict(state["model"])
+    classes = opened.job.splits.num_classes
+    probe = Probe(opened.network, opened.job.norm_layers, classes)
+    with probe.attached():
+        evaluate(opened.network, opened.test, classes, opened.fabric, probe.expect)
+    position = state["position"]
+    return collect(probe, opened.fabric, position["epoch"], int(position["rows"][-1]["step"]))
+
+
+def _write_measures(cell: Cell, folder: Path, rows: list[FeatureRow], sample: Sample | None) -> None:
+    """Merge the lines into those of the run, and draw all of them again."""
+    try:
+        before, _ = records.keep_measurements(folder, math.inf)
+        metrics = read_metrics(folder / METRICS)
+    except InvalidRecordError as error:
+        raise UserError(f"{folder}: {error}") from error
+    merged = {row["step"]: row for row in [*before, *rows]}
+    write_lines(folder / FEATURES, [merged[step] for step in sorted(merged)])
+    if sample:
+        records.write_sample(folder, sample)
+    journal = Journal(folder, cell, metrics, math.inf)
+    if (folder / SUMMARY).exists():
+        journal.conclude(Record.read(folder))
+    journal.close()
 
 
 def read_run(
