@@ -1,4 +1,4 @@
-"""Freed memory stays with the process: a later step touches fewer pages for the first time."""
+"""Freed memory stays with the process, so that later steps touch fewer new pages."""
 
 import platform
 import subprocess

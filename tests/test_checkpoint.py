@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, the last two kept, a damaged one passed over and never deleted."""
+"""Checkpoints: complete or absent, the last two kept, damaged ones skipped and never deleted."""
 
 import os
 from pathlib import Path

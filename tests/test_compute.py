@@ -1,4 +1,4 @@
-"""Where and how a run computes: precision, when a network is compiled, how processes are started."""
+"""Precision, compilation, memory formats and processes of a run."""
 
 import functools
 import os

@@ -1,8 +1,7 @@
-"""SIGKILL at each place where a run writes: whatever is half there then, the same command ends in the same bits.
+"""SIGKILL at each place where a run writes: the same command resumes the run, with the same bits.
 
-`test_kill.py` kills at instants drawn at random; here the instants are chosen, so that none is left out: with a
-file written in part, written but not yet renamed, and just renamed. The processes are real, forked from one that
-has imported everything already.
+`test_kill.py` kills at random instants; here every place is covered: a file partly written, written but not yet
+renamed, and just renamed. The processes are real, forked from one that has imported everything already.
 """
 
 import fnmatch

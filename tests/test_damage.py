@@ -1,4 +1,4 @@
-"""Files of a run that are damaged: said, passed over where that loses nothing, and never deleted."""
+"""Damaged files of a run: reported, skipped where that loses nothing, and never deleted."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The same seed gives the same bits, and what must not matter does not; each test says what it proves.
+"""The same seed gives the same bits, whatever the number of workers, devices and other settings.
 
 That progress shown or not changes nothing, and that a stop changes nothing, is in `test_training.py`.
 """

@@ -1,4 +1,4 @@
-"""NaN and infinity, wherever they come up: the run ends there, and is recorded as diverged, never as finished."""
+"""NaN and infinity, wherever they occur: the run ends and is recorded as diverged, never as finished."""
 
 import json
 import math

@@ -206,7 +206,7 @@ PROMISES: dict[str, list[Callable[..., Any]]] = {
     ],
     "memory runs out, a process of the run is killed": [
         test_faults.test_a_device_out_of_memory,
-        test_faults.test_memory_that_runs_out_is_told_in_every_dialect,
+        test_faults.test_every_out_of_memory_error_is_recognized,
         test_faults.test_a_data_worker_that_is_killed,
         test_interruption.test_a_process_of_a_run_that_is_killed_ends_the_run,
     ],

@@ -1,6 +1,6 @@
-"""What the machine may do to a run: each fault ends in a clear word or is survived; nothing is lost.
+"""Faults of the machine: full disks, lack of memory, killed workers, lost images; nothing is lost.
 
-After every fault the run is issued again where it can be, and must equal the one that met none.
+After each fault the same command runs again, and its result must equal that of a run without the fault.
 """
 
 import contextlib
@@ -96,7 +96,7 @@ def test_a_full_disk_under_the_cache_of_images(small_disk: Path, photographs: Pa
 def test_a_folder_made_read_only(
     train: Train, at_update: AtUpdate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For root as well, whom no mode keeps out: somebody else then goes on with the run."""
+    """Root may write anywhere, and so becomes another user first."""
     whole = train(EPOCHS, *TINY, f"runs_dir={tmp_path / 'whole'}")
     monkeypatch.chdir(tmp_path)  # others may not walk through pytest's own folders
     runs, user = Path("runs"), os.geteuid()
@@ -156,7 +156,7 @@ def test_a_device_out_of_memory(train: Train, at_update: AtUpdate, tmp_path: Pat
 
 
 @pytest.mark.parametrize("error", EXHAUSTED, ids=lambda error: type(error).__name__)
-def test_memory_that_runs_out_is_told_in_every_dialect(error: Exception, tmp_path: Path) -> None:
+def test_every_out_of_memory_error_is_recognized(error: Exception, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="out of memory"), explained("run", tmp_path):
         raise error
 
@@ -190,7 +190,7 @@ def test_output_that_cannot_be_written_ends_no_run(output: str, progress: str, t
 
 
 def test_a_data_worker_that_is_killed(photographs: Path, train: Train, at_update: AtUpdate, tmp_path: Path) -> None:
-    """SIGKILL, as the kernel sends it when memory runs short; the run goes on, with another number of them."""
+    """SIGKILL, as the kernel sends it when memory runs short; the run resumes with another number of workers."""
     options = (*decoding(photographs), EPOCHS)
     whole = train(*options, "compute.workers=0", f"runs_dir={tmp_path / 'whole'}")
 
@@ -208,7 +208,7 @@ def test_a_data_worker_that_is_killed(photographs: Path, train: Train, at_update
 def test_an_image_that_is_damaged_under_the_run(
     damage: str, photographs: Path, train: Train, at_update: AtUpdate, tmp_path: Path
 ) -> None:
-    """A worker meets it in the second epoch; once it is mended, the run goes on."""
+    """A worker finds it in the second epoch; once it is repaired, the run resumes."""
     folder = tmp_path / "images"
     shutil.copytree(photographs, folder)
     options = (*decoding(folder), EPOCHS, "compute.workers=1")

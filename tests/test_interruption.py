@@ -1,4 +1,4 @@
-"""Signals, owners and death, with real processes on real images."""
+"""Requests to stop, locks and killed processes, with real processes on real images."""
 
 import contextlib
 import errno
@@ -271,7 +271,7 @@ def test_after_a_handler_that_returns_the_run_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_scheduler_may_tell_all_processes_of_a_run(photographs: Path, tmp_path: Path) -> None:
-    """Told while the run waits for an image of its second epoch, in a process that is told, too: the process is
+    """The signal comes while the run waits for an image of its second epoch, in a process that gets it, too: it is
     still needed, for the update to be made."""
     told = (
         "import os, signal\nfrom pathlib import Path\n"
@@ -359,7 +359,7 @@ def test_all_processes_of_a_run_stop_at_one_update(told: str, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_a_run_that_is_told_before_its_processes_are_ready_is_left(tmp_path: Path) -> None:
+def test_a_run_that_is_asked_to_stop_before_its_processes_are_ready_stops(tmp_path: Path) -> None:
     """They die of the signal, having no handler yet; the run is one to go on with all the same."""
     process = start(tmp_path, "compute.device=cpu", "compute.devices=2", "norm=bn", "recipe.epochs=1")
     try:
@@ -471,13 +471,13 @@ def test_a_file_system_without_locks_is_named(
 def test_a_process_that_follows_another_ends_on_no_second_signal() -> None:
     """A scheduler may tell it, and the process that it follows tells it, too."""
     context = multiprocessing.get_context("fork")
-    process = context.Process(target=_told_twice)
+    process = context.Process(target=_signalled_twice)
     process.start()
     process.join(timeout=60)
     assert process.exitcode == 7
 
 
-def _told_twice() -> None:
+def _signalled_twice() -> None:
     from l2bn.training.interruption import follow_parent
 
     with Interruption() as interruption:

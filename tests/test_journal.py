@@ -1,4 +1,4 @@
-"""The journal of a run: each epoch once, for tables and for eyes, whatever was cut off and begun again."""
+"""The journal of a run: each epoch once, in JSON lines and in TensorBoard, wherever a run was cut off."""
 
 import json
 import time

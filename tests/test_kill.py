@@ -1,8 +1,8 @@
-"""SIGKILL at any instant: the command is issued again, and the run ends as if nothing had happened.
+"""SIGKILL at any instant: the same command resumes the run, with the same result.
 
 Each kill is of a real process, at an instant drawn from a printed seed: while it starts, trains, evaluates, or in
-the middle of writing a checkpoint. Afterwards the final weights, and the metrics in every field but what they
-cost, must equal those of a run that was left alone, bit for bit.
+the middle of writing a checkpoint. Afterwards the final weights, and all metrics but time and memory, must equal
+those of an uninterrupted run, bit for bit.
 """
 
 import os

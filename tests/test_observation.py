@@ -1,4 +1,4 @@
-"""A run that is looked into: the same run, and its measurements in its record."""
+"""Measurements during a run: they leave the run unchanged, and are in its record."""
 
 import copy
 import json
@@ -235,7 +235,7 @@ def test_at_the_start_evaluation_lags_behind_batch_statistics(train: Train) -> N
     assert rows[-1]["batch/top1"] > 2 * rows[-1]["running/top1"]
 
 
-# ---- A run that is there ------------------------------------------------------------------------------------
+# ---- An existing run ------------------------------------------------------------------------------------------
 
 
 def test_a_finished_run_gives_what_it_would_have_given_in_training(

@@ -1,4 +1,4 @@
-"""Schedules against the formulas of their papers, and what the optimizer is given."""
+"""Schedules against the formulas of their papers, and the optimizer's parameter groups."""
 
 import math
 
@@ -61,7 +61,7 @@ def test_exponential_falls_by_its_factor_each_epoch() -> None:
     assert Exponential(gamma=0.98)(17.5, 300) == pytest.approx(0.98**17)
 
 
-def test_one_cycle_peaks_where_told_and_ends_at_nought() -> None:
+def test_one_cycle_peaks_at_its_share_and_ends_at_zero() -> None:
     schedule = OneCycle(peak=0.25)
     values = [schedule(i / 100, 1) for i in range(101)]
     assert values[0] == pytest.approx(1 / 25)

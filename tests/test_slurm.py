@@ -55,7 +55,7 @@ def test_a_sweep_survives_preemption_and_requeueing(slurm: Mapping[str, str], tm
         text=True,
     )
     try:
-        deadline = time.monotonic() + 600
+        deadline = time.monotonic() + 1800
         while len(jobs := midway()) < 2:
             assert process.poll() is None, process.communicate()[0]
             assert time.monotonic() < deadline

@@ -1,4 +1,4 @@
-"""Sweeps that finish themselves: what is left out, what is told, and what a killed one comes to."""
+"""Sweeps: which runs are launched, the summary, exit codes, and processes that are killed or asked to stop."""
 
 import contextlib
 import functools
@@ -95,7 +95,7 @@ def test_runs_that_would_share_a_folder_are_refused() -> None:
         ("compute.precision=32-true,bf16-mixed", "would have one folder"),
     ],
 )
-def test_a_mistake_in_any_run_is_told_before_the_first(
+def test_a_mistake_in_any_run_is_reported_before_the_first(
     given: str, named: str, multirun: Sweep, tmp_path: Path
 ) -> None:
     code, printed = multirun(*given.split())
@@ -105,7 +105,7 @@ def test_a_mistake_in_any_run_is_told_before_the_first(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_folder_of_runs_that_cannot_be_made_is_told_as_for_a_single_run(multirun: Sweep, tmp_path: Path) -> None:
+def test_a_runs_dir_that_cannot_be_made_is_reported_as_for_a_single_run(multirun: Sweep, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     code, printed = multirun(*FOUR, f"runs_dir={tmp_path}/file/runs")
     assert code == 1
@@ -135,7 +135,7 @@ def test_issued_again_a_sweep_has_nothing_to_do(multirun: Sweep, tmp_path: Path)
     assert "sweep: 1 finished, 1 skipped (ended before)\n" in printed
 
 
-def test_a_failing_run_stops_no_other_and_is_told(
+def test_a_failing_run_stops_no_other_and_is_reported(
     multirun: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = session.make_record
@@ -195,7 +195,9 @@ def test_a_diverged_run_has_ended(multirun: Sweep) -> None:
         assert words in printed
 
 
-def test_a_sweep_that_is_told_to_leave_says_what_is_left(multirun: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_that_is_asked_to_stop_reports_what_is_left(
+    multirun: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         stop_after(patch, 4)
         code, printed = multirun(*FOUR, "recipe.epochs=2")
@@ -347,7 +349,7 @@ def test_a_run_that_is_killed_takes_no_other_with_it(tmp_path: Path) -> None:
 
 
 def owner(folder: Path) -> int:
-    """The process that is at work on a run: it has the folder open."""
+    """The process that trains the run in a folder: it has the lock open."""
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
             if link.readlink() == folder / LOCK:

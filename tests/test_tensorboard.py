@@ -1,4 +1,4 @@
-"""How runs meet in TensorBoard: what they write for it, and what a browser then shows."""
+"""Runs compared in TensorBoard: the events they write, and what a browser shows."""
 
 import os
 import re
