@@ -4,14 +4,17 @@
 second YAML of a known source needs none of its own.
 """
 
+import errno
 import gzip
 import io
+import os
 import pickle
 import tarfile
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import pytest
 import yaml
 from PIL import Image
 from scipy.io import savemat
@@ -190,6 +193,18 @@ def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(content)
     tar.addfile(member, io.BytesIO(content))
+
+
+def deny(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Refuse to list a folder, as to a user without the right to; the tests may run as root, who has it."""
+    scandir = os.scandir
+
+    def checked(path: Any) -> Any:
+        if Path(path) == folder:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", checked)
 
 
 def digits(*_: Any) -> None:

@@ -185,6 +185,21 @@ def test_the_unpickler_knows_arrays_only(tmp_path: Path, name: str) -> None:
         load_arrays(file)
 
 
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickles_of_every_protocol_are_read(tmp_path: Path, protocol: int) -> None:
+    batch = cifar_batch(4, 0, labels=10)
+    (tmp_path / "batch").write_bytes(pickle.dumps(batch, protocol))
+    found = load_arrays(tmp_path / "batch")
+    np.testing.assert_array_equal(found.pop("data"), batch.pop("data"))
+    assert found == batch
+
+
+def test_no_other_encoding_is_called(tmp_path: Path) -> None:
+    (tmp_path / "batch").write_bytes(b"c_codecs\nencode\n(Vtext\nVrot13\ntR.")
+    with pytest.raises(UserError, match="it asks for the encoding rot13"):
+        load_arrays(tmp_path / "batch")
+
+
 def test_pickles_of_python_2_and_3_are_read_alike(tmp_path: Path) -> None:
     batch = cifar_batch(4, 0, labels=10)
     (tmp_path / "old").write_bytes(python2_pickle(batch))

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, Literal, Unpack
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torchvision import datasets
 
 from l2bn.data.archive import Archive, fetch, unpack
+from l2bn.data.cache import expand
 from l2bn.data.splits import Common, Images, Splits, make_splits
 from l2bn.errors import UserError
 
@@ -47,7 +49,7 @@ def cifar100(
 
 def _provide(archive: Archive, root: str, download: bool) -> Path:
     """The unpacked folder, from the archive if need be."""
-    place = Path(root).expanduser()
+    place = expand(root)
     folder = place / archive.folder
     if not folder.is_dir():
         remedy = (
@@ -91,16 +93,31 @@ def _splits(train: Images, test: Images, meta: Path, key: str, common: Common) -
 
 # numpy keeps the function that rebuilds an array in a private module, which has moved.
 _rebuild: Any = np.empty(0).__reduce__()[0]
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """How Python 3 writes bytes by the protocols of Python 2."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it asks for the encoding {encoding}")
+    return text.encode(encoding)
+
+
+def _from_buffer(content: bytes, dtype: Any, shape: tuple[int, ...], order: Any) -> npt.NDArray[Any]:
+    """How numpy rebuilds an array of protocol 5."""
+    return np.frombuffer(content, dtype).reshape(shape, order=order)
+
+
 _ALLOWED = {
-    ("numpy.core.multiarray", "_reconstruct"): _rebuild,
-    ("numpy._core.multiarray", "_reconstruct"): _rebuild,
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): _encode,
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): _rebuild for core in ("core", "_core")},
+    **{(f"numpy.{core}.numeric", "_frombuffer"): _from_buffer for core in ("core", "_core")},
 }
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Knows plain Python values and numpy arrays; a pickle that names anything else is refused before it is run."""
+    """Reads plain Python values and numpy arrays; a pickle that names anything else is refused before it runs."""
 
     def find_class(self, module: str, name: str, /) -> Any:
         if (module, name) not in _ALLOWED:
@@ -109,7 +126,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def load_arrays(file: Path) -> dict[str, Any]:
-    """A dictionary of plain values and numpy arrays from a pickle of Python 2 or 3.
+    """A dictionary of plain values and numpy arrays from a pickle of any protocol, of Python 2 or 3.
 
     Raises `UserError` for a missing or damaged file, and for one that holds anything else.
     """

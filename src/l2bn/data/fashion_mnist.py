@@ -16,6 +16,7 @@ from torch import Tensor
 from torchvision import datasets
 
 from l2bn.data.archive import Archive, fetch
+from l2bn.data.cache import expand
 from l2bn.data.splits import Common, Images, Splits, make_splits
 from l2bn.errors import UserError
 
@@ -35,7 +36,7 @@ def fashion_mnist(root: str, download: bool = True, **common: Unpack[Common]) ->
     Each file is read from `root`, from `root`/FashionMNIST/raw, where torchvision puts it, or from Debian's
     package, and is otherwise downloaded to `root`. Gzipped files are read as they are; it takes half a second.
     """
-    place = Path(root).expanduser()
+    place = expand(root)
     train, test = (
         Images(
             _pixels(_find(f"{part}-images-idx3-ubyte", place, download)),
