@@ -29,8 +29,6 @@ def write(name: str, folder: Path, train: int = 40, test: int = 20) -> list[str]
     function = node["_target_"].rpartition(".")[2]
     WRITERS[function](folder, node, train, test)
     overrides = {"root": str(folder), "download": False, "cache": str(folder / "cache")}
-    if node["label"] == "???":
-        overrides["label"] = "fixture"
     return [f"dataset.{key}={_quoted(value)}" for key, value in overrides.items() if key in node]
 
 

@@ -100,6 +100,13 @@ def test_colours_of_sixteen_bits_are_scaled_and_few_of_them_refused() -> None:
         decoded(png_of_16_bits(RGB.astype(np.uint16) * 16))
 
 
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM"])
+def test_the_width_of_an_image_is_not_its_depth(kind: str) -> None:
+    for mode in ("RGB", "L"):
+        image = Image.new(mode, (16, 16), 3 if mode == "L" else (3, 3, 3))
+        assert (decoded(encoded(image, kind)) == 3).all()
+
+
 def test_black_of_sixteen_bits_stays_black() -> None:
     assert not decoded(encoded(Image.fromarray(np.zeros((8, 8), np.uint16)), "PNG")).any()
 

@@ -24,7 +24,9 @@ def script() -> ModuleType:
 
 def test_what_was_found_is_printed(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script.main(["cifar10", *write("cifar10", tmp_path)])
-    assert capsys.readouterr().out == "CIFAR-10: 40 images to train on, 20 to test on, 10 classes\n"
+    assert (
+        capsys.readouterr().out == "CIFAR-10, 40 and 20 images: 40 images to train on, 20 to test on, 10 classes\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -57,13 +57,18 @@ def file_state(files: Iterable[Path]) -> str:
     """
     digest = hashlib.sha256()
     for file in files:
-        try:
-            status = file.stat()
-        except OSError as error:  # a link to nowhere, for example
-            raise UserError(f"{file} cannot be read: {error.strerror}; restore the file") from error
-        values = status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
+        found = status(file)
+        values = found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns
         digest.update("\0".join([str(file), *map(str, values)]).encode("utf-8", "surrogateescape") + b"\n")
     return digest.hexdigest()
+
+
+def status(file: Path) -> os.stat_result:
+    """Size and times of a file. Raises `UserError` for a link to nothing, for example."""
+    try:
+        return file.stat()
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}; restore the file") from error
 
 
 def cached(folder: str | None, name: str, key: Sequence[str], state: str, make: Callable[[], Arrays]) -> Arrays:

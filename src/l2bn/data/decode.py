@@ -2,18 +2,21 @@
 
 import io
 import os
+import re
 import struct
 from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from l2bn.data.cache import tracked
 from l2bn.errors import UserError
+
+T = TypeVar("T")
 
 CHUNK = 64  # images that a decoding process takes at a time
 BITS_PER_SAMPLE, LARGEST_VALUE = 258, 281  # tags of TIFF
@@ -27,7 +30,7 @@ def read_rgb(source: Path | bytes | bytearray, name: str) -> Image.Image:
     """
     try:
         with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
-            wide = any("16" in str(tile[-1]) for tile in image.tile)  # Pillow drops the lower 8 bits of 16-bit RGB
+            wide = any(re.search(";16[BLN]", str(tile[-1])) for tile in image.tile)  # of which Pillow keeps 8 bits
             image.load()
             return _to_rgb(image, wide)
     except FileNotFoundError:
@@ -84,9 +87,7 @@ def _extrema(image: Image.Image) -> list[tuple[int, int]]:
     return [extrema] if isinstance(extrema[0], int | float) else list(extrema)  # type: ignore[list-item]
 
 
-def read_all(
-    paths: list[Path], read: Callable[[Path], npt.NDArray[np.uint8]], text: str
-) -> Generator[npt.NDArray[np.uint8], None, None]:
+def read_all(paths: list[Path], read: Callable[[Path], T], text: str) -> Generator[T, None, None]:
     """What `read` returns for each path, in order, computed in parallel with a progress bar.
 
     By processes, because most of the time spent on a small image is spent in Python. Close it to cancel the rest.

@@ -1,7 +1,7 @@
 """Any tree of images, `train/<class>/` and `test/<class>/`, that fits into memory.
 
 Every image is decoded once, in parallel, into a cache: one file of uint8 arrays, which is made again when a file of
-the tree has changed.
+the tree has changed. It also holds the digest of the files' contents.
 """
 
 import logging
@@ -20,9 +20,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from l2bn.data.cache import cached, expand, file_state
+from l2bn.data.cache import Arrays, cached, expand, file_state, status
 from l2bn.data.decode import read_all, read_rgb
-from l2bn.data.splits import Common, Images, Splits, check_image_size, make_splits
+from l2bn.data.splits import Common, Images, Splits, check_image_size, digest, make_splits
 from l2bn.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -43,12 +43,15 @@ def image_folder(
     test: str = "test",
     image_size: int | None = None,
     cache: str | None = None,
+    counts: list[int] | None = None,
     **common: Unpack[Common],
 ) -> Splits:
     """The images below `root`/`train`/<class>/ and `root`/`test`/<class>/, as RGB.
 
     image_size: the centre square of each image is cut out and resized to it; null: the images are squares of
     one size already. cache: folder of the decoded images; null: `l2bn` in the user's cache folder.
+    counts: of a published data set, the number of its classes and of the training and test images of each.
+    label: null: the name of the root folder.
     `train` and `test` may be the same folder, "." for example, if `validation` holds out a share of it.
 
     Raises `UserError`, naming the folder or file, for a missing or empty folder, for classes that differ between
@@ -80,7 +83,7 @@ def image_folder(
                 else "give two"
             )
         )
-    arrays = _decode_cached(folder, trees, image_size, cache)
+    arrays, files = _decode_cached(folder, trees, image_size, cache)
     splits = [Images(pixels, tree.labels) for pixels, tree in zip(arrays, trees, strict=True)]
     sizes = [pixels.shape[-1] for pixels in arrays]
     if sizes[0] != sizes[-1]:
@@ -88,7 +91,10 @@ def image_folder(
             f"{folder}: the images of {train} are {sizes[0]} pixels wide and those of {test} {sizes[-1]}; "
             "set dataset.image_size"
         )
-    return make_splits(splits[0], splits[-1], len(classes), sizes[0], classes, **common)
+    label = common.get("label")
+    common["label"] = Path(os.path.abspath(folder)).name if label is None else label  # noqa: PTH100 (a link's own name)
+    whole = None if counts is None else (counts[0], counts[0] * counts[1], counts[0] * counts[2])
+    return make_splits(splits[0], splits[-1], len(classes), sizes[0], classes, files=files, whole=whole, **common)
 
 
 def _suggest(folder: Path, train: str, test: str, missing: str) -> str:
@@ -126,6 +132,11 @@ class Tree:
 
     def paths(self) -> list[Path]:
         return [self.folder / name for name in self.names]
+
+    def digest(self) -> str:
+        """Digest over name, label and size in bytes of each file. Raises `UserError` for a broken link."""
+        sizes = torch.tensor([status(path).st_size for path in self.paths()])
+        return digest([*self.names, self.labels, sizes])
 
 
 def scan(folder: Path) -> tuple[list[str], list[str]]:
@@ -239,37 +250,51 @@ def same_classes(train: Tree, test: Tree) -> None:
             )
 
 
-def _decode_cached(root: Path, trees: list[Tree], image_size: int | None, cache: str | None) -> list[Tensor]:
-    """The pixels of each tree, (N, 3, H, H) uint8."""
+def _decode_cached(
+    root: Path, trees: list[Tree], image_size: int | None, cache: str | None
+) -> tuple[list[Tensor], str]:
+    """The pixels of each tree, (N, 3, H, H) uint8, and the digest over names, labels and contents of its files."""
+
+    def decode() -> Arrays:
+        pixels, contents = zip(*(_decode(tree, image_size) for tree in trees), strict=True)
+        parts = [part for tree, content in zip(trees, contents, strict=True) for part in (tree.labels, content)]
+        return [*pixels, np.array(digest(parts))]
+
     key = [*(str(tree.folder.resolve()) for tree in trees), str(image_size)]
     state = file_state(path for tree in trees for path in tree.paths())
-    arrays = cached(cache, root.resolve().name, key, state, lambda: [_decode(tree, image_size) for tree in trees])
-    return [torch.from_numpy(pixels).permute(0, 3, 1, 2) for pixels in arrays]
+    *pixels, files = cached(cache, root.resolve().name, key, state, decode)
+    return [torch.from_numpy(array).permute(0, 3, 1, 2) for array in pixels], str(files)
 
 
-def _decode(tree: Tree, image_size: int | None) -> npt.NDArray[np.uint8]:
-    """(N, H, H, 3) from all files of the tree."""
+def _decode(tree: Tree, image_size: int | None) -> tuple[npt.NDArray[np.uint8], str]:
+    """(N, H, H, 3) from all files of the tree, and the digest over their names and contents."""
     paths = tree.paths()
-    shape = _read(paths[0], image_size).shape
+    shape = _read(paths[0], image_size)[0].shape
     pixels = np.empty((len(paths), *shape), dtype=np.uint8)
+    contents: list[str] = []
     with closing(read_all(paths, partial(_read, image_size=image_size), f"decoding {tree.folder}")) as images:
-        for index, image in enumerate(images):
+        for index, (image, content) in enumerate(images):
             if image.shape != shape:
                 raise UserError(
                     f"{paths[index]} is {image.shape[0]} pixels wide, {paths[0]} is {shape[0]}; "
                     "set dataset.image_size to bring all to one size"
                 )
             pixels[index] = image
-    return pixels
+            contents.append(content)
+    return pixels, digest([*tree.names, *contents])
 
 
-def _read(path: Path, image_size: int | None) -> npt.NDArray[np.uint8]:
-    """(H, H, 3)."""
-    image = read_rgb(path, str(path))
+def _read(path: Path, image_size: int | None) -> tuple[npt.NDArray[np.uint8], str]:
+    """The image, (H, H, 3), and the digest of its file's content."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; restore the file") from error
+    image = read_rgb(content, str(path))
     if image_size is not None:
         image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
     elif image.width != image.height:
         raise UserError(
             f"{path} is {image.width} x {image.height} pixels, no square; set dataset.image_size to cut squares out"
         )
-    return np.asarray(image)
+    return np.asarray(image), digest([content])

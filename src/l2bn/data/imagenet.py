@@ -27,7 +27,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, resize
 from l2bn.data.cache import cache_file, expand, file_state, read_arrays, replacing, write_arrays
 from l2bn.data.decode import read_all, read_rgb
 from l2bn.data.folder import Tree, is_image, list_images, report_left_out, same_classes, scan
-from l2bn.data.splits import Common, Split, Splits, Transform, check_image_size, make_splits
+from l2bn.data.splits import Common, Split, Splits, Transform, check_image_size, digest, make_splits
 from l2bn.errors import UserError
 
 DEVKIT = "ILSVRC2012_devkit_t12"
@@ -68,13 +68,14 @@ def imagenet(
         raise UserError(f"dataset.cache_side={cache_side}: give a number of pixels, or null to decode each time")
     else:
         images = decode_once(trained, cache_side, cache, training_transform(image_size))
-        common = {**common, "label": f"{common['label']}, decoded at {cache_side} pixels", "baseline": None}
     return make_splits(
         images,
         ImageFiles.of(tested, evaluation_transform(image_size)),
         len(trained.classes),
         image_size,
         trained.classes,
+        files=digest([trained.digest(), tested.digest()]),
+        variant=f"decoded at {cache_side} pixels" if cache_side is not None else "",
         **common,
     )
 

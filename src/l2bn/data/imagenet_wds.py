@@ -29,7 +29,7 @@ from l2bn.data.cache import Arrays, cached, expand, file_state, tracked
 from l2bn.data.decode import read_rgb
 from l2bn.data.folder import SUFFIXES, Tree, scan
 from l2bn.data.imagenet import DEVKIT, LICENCE, evaluation_transform, list_splits, read_bytes, training_transform
-from l2bn.data.splits import Common, Splits, Transform, check_image_size, make_splits
+from l2bn.data.splits import Common, Splits, Transform, check_image_size, digest, make_splits
 from l2bn.errors import UserError
 from l2bn.seeding import generator
 
@@ -62,9 +62,7 @@ def imagenet_wds(
     tested = _open(folder, val, evaluation_transform(image_size), cache)
     both = set(trained.files) & set(tested.files)
     if both and not common.get("validation"):
-        raise UserError(
-            f"{min(both)} matches dataset.train={train} and dataset.val={val}: give patterns that differ"
-        )
+        raise UserError(f"{min(both)} matches both dataset.train={train} and dataset.val={val}: give two patterns")
     names = folder / "classes.txt"
     classes = _class_names(names) if names.is_file() else ()
     counts = torch.bincount(torch.cat([trained.labels, tested.labels]), minlength=len(classes))
@@ -78,7 +76,11 @@ def imagenet_wds(
             f"{folder}: the class numbers go up to {len(counts) - 1}, but no sample has {unused[0]}: number the "
             f"classes from 0 without a gap, or name all of them, one in each line, in {names}"
         )
-    return make_splits(trained, tested, len(counts), image_size, classes, **common)
+    untrained = sorted(set(tested.labels.tolist()) - set(trained.labels.tolist()))
+    if untrained:
+        raise UserError(f"{folder}: no training image of class {untrained[0]}, which {val} has: number both alike")
+    files = digest([trained.digest(), tested.digest(), *classes])
+    return make_splits(trained, tested, len(counts), image_size, classes, files=files, **common)
 
 
 def _class_names(file: Path) -> tuple[str, ...]:
@@ -105,6 +107,12 @@ class Shards(Dataset[tuple[Tensor, int]]):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def digest(self) -> str:
+        """Digest over the shards' names and the name, the size in bytes and the label of each sample."""
+        return digest(
+            [*(file.name for file in self.files), *self.names.tolist(), self.shard, self.size, self.labels]
+        )
 
     def __getitem__(self, index: int, /) -> tuple[Tensor, int]:
         path = self.files[int(self.shard[index])]

@@ -63,9 +63,11 @@ def training_loader(
     """Random order, augmented; samples that do not fill a last batch are left out of that epoch.
 
     batch_size: over all ranks. workers: processes that decode images; a split in memory needs none.
-    Raises `UserError`, see `check_batch_size`.
+    Raises `UserError` for a single class, and as `check_batch_size`.
     """
     check_batch_size(batch_size, len(split), world_size)
+    if splits.num_classes < 2:
+        raise UserError(f"{splits.label} has one class: every answer would be right; give images of two or more")
     kind = _MemoryLoader if isinstance(split, Images) else _WorkerLoader
     return kind(split, splits, batch_size, seed, torch.device(device), rank, world_size, workers, channels_last)
 
