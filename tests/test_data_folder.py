@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from PIL import Image
 
 from l2bn.data import cache
@@ -19,7 +21,8 @@ from l2bn.data import folder as reader
 from l2bn.data.folder import image_folder
 from l2bn.data.splits import Images
 from l2bn.errors import UserError
-from official_formats import deny, jpeg, pixels
+from l2bn.training.planning import PlannedRun, plan_run
+from official_formats import CONFIGS, deny, jpeg, pixels
 from official_formats import image_folder as write_tree
 
 NODE = {"train": "train", "test": "test"}
@@ -357,6 +360,33 @@ def test_what_is_left_out_is_counted_in_one_line(tree: Path, caplog: pytest.LogC
 def test_a_root_of_an_unknown_user_is_named() -> None:
     with pytest.raises(UserError, match=r"dataset\.root=~nobodyhere/x: no home folder is known for ~nobodyhere"):
         image_folder("~nobodyhere/x", label="x")
+
+
+def planned(*overrides: str) -> PlannedRun:
+    with initialize_config_dir(str(CONFIGS.parent), version_base="1.3"):
+        config = compose("train", ["dataset=image_folder", *overrides], return_hydra_config=True)
+        choices = config.hydra.runtime.choices
+        return plan_run(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]), choices)
+
+
+def test_the_name_of_the_root_is_the_label_and_part_of_the_hash(tmp_path: Path) -> None:
+    first, moved, other = (planned(f"dataset.root={tmp_path}/{name}") for name in ("a/cats", "b/cats/", "a/dogs"))
+    assert first.config["dataset"]["label"] == moved.identity["dataset"]["label"] == "cats"
+    assert (first.hash, first.cell) == (moved.hash, moved.cell)
+    assert other.hash != first.hash
+    assert (first.cell.dataset, other.cell.dataset) == ("image_folder,label=cats", "image_folder,label=dogs")
+    named = planned(f"dataset.root={tmp_path}/a/dogs", "dataset.label=cats")
+    assert (named.hash, named.cell) == (first.hash, first.cell)
+
+
+def test_a_link_counts_by_its_own_name(tmp_path: Path) -> None:
+    (tmp_path / "v3").mkdir()
+    (tmp_path / "current").symlink_to("v3")
+    assert planned(f"dataset.root={tmp_path}/current/.").config["dataset"]["label"] == "current"
+
+
+def test_called_from_python_the_label_is_the_same(tree: Path) -> None:
+    assert image_folder(str(tree), cache=str(tree.parent / "cache")).label == tree.name
 
 
 def test_a_folder_without_classes_is_named(tree: Path) -> None:

@@ -102,8 +102,8 @@ class Shards(Dataset[tuple[Tensor, int]]):
     size: Tensor  # (N,) of the image, in bytes
     labels: Tensor  # (N,) int64
     names: npt.NDArray[np.bytes_]  # (N,) of the image within its file
-    mixed: bool
     transform: Transform
+    mixed: bool = True
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -218,7 +218,7 @@ def _open(folder: Path, pattern: str, transform: Transform, cache: str | None) -
             pattern,
             folder,
         )
-    return Shards(files, shard, offset, size, labels, names, mixed, transform)
+    return Shards(files, shard, offset, size, labels, names, transform, mixed)
 
 
 def _are_mixed(shard: Tensor, labels: Tensor) -> bool:
