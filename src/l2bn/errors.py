@@ -64,8 +64,8 @@ def _message(error: Exception) -> str | None:
         key, _, value = error.override.partition("=")
         quoted = value.replace('"', '\\"')
         return (
-            f"{error.override} cannot be read: a value with blanks, or with signs other than ASCII letters, digits and "
-            f"/ . - _ : % + @, needs quotes, and another pair for the shell, as in '{key}=\"{quoted}\"'"
+            f"{error.override} cannot be read: a value with blanks, or with signs other than ASCII letters, digits "
+            f"and / . - _ : % + @, needs quotes, and another pair for the shell, as in '{key}=\"{quoted}\"'"
         )
     if isinstance(error, CompactHydraException):
         cause = error.__cause__
