@@ -353,7 +353,7 @@ def test_what_is_left_out_is_counted_in_one_line(tree: Path, caplog: pytest.LogC
     shutil.copy(tree / "train" / "cat" / "0000.jpg", tree / "train" / "0.jpg")
     assert len(reader.list_images(tree / "train").names) == 15
     (line,) = caplog.messages
-    for words in ("5 entries", "2 .txt", "1 without a suffix", "1 .jpg?itok=x", "1 .jpg outside the class folders"):
+    for words in ("left out: 2 .txt", "1 without a suffix", "1 .jpg?itok=x", "1 .jpg outside the class folders"):
         assert words in line
 
 

@@ -236,7 +236,7 @@ def report_left_out(folder: Path, left_out: Counter[str]) -> None:
     """Log one line that counts the files and links that are not taken for images, if there are any."""
     if left_out:
         kinds = [f"{count:,} {kind}" for kind, count in left_out.most_common()]
-        log.warning("%s: %d entries are left out: %s", folder, left_out.total(), _listing(kinds))
+        log.warning("%s: left out: %s", folder, _listing(kinds))
 
 
 def same_classes(train: Tree, test: Tree) -> None:

@@ -60,6 +60,13 @@ def imagenet_wds(
     folder = expand(root)
     trained = _open(folder, train, training_transform(image_size), cache)
     tested = _open(folder, val, evaluation_transform(image_size), cache)
+    if not trained.mixed:
+        log.warning(
+            "%s in %s: the shards hold different classes, so each batch is drawn from all shards, which takes "
+            "longer on hard disks; samples packed in random order are read shard by shard",
+            train,
+            folder,
+        )
     both = set(trained.files) & set(tested.files)
     if both and not common.get("validation"):
         raise UserError(f"{min(both)} matches both dataset.train={train} and dataset.val={val}: give two patterns")
@@ -210,15 +217,7 @@ def _open(folder: Path, pattern: str, transform: Transform, cache: str | None) -
     state = file_state(resolved)
     *columns, names = cached(cache, parent.name, [*map(str, resolved)], state, lambda: _index(files))
     shard, offset, size, labels = map(torch.from_numpy, columns)
-    mixed = _are_mixed(shard, labels)
-    if not mixed:
-        log.warning(
-            "%s in %s: the shards hold different classes, so each batch is drawn from all shards, which takes "
-            "longer on hard disks; samples packed in random order are read shard by shard",
-            pattern,
-            folder,
-        )
-    return Shards(files, shard, offset, size, labels, names, transform, mixed)
+    return Shards(files, shard, offset, size, labels, names, transform, _are_mixed(shard, labels))
 
 
 def _are_mixed(shard: Tensor, labels: Tensor) -> bool:
