@@ -12,7 +12,7 @@ from PIL import Image
 from l2bn.data import imagenet as module
 from l2bn.data.folder import Tree, list_images
 from l2bn.data.imagenet import DecodedImages, decode_once, imagenet
-from l2bn.data.splits import Splits
+from l2bn.data.splits import PUBLISHED, Splits
 from l2bn.errors import UserError
 from official_formats import imagenet as write
 
@@ -117,9 +117,10 @@ def test_training_images_come_from_the_cache_and_test_images_from_their_files(ro
     assert kept.train[0][0].shape == (3, 16, 16)
 
 
-def test_other_pixels_are_another_data_set(root: Path, cache: Path) -> None:
-    assert (read(root, cache).label, read(root, cache).baseline) == ("ImageNet, decoded at 24 pixels", None)
-    plain = read(root, cache, cache_side=None)
+def test_other_pixels_are_another_data_set(root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PUBLISHED, "ImageNet", (4, 12, 8))
+    kept, plain = read(root, cache), read(root, cache, cache_side=None)
+    assert (kept.label, kept.baseline) == ("ImageNet, decoded at 24 pixels", None)
     assert (plain.label, plain.baseline) == ("ImageNet", "imagenet")
 
 

@@ -45,7 +45,7 @@ def _to_rgb(image: Image.Image, wide: bool) -> Image.Image:
         return _from_integers(image)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no fixed range")
-    if wide and max(high for _, high in _extrema(image)) < DIM >> 8:
+    if wide and np.asarray(image.convert("RGB")).max() < DIM >> 8:
         raise _too_dim()
     if image.has_transparency_data:
         key = image.info.get("transparency")
@@ -79,12 +79,6 @@ def _too_dim() -> ValueError:
     return ValueError(
         "its 16-bit pixels use at most 12 bits and would be nearly black: scale them to 8 bits or to all 16"
     )
-
-
-def _extrema(image: Image.Image) -> list[tuple[int, int]]:
-    """Lowest and highest value of each channel."""
-    extrema = image.getextrema()
-    return [extrema] if isinstance(extrema[0], int | float) else list(extrema)  # type: ignore[list-item]
 
 
 def read_all(paths: list[Path], read: Callable[[Path], T], text: str) -> Generator[T, None, None]:

@@ -1,4 +1,4 @@
-"""ImageNet (ILSVRC 2012) from its files, decoded by worker processes while the device computes.
+"""ImageNet (ILSVRC 2012) from its image files, decoded by worker processes while the device computes.
 
 O. Russakovsky et al., "ImageNet Large Scale Visual Recognition Challenge", arXiv:1409.0575. Random crops as in
 C. Szegedy et al., "Going Deeper with Convolutions", arXiv:1409.4842, section 6; at evaluation the shorter side is
@@ -57,8 +57,8 @@ def imagenet(
     are numbered by the order of their wnids. The validation images are the test set.
 
     cache_side: keep the training images decoded in `cache` (a folder; null: `l2bn` in the user's cache folder),
-    their shorter side that many pixels long. Random crops are then windows of the smaller images: other pixels, so
-    that the label says so and there is no baseline. Test images are read from their files as always.
+    their shorter side resized to that many pixels. Random crops of these smaller images have other pixels, which the
+    label states, and there is no baseline. Test images are still read from their files.
     """
     check_image_size(image_size)
     trained, tested = list_splits(expand(root), train, val, devkit)
@@ -106,7 +106,7 @@ def list_splits(folder: Path, train: str, val: str, devkit: str) -> tuple[Tree, 
 
 
 def training_transform(image_size: int) -> Transform:
-    """A window of 8 to 100 % of the area and 3:4 to 4:3 proportions, resized to a square, half of them mirrored."""
+    """A random window of 8 to 100 % of the area, 3:4 to 4:3 in proportion, resized to a square, mirrored or not."""
     return v2.Compose([v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip()])
 
 

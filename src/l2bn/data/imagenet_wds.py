@@ -3,8 +3,8 @@
 A. Aizman, G. Maltby, T. Breuel, "High Performance I/O For Large Scale Deep Learning", arXiv:2001.01858. A sample is
 two members that share their name up to the first dot: the image and `.cls`, its class number in decimal. The tar
 headers are read once, into a cached index. After that a shard is read like a folder, by position and length, so
-that all else (random crops, resuming at a step, shares of several ranks, evaluation) is that of single files. Only
-the order differs: it keeps to a few shards at a time.
+random crops, resuming at a step, the shares of several ranks, and evaluation work as with single files. Only the
+order differs: it is drawn from a few shards at a time.
 """
 
 import glob
@@ -83,7 +83,7 @@ def imagenet_wds(
             f"{folder}: the class numbers go up to {len(counts) - 1}, but no sample has {unused[0]}: number the "
             f"classes from 0 without a gap, or name all of them, one in each line, in {names}"
         )
-    untrained = sorted(set(tested.labels.tolist()) - set(trained.labels.tolist()))
+    untrained = sorted(set(tested.labels.unique().tolist()) - set(trained.labels.unique().tolist()))
     if untrained:
         raise UserError(f"{folder}: no training image of class {untrained[0]}, which {val} has: number both alike")
     files = digest([trained.digest(), tested.digest(), *classes])
@@ -92,8 +92,8 @@ def imagenet_wds(
 
 def _class_names(file: Path) -> tuple[str, ...]:
     """The lines of a text file, without empty ones at its end."""
-    lines = file.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
-    return tuple(line.strip() for line in "\n".join(lines).rstrip().split("\n"))
+    lines = file.read_text(encoding="utf-8", errors="surrogateescape").rstrip().split("\n")
+    return tuple(line.strip() for line in lines)
 
 
 @dataclass(frozen=True)

@@ -34,11 +34,11 @@ LARGEST_IMAGE = 4096  # pixels; far above what any network here takes
 
 
 Transform = Callable[[Tensor], Tensor]
-"""Of an image that is decoded when asked: (3, any, any) uint8 -> (3, image_size, image_size) uint8."""
+"""Of an image decoded on access: (3, any, any) uint8 -> (3, image_size, image_size) uint8."""
 
 
 class Split(Protocol):
-    """One part of a data set: `Images` in memory, or a map-style dataset that decodes an image when asked.
+    """One part of a data set: `Images` in memory, or a map-style dataset that decodes images on access.
 
     Such a dataset's `__getitem__(index)` returns ((3, H, W) uint8, class) and draws its randomness, if any, from
     torch's global CPU generator, which the loader seeds for each sample.
@@ -53,7 +53,7 @@ class Split(Protocol):
     def __getitem__(self, index: int, /) -> tuple[Tensor, int]: ...
 
     def select(self, indices: Tensor, like: Any = None) -> Self:
-        """Only the samples at `indices`; `like`: read as that split reads its own (without random crops, say)."""
+        """The samples at `indices`, read as `like` reads its own if it is given: without random crops, for example."""
 
 
 @dataclass(frozen=True)
@@ -84,19 +84,19 @@ class Images:
 
 
 class Augmentation(ABC):
-    """A random change of training images in two halves: numbers for each sample, and a pure function of them.
+    """A random change of training images in two steps: draw numbers for each sample, apply a pure function of them.
 
-    Drawing is apart so that every device sees the same numbers, and so that each of several processes can draw
+    Drawing is separate so that every device gets the same numbers, and so that each of several processes can draw
     for the whole batch and apply its own rows.
     """
 
     @abstractmethod
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Random numbers on the CPU, one row a sample: (count, whatever `apply` needs)."""
+        """Random numbers on the CPU, one row per sample: (count, as many as `apply` needs)."""
 
     @abstractmethod
     def apply(self, images: Tensor, numbers: Tensor) -> Tensor:
-        """(N, 3, H, W) uint8, in any memory format, and its N rows of numbers on the same device -> the like."""
+        """Change images (N, 3, H, W), uint8 in any memory format, by their N rows of numbers on the same device."""
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         return self.apply(images, self.draw(len(images), generator).to(images.device))
@@ -136,11 +136,11 @@ class Splits:
     test: Split
     num_classes: int
     image_size: int
-    mean: tuple[float, float, float]  # of the training pixels scaled to [0, 1], a channel each
+    mean: tuple[float, float, float]  # of each channel of the training pixels scaled to [0, 1]
     std: tuple[float, float, float]
     augmentation: Augmentation | None
-    label: str  # what a table calls it
-    baseline: str | None  # the published row that it may be compared with
+    label: str  # its name in tables
+    baseline: str | None  # the row of published accuracies that it may be compared with
     fingerprint: Fingerprint
     classes: tuple[str, ...] = ()  # names in the order of the labels, if known
 
@@ -150,8 +150,8 @@ class Common(TypedDict, total=False):
 
     label: str | None  # null where the data set has a name by itself
     baseline: str | None
-    subset: int | None  # that many training images, stratified; a smaller subset lies within a larger one
-    validation: float  # that stratified share of the training images takes the place of the test set
+    subset: int | None  # number of training images, stratified; a larger subset contains each smaller one
+    validation: float  # stratified share of the training images that replaces the test set
     mean: list[float] | None  # null: computed from the training images
     std: list[float] | None
     augmentation: Augmentation | None
@@ -257,7 +257,7 @@ def check_image_size(size: int) -> None:
 
 
 def _channels_innermost(split: Split) -> Split:
-    """Images in memory as the loader reads them: here, so that it need not keep a copy of its own."""
+    """Images in memory in the layout of the loader, which then needs no copy of its own."""
     if isinstance(split, Images):
         return replace(split, images=split.images.contiguous(memory_format=torch.channels_last))
     return split
