@@ -83,7 +83,7 @@ def imagenet_wds(
             f"{folder}: the class numbers go up to {len(counts) - 1}, but no sample has {unused[0]}: number the "
             f"classes from 0 without a gap, or name all of them, one in each line, in {names}"
         )
-    untrained = sorted(set(tested.labels.unique().tolist()) - set(trained.labels.unique().tolist()))
+    untrained = sorted(set(tested.labels.tolist()) - set(trained.labels.tolist()))
     if untrained:
         raise UserError(f"{folder}: no training image of class {untrained[0]}, which {val} has: number both alike")
     files = digest([trained.digest(), tested.digest(), *classes])

@@ -1,12 +1,12 @@
 """Batches as a pure function of (seed, epoch, step).
 
-The random numbers behind order and augmentation depend on seed, epoch and step only. So a run can resume at any step
-without making the batches before it, and the samples of a batch depend neither on the number of worker processes nor
-on the number of ranks. Each rank takes its slice of the global batch and of the random numbers.
+The random numbers behind order and augmentation depend on seed, epoch and step only. So a run can resume at any
+step without making the batches before it, and the samples of a batch depend neither on the number of worker
+processes nor on the number of ranks. Each rank takes its slice of the global batch and of the random numbers.
 
 Data sets in memory are kept on the device as uint8; there, a few operations on whole batches select, augment and
-normalise the images. On CUDA this runs on a separate stream, one batch ahead of the training step. On a CPU it takes
-1/200 of a ResNet-20 step on the same cores (see results/benchmarks/data.md), too little for a thread of its own.
+normalise the images. On CUDA this runs on a separate stream, one batch ahead of the training step. On a CPU it
+takes 1/200 of a ResNet-20 step on the same cores (see results/benchmarks/data.md), too little for its own thread.
 """
 
 import signal
@@ -80,7 +80,7 @@ def check_batch_size(batch_size: int, images: int, world_size: int = 1) -> None:
         )
     if batch_size % world_size:
         raise UserError(
-            f"recipe.batch_size={batch_size} is shared out over {world_size} devices: give a multiple of {world_size}"
+            f"recipe.batch_size={batch_size} is shared out over {world_size} devices: give a multiple of that"
         )
 
 

@@ -53,7 +53,7 @@ class Split(Protocol):
     def __getitem__(self, index: int, /) -> tuple[Tensor, int]: ...
 
     def select(self, indices: Tensor, like: Any = None) -> Self:
-        """The samples at `indices`, read as `like` reads its own if it is given: without random crops, for example."""
+        """The samples at `indices`; like: another split to read them like, for example without random crops."""
 
 
 @dataclass(frozen=True)
