@@ -57,8 +57,8 @@ def imagenet(
     are numbered by the order of their wnids. The validation images are the test set.
 
     cache_side: keep the training images decoded in `cache` (a folder; null: `l2bn` in the user's cache folder),
-    their shorter side resized to that many pixels. Random crops of these smaller images have other pixels: the label
-    states it, and there is no baseline. Test images are still read from their files.
+    their shorter side resized to that many pixels. Random crops of these smaller images have other pixels: the
+    label states it, and there is no baseline. Test images are still read from their files.
     """
     check_image_size(image_size)
     trained, tested = list_splits(expand(root), train, val, devkit)
