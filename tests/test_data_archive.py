@@ -46,7 +46,7 @@ def device(name: str) -> tarfile.TarInfo:
     ],
     ids=["parent", "parent of a member", "absolute", "beside", "symbolic", "absolute link", "hard link", "device"],
 )
-def test_an_archive_of_more_than_files_below_its_folder_is_refused(tmp_path: Path, member: tarfile.TarInfo) -> None:
+def test_an_archive_that_would_write_outside_its_folder_is_refused(tmp_path: Path, member: tarfile.TarInfo) -> None:
     root = tmp_path / "root"
     root.mkdir()
     path = archive(tmp_path, member)
