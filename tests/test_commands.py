@@ -103,7 +103,7 @@ def test_a_wrong_argument_is_named(
 BEFORE_US = {
     "norm=null": ["norm=null", "list.py"],
     "-m seed=0,1 runs_dir=/proc/runs": ["/proc/runs"],
-    "--config-dir . recipe=mine": ["recipe/mine.yaml", "line 1", "mend"],
+    "--config-dir . recipe=mine": ["recipe/mine.yaml", "line 1", "correct"],
 }
 
 
