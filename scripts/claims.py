@@ -10,7 +10,7 @@ from pathlib import Path
 
 from l2bn.errors import told_plainly
 from l2bn.reporting.claims import claims_markdown
-from l2bn.reporting.comparison import read_checked
+from l2bn.reporting.evidence import read_evidence
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "results/records"
@@ -25,15 +25,15 @@ def main() -> None:
     published = arguments.runs.resolve() == RECORDS
     out = arguments.out or (ROOT / "results/claims.md" if published else None)
 
-    records, problems = read_checked(arguments.runs)
-    text = claims_markdown(records, problems)
+    evidence = read_evidence(arguments.runs, features=True)
+    text = claims_markdown(evidence)
     print(text)
     if out:
         out.write_text(text, encoding="utf-8")
         print(out)
-    for problem in problems:
+    for problem in evidence.problems:
         print(f"left out: {problem.folder}: {problem.reason}", file=sys.stderr)
-    if problems and arguments.strict:
+    if evidence.problems and arguments.strict:
         sys.exit(1)
 
 

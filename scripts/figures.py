@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from l2bn.errors import told_plainly
-from l2bn.reporting.comparison import read_checked
+from l2bn.reporting.evidence import read_evidence
 from l2bn.reporting.figures import write_figures
 
 ROOT = Path(__file__).parents[1]
@@ -25,9 +25,9 @@ def main() -> None:
     published = arguments.runs.resolve() == RECORDS
     out = arguments.out or (ROOT / "results/figures" if published else arguments.runs / "figures")
 
-    records, problems = read_checked(arguments.runs)
-    paths, broken = write_figures(records, out)
-    problems += broken
+    evidence = read_evidence(arguments.runs)
+    paths, broken = write_figures(evidence, out)
+    problems = [*evidence.problems, *broken]
     print("\n".join(map(str, paths)) or "nothing to draw: no finished run of bn or l2bn here yet")
     for problem in problems:
         print(f"left out: {problem.folder}: {problem.reason}", file=sys.stderr)

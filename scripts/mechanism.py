@@ -10,15 +10,15 @@ import sys
 from pathlib import Path
 
 from l2bn.errors import told_plainly
-from l2bn.reporting.markup import with_block
+from l2bn.reporting.formatting import with_block
 from l2bn.reporting.mechanism import (
     BEGIN,
     END,
     mechanism_documents,
-    read_evidence,
+    read_mechanism,
     readme_block,
-    write_mechanism_figures,
 )
+from l2bn.reporting.mechanism_figures import write_mechanism_figures
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "results/records"
@@ -38,21 +38,21 @@ def main() -> None:
     out = arguments.out or (ROOT / "results" if published else arguments.runs / "mechanism")
     reading = ROOT / "results/reference/mechanism.md"
 
-    evidence = read_evidence(arguments.runs, arguments.studies)
-    problems = list(evidence.problems)
+    mechanism = read_mechanism(arguments.runs, arguments.studies)
+    problems = list(mechanism.problems)
     if "tables" in arguments.what or not arguments.what:
         text = reading.read_text(encoding="utf-8") if published and reading.exists() else ""
-        for name, content in mechanism_documents(evidence, text).items():
+        for name, content in mechanism_documents(mechanism, text).items():
             path = out / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(content, encoding="utf-8")
             print(path)
         if published and arguments.out is None:
             readme = ROOT / "README.md"
-            text = with_block(readme.read_text(encoding="utf-8"), BEGIN, END, readme_block(evidence))
+            text = with_block(readme.read_text(encoding="utf-8"), BEGIN, END, readme_block(mechanism))
             readme.write_text(text, encoding="utf-8")
     if "figures" in arguments.what or not arguments.what:
-        paths, broken = write_mechanism_figures(evidence, out / "figures")
+        paths, broken = write_mechanism_figures(mechanism, out / "figures")
         print("\n".join(map(str, paths)) or "nothing to draw: no features measured of both bn and l2bn")
         problems += broken
     for problem in problems:

@@ -11,10 +11,10 @@ from pathlib import Path
 from rich.console import Console
 
 from l2bn.errors import told_plainly
-from l2bn.reporting.comparison import read_checked
+from l2bn.reporting.evidence import read_evidence
 from l2bn.reporting.published import read_reference
 from l2bn.reporting.tables import documents, readme_with_block, write_documents
-from l2bn.reporting.terminal import terminal
+from l2bn.reporting.terminal import norms_table
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "results/records"
@@ -31,19 +31,17 @@ def main() -> None:
     if arguments.runs.resolve() == RECORDS and arguments.out is None:
         arguments.out, arguments.readme = ROOT / "results/tables", arguments.readme or ROOT / "README.md"
 
-    records, problems = read_checked(arguments.runs)
+    evidence = read_evidence(arguments.runs)
     reference = read_reference(arguments.reference)
-    Console(width=None if sys.stdout.isatty() else 100, highlight=False).print(
-        terminal(records, problems), crop=False
-    )
+    Console(width=None if sys.stdout.isatty() else 100, highlight=False).print(norms_table(evidence), crop=False)
     if arguments.readme:
         text = arguments.readme.read_text(encoding="utf-8")
-        text = readme_with_block(text, records, problems, reference)
+        text = readme_with_block(text, evidence, reference)
         arguments.readme.write_text(text, encoding="utf-8")
     if arguments.out:
-        for path in write_documents(documents(records, problems, reference), arguments.out):
+        for path in write_documents(documents(evidence, reference), arguments.out):
             print(path)
-    if problems and arguments.strict:
+    if evidence.problems and arguments.strict:
         sys.exit(1)
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from l2bn.reporting.claims import CLAIMS, claims_markdown
-from l2bn.reporting.comparison import read_checked
+from l2bn.reporting.comparison import arms_of
+from l2bn.reporting.evidence import Evidence, read_evidence
 from synthetic_records import write_pairs, write_run
 
 ROOT = Path(__file__).parents[1]
@@ -18,7 +19,7 @@ VERDICTS = {"supported", "contradicted", "not decided at this n", "not measured"
 def verdict(root: Path, number: int) -> tuple[str, str]:
     """Verdict and evidence of a claim for the records under a folder."""
     (claim,) = (claim for claim in CLAIMS if claim.number == number)
-    finding = claim.judge(read_checked(root)[0])
+    finding = claim.judge(arms_of(read_evidence(root, features=True)))
     return finding.verdict, finding.evidence
 
 
@@ -31,7 +32,7 @@ def write_grid(root: Path, shifts: list[float], *, seeds: int = 3, epochs: int =
 
 def test_all_six_claims_are_judged_and_their_rules_stated(tmp_path: Path) -> None:
     write_grid(tmp_path, [0.2, 0.3, 0.4])
-    text = claims_markdown(*read_checked(tmp_path))
+    text = claims_markdown(read_evidence(tmp_path))
     rows = re.findall(r"^\| (\d) \| (.+?) \| (.+?) \| (.+?) \|$", text, re.MULTILINE)
     assert [row[0] for row in rows] == list("123456")
     for number, _, found, evidence in rows:
@@ -100,9 +101,9 @@ def test_evidence_of_claim_5_holds_its_numbers(tmp_path: Path) -> None:
     assert "3 of 4 rows" in evidence
     assert "+0.30 points, 95 % interval [+0.05, +0.55]" in evidence
     (claim,) = (claim for claim in CLAIMS if claim.number == 5)
-    details = claim.judge(read_checked(tmp_path)[0]).details
+    details = claim.judge(arms_of(read_evidence(tmp_path))).details
     assert details == ("Not counted: CIFAR-10 (JPEG), resnet20, short: +2.00 points, 1 pair of 5 epochs",)
-    assert f"- {details[0]}\n" in claims_markdown(*read_checked(tmp_path))
+    assert f"- {details[0]}\n" in claims_markdown(read_evidence(tmp_path))
 
 
 def test_many_data_sets_are_not_various_models(tmp_path: Path) -> None:
@@ -129,8 +130,8 @@ def test_a_diverged_run_of_bn_beside_two_kernel_paths_is_one(tmp_path: Path) -> 
 def test_the_committed_claims_are_what_the_records_give() -> None:
     """`make claims` brings them up to date."""
     folder = ROOT / "results/records"
-    records, problems = read_checked(folder) if folder.is_dir() else ([], [])
-    assert (ROOT / "results/claims.md").read_text(encoding="utf-8") == claims_markdown(records, problems)
+    evidence = read_evidence(folder, features=True) if folder.is_dir() else Evidence([])
+    assert (ROOT / "results/claims.md").read_text(encoding="utf-8") == claims_markdown(evidence)
 
 
 def test_the_script_prints_and_writes(tmp_path: Path) -> None:

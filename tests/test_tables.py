@@ -7,7 +7,6 @@ import random
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,15 @@ from matplotlib.text import Text
 from rich.console import Console
 
 from l2bn.errors import UserError
-from l2bn.records import SUMMARY, Problem, Record
+from l2bn.records import SUMMARY
 from l2bn.reporting.claims import claims_markdown
-from l2bn.reporting.comparison import grid, natural, other_norms, pooled, read_checked
+from l2bn.reporting.comparison import arms_of, grid, other_norms, pooled
+from l2bn.reporting.evidence import Evidence, natural, read_evidence
 from l2bn.reporting.figures import curves, differences
-from l2bn.reporting.markup import Table, latex, markdown
+from l2bn.reporting.formatting import Table, in_words, latex, markdown
 from l2bn.reporting.published import Reference, read_reference
 from l2bn.reporting.tables import BEGIN, END, documents, readme_with_block
-from l2bn.reporting.terminal import terminal
-from l2bn.reporting.wording import in_words
+from l2bn.reporting.terminal import norms_table
 from synthetic_records import write_pairs, write_run
 
 ROOT = Path(__file__).parents[1]
@@ -36,13 +35,13 @@ def reference() -> Reference:
     return read_reference(REFERENCE)
 
 
-def rows_of(records: Sequence[Record], reference: Reference, name: str = "grid.csv") -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(documents(records, [], reference)[name])))
+def rows_of(evidence: Evidence, reference: Reference, name: str = "grid.csv") -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(documents(evidence, reference)[name])))
 
 
-def in_terminal(records: Sequence[Record], problems: Sequence[Problem]) -> str:
+def in_terminal(evidence: Evidence) -> str:
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(terminal(records, problems))
+    console.print(norms_table(evidence))
     return console.export_text()
 
 
@@ -56,7 +55,7 @@ def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess[str
 
 def test_a_row_holds_the_numbers_of_its_records(tmp_path: Path, reference: Reference) -> None:
     write_pairs(tmp_path, [92.0, 92.3, 92.6], [0.1, 0.2, 0.6], baseline="cifar10")
-    (row,) = rows_of(read_checked(tmp_path)[0], reference)
+    (row,) = rows_of(read_evidence(tmp_path), reference)
     assert (row["label"], row["backbone"], row["recipe"]) == ("CIFAR-10", "resnet20", "cosine_200")
     assert (row["bn_n"], row["bn_mean"], row["bn_std"]) == ("3", "92.3000", "0.3000")
     assert (row["l2bn_n"], row["l2bn_mean"]) == ("3", "92.6000")
@@ -87,7 +86,7 @@ def test_a_published_number_stands_beside_its_own_images_net_and_recipe_alone(
 ) -> None:
     record = write_run(tmp_path, **{"baseline": "cifar10", **other})
     paper = Reference(reference.bn, {"cifar10": {"resnet20": {"bn": 91.0}}})
-    (row,) = rows_of([record], paper)
+    (row,) = rows_of(Evidence([record]), paper)
     assert (row["published_bn"], bool(row["distance"])) == (found, bool(found))
     assert bool(row["paper_bn"]) == (bool(found) or "recipe" in other or "parameters" in other)
 
@@ -95,10 +94,10 @@ def test_a_published_number_stands_beside_its_own_images_net_and_recipe_alone(
 def test_the_last_epoch_is_the_result_and_the_best_is_shown_apart(tmp_path: Path, reference: Reference) -> None:
     for norm in ("bn", "l2bn"):
         write_run(tmp_path, norm=norm, accuracy=90.0, best=99.0)
-    records = read_checked(tmp_path)[0]
-    (row,) = rows_of(records, reference)
+    evidence = read_evidence(tmp_path)
+    (row,) = rows_of(evidence, reference)
     assert (row["bn_mean"], row["bn_best_epoch_mean"]) == ("90.0000", "99.0000")
-    main, best = documents(records, [], reference)["grid.md"].split("## Best epoch")
+    main, best = documents(evidence, reference)["grid.md"].split("## Best epoch")
     assert "99.00" not in main
     assert "99.00" in best
     assert "chosen on the test set" in best
@@ -109,7 +108,7 @@ def test_holms_correction_runs_over_the_table(tmp_path: Path, reference: Referen
         write_pairs(
             tmp_path, [90, 91, 92], [0.3 - spread, 0.3, 0.3 + spread], backbone=backbone, baseline="cifar10"
         )
-    rows = rows_of(read_checked(tmp_path)[0], reference)
+    rows = rows_of(read_evidence(tmp_path), reference)
     p = [float(row["p"]) for row in rows]
     assert p == sorted(p)
     assert [float(row["p_holm"]) for row in rows] == pytest.approx([3 * p[0], 2 * p[1], p[2]], abs=2e-4)
@@ -117,7 +116,7 @@ def test_holms_correction_runs_over_the_table(tmp_path: Path, reference: Referen
 
 def test_few_pairs_say_so(tmp_path: Path, reference: Reference) -> None:
     write_pairs(tmp_path, [90.0, 91.0], [0.1, 0.2])
-    table = documents(read_checked(tmp_path)[0], [], reference)["grid.md"]
+    table = documents(read_evidence(tmp_path), reference)["grid.md"]
     assert "| +0.15 | n too small | – |" in table
 
 
@@ -125,8 +124,8 @@ def test_pooled_line_and_seeds_line(tmp_path: Path, reference: Reference) -> Non
     for backbone, shift in (("resnet20", 0.0), ("resnet32", 0.1), ("resnet44", 0.2)):
         write_pairs(tmp_path, [90, 91, 92], [shift, shift + 0.3, shift + 0.6], backbone=backbone)
     write_pairs(tmp_path, [70], [9.0], recipe="short", epochs=5)
-    records = read_checked(tmp_path)[0]
-    table = documents(records, [], reference)["grid.md"]
+    evidence = read_evidence(tmp_path)
+    table = documents(evidence, reference)["grid.md"]
     # Mean 0.4, standard deviation 0.1 over three cells: 4.3027 * 0.1 / sqrt(3) = 0.2484.
     assert "30 epochs and more: +0.40 points over 3 data set × backbone cells" in table
     assert "[+0.15, +0.65]" in table
@@ -138,7 +137,7 @@ def test_pooled_line_and_seeds_line(tmp_path: Path, reference: Reference) -> Non
 def test_a_cell_under_two_recipes_is_pooled_once(tmp_path: Path) -> None:
     for recipe, difference in (("cosine_200", 0.2), ("step_200", 0.4)):
         write_pairs(tmp_path, [90.0], [difference], recipe=recipe)
-    result = pooled(grid(read_checked(tmp_path)[0]))
+    result = pooled(grid(arms_of(read_evidence(tmp_path))))
     assert (result.n, result.mean) == (1, pytest.approx(0.3))
 
 
@@ -157,15 +156,15 @@ def test_what_was_overridden_in_a_data_set_is_told_wherever_it_is_named(
     shown = shown or f"{label} (image size 16)"
     write_pairs(tmp_path, [90.0], [1.0], dataset=dataset, label=label)
     write_run(tmp_path, dataset=dataset, label=label, norm="group_norm")
-    records = read_checked(tmp_path)[0]
-    texts = documents(records, [], reference)
+    evidence = read_evidence(tmp_path)
+    texts = documents(evidence, reference)
     assert f"| {shown} | resnet20 |" in texts["grid.md"]
     assert f"| {shown} | resnet20 |" in texts["norms.md"]
     assert f"\n{shown} & resnet20 &" in texts["grid.tex"]
-    assert rows_of(records, reference)[0]["label"] == shown
-    assert f"{shown} · resnet20 · " in in_terminal(records, [])
-    assert f"{shown}, resnet20, cosine\\_200: +1.00 points" in claims_markdown(records, [])
-    (row,) = grid(records)
+    assert rows_of(evidence, reference)[0]["label"] == shown
+    assert f"{shown} · resnet20 · " in in_terminal(evidence)
+    assert f"{shown}, resnet20, cosine\\_200: +1.00 points" in claims_markdown(evidence)
+    (row,) = grid(arms_of(evidence))
     titles = [
         text.get_text() for figure in (curves([row], {}), differences([row])) for text in figure.findobj(Text)
     ]
@@ -195,7 +194,7 @@ def test_unequal_conditions_never_share_a_row(
 ) -> None:
     write_run(tmp_path, norm="bn", seed=0)
     write_run(tmp_path, norm="l2bn", seed=0, **other)
-    rows = rows_of(read_checked(tmp_path)[0], reference)
+    rows = rows_of(read_evidence(tmp_path), reference)
     assert len(rows) == 2
     assert all(row["pairs"] == "0" and row["difference"] == "" for row in rows)
 
@@ -204,10 +203,10 @@ def test_two_kernel_paths_are_two_rows_against_the_same_bn(tmp_path: Path, refer
     write_run(tmp_path, norm="bn", accuracy=90.0)
     write_run(tmp_path / "a", norm="l2bn", kernels="plain", accuracy=91.0)
     write_run(tmp_path / "b", norm="l2bn", kernels="fused", accuracy=92.0)
-    records = read_checked(tmp_path)[0]
-    rows = rows_of(records, reference)
+    evidence = read_evidence(tmp_path)
+    rows = rows_of(evidence, reference)
     assert [(row["kernels"], row["difference"]) for row in rows] == [("fused", "2.0000"), ("plain", "1.0000")]
-    table = documents(records, [], reference)["grid.md"]
+    table = documents(evidence, reference)["grid.md"]
     assert "| CIFAR-10 | resnet20 | A | 90.00 (1) | 92.00 (1) |" in table
     assert "| CIFAR-10 | resnet20 | B | 90.00 (1) | 91.00 (1) |" in table
     assert "A: cosine\\_200, float32, fused kernels; B: cosine\\_200, float32, plain kernels." in table
@@ -226,7 +225,7 @@ def test_a_run_of_two_kernel_paths_is_mixed_with_none_of_them(tmp_path: Path, re
     )
     for number, kernels in enumerate(paths):
         write_run(tmp_path / f"{number}", norm="l2bn", kernels=kernels, accuracy=91.0 + number)
-    rows = rows_of(read_checked(tmp_path)[0], reference)
+    rows = rows_of(read_evidence(tmp_path), reference)
     assert [(row["setting"], row["kernels"], row["difference"]) for row in rows] == [
         ("32-true", "fused", "2.0000"),
         ("32-true", "plain", "1.0000"),
@@ -240,7 +239,7 @@ def test_a_run_of_bn_that_two_kernel_paths_miss_is_counted_once(tmp_path: Path, 
     write_run(tmp_path, norm="bn", seed=0)
     for kernels in ("plain", "fused"):
         write_run(tmp_path / kernels, norm="l2bn", kernels=kernels, seed=1)
-    table = documents(read_checked(tmp_path)[0], [], reference)["grid.md"]
+    table = documents(read_evidence(tmp_path), reference)["grid.md"]
     assert (
         "Runs: 3 finished, 0 diverged, 3 missing whose seed the other arm has." in table
     )  # one of BN, two of L2BN
@@ -250,25 +249,25 @@ def test_a_changed_default_under_an_old_name_is_an_error(tmp_path: Path) -> None
     write_run(tmp_path, norm="bn", identity={"recipe": {"lr": 0.1, "momentum": 0.9}})
     write_run(tmp_path, norm="l2bn", identity={"recipe": {"lr": 0.2, "new": 1}})
     with pytest.raises(UserError, match=r"recipe\.lr.*bn/cosine_200/seed0 and .*l2bn/cosine_200/seed0"):
-        read_checked(tmp_path)
+        read_evidence(tmp_path)
 
 
 def test_seeds_norms_and_new_options_are_no_unequal_conditions(tmp_path: Path) -> None:
     write_run(tmp_path, norm="bn", seed=0, identity={"norm": {"eps": None}})
     write_run(tmp_path, norm="l2bn", seed=1, identity={"norm": {"eps": 0.1}, "recipe": {"mixup": 0.0}})
-    assert len(read_checked(tmp_path)[0]) == 2
+    assert len(read_evidence(tmp_path).records) == 2
 
 
 def test_other_norms_stand_in_a_table_of_their_own(tmp_path: Path, reference: Reference) -> None:
     write_pairs(tmp_path, [90, 91, 92], [0.1, 0.2, 0.3])
     for norm in ("l2bn_rms", "l2bn,eps=0.001", "bn,momentum=0.01"):
         write_run(tmp_path, norm=norm, accuracy=91.0)
-    records = read_checked(tmp_path)[0]
-    assert [row["norm"] for row in rows_of(records, reference)] == ["l2bn"]
-    rows = rows_of(records, reference, "norms.csv")
+    evidence = read_evidence(tmp_path)
+    assert [row["norm"] for row in rows_of(evidence, reference)] == ["l2bn"]
+    rows = rows_of(evidence, reference, "norms.csv")
     assert [row["norm"] for row in rows] == ["bn,momentum=0.01", "l2bn,eps=0.001", "l2bn_rms"]
     assert {row["difference"] for row in rows} == {"1.0000"}
-    assert len(other_norms(records)) == 3
+    assert len(other_norms(arms_of(evidence))) == 3
 
 
 # ---- What is not there -----------------------------------------------------------------------------------
@@ -280,8 +279,8 @@ def test_missing_cells_and_seeds_and_diverged_runs_are_counted(tmp_path: Path, r
     write_run(tmp_path, norm="l2bn", seed=4, status="diverged")
     write_run(tmp_path, backbone="vgg16", norm="bn", accuracy=90.0)
     write_run(tmp_path, dataset="cifar100", backbone="vgg16", norm="l2bn", status="diverged")
-    records = read_checked(tmp_path)[0]
-    table = documents(records, [], reference)["grid.md"].split("## Best")[0]
+    evidence = read_evidence(tmp_path)
+    table = documents(evidence, reference)["grid.md"].split("## Best")[0]
     assert "| CIFAR-10 | resnet20 | 91.00 ± 0.82 (4; 1 missing) " in table
     assert "| 91.20 ± 1.10 (3; 1 diverged, 1 missing) | +0.20 [−0.05, +0.45] |" in table
     assert "| CIFAR-10 | vgg16 | 90.00 (1) | missing | – |" in table
@@ -295,22 +294,22 @@ def test_missing_cells_and_seeds_and_diverged_runs_are_counted(tmp_path: Path, r
 def test_side_experiments_do_not_widen_the_grid(tmp_path: Path, reference: Reference) -> None:
     write_run(tmp_path, dataset="cifar10", backbone="resnet20")
     write_run(tmp_path, dataset="cifar100,subset=1000", backbone="vgg16,width=2")
-    assert len(rows_of(read_checked(tmp_path)[0], reference)) == 2
+    assert len(rows_of(read_evidence(tmp_path), reference)) == 2
 
 
 def test_labels_of_jpeg_and_subset_data_show(tmp_path: Path, reference: Reference) -> None:
     write_run(tmp_path, dataset="cifar10_jpeg", label="CIFAR-10 (JPEG)")
     write_run(tmp_path, dataset="cifar10,subset=10000", label="CIFAR-10, 10,000 images", baseline=None)
-    table = documents(read_checked(tmp_path)[0], [], reference)["grid.md"]
+    table = documents(read_evidence(tmp_path), reference)["grid.md"]
     assert "| CIFAR-10 (JPEG) |" in table
     assert "| CIFAR-10, 10,000 images |" in table
 
 
 def test_no_records_make_tables_that_say_so(tmp_path: Path, reference: Reference) -> None:
-    texts = documents(*read_checked(tmp_path), reference)
+    texts = documents(read_evidence(tmp_path), reference)
     assert set(texts) == {f"{name}.{kind}" for name in ("grid", "norms") for kind in ("md", "csv", "tex")}
     assert all("No record yet." in text for name, text in texts.items() if not name.endswith("csv"))
-    assert rows_of([], reference) == []
+    assert rows_of(Evidence([]), reference) == []
     assert texts["grid.csv"].startswith("dataset,label,backbone,")
 
 
@@ -347,7 +346,7 @@ def test_published_numbers_stand_only_beside_equal_data_net_and_recipe(
     tmp_path: Path, reference: Reference, cell: dict[str, object], expected: tuple[str, str]
 ) -> None:
     write_run(tmp_path, **({"baseline": "cifar10"} | cell))
-    (row,) = rows_of(read_checked(tmp_path)[0], reference)
+    (row,) = rows_of(read_evidence(tmp_path), reference)
     assert (row["published_bn"], row["published_kind"]) == expected
 
 
@@ -366,8 +365,8 @@ def test_every_reference_names_configs_that_exist() -> None:
 def test_the_papers_numbers_fill_their_column_once_entered(tmp_path: Path, reference: Reference) -> None:
     write_pairs(tmp_path, [92.0], [0.1], baseline="cifar10")
     write_pairs(tmp_path, [92.0], [0.1], baseline="cifar10", recipe="step_200")
-    records = read_checked(tmp_path)[0]
-    assert "No number of the L2BN paper's image tables" in documents(records, [], reference)["grid.md"]
+    evidence = read_evidence(tmp_path)
+    assert "No number of the L2BN paper's image tables" in documents(evidence, reference)["grid.md"]
     text = REFERENCE.read_text()
     for entry, count in (
         ('{bn: 91.11, l2bn: 92.22, where: "v6, table 2"}', 2),
@@ -377,7 +376,7 @@ def test_the_papers_numbers_fill_their_column_once_entered(tmp_path: Path, refer
         path.write_text(
             text.replace("image_classification: {}", f"image_classification: {{cifar10: {{resnet20: {entry}}}}}")
         )
-        table = documents(records, [], read_reference(path))["grid.md"]
+        table = documents(evidence, read_reference(path))["grid.md"]
         assert table.count("| 91.11 / 92.22") == count
         assert "No number of the L2BN paper" not in table
         assert "L2BN paper, v6" in table
@@ -412,7 +411,7 @@ def test_two_results_of_one_cell_and_seed_are_an_error_naming_both(tmp_path: Pat
     write_run(tmp_path / "here", accuracy=92.0)
     write_run(tmp_path / "there", accuracy=92.1)
     with pytest.raises(UserError, match=r"here/.*seed0 and .*there/.*seed0"):
-        read_checked(tmp_path)
+        read_evidence(tmp_path)
 
 
 def test_the_same_run_twice_counts_once(tmp_path: Path) -> None:
@@ -421,7 +420,7 @@ def test_the_same_run_twice_counts_once(tmp_path: Path) -> None:
     content = json.loads((record.folder / SUMMARY).read_text())
     content["last"]["seconds"], content["seconds"] = 77.0, 777.0  # what it cost may differ
     (record.folder / SUMMARY).write_text(json.dumps(content))
-    assert len(read_checked(tmp_path)[0]) == 1
+    assert len(read_evidence(tmp_path).records) == 1
 
 
 def spoil(folder: Path, how: str) -> None:
@@ -446,10 +445,10 @@ def spoil(folder: Path, how: str) -> None:
 def test_bad_records_are_named_counted_and_left_out(tmp_path: Path, how: str) -> None:
     write_pairs(tmp_path, [90, 91, 92], [0.1, 0.2, 0.3])
     spoil(tmp_path / "cifar10/resnet20/l2bn/cosine_200/seed1", how)
-    records, problems = read_checked(tmp_path)
-    assert len(records) == 5
-    assert [problem.folder.name for problem in problems] == ["seed1"]
-    assert "1 unreadable record left out" in documents(records, problems, Reference())["grid.md"]
+    evidence = read_evidence(tmp_path)
+    assert len(evidence.records) == 5
+    assert [problem.folder.name for problem in evidence.problems] == ["seed1"]
+    assert "1 unreadable record left out" in documents(evidence, Reference())["grid.md"]
 
 
 def test_strict_is_for_scripts_that_must_not_miss_a_bad_record(tmp_path: Path) -> None:
@@ -482,8 +481,8 @@ def test_the_terminal_table_fits_and_reads(tmp_path: Path) -> None:
     write_pairs(tmp_path, [90, 91, 92], [-0.1, -0.2, -0.3], dataset="digits")
     write_run(tmp_path, dataset="digits", norm="l2bn,eps=0.001,momentum=0.01", accuracy=91.0, seed=7)
     write_run(tmp_path, dataset="digits", norm="l2bn", status="diverged", seed=8)
-    records, problems = read_checked(tmp_path)
-    text = in_terminal(records, problems)
+    evidence = read_evidence(tmp_path)
+    text = in_terminal(evidence)
     assert max(map(len, text.splitlines())) <= 100
     assert "Digits · resnet20 · cosine_200 · float32" in text
     lines = [re.split(r"  +", line.strip()) for line in text.splitlines()]
@@ -496,12 +495,12 @@ def test_the_order_and_place_of_the_records_change_nothing(tmp_path: Path, refer
     for backbone in ("resnet20", "vgg16"):
         write_pairs(tmp_path, [90.1, 91.2, 92.4], [0.1, 0.25, 0.3], backbone=backbone)
     write_run(tmp_path, norm="l2bn_rms", accuracy=91.0)
-    records = read_checked(tmp_path)[0]
-    expected = documents(records, [], reference)
-    random.Random(0).shuffle(records)
-    assert documents(records, [], reference) == expected
+    evidence = read_evidence(tmp_path)
+    expected = documents(evidence, reference)
+    shuffled = random.Random(0).sample(evidence.records, len(evidence.records))
+    assert documents(Evidence(shuffled), reference) == expected
     moved = tmp_path.rename(tmp_path.with_name("moved"))
-    assert documents(read_checked(moved)[0], [], reference) == expected
+    assert documents(read_evidence(moved), reference) == expected
 
 
 def test_rows_are_sorted_as_a_reader_would() -> None:
@@ -525,7 +524,7 @@ def test_names_of_folders_are_told_in_words(folder: str, words: str) -> None:
 def test_recipes_have_letters_however_many_there_are(tmp_path: Path, reference: Reference) -> None:
     for epochs in range(1, 30):
         write_run(tmp_path, recipe=f"short,epochs={epochs}", epochs=epochs)
-    table = documents(read_checked(tmp_path)[0], [], reference)["grid.md"]
+    table = documents(read_evidence(tmp_path), reference)["grid.md"]
     assert "| CIFAR-10 | resnet20 | AC | 92.00 (1) |" in table
     assert "; Z: short (epochs 26), float32; AA: short (epochs 27), float32;" in table
 
@@ -542,7 +541,7 @@ def test_markup_keeps_special_characters() -> None:
 
 def test_latex_has_one_cell_a_column(tmp_path: Path, reference: Reference) -> None:
     write_pairs(tmp_path, [90, 91, 92], [0.1, 0.2, 0.3], baseline="cifar10", label="A & B_{50 %}")
-    text = documents(read_checked(tmp_path)[0], [], reference)["grid.tex"]
+    text = documents(read_evidence(tmp_path), reference)["grid.tex"]
     columns = re.search(r"\\begin\{tabular\}\{([lr]+)\}", text)
     assert columns
     rows = [line for line in text.splitlines() if line.endswith(r"\\")]
@@ -555,22 +554,22 @@ def test_latex_has_one_cell_a_column(tmp_path: Path, reference: Reference) -> No
 
 def test_the_readmes_block_is_replaced_and_nothing_else(tmp_path: Path, reference: Reference) -> None:
     write_run(tmp_path)
-    records, problems = read_checked(tmp_path)
-    text = readme_with_block(f"before\n\n{BEGIN}\nold\n{END}\n\nafter\n", records, problems, reference)
+    evidence = read_evidence(tmp_path)
+    text = readme_with_block(f"before\n\n{BEGIN}\nold\n{END}\n\nafter\n", evidence, reference)
     assert text.startswith(f"before\n\n{BEGIN}\n\n| Data set |")
     assert text.endswith(f"\n{END}\n\nafter\n")
     assert "old" not in text
-    assert readme_with_block(text, records, problems, reference) == text
+    assert readme_with_block(text, evidence, reference) == text
     for bad in ("", BEGIN, END, f"{END}\n{BEGIN}\n", f"{BEGIN}{END}{BEGIN}{END}"):
         with pytest.raises(UserError, match="end of results"):
-            readme_with_block(bad, records, problems, reference)
+            readme_with_block(bad, evidence, reference)
 
 
 def test_every_column_is_defined_in_the_results_readme(tmp_path: Path, reference: Reference) -> None:
     text = (ROOT / "results/README.md").read_text()
     defined = set(re.findall(r"`([a-z0-9_*]+)`", text))
     for name, prefix in (("grid.csv", "l2bn"), ("norms.csv", "norm")):
-        header = documents([], [], reference)[name].split("\n")[0].split(",")
+        header = documents(Evidence([]), reference)[name].split("\n")[0].split(",")
         assert len(header) > 30
         for column in header:
             assert defined & {column, re.sub(f"^(bn|{prefix})_", "*_", column)}, column
@@ -582,13 +581,13 @@ def test_every_column_is_defined_in_the_results_readme(tmp_path: Path, reference
 def test_the_committed_tables_and_the_readme_are_what_the_records_give(reference: Reference) -> None:
     """`make tables` brings them up to date."""
     folder = ROOT / "results/records"
-    records, problems = read_checked(folder) if folder.is_dir() else ([], [])
-    assert problems == []
-    expected = documents(records, problems, reference)
+    evidence = read_evidence(folder) if folder.is_dir() else Evidence([])
+    assert evidence.problems == []
+    expected = documents(evidence, reference)
     committed = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "results/tables").iterdir()}
     assert committed == expected
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme == readme_with_block(readme, records, problems, reference)
+    assert readme == readme_with_block(readme, evidence, reference)
 
 
 def test_reporting_never_loads_torch() -> None:

@@ -9,8 +9,8 @@ import yaml
 
 from l2bn.errors import UserError
 from l2bn.records import Record
-from l2bn.reporting.comparison import Comparison, overrides
-from l2bn.reporting.statistics import estimate
+from l2bn.reporting.comparison import Comparison
+from l2bn.reporting.evidence import overrides
 
 EPOCHS = {"last": "last epoch", "paper": "paper", "weights": "published weights", "best": "best epoch"}
 """The kinds of a published number, the most comparable with ours first, and what a table calls them."""
@@ -45,9 +45,9 @@ class Reference:
 
     def published(self, comparison: Comparison) -> Published | None:
         """The BN accuracy whose data set, net (its parameters too, if known) and recipe are our arm's."""
-        if comparison.bn is None:
+        if comparison.reference is None:
             return None
-        record = comparison.bn.records[0]
+        record = comparison.reference.records[0]
         for table in self.bn:
             row = table.get(_baseline(record), {}).get(record.backbone)
             if row and table["recipe"] == record.recipe and _same_net(row, record):
@@ -58,10 +58,8 @@ class Reference:
     def distance(self, comparison: Comparison) -> float | None:
         """Our BN minus the published one, in points; None where they may not be compared."""
         found = self.published(comparison)
-        if found is None or comparison.bn is None or not comparison.bn.accuracies:
-            return None
-        ours = estimate(list(comparison.bn.accuracies.values())).mean
-        return None if ours is None else ours - found.accuracy
+        ours = comparison.reference.estimate().mean if comparison.reference else None
+        return None if found is None or ours is None else ours - found.accuracy
 
     def paper(self, comparison: Comparison) -> PaperRow | None:
         """The paper's row of the same data set and backbone, if a user has entered it."""
