@@ -137,7 +137,7 @@ def test_the_committed_claims_are_what_the_records_give() -> None:
 def test_the_script_prints_and_writes(tmp_path: Path) -> None:
     write_grid(tmp_path / "runs", [0.2, 0.3, 0.4])
     out = tmp_path / "claims.md"
-    command = [sys.executable, ROOT / "scripts/claims.py", "--runs", tmp_path / "runs", "--out", out]
+    command = [sys.executable, ROOT / "scripts/report.py", "claims", "--runs", tmp_path / "runs", "--out", out]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert out.read_text() in result.stdout
     assert "| supported |" in result.stdout

@@ -435,7 +435,15 @@ def test_the_committed_documents_are_what_the_records_give() -> None:
 
 def test_the_script_writes_all_of_it(folders: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, ROOT / "scripts/mechanism.py", "--runs", folders[0], "--studies", folders[1]]
+    command = [
+        sys.executable,
+        ROOT / "scripts/report.py",
+        "mechanism",
+        "--runs",
+        folders[0],
+        "--studies",
+        folders[1],
+    ]
     printed = subprocess.run([*command, "--out", out], capture_output=True, text=True, check=True).stdout
     for name in ("mechanism.md", "mechanism/features.csv", "mechanism/studies.csv"):
         assert str(out / name) in printed

@@ -5,6 +5,7 @@ import io
 import json
 import random
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -45,8 +46,8 @@ def in_terminal(evidence: Evidence) -> str:
     return console.export_text()
 
 
-def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "scripts" / name, *map(str, arguments)]
+def report(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "scripts/report.py", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -457,21 +458,32 @@ def test_strict_is_for_scripts_that_must_not_miss_a_bad_record(tmp_path: Path) -
     bad = tmp_path / "cifar10/resnet20/l2bn/cosine_200/seed1"
     spoil(bad, "half-written")
     for options, code in (((), 0), (("--strict",), 1)):
-        result = run_script("tables.py", "--runs", tmp_path, "--out", tmp_path / "tables", *options)
+        result = report("tables", "--runs", tmp_path, "--out", tmp_path / "tables", *options)
         assert result.returncode == code
-        assert f"left out: {bad}: " in result.stdout
+        assert f"left out: {bad}: " in result.stderr
         assert "1 record left out" in result.stdout
         assert "91.20 ± 1.56 (2; 1 missing)" in (tmp_path / "tables/grid.md").read_text()
 
 
 def test_the_script_says_what_is_wrong_without_a_traceback(tmp_path: Path) -> None:
-    result = run_script("tables.py", "--runs", tmp_path / "nowhere")
+    result = report("tables", "--runs", tmp_path / "nowhere")
     assert result.returncode == 1
     assert "nowhere is no folder of records" in result.stderr
     assert "Traceback" not in result.stderr
-    empty = run_script("tables.py", "--runs", tmp_path)
+    empty = report("tables", "--runs", tmp_path)
     assert empty.returncode == 0
     assert "No ended run here yet" in empty.stdout
+
+
+def test_every_command_shows_an_example_that_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = runpy.run_path(str(ROOT / "scripts/report.py"))["parser"]()
+    for command in ("tables", "figures", "claims", "mechanism"):
+        with pytest.raises(SystemExit):
+            parser.parse_args([command, "--help"])
+        printed = capsys.readouterr().out
+        (example,) = re.findall(rf"^python scripts/report\.py ({command} .*)$", printed, re.MULTILINE)
+        assert parser.parse_args(example.split()).command.__name__ == command
+        assert {"--runs", "--out", "--strict"} <= set(re.findall(r"--\w+", printed))
 
 
 # ---- How it is written -----------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, dict[str, 
     runs, out = str(folder / "runs"), str(folder / "out")
     Path(out).mkdir()
     commands = {
-        "tables": [str(ROOT / "scripts/tables.py"), "--runs", runs, "--out", out],
+        "tables": [str(ROOT / "scripts/report.py"), "tables", "--runs", runs, "--out", out],
         "pandas": [str(folder / "pandas.py"), runs, out],
     }
     seconds: dict[str, list[float]] = {name: [] for name in commands}

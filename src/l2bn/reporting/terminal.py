@@ -13,7 +13,7 @@ from l2bn.reporting.formatting import NONE, interval, lost, mean_std, names_of, 
 
 
 def norms_table(evidence: Evidence) -> RenderableType:
-    """All cells, the norms of each below each other, and the records left out."""
+    """All cells, the norms of each below each other, and the number of records left out."""
     parts: list[RenderableType] = []
     for cell, arms in by_cell(arms_of(evidence)):
         parts += [*_cell(cell, arms), Text("")]
@@ -27,11 +27,6 @@ def norms_table(evidence: Evidence) -> RenderableType:
         )
     else:
         parts.append(Text("No ended run here yet: nothing to compare."))
-    for problem in evidence.problems:
-        text = f"left out: {problem.folder}: {problem.reason}"
-        parts.append(
-            Text(text, style="red", no_wrap=True, overflow="ignore")
-        )  # one line, so that the path can be copied
     if evidence.problems:
         parts.append(Text(f"{plural('record', len(evidence.problems))} left out", style="bold red"))
     return Group(*parts)
