@@ -8,7 +8,16 @@ import yaml
 
 from l2bn import measurements
 from l2bn.durable import write_durably
-from l2bn.records import CONFIG, ENVIRONMENT, METRICS, SUMMARY, InvalidRecordError, Record, without_machine_paths
+from l2bn.records import (
+    CONFIG,
+    ENVIRONMENT,
+    METRICS,
+    SUMMARY,
+    InvalidRecordError,
+    Record,
+    read_records,
+    without_machine_paths,
+)
 
 
 def publish(folder: Path, destination: Path) -> Path:
@@ -16,11 +25,12 @@ def publish(folder: Path, destination: Path) -> Path:
 
     Checkpoints and TensorBoard's files stay behind, and so do the paths of this machine in `config.yaml`.
     Raises InvalidRecordError if the run has not ended or is damaged, FileExistsError if another result of the
-    same cell and seed is there already.
+    same cell and seed is there already, InvalidRecordError if runs on other images of this data set are.
     """
     record = Record.read(folder)
     record.metrics()
     files = _read(folder, measurements.check(folder))
+    _check_images(record, destination)
     target = destination / record.dataset / record.backbone / record.norm / record.recipe / f"seed{record.seed}"
     if (target / SUMMARY).exists() and Record.read(target) != record:
         raise FileExistsError(f"{target} holds another result of this cell and seed; move it away to replace it")
@@ -28,6 +38,17 @@ def publish(folder: Path, destination: Path) -> Path:
     for name, content in files.items():
         write_durably(target / name, content)
     return target
+
+
+def _check_images(record: Record, destination: Path) -> None:
+    """Raise InvalidRecordError if a published run of the same data set was trained on other images."""
+    others = read_records(destination / record.dataset)[0] if record.images else []
+    for other in others:
+        if other.images and record.images and other.images["files"] != record.images["files"]:
+            raise InvalidRecordError(
+                f"it was trained on other images than {other.folder}; train both on the same, or name these by "
+                "dataset.label=NAME"
+            )
 
 
 def _read(folder: Path, measured: Iterable[str]) -> dict[str, bytes]:

@@ -80,6 +80,7 @@ class Record:
     best: Metrics  # the epoch of the best test/top1: chosen on the test set, so shown and never the result
     seconds: float
     divergence: str | None = None  # where and how, of a diverged run
+    images: dict[str, str | None] | None = None  # their fingerprint: `files` and `pixels`; older records have none
 
     def metrics(self) -> list[Metrics]:
         """All epochs, read from `metrics.jsonl`. Raises InvalidRecordError, also where they end with another one
@@ -92,6 +93,8 @@ class Record:
     def write(self) -> None:
         """Write `summary.json`: the run has ended."""
         content = {"schema": SCHEMA} | {key: value for key, value in asdict(self).items() if key != "folder"}
+        if self.images is None:
+            del content["images"]
         write_durably(self.folder / SUMMARY, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
     @classmethod
@@ -202,12 +205,13 @@ _JSON_TYPES: Mapping[str, type | tuple[type, ...]] = {
     "best": dict,
     "baseline": (str, type(None)),
     "divergence": (str, type(None)),
+    "images": dict,
 }
 
 
 def _check_fields(cls: type, content: dict[str, Any]) -> None:
     names = {item.name for item in fields(cls)} - {"folder"}
-    if content.keys() != names:
+    if content.keys() | {"images"} != names:
         missing, unknown = sorted(names - content.keys()), sorted(content.keys() - names)
         raise InvalidRecordError(f"{SUMMARY}: missing {missing}, unknown {unknown}")
     for key, value in content.items():
@@ -224,6 +228,13 @@ def is_plain_name(name: object) -> bool:
 
 
 def _check_values(record: Record) -> None:
+    images = record.images
+    if images is not None and not (
+        images.keys() == {"files", "pixels"}
+        and isinstance(images["files"], str)
+        and isinstance(images["pixels"], str | None)
+    ):
+        raise InvalidRecordError(f"{SUMMARY}: images is {images!r}, no fingerprint")
     for group in ("dataset", "backbone", "norm", "recipe"):
         if not is_plain_name(getattr(record, group)):
             raise InvalidRecordError(f"{SUMMARY}: {group} is {getattr(record, group)!r}, which is no plain name")

@@ -25,13 +25,18 @@ def fingerprint(files: Iterable[Path]) -> str:
     """Changes with the name, the size or the time of modification of any of the files."""
     digest = hashlib.sha256()
     for file in files:
-        try:
-            status = file.stat()
-        except OSError as error:  # a link to nowhere, say
-            raise UserError(f"{file} cannot be read: {error}; replace or remove it") from error
-        line = f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n"
+        found = status(file)
+        line = f"{file}\0{found.st_size}\0{found.st_mtime_ns}\n"
         digest.update(line.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
+
+
+def status(file: Path) -> os.stat_result:
+    """Size and times of a file. Raises `UserError` for a link to nowhere, say."""
+    try:
+        return file.stat()
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error}; replace or remove it") from error
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from l2bn.data.decode import read_rgb
 from l2bn.data.decoded import decoded
 from l2bn.data.folder import SUFFIXES, Tree, list_images, same_classes
-from l2bn.data.splits import Common, Split, Splits, Transform, check_image_size, make_splits
+from l2bn.data.splits import Common, Split, Splits, Transform, check_image_size, digest, make_splits
 from l2bn.errors import UserError
 
 DEVKIT = "ILSVRC2012_devkit_t12"
@@ -71,6 +71,7 @@ def imagenet(
         len(trained.classes),
         image_size,
         trained.classes,
+        files=digest([trained.digest(), tested.digest()]),
         **common,
     )
 

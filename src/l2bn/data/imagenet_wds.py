@@ -27,7 +27,7 @@ from l2bn.data.decode import read_rgb
 from l2bn.data.folder import SUFFIXES, Tree
 from l2bn.data.imagenet import DEVKIT, LICENCE, evaluation_transform, list_splits, training_transform
 from l2bn.data.progress import tracked
-from l2bn.data.splits import Common, Splits, Transform, check_image_size, make_splits
+from l2bn.data.splits import Common, Splits, Transform, check_image_size, digest, make_splits
 from l2bn.errors import UserError
 from l2bn.seeding import generator
 
@@ -60,7 +60,8 @@ def imagenet_wds(
     count = 1 + int(torch.cat([trained.labels, tested.labels]).max())
     if classes and count > len(classes):
         raise UserError(f"{names} names {len(classes)} classes, but a sample has the class number {count - 1}")
-    return make_splits(trained, tested, len(classes) or count, image_size, classes, **common)
+    files = digest([trained.digest(), tested.digest(), *classes])
+    return make_splits(trained, tested, len(classes) or count, image_size, classes, files=files, **common)
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,12 @@ class Shards(Dataset[tuple[Tensor, int]]):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def digest(self) -> str:
+        """Digest over the shards' names and the name, the size in bytes and the label of each sample."""
+        return digest(
+            [*(file.name for file in self.files), *self.names.tolist(), self.shard, self.size, self.labels]
+        )
 
     def __getitem__(self, index: int, /) -> tuple[Tensor, int]:
         path = self.files[int(self.shard[index])]

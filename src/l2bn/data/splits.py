@@ -3,9 +3,10 @@
 Letters: N images, H = W = `image_size` pixels. Pixels are uint8 until the loader normalises them on the device.
 """
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Required, Self, TypedDict, Unpack
 
@@ -90,6 +91,32 @@ class Augmentation(ABC):
 
 
 @dataclass(frozen=True)
+class Fingerprint:
+    """The images of a data set, before any subset is taken: two runs with equal `files` saw the same images.
+
+    files: digest over name, label and content of each file; the size in bytes stands for the content of images that
+    are decoded when asked. pixels: digest of the decoded uint8 pixels and labels, None for images that are decoded
+    when asked. Another version of a decoder may change the pixels of equal files.
+    """
+
+    files: str
+    pixels: str | None = None
+
+
+def digest(parts: Iterable[str | bytes | Tensor]) -> str:
+    """32 hexadecimal digits over texts, bytes and tensors (type, shape and values), in their order."""
+    total = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            total.update(f"{part.dtype} {tuple(part.shape)} ".encode())
+            content: bytes | memoryview = part.contiguous().numpy().data
+        else:
+            content = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
+        total.update(hashlib.sha256(content).digest())  # of fixed length, so that no part runs into the next
+    return total.hexdigest()[:32]
+
+
+@dataclass(frozen=True)
 class Splits:
     """A data set, ready to train on."""
 
@@ -102,6 +129,7 @@ class Splits:
     augmentation: Augmentation | None
     label: str  # what a table calls it
     baseline: str | None  # the published row that it may be compared with
+    fingerprint: Fingerprint
     classes: tuple[str, ...] = ()  # names in the order of the labels, if known
 
 
@@ -123,9 +151,14 @@ def make_splits(
     num_classes: int,
     image_size: int,
     classes: tuple[str, ...] = (),
+    *,
+    files: str | None = None,
     **common: Unpack[Common],
 ) -> Splits:
     """The data set after its common choices.
+
+    files: digest over the files that the images come from (`Fingerprint`). Without one, the pixels in memory or the
+    labels stand for them.
 
     With `validation`, the held-out share is taken first and `subset` from what remains, so that it is the same
     for every subset. Either choice adds itself to the label and drops the baseline: such an accuracy belongs
@@ -133,6 +166,7 @@ def make_splits(
 
     Raises `UserError` for a choice that the data cannot fulfil.
     """
+    fingerprint = _fingerprint(train, test, files)
     label, baseline = common["label"], common.get("baseline")
     if not label.strip():
         raise UserError("dataset.label is empty: give the name that tables call the data by")
@@ -165,8 +199,17 @@ def make_splits(
         augmentation=common.get("augmentation"),
         label=label,
         baseline=None if validation or subset is not None else baseline,
+        fingerprint=fingerprint,
         classes=classes,
     )
+
+
+def _fingerprint(train: Split, test: Split, files: str | None) -> Fingerprint:
+    labels = digest([train.labels, test.labels])
+    pixels = None
+    if isinstance(train, Images) and isinstance(test, Images):
+        pixels = digest([train.images, test.images, labels])
+    return Fingerprint(files or pixels or labels, pixels)
 
 
 def check_image_size(size: int) -> None:

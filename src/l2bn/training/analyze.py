@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from l2bn.analysis.probe import Probe
 from l2bn.errors import UserError
 from l2bn.measurements import FEATURES, FeatureRow, Sample
 from l2bn.records import METRICS, SUMMARY, InvalidRecordError, Record, read_metrics, write_lines
-from l2bn.training.identity import Cell
+from l2bn.training.identity import Cell, check_images
 from l2bn.training.interruption import sole_owner
 from l2bn.training.journal import Journal
 from l2bn.training.loop import evaluate
@@ -60,6 +61,7 @@ def _states(run: OpenedRun) -> Iterator[dict[str, Any]]:
 
 
 def _measure(run: OpenedRun, state: dict[str, Any]) -> tuple[FeatureRow, Sample]:
+    check_images(state.get("images"), asdict(run.job.splits.fingerprint), run.job.folder)
     with fitting(run.job.folder):
         run.network.load_state_dict(state["model"])
     classes = run.job.splits.num_classes

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import functools
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,8 @@ def train(fabric: Fabric, job: Job) -> None:
             stack.callback(torch.compiler.reset)
         model, optimizer = fabric.setup(trained, job.recipe.optimizer(network))
 
-        state = State(fabric, job.folder, job.identity, job.checkpoint, network, optimizer)
+        images = asdict(job.splits.fingerprint)
+        state = State(fabric, job.folder, job.identity, images, job.checkpoint, network, optimizer)
         position = state.restore()
         if lead:
             warn_if_few_updates(job.model, epochs * steps)
@@ -266,4 +267,5 @@ def make_record(job: Job, position: Position, kernels: str, divergence: str | No
         best=max(rows, key=lambda row: row["test/top1"] or 0.0) if rows else {},
         seconds=sum(row["seconds"] or 0.0 for row in rows),
         divergence=divergence,
+        images=asdict(job.splits.fingerprint),
     )
