@@ -120,13 +120,6 @@ def test_models_lost_to_divergence_forbid_support(tmp_path: Path) -> None:
     assert "0 of BN, 1 of L2BN" in evidence
 
 
-def test_a_diverged_run_of_bn_beside_two_kernel_paths_is_one(tmp_path: Path) -> None:
-    write_pairs(tmp_path, [90.0] * 3, [0.1, 0.2, 0.3])
-    write_run(tmp_path, norm="bn", seed=3, status="diverged")
-    write_run(tmp_path / "fused", norm="l2bn", kernels="fused")
-    assert "Diverged of that length: 1 of BN, 0 of L2BN" in verdict(tmp_path, 5)[1]
-
-
 def test_the_committed_claims_are_what_the_records_give() -> None:
     """`make claims` brings them up to date."""
     folder = ROOT / "results/records"

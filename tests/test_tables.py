@@ -182,8 +182,6 @@ def test_what_was_overridden_in_a_data_set_is_told_wherever_it_is_named(
         {"recipe": "step_200"},
         {"recipe": "cosine_200,lr=0.2"},
         {"precision": "bf16-mixed"},
-        {"kernels": "plain+compiled"},
-        {"kernels": "plain then plain+compiled"},
         {"dataset": "cifar10,subset=10000"},
         {"backbone": "resnet20,shortcut=identity"},
         {"identity": {"devices": 2}},
@@ -200,50 +198,49 @@ def test_unequal_conditions_never_share_a_row(
     assert all(row["pairs"] == "0" and row["difference"] == "" for row in rows)
 
 
-def test_two_kernel_paths_are_two_rows_against_the_same_bn(tmp_path: Path, reference: Reference) -> None:
-    write_run(tmp_path, norm="bn", accuracy=90.0)
-    write_run(tmp_path / "a", norm="l2bn", kernels="plain", accuracy=91.0)
-    write_run(tmp_path / "b", norm="l2bn", kernels="fused", accuracy=92.0)
+@pytest.mark.parametrize(
+    ("kernels", "text"),
+    [
+        (("plain", "plain", "plain"), "plain in 1 row."),
+        (("plain", "fused", "plain"), "fused and plain in 1 row (CIFAR-10, resnet20)."),
+        (("plain then fused", "fused", "fused"), "fused and plain in 1 row (CIFAR-10, resnet20)."),
+        (
+            ("fused+compiled", "fused", "fused then fused+compiled"),
+            "fused, in part compiled in 1 row (CIFAR-10, resnet20).",
+        ),
+    ],
+    ids=str,
+)
+def test_kernel_paths_share_an_arm_and_are_a_note(
+    kernels: tuple[str, ...], text: str, tmp_path: Path, reference: Reference
+) -> None:
+    for seed, path in enumerate(kernels):
+        write_run(tmp_path, norm="bn", seed=seed, accuracy=90.0)
+        write_run(tmp_path, norm="l2bn", seed=seed, accuracy=91.0 + seed, kernels=path)
     evidence = read_evidence(tmp_path)
-    rows = rows_of(evidence, reference)
-    assert [(row["kernels"], row["difference"]) for row in rows] == [("fused", "2.0000"), ("plain", "1.0000")]
-    table = documents(evidence, reference)["grid.md"]
-    assert "| CIFAR-10 | resnet20 | A | 90.00 (1) | 92.00 (1) |" in table
-    assert "| CIFAR-10 | resnet20 | B | 90.00 (1) | 91.00 (1) |" in table
-    assert "A: cosine\\_200, float32, fused kernels; B: cosine\\_200, float32, plain kernels." in table
+    (row,) = rows_of(evidence, reference)
+    assert (row["pairs"], row["difference"], row["setting"]) == ("3", "2.0000", "32-true")
+    assert text.startswith(f"{row['kernels']} in 1 row")
+    for name in ("grid.md", "grid.tex"):
+        assert (
+            f"equal within rounding, so that runs of all share a row: {text}"
+            in documents(evidence, reference)[name]
+        )
+    assert ("l2bn: kernels" in in_terminal(evidence)) is (len(set(kernels)) > 1)
 
 
-def test_a_run_of_two_kernel_paths_is_mixed_with_none_of_them(tmp_path: Path, reference: Reference) -> None:
-    """Nor are runs that were compiled in part: those stand in a cell of their own, with their BN."""
-    for part, kernels in (("a", "stock"), ("b", "stock+compiled"), ("c", "stock then stock+compiled")):
-        write_run(tmp_path / part, norm="bn", kernels=kernels, accuracy=90.0)
-    paths = (
-        "plain",
-        "fused",
-        "plain then fused",
-        "plain+compiled then fused+compiled",
-        "fused then fused+compiled",
-    )
-    for number, kernels in enumerate(paths):
-        write_run(tmp_path / f"{number}", norm="l2bn", kernels=kernels, accuracy=91.0 + number)
-    rows = rows_of(read_evidence(tmp_path), reference)
-    assert [(row["setting"], row["kernels"], row["difference"]) for row in rows] == [
-        ("32-true", "fused", "2.0000"),
-        ("32-true", "plain", "1.0000"),
-        ("32-true", "plain then fused", "3.0000"),
-        ("32-true, compiled", "plain then fused", "4.0000"),
-        ("32-true, eager then compiled", "fused", "5.0000"),
-    ]
+def test_a_compiled_arm_is_compared_with_one_that_was_not(tmp_path: Path, reference: Reference) -> None:
+    write_run(tmp_path, norm="bn", accuracy=90.0, kernels="stock")
+    write_run(tmp_path, norm="l2bn", accuracy=91.0, kernels="fused+compiled")
+    (row,) = rows_of(read_evidence(tmp_path), reference)
+    assert (row["difference"], row["kernels"]) == ("1.0000", "fused, in part compiled")
 
 
-def test_a_run_of_bn_that_two_kernel_paths_miss_is_counted_once(tmp_path: Path, reference: Reference) -> None:
-    write_run(tmp_path, norm="bn", seed=0)
-    for kernels in ("plain", "fused"):
-        write_run(tmp_path / kernels, norm="l2bn", kernels=kernels, seed=1)
-    table = documents(read_evidence(tmp_path), reference)["grid.md"]
-    assert (
-        "Runs: 3 finished, 0 diverged, 3 missing whose seed the other arm has." in table
-    )  # one of BN, two of L2BN
+def test_one_seed_by_two_kernel_paths_with_other_results_is_an_error(tmp_path: Path) -> None:
+    for kernels, accuracy in (("plain", 91.0), ("fused", 91.1)):
+        write_run(tmp_path / kernels, norm="l2bn", kernels=kernels, accuracy=accuracy)
+    with pytest.raises(UserError, match=r"fused/.*seed0 and .*plain/.*seed0"):
+        read_evidence(tmp_path)
 
 
 def test_a_changed_default_under_an_old_name_is_an_error(tmp_path: Path) -> None:
@@ -287,7 +284,7 @@ def test_missing_cells_and_seeds_and_diverged_runs_are_counted(tmp_path: Path, r
     assert "| CIFAR-10 | vgg16 | 90.00 (1) | missing | – |" in table
     assert "| CIFAR-100 | vgg16 | missing | 1 diverged | – |" in table
     assert "| CIFAR-100 | resnet20 | missing | missing | – |" in table
-    assert "Recipe of all rows: cosine\\_200, float32, plain kernels." in table
+    assert "Recipe of all rows: cosine\\_200, float32." in table
     assert "Runs: 8 finished, 2 diverged, 4 missing whose seed the other arm has" in table
     assert "1 cell of the grid without any run" in table
 

@@ -161,8 +161,7 @@ def _better_on_images(arms: Sequence[Arm]) -> Finding:
         return Finding("0 cells hold a pair of finished runs of BN and L2BN.", "not measured")
     counted = [row for row in rows if _counts(row, TOP1)]
     result, backbones = pooled(counted), {row.cell.backbone for row in counted}
-    # One arm of BN may stand in several rows, beside L2BN by each kernel path.
-    long = {id(arm): arm for row in cells if row.full_length for arm in row.arms}.values()
+    long = [arm for row in cells if row.full_length for arm in row.arms]
     diverged = {norm: sum(arm.diverged for arm in long if arm.norm == norm) for norm in (BN, L2BN)}
     evidence = [
         f"{len(counted)} of {plural('row', len(rows))} of the grid count: "

@@ -1,6 +1,6 @@
 """The one comparison: a norm against a reference in the same cell, paired by seed, in any quantity of the frame.
 
-    arm           the runs of one norm in one cell, by one kernel path: seed -> value
+    arm           the runs of one norm in one cell: seed -> value
     comparison    two arms of one cell; a difference is taken for each seed that both have
 
 The result of a run is its test accuracy after the last epoch. A diverged run has no result: it is counted.
@@ -16,8 +16,8 @@ from typing import cast
 import pandas as pd
 
 from l2bn.measurements import SAMPLE, FeatureRow
-from l2bn.records import THEN, Record
-from l2bn.reporting.evidence import BN, L2BN, TOP1, Cell, Evidence, label_of, split_kernels
+from l2bn.records import Record
+from l2bn.reporting.evidence import BN, L2BN, TOP1, Cell, Evidence, kernels_in_words, label_of
 from l2bn.reporting.statistics import Estimate, estimate, holm, paired_differences, pooled_estimate
 
 FULL_EPOCHS = 30
@@ -30,7 +30,6 @@ class Arm:
 
     cell: Cell
     norm: str
-    kernels: str
     records: tuple[Record, ...]
     values: pd.DataFrame  # seed x quantity; NaN where a run has no value
     features: Mapping[int, Sequence[FeatureRow]]  # the measured epochs by seed
@@ -61,20 +60,20 @@ class Arm:
 
 
 def arms_of(evidence: Evidence) -> list[Arm]:
-    """The runs grouped by cell, norm and kernel path, sorted."""
+    """The runs grouped by cell and norm, sorted."""
     if evidence.frame.empty:
         return []
-    records = {(*evidence.place(record), record.kernels, record.seed): record for record in evidence.records}
-    keys = ["cell", "norm", "kernels"]
+    records = {(*evidence.place(record), record.seed): record for record in evidence.records}
+    keys = ["cell", "norm"]
     table = evidence.frame.pivot(index=[*keys, "seed"], columns="quantity", values="value").astype(float)
     arms = []
     for key, group in table.groupby(level=keys, sort=False):
-        cell, norm, kernels = cast("tuple[Cell, str, str]", key)
+        cell, norm = cast("tuple[Cell, str]", key)
         values = group.reset_index(keys, drop=True).sort_index()
-        runs = tuple(records[cell, norm, kernels, seed] for seed in values.index)
+        runs = tuple(records[cell, norm, seed] for seed in values.index)
         rows = {run.seed: evidence.features[run.folder] for run in runs if run.folder in evidence.features}
-        arms.append(Arm(cell, norm, kernels, runs, values, rows))
-    return sorted(arms, key=lambda arm: (arm.cell.order, arm.norm, arm.kernels))
+        arms.append(Arm(cell, norm, runs, values, rows))
+    return sorted(arms, key=lambda arm: (arm.cell.order, arm.norm))
 
 
 def by_cell(arms: Iterable[Arm]) -> list[tuple[Cell, list[Arm]]]:
@@ -114,9 +113,10 @@ class Comparison:
 
     @property
     def kernels(self) -> str:
-        """The norm's kernel path, without what the cell says already."""
-        arm = self.other or self.reference
-        return THEN.join(dict.fromkeys(norm for norm, _ in split_kernels(arm.kernels))) if arm else ""
+        """The norm's kernel paths, and whether the models of both arms were compiled; empty without a run of it."""
+        paths, _, _ = kernels_in_words(self.other.records if self.other else ()).partition(", ")
+        _, comma, compiled = kernels_in_words(self.records).partition(", ")
+        return paths + comma + compiled if paths else ""
 
     @property
     def epochs(self) -> int | None:
@@ -166,7 +166,7 @@ class Comparison:
             "label": self.label,
             "norm": self.norm,
             "epochs": self.epochs,
-            "kernels": self.kernels if self.other else "",
+            "kernels": self.kernels,
         }
         for name, arm in (("bn", self.reference), (norm, self.other)):
             result = arm.estimate(quantity) if arm else Estimate(0)
@@ -204,7 +204,7 @@ def grid(arms: Sequence[Arm]) -> list[Comparison]:
         names = product({cell.dataset for cell in cells}, {cell.backbone for cell in cells})
         planned = {Cell(dataset, recipe, backbone, setting) for dataset, backbone in names}
         comparisons += [Comparison(cell, L2BN, None, None, labels[cell.dataset]) for cell in planned - run]
-    return sorted(comparisons, key=lambda comparison: (comparison.cell.order, comparison.kernels))
+    return sorted(comparisons, key=lambda comparison: comparison.cell.order)
 
 
 def other_norms(arms: Sequence[Arm]) -> list[Comparison]:
@@ -220,8 +220,8 @@ def holm_over(comparisons: Iterable[Comparison]) -> list[float | None]:
 def pooled(comparisons: Iterable[Comparison], quantity: str = TOP1) -> Estimate:
     """The pooled paired estimate (`statistics.pooled_estimate`) over data set x backbone.
 
-    A pair that was run under several recipes, settings or kernel paths is one observation, not several: the mean
-    differences of its rows stand in one cell.
+    A pair that was run under several recipes or settings is one observation, not several: the mean differences of
+    its rows stand in one cell.
     """
     cells: dict[tuple[str, str], list[float]] = defaultdict(list)
     for comparison in comparisons:

@@ -1,7 +1,7 @@
 """The evidence: the runs under a folder as one frame of values, checked before anything is compared.
 
-    cell     data set x backbone x recipe x setting (precision, devices, compiled or not): what compared runs share
-    frame    a row per run and quantity: cell, norm, kernels, seed, quantity, value, status
+    cell     data set x backbone x recipe x setting (precision, devices): what compared runs share
+    frame    a row per run and quantity: cell, norm, seed, quantity, value, status
 
 Quantities are TOP1 and BEST, and of a run with measured features the measures after its last epoch, named by place
 and measure: "penultimate/within_share"; at norm layers ("input/norm_cv", "output/norm_cv", "shrink") the mean over
@@ -65,21 +65,23 @@ def natural(name: str) -> list[tuple[str, int]]:
 def cell_of(record: Record) -> Cell:
     """The cell of a run; its setting names the precision, and what else is not the default."""
     devices = record.identity.get("devices", 1)
-    compiled = THEN.join(
-        dict.fromkeys("compiled" if suffix else "eager" for _, suffix in split_kernels(record.kernels))
-    )
     setting = [
         record.precision,
         "" if devices == 1 else f"{devices} devices",
         "synchronised" if record.identity.get("sync_bn") else "",
-        "" if compiled == "eager" else compiled,
     ]
     return Cell(record.dataset, record.recipe, record.backbone, ", ".join(filter(None, setting)))
 
 
-def split_kernels(text: str) -> list[tuple[str, str]]:
-    """Of each of a record's kernels the norm's path, and "compiled" where the model was compiled, else ""."""
-    return [(norm, suffix) for norm, _, suffix in (kernels.partition("+") for kernels in text.split(THEN))]
+def kernels_in_words(records: Iterable[Record]) -> str:
+    """The norm's kernel paths in these runs, and whether their models were compiled: "fused and plain, compiled".
+
+    Kernel paths agree within rounding, so they are a note to a comparison and do not separate runs.
+    """
+    used = [kernels.partition("+") for record in records for kernels in record.kernels.split(THEN)]
+    compiled = {suffix == "compiled" for _, _, suffix in used}
+    suffix = {1: ", compiled" if True in compiled else "", 2: ", in part compiled"}.get(len(compiled), "")
+    return " and ".join(sorted({path for path, _, _ in used})) + suffix
 
 
 def overrides(name: str) -> dict[str, str]:
@@ -135,10 +137,10 @@ class Evidence:
         """A row per run and quantity."""
         rows = []
         for record in self.records:
-            names = (*self.place(record), record.kernels, record.seed)
+            names = (*self.place(record), record.seed)
             for quantity, value in _values(record, self.features.get(record.folder, ())).items():
                 rows.append((*names, quantity, value, record.status))
-        columns = ["cell", "norm", "kernels", "seed", "quantity", "value", "status"]
+        columns = ["cell", "norm", "seed", "quantity", "value", "status"]
         return pd.DataFrame(rows, columns=columns)
 
 
@@ -192,10 +194,10 @@ def read_evidence(root: Path, *, features: bool = False, place: Place = cell_and
 
 
 def _distinct(records: Iterable[Record]) -> list[Record]:
-    """One record per cell, norm, kernel path and seed. Raises UserError naming two that contradict."""
-    kept: dict[tuple[Cell, str, str, int], Record] = {}
+    """One record per cell, norm and seed. Raises UserError naming two that contradict."""
+    kept: dict[tuple[Cell, str, int], Record] = {}
     for record in records:
-        first = kept.setdefault((cell_of(record), record.norm, record.kernels, record.seed), record)
+        first = kept.setdefault((cell_of(record), record.norm, record.seed), record)
         if _result(first) != _result(record):
             raise UserError(
                 "two records of one cell and seed hold different results: "

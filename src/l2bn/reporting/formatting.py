@@ -81,9 +81,8 @@ def in_words(folder: str) -> str:
 
 
 def conditions(comparison: Comparison) -> str:
-    """The recipe and the setting of a comparison's runs, and the norm's kernel path if it was run."""
-    kernels = f", {comparison.kernels} kernels" if comparison.other else ""
-    return f"{in_words(comparison.cell.recipe)}, {setting(comparison.cell)}{kernels}"
+    """The recipe and the setting of a comparison's runs."""
+    return f"{in_words(comparison.cell.recipe)}, {setting(comparison.cell)}"
 
 
 def setting(cell: Cell) -> str:

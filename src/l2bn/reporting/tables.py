@@ -3,6 +3,7 @@
 `results/README.md` defines every column. Every number comes from a record or a published source.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -69,6 +70,7 @@ def grid_table(evidence: Evidence, rows: Sequence[Comparison], reference: Refere
         "L2BN − BN in points, paired by seed, with Student's interval; p: paired t-test with Holm's "
         "correction over the rows.",
         *conditions_notes,
+        *_kernels(rows, "L2BN"),
         *_counts(evidence, rows),
         *_pooled(rows),
         *(f"{number} {text}." for text, number in (sources | wheres).items()),
@@ -122,7 +124,9 @@ def norms_table(rows: Sequence[Comparison]) -> Table:
     }
     note = "Test top-1 in percent after the last epoch, as in the grid; Holm's correction over these rows."
     numeric = columns.keys() - names.keys() - {"Norm"}
-    return _table("Other norms against BN", columns, numeric, rows, [note, *conditions_notes])
+    return _table(
+        "Other norms against BN", columns, numeric, rows, [note, *conditions_notes, *_kernels(rows, "the norm")]
+    )
 
 
 def _table(
@@ -142,17 +146,11 @@ def _names(comparisons: Sequence[Comparison]) -> tuple[Columns, list[str]]:
         "Data set": lambda row: row.label,
         "Backbone": lambda row: in_words(row.cell.backbone),
     }
-    # A row without a run of the norm has no kernels to name.
-    full = {(row.cell.recipe, row.cell.setting): conditions(row) for row in comparisons if row.other}
-
-    def of(row: Comparison) -> str:
-        return conditions(row) if row.other else full.get((row.cell.recipe, row.cell.setting), conditions(row))
-
-    distinct = list(dict.fromkeys(map(of, comparisons)))
+    distinct = list(dict.fromkeys(map(conditions, comparisons)))
     if len(distinct) < 2:
         return columns, [f"Recipe of all rows: {text}." for text in distinct]
     letters = {text: _letters(number) for number, text in enumerate(distinct)}
-    columns["Recipe"] = lambda row: letters[of(row)]
+    columns["Recipe"] = lambda row: letters[conditions(row)]
     return columns, ["Recipes: " + "; ".join(f"{letter}: {text}" for text, letter in letters.items()) + "."]
 
 
@@ -204,15 +202,29 @@ def _paper(comparison: Comparison, reference: Reference, wheres: dict[str, str],
 def _counts(evidence: Evidence, comparisons: Sequence[Comparison]) -> list[str]:
     runs = [record for record in evidence.records if record.norm in (BN, L2BN)]
     diverged = sum(record.status == "diverged" for record in runs)
-    # A run of BN that several rows miss, beside L2BN by each kernel path, is one.
-    missing = len({(row.cell, seed) for row in comparisons for seed in row.missing_seeds(row.reference)})
-    missing += sum(len(row.missing_seeds(row.other)) for row in comparisons)
+    missing = sum(len(row.missing_seeds(arm)) for row in comparisons for arm in (row.reference, row.other))
     empty, problems = sum(not comparison.arms for comparison in comparisons), len(evidence.problems)
     text = f"Runs: {len(runs) - diverged} finished, {diverged} diverged, "
     text += f"{missing} missing whose seed the other arm has"
     text += f"; {plural('cell', empty)} of the grid without any run" if empty else ""
     text += f"; {plural('unreadable record', problems)} left out" if problems else ""
     return [text + "."] if comparisons or problems else []
+
+
+def _kernels(comparisons: Sequence[Comparison], norm: str) -> list[str]:
+    """The kernel paths by which the norm was computed; rows that mix several are named."""
+    rows: dict[str, list[Comparison]] = defaultdict(list)
+    for row in comparisons:
+        if row.kernels:
+            rows[row.kernels].append(row)
+
+    def where(text: str) -> str:
+        mixed = " and " in text or "in part" in text
+        names = "; ".join(f"{row.label}, {in_words(row.cell.backbone)}" for row in rows[text])
+        return f"{text} in {plural('row', len(rows[text]))}{f' ({names})' if mixed else ''}"
+
+    text = ", ".join(map(where, rows))
+    return [f"Kernels of {norm}, equal within rounding, so that runs of all share a row: {text}."] if text else []
 
 
 def _pooled(comparisons: Sequence[Comparison]) -> list[str]:

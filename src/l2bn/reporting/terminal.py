@@ -8,7 +8,7 @@ from rich.text import Text
 
 from l2bn.measurements import FeatureRow
 from l2bn.reporting.comparison import Arm, Comparison, arms_of, by_cell
-from l2bn.reporting.evidence import BN, INPUT, L2BN, OUTPUT, PENULTIMATE, SHRINK, Cell, Evidence
+from l2bn.reporting.evidence import BN, INPUT, L2BN, OUTPUT, PENULTIMATE, SHRINK, Cell, Evidence, kernels_in_words
 from l2bn.reporting.formatting import NONE, interval, lost, mean_std, names_of, plural, setting, signed
 
 
@@ -42,11 +42,16 @@ def _cell(cell: Cell, arms: Sequence[Arm]) -> list[RenderableType]:
     seeds = set[int]().union(*(arm.seeds for arm in arms))
     bn = next((arm for arm in arms if arm.norm == BN), None)
     for arm in sorted(arms, key=lambda arm: (arm.norm != BN, arm.norm != L2BN)):
-        kernels = "" if [a.norm for a in arms].count(arm.norm) == 1 else f" ({arm.kernels})"
         values, rest = arm.of().values(), lost(arm, len(seeds - arm.seeds))
         runs = f"{len(values)}{'; ' + rest if rest else ''}"
-        table.add_row(arm.norm + kernels, mean_std(values), *_difference(bn, arm), runs)
-    return [Text(" · ".join((*names_of(arms[0].label, cell), setting(cell))), style="bold"), table]
+        table.add_row(arm.norm, mean_std(values), *_difference(bn, arm), runs)
+    mixed = {arm.norm: kernels_in_words(arm.records) for arm in arms}
+    notes = [
+        Text(f"{norm}: kernels {text}, which agree within rounding", style="dim")
+        for norm, text in mixed.items()
+        if " and " in text or "in part" in text
+    ]
+    return [Text(" · ".join((*names_of(arms[0].label, cell), setting(cell))), style="bold"), table, *notes]
 
 
 def _difference(bn: Arm | None, arm: Arm) -> tuple[str, str]:
