@@ -17,6 +17,7 @@ from l2bn.records import Problem
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 RECORDS = RESULTS / "records"
+SETS = RESULTS / "reference/sets.yaml"
 
 Command = Callable[[argparse.Namespace], Sequence[Problem]]
 """Runs a sub-command; returns the records that had to be left out."""
@@ -59,12 +60,12 @@ def figures(arguments: argparse.Namespace) -> Sequence[Problem]:
 
 def claims(arguments: argparse.Namespace) -> Sequence[Problem]:
     """Judge the paper's claims by the records."""
-    from l2bn.reporting.claims import claims_markdown
+    from l2bn.reporting.claims import claims_markdown, read_sets
     from l2bn.reporting.evidence import read_evidence
 
     out = arguments.out or (RESULTS / "claims.md" if arguments.runs.resolve() == RECORDS else None)
     evidence = read_evidence(arguments.runs, features=True)
-    text = claims_markdown(evidence)
+    text = claims_markdown(evidence, read_sets(SETS))
     print(text)
     if out:
         out.write_text(text, encoding="utf-8")

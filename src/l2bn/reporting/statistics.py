@@ -127,6 +127,39 @@ def pooled_spread(cells: Sequence[Sequence[float]]) -> Spread | None:
     return Spread(sqrt(squares / degrees), degrees, sqrt(squares / low), sqrt(squares / high))
 
 
+def fixed_estimate(cells: Sequence[Sequence[float]]) -> tuple[list[Estimate], Estimate]:
+    """Estimates about these cells alone: the mean difference of each, and the mean over all, each weighing alike.
+
+    The model: one spread within all cells, estimated over them together: s^2 = sum (d - cell mean)^2 / df with
+    df = sum (n - 1). A cell's mean has the interval +- t(df) s / sqrt(n), the mean of the k cell means
+    +- t(df) s sqrt(sum 1/n) / k (a fixed-effects analysis of variance). Unlike `pooled_estimate` it does not speak
+    about other cells. In the estimates of cells, `std` is the cell's own; the last one's is the pooled s, its n the
+    number of all pairs. No intervals without a spread; no mean over all where a cell is empty.
+    """
+    spread = pooled_spread(cells)
+    critical = float(stats.t.ppf((1 + LEVEL) / 2, spread.degrees)) if spread else 0.0
+
+    def judged(n: int, mean: float, std: float | None, root: float) -> Estimate:
+        """With interval and p-value where there is a spread; `root` is the mean's error in units of s."""
+        if spread is None or spread.std < NO_SPREAD:
+            return Estimate(n, mean, std)
+        error = spread.std * root
+        p = 2 * float(stats.t.sf(abs(mean) / error, spread.degrees))
+        return Estimate(n, mean, std, mean - critical * error, mean + critical * error, p)
+
+    found = [
+        judged(len(cell), fmean(cell), stdev(cell) if len(cell) > 1 else None, sqrt(1 / len(cell)))
+        if cell
+        else Estimate(0)
+        for cell in cells
+    ]
+    n = sum(len(cell) for cell in cells)
+    if not cells or not all(cells):
+        return found, Estimate(n)
+    root = sqrt(sum(1 / len(cell) for cell in cells)) / len(cells)
+    return found, judged(n, fmean(map(fmean, cells)), spread.std if spread else None, root)
+
+
 def power(n: int, std: float, difference: float) -> float:
     """Probability that a paired t-test of n pairs at `LEVEL` sees a true `difference`; noncentral t."""
     if std < NO_SPREAD:
