@@ -250,6 +250,68 @@ def test_a_changed_default_under_an_old_name_is_an_error(tmp_path: Path) -> None
         read_evidence(tmp_path)
 
 
+def test_a_value_that_the_first_run_does_not_know_is_compared_among_the_others(tmp_path: Path) -> None:
+    write_run(tmp_path, seed=0, identity={"recipe": {"lr": 0.1}})
+    for seed, mixup in ((1, 0.0), (2, 0.5)):
+        write_run(tmp_path, seed=seed, identity={"recipe": {"lr": 0.1, "mixup": mixup}})
+    with pytest.raises(UserError, match=r"recipe\.mixup: 0\.0 and 0\.5.*seed1 and .*seed2"):
+        read_evidence(tmp_path)
+
+
+def fingerprint(files: str, pixels: str | None = None) -> dict[str, str | None]:
+    return {"files": files, "pixels": pixels}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "named"),
+    [
+        ({"images": fingerprint("a")}, {"images": fingerprint("b")}, "images.files: a and b"),
+        ({"train_images": 50_000}, {"train_images": 49_999}, "train_images: 50000 and 49999"),
+        ({"test_images": 10_000}, {"test_images": 9_999}, "test_images: 10000 and 9999"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("place", [{"norm": "l2bn"}, {"seed": 1}], ids=str)
+def test_runs_on_other_images_are_refused_by_name(
+    one: dict[str, Any], other: dict[str, Any], named: str, place: dict[str, Any], tmp_path: Path
+) -> None:
+    """Whichever is read first, and though a run without a fingerprint is read before both."""
+    if "images" in one:
+        write_run(tmp_path, seed=9, norm="a_norm")
+    first, second = write_run(tmp_path, **one), write_run(tmp_path, **place, **other)
+    with pytest.raises(UserError) as error:
+        read_evidence(tmp_path)
+    for text in (named, str(first.folder), str(second.folder), "dataset.label"):
+        assert text in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("bn", "l2bn", "note"),
+    [
+        (fingerprint("a", "x"), fingerprint("a", "x"), ""),
+        (fingerprint("a", "x"), fingerprint("a"), ""),
+        (fingerprint("a", "x"), fingerprint("a", "y"), "decoded pixels differ in 1 row (CIFAR-10, resnet20)"),
+        (fingerprint("a"), None, "no fingerprint in 1 of 2 runs in 1 row (CIFAR-10, resnet20)"),
+        (None, None, "no fingerprint in 1 row"),
+    ],
+    ids=str,
+)
+def test_images_that_are_not_proven_equal_are_paired_with_a_note(
+    bn: dict[str, str | None] | None,
+    l2bn: dict[str, str | None] | None,
+    note: str,
+    tmp_path: Path,
+    reference: Reference,
+) -> None:
+    write_run(tmp_path, norm="bn", accuracy=90.0, images=bn)
+    write_run(tmp_path, norm="l2bn", accuracy=91.0, images=l2bn)
+    evidence = read_evidence(tmp_path)
+    assert rows_of(evidence, reference)[0]["difference"] == "1.0000"
+    table, shown = documents(evidence, reference)["grid.md"], in_terminal(evidence)
+    assert ("Images not proven equal" in table) is ("images not proven equal" in shown) is bool(note)
+    assert f"fingerprints: {note}." in table or not note
+
+
 def test_seeds_norms_and_new_options_are_no_unequal_conditions(tmp_path: Path) -> None:
     write_run(tmp_path, norm="bn", seed=0, identity={"norm": {"eps": None}})
     write_run(tmp_path, norm="l2bn", seed=1, identity={"norm": {"eps": 0.1}, "recipe": {"mixup": 0.0}})

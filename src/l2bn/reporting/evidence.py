@@ -213,30 +213,51 @@ def _result(record: Record) -> tuple[object, ...]:
 
 
 def _check_conditions(records: Iterable[Record]) -> None:
-    """Raise UserError where runs of one cell differ in a value that both know: a default edited between two runs.
+    """Raise UserError where runs of one cell differ in a value that both know, or in their images.
 
-    A key that only one of two runs knows is passed over, so that the suite may grow an option.
+    So a default edited between two runs, or a changed folder of images, is not overlooked. A key that only one of
+    two runs knows is passed over, so that the suite may grow an option; so is a missing fingerprint.
     """
-    firsts: dict[object, Record] = {}
+    known: dict[tuple[object, str], tuple[object, Path]] = {}
     for record in records:
-        cell, identity = cell_of(record), {key: value for key, value in record.identity.items() if key != "seed"}
-        without_norm = {key: value for key, value in identity.items() if key != "norm"}
-        for key, conditions in ((cell, without_norm), ((cell, record.norm), identity)):
-            first = firsts.setdefault(key, record)
-            changed = list(_changed(first.identity, conditions))
-            if changed:
-                raise UserError(
-                    f"two runs of one cell were made under unequal conditions ({', '.join(changed)}): "
-                    f"{first.folder} and {record.folder}; keep one of them, or give the changed config "
-                    "a name of its own"
-                )
+        cell = cell_of(record)
+        own = {name: value for name, value in _flat(record.identity) if name != "seed"}
+        images = {"train_images": record.train_images, "test_images": record.test_images}
+        files = {"images.files": record.images["files"]} if record.images else {}
+        for name, value in (own | images | files).items():
+            place = (cell, record.norm) if name.startswith("norm.") else cell
+            if name == "norm":
+                continue
+            first, folder = known.setdefault((place, name), (value, record.folder))
+            if first == value:
+                continue
+            remedy = "keep one of them, or give the changed config a name of its own"
+            if name in images | files:
+                remedy = "keep the runs on one set of images, or give the other a name of its own by dataset.label"
+            raise UserError(
+                f"two runs of one cell were made under unequal conditions ({name}: {first} and {value}): "
+                f"{folder} and {record.folder}; {remedy}"
+            )
 
 
-def _changed(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[str]:
-    """The dotted keys that both have with unequal values."""
-    for key in one.keys() & other.keys():
-        a, b = one[key], other[key]
-        if isinstance(a, dict) and isinstance(b, dict):
-            yield from (f"{key}.{name}" for name in _changed(a, b))
-        elif a != b:
-            yield key
+def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Dotted key and value of everything in a nested mapping; {} for a mapping itself."""
+    for key, value in node.items():
+        yield f"{prefix}{key}", {} if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+
+
+def images_in_words(records: Sequence[Record]) -> str:
+    """What the fingerprints of the images leave open in a comparison of these runs; empty where they are equal.
+
+    Differing files are an error; pixels can also differ by the decoder, and older records have no fingerprint.
+    """
+    found = [record.images for record in records]
+    missing, pixels = found.count(None), {images["pixels"] for images in found if images and images["pixels"]}
+    notes = ["decoded pixels differ"] if len(pixels) > 1 else []
+    if missing:
+        notes.append(
+            "no fingerprint" if missing == len(found) else f"no fingerprint in {missing} of {len(found)} runs"
+        )
+    return ", ".join(notes)

@@ -29,6 +29,7 @@ from l2bn.reporting.evidence import (
     Evidence,
     by_layer,
     cell_of,
+    images_in_words,
     label_of,
     read_evidence,
 )
@@ -113,7 +114,13 @@ def pair_table(pair: Comparison) -> Table:
         arms = (mean_std(arm.of(quantity.name).values(), digits) for arm in pair.arms)
         result = signed(difference.mean, digits), interval(difference, digits), str(difference.n)
         rows.append((quantity.text, *arms, *result))
-    return Table("Features of BN and L2BN", columns, frozenset(columns[1:]), tuple(rows))
+    return Table("Features of BN and L2BN", columns, frozenset(columns[1:]), tuple(rows), _images(pair.arms))
+
+
+def _images(arms: Iterable[Arm]) -> tuple[str, ...]:
+    """A note where some fingerprints leave open whether the images were equal; the summary counts runs without."""
+    text = images_in_words([run for arm in arms for run in arm.records])
+    return () if text in ("", "no fingerprint") else (f"Images not proven equal by their fingerprints: {text}.",)
 
 
 def summary_table(pairs: Sequence[Comparison]) -> Table:
@@ -142,7 +149,8 @@ def norms_table(arms: Sequence[Arm], quantity: Quantity) -> Table:
             result = estimate(differences(reference, other, quantity.name))
             cells += [signed(result.mean, quantity.digits), interval(result, quantity.digits)]
         rows.append(tuple(cells))
-    return Table(f"Norms: {quantity.text}", columns, frozenset(columns[1:]), tuple(rows))
+    notes = _images(arms) if quantity is OF_CONTROLS[-1] else ()  # once below the tables of a cell
+    return Table(f"Norms: {quantity.text}", columns, frozenset(columns[1:]), tuple(rows), notes)
 
 
 STEPS = (
@@ -446,7 +454,7 @@ def _when(updates: Sequence[int | None]) -> str:
 class Mechanism:
     """All that the document is made from."""
 
-    records: int  # those with measured features, and all of the studies
+    records: Sequence[Record]  # those with measured features, and all of the studies
     arms: Sequence[Arm]  # with measured features
     eps: Sequence[Study]
     rates: Sequence[Study]
@@ -475,7 +483,10 @@ def read_mechanism(runs: Path, studies: Path) -> Mechanism:
     }
     traps, unreadable = trap_studies(found[TRAP].records)
     return Mechanism(
-        records=len(evidence.features) + sum(len(study.records) for study in found.values()),
+        records=[
+            *(record for record in evidence.records if record.folder in evidence.features),
+            *(record for study in found.values() for record in study.records),
+        ],
         arms=[arm for arm in arms_of(evidence) if arm.features],
         eps=studies_of(found[EPS]),
         rates=studies_of(found[RATES]),
@@ -520,11 +531,13 @@ def readme_block(mechanism: Mechanism) -> str:
 
 def _summary(mechanism: Mechanism) -> str:
     measured = sum(len(arm.features) for arm in mechanism.arms)
+    unproven = sum(record.images is None for record in mechanism.records)
     left_out = f", {plural('unreadable record', len(mechanism.problems))} left out" if mechanism.problems else ""
     return (
-        f"From {plural('record', mechanism.records)} ({measured} with measured features{left_out}), digest "
-        f"`{mechanism.digest}`. Values are mean ± standard deviation over the seeds (n); differences are paired by "
-        "seed, with Student's 95 % interval. Features are those of the test images after the last epoch."
+        f"From {plural('record', len(mechanism.records))} ({measured} with measured features, {unproven} without a "
+        f"fingerprint of their images{left_out}), digest `{mechanism.digest}`. Values are mean ± standard "
+        "deviation over the seeds (n); differences are paired by seed, with Student's 95 % interval. Features are "
+        "those of the test images after the last epoch."
     )
 
 

@@ -17,7 +17,7 @@ from l2bn.reporting.comparison import (
     other_norms,
     pooled,
 )
-from l2bn.reporting.evidence import BEST, BN, L2BN, Evidence
+from l2bn.reporting.evidence import BEST, BN, L2BN, Evidence, images_in_words
 from l2bn.reporting.formatting import (
     NONE,
     Table,
@@ -71,6 +71,7 @@ def grid_table(evidence: Evidence, rows: Sequence[Comparison], reference: Refere
         "correction over the rows.",
         *conditions_notes,
         *_kernels(rows, "L2BN"),
+        *_images(rows),
         *_counts(evidence, rows),
         *_pooled(rows),
         *(f"{number} {text}." for text, number in (sources | wheres).items()),
@@ -124,9 +125,8 @@ def norms_table(rows: Sequence[Comparison]) -> Table:
     }
     note = "Test top-1 in percent after the last epoch, as in the grid; Holm's correction over these rows."
     numeric = columns.keys() - names.keys() - {"Norm"}
-    return _table(
-        "Other norms against BN", columns, numeric, rows, [note, *conditions_notes, *_kernels(rows, "the norm")]
-    )
+    notes = [note, *conditions_notes, *_kernels(rows, "the norm"), *_images(rows)]
+    return _table("Other norms against BN", columns, numeric, rows, notes)
 
 
 def _table(
@@ -213,18 +213,29 @@ def _counts(evidence: Evidence, comparisons: Sequence[Comparison]) -> list[str]:
 
 def _kernels(comparisons: Sequence[Comparison], norm: str) -> list[str]:
     """The kernel paths by which the norm was computed; rows that mix several are named."""
-    rows: dict[str, list[Comparison]] = defaultdict(list)
-    for row in comparisons:
-        if row.kernels:
-            rows[row.kernels].append(row)
-
-    def where(text: str) -> str:
-        mixed = " and " in text or "in part" in text
-        names = "; ".join(f"{row.label}, {in_words(row.cell.backbone)}" for row in rows[text])
-        return f"{text} in {plural('row', len(rows[text]))}{f' ({names})' if mixed else ''}"
-
-    text = ", ".join(map(where, rows))
+    groups = _grouped(comparisons, lambda row: row.kernels, lambda text: " and " in text or "in part" in text)
+    text = ", ".join(groups)
     return [f"Kernels of {norm}, equal within rounding, so that runs of all share a row: {text}."] if text else []
+
+
+def _images(comparisons: Sequence[Comparison]) -> list[str]:
+    """The rows in which the fingerprints do not show that all runs saw the same images."""
+    groups = _grouped(comparisons, lambda row: images_in_words(row.records), lambda text: text != "no fingerprint")
+    return [f"Images not proven equal by their fingerprints: {', '.join(groups)}."] if groups else []
+
+
+def _grouped(
+    comparisons: Sequence[Comparison], text: Callable[[Comparison], str], named: Callable[[str], bool]
+) -> list[str]:
+    """The number of rows for each text but the empty one, and the rows themselves where the text asks for it."""
+    rows: dict[str, list[str]] = defaultdict(list)
+    for row in comparisons:
+        rows[text(row)].append(f"{row.label}, {in_words(row.cell.backbone)}")
+    return [
+        f"{key} in {plural('row', len(names))}{' (' + '; '.join(names) + ')' if named(key) else ''}"
+        for key, names in rows.items()
+        if key
+    ]
 
 
 def _pooled(comparisons: Sequence[Comparison]) -> list[str]:

@@ -8,7 +8,18 @@ from rich.text import Text
 
 from l2bn.measurements import FeatureRow
 from l2bn.reporting.comparison import Arm, Comparison, arms_of, by_cell
-from l2bn.reporting.evidence import BN, INPUT, L2BN, OUTPUT, PENULTIMATE, SHRINK, Cell, Evidence, kernels_in_words
+from l2bn.reporting.evidence import (
+    BN,
+    INPUT,
+    L2BN,
+    OUTPUT,
+    PENULTIMATE,
+    SHRINK,
+    Cell,
+    Evidence,
+    images_in_words,
+    kernels_in_words,
+)
 from l2bn.reporting.formatting import NONE, interval, lost, mean_std, names_of, plural, setting, signed
 
 
@@ -45,12 +56,15 @@ def _cell(cell: Cell, arms: Sequence[Arm]) -> list[RenderableType]:
         values, rest = arm.of().values(), lost(arm, len(seeds - arm.seeds))
         runs = f"{len(values)}{'; ' + rest if rest else ''}"
         table.add_row(arm.norm, mean_std(values), *_difference(bn, arm), runs)
-    mixed = {arm.norm: kernels_in_words(arm.records) for arm in arms}
-    notes = [
-        Text(f"{norm}: kernels {text}, which agree within rounding", style="dim")
-        for norm, text in mixed.items()
+    kernels = {arm.norm: kernels_in_words(arm.records) for arm in arms}
+    lines = [
+        f"{norm}: kernels {text}, which agree within rounding"
+        for norm, text in kernels.items()
         if " and " in text or "in part" in text
     ]
+    images = images_in_words([run for arm in arms for run in arm.records])
+    lines += [f"images not proven equal: {images}"] if images else []
+    notes = [Text(line, style="dim") for line in lines]
     return [Text(" · ".join((*names_of(arms[0].label, cell), setting(cell))), style="bold"), table, *notes]
 
 
