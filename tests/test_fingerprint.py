@@ -21,8 +21,7 @@ from l2bn.data.folder import image_folder
 from l2bn.data.imagenet import imagenet
 from l2bn.data.splits import digest
 from l2bn.errors import UserError
-from l2bn.publishing import publish
-from l2bn.records import SUMMARY, InvalidRecordError, Record
+from l2bn.records import SUMMARY, InvalidRecordError, Record, publish
 from l2bn.training.analyze import analyze
 from l2bn.training.identity import check_images
 from l2bn.training.planning import PlannedRun, compose_sweep, plan_sweep

@@ -11,8 +11,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 
-from l2bn.measurements import FEATURES, SAMPLE, STATISTICS
-from l2bn.records import write_lines
+from l2bn.records import FEATURES, SAMPLE, STATISTICS, write_lines
 from l2bn.reporting.claims import CLAIMS
 from l2bn.reporting.comparison import Arm, Comparison, arms_of
 from l2bn.reporting.evidence import BN, INPUT, L2BN, PENULTIMATE, SHRINK, Evidence, read_evidence
@@ -188,7 +187,7 @@ def test_the_plane_is_that_of_both_networks_and_turns_no_way_by_chance() -> None
 
 
 def test_the_map_shows_the_same_images_of_both_arms(evidence: Evidence) -> None:
-    from l2bn.measurements import read_sample
+    from l2bn.records import read_sample
 
     pair = pair_of(evidence)
     assert pair.sampled is not None

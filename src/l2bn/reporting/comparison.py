@@ -15,8 +15,7 @@ from typing import cast
 
 import pandas as pd
 
-from l2bn.measurements import SAMPLE, FeatureRow
-from l2bn.records import Record
+from l2bn.records import SAMPLE, FeatureRow, Record
 from l2bn.reporting.evidence import BN, L2BN, TOP1, Cell, Evidence, kernels_in_words, label_of
 from l2bn.reporting.statistics import Estimate, estimate, holm, paired_differences, pooled_estimate
 

@@ -19,8 +19,17 @@ from typing import Any
 import pandas as pd
 
 from l2bn.errors import UserError
-from l2bn.measurements import MEASURES, FeatureRow, read_features
-from l2bn.records import COST_KEYS, THEN, InvalidRecordError, Problem, Record, read_records
+from l2bn.records import (
+    COST_KEYS,
+    MEASURES,
+    THEN,
+    FeatureRow,
+    InvalidRecordError,
+    Problem,
+    Record,
+    read_features,
+    read_records,
+)
 
 BN, L2BN = "bn", "l2bn"
 

@@ -13,8 +13,7 @@ from statistics import fmean
 
 import pandas as pd
 
-from l2bn.measurements import StatisticsRow, read_statistics
-from l2bn.records import InvalidRecordError, Problem, Record
+from l2bn.records import InvalidRecordError, Problem, Record, StatisticsRow, read_statistics
 from l2bn.reporting.comparison import Arm, Comparison, arms_of, by_cell, compare, differences
 from l2bn.reporting.evidence import (
     BN,

@@ -16,8 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from l2bn.measurements import Sample, read_sample
-from l2bn.records import InvalidRecordError, Problem
+from l2bn.records import InvalidRecordError, Problem, Sample, read_sample
 from l2bn.reporting.comparison import Arm, Comparison
 from l2bn.reporting.evidence import BN, INPUT, L2BN, OUTPUT, PENULTIMATE, by_layer, measure
 from l2bn.reporting.figures import GREY, RC, STYLES, finish, plot_band, save_figure

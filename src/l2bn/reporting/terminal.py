@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from l2bn.measurements import FeatureRow
+from l2bn.records import FeatureRow
 from l2bn.reporting.comparison import Arm, Comparison, arms_of, by_cell
 from l2bn.reporting.evidence import (
     BN,

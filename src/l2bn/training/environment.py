@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from l2bn.durable import write_durably
-from l2bn.records import ENVIRONMENT, THEN
+from l2bn.records import ENVIRONMENT, THEN, write_durably
 
 log = logging.getLogger(__name__)
 

@@ -78,7 +78,7 @@ def differences(one: Config, other: Config) -> list[str]:
     ]
 
 
-def check_images(stored: Mapping[str, str | None] | None, present: Mapping[str, str | None], place: Path) -> None:
+def check_images(stored: Mapping[str, Any] | None, present: Mapping[str, Any], place: Path) -> None:
     """Raise UserError if a run was made on other images than those present; both are fingerprints.
 
     Equal files that decode to other pixels, as another version of a decoder may make them, are warned of. Runs from

@@ -10,8 +10,8 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
-from l2bn.durable import write_durably
 from l2bn.errors import UserError
+from l2bn.records import write_durably
 from l2bn.training.checkpoint import CheckpointPolicy, Checkpoints
 from l2bn.training.identity import Config, check_images, differences
 from l2bn.training.loop import Position, Totals
