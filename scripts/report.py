@@ -27,9 +27,11 @@ def tables(arguments: argparse.Namespace) -> Sequence[Problem]:
     """Compare the norms of all runs: in the terminal, and as Markdown, CSV and LaTeX."""
     from rich.console import Console
 
+    from l2bn.reporting.claims import read_sets
     from l2bn.reporting.evidence import read_evidence
     from l2bn.reporting.published import read_reference
-    from l2bn.reporting.tables import documents, readme_with_block, write_documents
+    from l2bn.reporting.readme import readme_with_block
+    from l2bn.reporting.tables import documents, write_documents
     from l2bn.reporting.terminal import norms_table
 
     published = arguments.runs.resolve() == RECORDS and arguments.out is None
@@ -40,7 +42,7 @@ def tables(arguments: argparse.Namespace) -> Sequence[Problem]:
     console.print(norms_table(evidence), crop=False)
     if readme:
         text = readme.read_text(encoding="utf-8")
-        readme.write_text(readme_with_block(text, evidence, reference), encoding="utf-8")
+        readme.write_text(readme_with_block(text, evidence, read_sets(SETS)[0]), encoding="utf-8")
     if out:
         _print_paths(write_documents(documents(evidence, reference), out))
     return evidence.problems
@@ -48,12 +50,13 @@ def tables(arguments: argparse.Namespace) -> Sequence[Problem]:
 
 def figures(arguments: argparse.Namespace) -> Sequence[Problem]:
     """Draw accuracy curves and paired differences of BN and L2BN, as PNG and SVG."""
+    from l2bn.reporting.claims import read_sets
     from l2bn.reporting.evidence import read_evidence
     from l2bn.reporting.figures import write_figures
 
     out = arguments.out or (RESULTS if arguments.runs.resolve() == RECORDS else arguments.runs) / "figures"
     evidence = read_evidence(arguments.runs)
-    paths, broken = write_figures(evidence, out)
+    paths, broken = write_figures(evidence, out, read_sets(SETS))
     _print_paths(paths, "nothing to draw: no finished run of bn or l2bn here yet")
     return [*evidence.problems, *broken]
 
@@ -75,8 +78,7 @@ def claims(arguments: argparse.Namespace) -> Sequence[Problem]:
 
 def mechanism(arguments: argparse.Namespace) -> Sequence[Problem]:
     """Compare features, controls and the studies of eps, running statistics and learning rate."""
-    from l2bn.reporting.formatting import with_block
-    from l2bn.reporting.mechanism import BEGIN, END, mechanism_documents, read_mechanism, readme_block
+    from l2bn.reporting.mechanism import mechanism_documents, read_mechanism
     from l2bn.reporting.mechanism_figures import write_mechanism_figures
     from l2bn.reporting.tables import write_documents
 
@@ -88,10 +90,6 @@ def mechanism(arguments: argparse.Namespace) -> Sequence[Problem]:
     if arguments.what != "figures":
         text = reading.read_text(encoding="utf-8") if published and reading.exists() else ""
         _print_paths(write_documents(mechanism_documents(found, text), out))
-        if published and arguments.out is None:
-            readme = ROOT / "README.md"
-            text = with_block(readme.read_text(encoding="utf-8"), BEGIN, END, readme_block(found))
-            readme.write_text(text, encoding="utf-8")
     if arguments.what != "tables":
         paths, broken = write_mechanism_figures(found, out / "figures")
         _print_paths(paths, "nothing to draw: no features measured of both bn and l2bn")

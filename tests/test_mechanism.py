@@ -16,10 +16,7 @@ from l2bn.reporting.claims import CLAIMS
 from l2bn.reporting.comparison import Arm, Comparison, arms_of
 from l2bn.reporting.evidence import BN, INPUT, L2BN, PENULTIMATE, SHRINK, Evidence, read_evidence
 from l2bn.reporting.figures import RC
-from l2bn.reporting.formatting import with_block
 from l2bn.reporting.mechanism import (
-    BEGIN,
-    END,
     EPS,
     MEAN_NORM,
     OF_CONTROLS,
@@ -39,7 +36,6 @@ from l2bn.reporting.mechanism import (
     rate_note,
     rate_table,
     read_mechanism,
-    readme_block,
     studies_of,
     trap_studies,
     trap_table,
@@ -407,11 +403,10 @@ def test_the_reading_is_labelled_with_the_records_it_was_written_from(folders: t
     assert "## Reading" not in mechanism_documents(later, "")["mechanism.md"]
 
 
-def test_the_readme_has_a_row_a_cell_and_a_figure(folders: tuple[Path, Path]) -> None:
-    block = readme_block(read_mechanism(*folders))
+def test_the_overview_has_a_row_for_each_cell(folders: tuple[Path, Path]) -> None:
+    text = mechanism_documents(read_mechanism(*folders), "")["mechanism.md"].partition("## Overview")[2]
     row = "| 0.400 ± 0.000 | 0.200 ± 0.000 | −0.0300 | [−0.0548, −0.0052] | +2.00 | [−2.97, +6.97] | 3 |"
-    assert row in block
-    assert "(results/figures/norms-cifar10-resnet20-cosine_200.png)" in block
+    assert row in text.partition("##")[0]
 
 
 def test_without_records_there_is_a_document_and_no_section(tmp_path: Path) -> None:
@@ -428,8 +423,6 @@ def test_the_committed_documents_are_what_the_records_give() -> None:
     text = reading.read_text(encoding="utf-8") if reading.exists() else ""
     for name, content in mechanism_documents(mechanism, text).items():
         assert (ROOT / "results" / name).read_text(encoding="utf-8") == content, name
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert with_block(readme, BEGIN, END, readme_block(mechanism)) == readme
 
 
 def test_the_script_writes_all_of_it(folders: tuple[Path, Path], tmp_path: Path) -> None:

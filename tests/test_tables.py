@@ -17,13 +17,14 @@ from rich.console import Console
 
 from l2bn.errors import UserError
 from l2bn.records import SUMMARY
-from l2bn.reporting.claims import claims_markdown
+from l2bn.reporting.claims import RunSet, claims_markdown, read_sets
 from l2bn.reporting.comparison import arms_of, grid, other_norms, pooled
 from l2bn.reporting.evidence import Evidence, natural, read_evidence
 from l2bn.reporting.figures import curves, differences
 from l2bn.reporting.formatting import Table, in_words, latex, markdown
 from l2bn.reporting.published import Reference, read_reference
-from l2bn.reporting.tables import BEGIN, END, documents, readme_with_block
+from l2bn.reporting.readme import BEGIN, END, readme_with_block
+from l2bn.reporting.tables import documents
 from l2bn.reporting.terminal import norms_table
 from synthetic_records import write_pairs, write_run
 
@@ -623,17 +624,53 @@ def test_latex_has_one_cell_a_column(tmp_path: Path, reference: Reference) -> No
     assert body.isascii()
 
 
-def test_the_readmes_block_is_replaced_and_nothing_else(tmp_path: Path, reference: Reference) -> None:
+# ---- The README ------------------------------------------------------------------------------------------
+
+SET = RunSet("Data at 30 epochs", "cifar10", "cosine_30", "32-true", ("net0", "net1", "net2"), (0, 1, 2))
+
+
+def readme_of(root: Path) -> str:
+    return readme_with_block(f"{BEGIN}\n{END}", read_evidence(root), SET)
+
+
+def test_the_readmes_block_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     write_run(tmp_path)
     evidence = read_evidence(tmp_path)
-    text = readme_with_block(f"before\n\n{BEGIN}\nold\n{END}\n\nafter\n", evidence, reference)
-    assert text.startswith(f"before\n\n{BEGIN}\n\n| Data set |")
+    text = readme_with_block(f"before\n\n{BEGIN}\nold\n{END}\n\nafter\n", evidence, SET)
+    assert text.startswith(f"before\n\n{BEGIN}\n\n**In these 3 networks (net0, net1, net2) on Data at 30 epochs: ")
     assert text.endswith(f"\n{END}\n\nafter\n")
     assert "old" not in text
-    assert readme_with_block(text, evidence, reference) == text
+    assert readme_with_block(text, evidence, SET) == text
     for bad in ("", BEGIN, END, f"{END}\n{BEGIN}\n", f"{BEGIN}{END}{BEGIN}{END}"):
         with pytest.raises(UserError, match="end of results"):
-            readme_with_block(bad, evidence, reference)
+            readme_with_block(bad, evidence, SET)
+
+
+def test_the_readme_answers_from_the_first_set_as_its_runs_end(tmp_path: Path) -> None:
+    (tmp_path / "records").mkdir()
+    text = readme_of(tmp_path / "records")
+    assert "not decided, 0 of 18 runs.**" in text
+    assert "nothing is decided yet (0 of the 3 backbones needed)" in text
+    assert "No record yet." in text
+    assert "![" not in text
+    cell: dict[str, Any] = {"recipe": "cosine_30", "epochs": 30}
+    write_pairs(tmp_path / "records", [70.0, 71.0, 72.0], [0.4, 0.5, 0.6], backbone="net0", **cell)
+    write_pairs(tmp_path / "records", [70.0], [9.9], backbone="net7", **cell)  # not of the set
+    text = readme_of(tmp_path / "records")
+    assert "not decided, 6 of 18 runs.**" in text
+    assert "| CIFAR-10 | net0 | 71.00 ± 1.00 (3) | 71.50 ± 1.10 (3) | +0.50 [+0.25, +0.75] | 0.013 |" in text
+    assert "net7" not in text
+    assert "(results/figures/differences-cifar10-cosine_30.png)" in text
+    for net in ("net1", "net2"):
+        write_pairs(tmp_path / "records", [70.0, 71.0, 72.0], [0.4, 0.5, 0.6], backbone=net, **cell)
+    text = readme_of(tmp_path / "records")
+    # s = 0.1 over 6 degrees of freedom: 2.447 * 0.1 / 3 = 0.08.
+    estimate = "L2BN − BN +0.50 points of test top-1, 95 % interval [+0.42, +0.58], n = 9 pairs"
+    assert f"supported; {estimate}, diverged: 0 of BN, 0 of L2BN.**" in text
+    write_pairs(tmp_path / "records", [70.0, 71.0, 72.0], [1.4, 1.5, 1.6], backbone="net8", **cell)
+    assert "For other networks like them, the 95 % interval over 4 data set × backbone cells is [" in readme_of(
+        tmp_path / "records"
+    )
 
 
 def test_every_column_is_defined_in_the_results_readme(tmp_path: Path, reference: Reference) -> None:
@@ -658,7 +695,7 @@ def test_the_committed_tables_and_the_readme_are_what_the_records_give(reference
     committed = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "results/tables").iterdir()}
     assert committed == expected
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme == readme_with_block(readme, evidence, reference)
+    assert readme == readme_with_block(readme, evidence, read_sets(ROOT / "results/reference/sets.yaml")[0])
 
 
 def test_reporting_never_loads_torch() -> None:

@@ -183,13 +183,18 @@ ACCURATE = Question(
 )
 
 
+def long_rows(arms: Sequence[Arm]) -> list[Comparison]:
+    """The rows of the grid that are long and repeated enough to count."""
+    return [row for row in grid(arms) if _counts(row, TOP1)]
+
+
 def _better_on_images(arms: Sequence[Arm]) -> Finding:
     """The pooled paired difference over the cells that are long and repeated enough."""
     cells = grid(arms)
     rows = [row for row in cells if row.differences()]
     if not rows:
         return Finding("0 cells hold a pair of finished runs of BN and L2BN.", "not measured")
-    counted = [row for row in rows if _counts(row, TOP1)]
+    counted = long_rows(arms)
     result, backbones = pooled(counted), {row.cell.backbone for row in counted}
     long = [arm for row in cells if row.full_length for arm in row.arms]
     diverged = {norm: sum(arm.diverged for arm in long if arm.norm == norm) for norm in (BN, L2BN)}
@@ -237,6 +242,15 @@ class RunSet:
     seeds: tuple[int, ...]
     more_seeds: tuple[int, ...] = ()
     control: tuple[str, tuple[str, ...]] | None = None  # norm and backbones
+
+    @property
+    def figure(self) -> str:
+        """The file name of its figure of paired differences."""
+        return f"differences-{self.dataset}-{self.recipe}"
+
+    def holds(self, cell: Cell) -> bool:
+        names = (cell.dataset, cell.recipe, cell.setting)
+        return names == (self.dataset, self.recipe, self.setting) and cell.backbone in self.backbones
 
     def cells(self, question: Question) -> list[Cell]:
         """The cells that a question compares; none where the set has no runs of its reference."""

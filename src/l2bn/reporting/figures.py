@@ -23,6 +23,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 from matplotlib.transforms import blended_transform_factory
 
 from l2bn.records import InvalidRecordError, Problem, Record
+from l2bn.reporting.claims import ACCURATE, RunSet, judge_set
 from l2bn.reporting.comparison import FULL_EPOCHS, Arm, Comparison, arms_of, grid, pooled
 from l2bn.reporting.evidence import BN, L2BN, Evidence
 from l2bn.reporting.formatting import conditions, in_words, mean_std, signed
@@ -73,7 +74,9 @@ def read_curves(records: Sequence[Record]) -> tuple[Curves, list[Problem]]:
     return found, problems
 
 
-def write_figures(evidence: Evidence, folder: Path) -> tuple[list[Path], list[Problem]]:
+def write_figures(
+    evidence: Evidence, folder: Path, sets: Sequence[RunSet] = ()
+) -> tuple[list[Path], list[Problem]]:
     """Draw what the records allow as PNG and SVG: the paths written, and the records left out."""
     found, problems = read_curves(evidence.records)
     broken = {problem.folder for problem in problems}
@@ -86,6 +89,10 @@ def write_figures(evidence: Evidence, folder: Path) -> tuple[list[Path], list[Pr
                 paths += save_figure(curves(group, found), folder, f"curves-{name}")
         if any(comparison.differences() for comparison in comparisons):
             paths += save_figure(differences(comparisons), folder, "differences")
+        for run_set in sets:
+            rows = [row for row in comparisons if run_set.holds(row.cell)]
+            if any(row.differences() for row in rows):
+                paths += save_figure(differences_of_set(rows, run_set), folder, run_set.figure)
     return paths, problems
 
 
@@ -232,6 +239,23 @@ def differences(comparisons: Sequence[Comparison]) -> Figure:
         chosen = [row for row in rows if row.full_length is full]
         if chosen:
             lines.append(Line(text, pooled(chosen)))
+    return _dots(lines)
+
+
+def differences_of_set(rows: Sequence[Comparison], run_set: RunSet) -> Figure:
+    """A row per network of a set, and below it the means by both rules, as far as they have one."""
+    style, lines = STYLES[L2BN], [Line(run_set.label)]
+    for row in rows:
+        values = row.differences()
+        if values:
+            name = in_words(row.cell.backbone)
+            lines.append(Line(name, row.difference(), values, style["color"], style["marker"]))
+    arms = [arm for row in rows for arm in row.arms]
+    these, others = judge_set(ACCURATE, run_set, arms, run_set.seeds), pooled(rows)
+    lines.append(Line("All networks alike"))
+    if these.overall and these.overall.mean is not None:
+        lines.append(Line(f"these networks, n pairs: {these.verdict}", these.overall))
+    lines.append(Line("other networks, n cells", others))
     return _dots(lines)
 
 
