@@ -11,9 +11,10 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from l2bn.records import METRICS
+from l2bn.reporting.claims import RunSet
 from l2bn.reporting.comparison import arms_of, grid, pooled
 from l2bn.reporting.evidence import Evidence, read_evidence
-from l2bn.reporting.figures import RC, STYLES, curves, differences, read_curves, write_figures
+from l2bn.reporting.figures import RC, STYLES, curves, differences, differences_of_set, read_curves, write_figures
 from synthetic_records import write_pairs, write_run
 
 
@@ -114,6 +115,32 @@ def test_dots_stand_at_the_differences_and_lines_span_the_intervals(evidence: Ev
     assert "CIFAR-10 (JPEG)" in shown
     assert "short, float32" in shown
     assert "+1.50" in shown
+
+
+def test_a_set_of_runs_has_a_figure_once_it_has_a_pair_and_both_means_once_complete(tmp_path: Path) -> None:
+    run_set = RunSet("A set", "cifar10", "cosine_30", "32-true", ("net0", "net1"), (0, 1, 2))
+    root, options = tmp_path / "runs", {"recipe": "cosine_30", "epochs": 30}
+    write_run(root, backbone="net0", **options)
+    assert [path.stem for path in write_figures(read_evidence(root), tmp_path, [run_set])[0]] == [
+        "curves-cifar10"
+    ] * 2
+
+    write_pairs(root, [60, 61, 62], [0.4, 0.5, 0.6], backbone="net0", **options)
+    write_pairs(root, [60], [9.0], backbone="net7", **options)
+    paths, _ = write_figures(read_evidence(root), tmp_path, [run_set])
+    assert paths[-1] == tmp_path / "differences-cifar10-cosine_30.svg"
+    rows = [row for row in grid(arms_of(read_evidence(root))) if run_set.holds(row.cell)]
+    shown = list(texts(differences_of_set(rows, run_set)))
+    assert {"net0", "+0.50", "other networks; n: networks"} <= set(shown)
+    assert not {"net7", "these networks; n: pairs"} & set(shown)
+
+    write_pairs(root, [60, 61, 62], [0.5, 0.6, 0.7], backbone="net1", **options)
+    rows = [row for row in grid(arms_of(read_evidence(root))) if run_set.holds(row.cell)]
+    axes = differences_of_set(rows, run_set).axes[0]
+    assert "these networks; n: pairs" in list(texts(axes.figure))
+    # s = 0.1 over 4 degrees of freedom: 2.776 * 0.1 * sqrt(2 / 3) / 2 = 0.113 around 0.55.
+    drawn = [tuple(line.get_xdata()) for line in axes.lines]
+    assert any(span == pytest.approx((0.437, 0.663), abs=1e-3) for span in drawn if len(span) == 2)
 
 
 def test_nothing_of_the_dot_plot_is_cut_off_or_stands_on_another(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Figures from records: accuracy curves of BN against L2BN, and the paired differences over the grid.
 
-Made to be read in print without colour and by the colour-blind: the arms differ in lightness, line style and
-marker. The same records give the same bytes.
+Readable in print without colour and by the colour-blind: the arms differ in lightness, line style and marker. The
+same records give the same bytes.
 """
 
 import re
@@ -43,7 +43,7 @@ RC: Any = {
     "axes.titlesize": 9,
     "axes.labelsize": 8,
     "figure.dpi": 100,
-    "font.family": "DejaVu Sans",  # comes with matplotlib, so that every machine draws the same
+    "font.family": "DejaVu Sans",  # part of matplotlib, hence the same on every machine
     "font.size": 8,
     "legend.fontsize": 7.5,
     "legend.frameon": False,
@@ -156,7 +156,9 @@ def curves(comparisons: Sequence[Comparison], found: Curves) -> Figure:
             panel.set_xlabel("epoch")
     for panel in panels[len(comparisons) :]:
         panel.set_axis_off()
-    finish(figure, ": ".join([comparisons[0].label, *(shared if len(shared) == 1 else ())]))
+    several = any(len(arm.of()) > 1 for comparison in comparisons for arm in comparison.arms)
+    named = ": ".join([comparisons[0].label, *(shared if len(shared) == 1 else ())])
+    finish(figure, named + ("; band: ± std over seeds" if several else ""))
     return figure
 
 
@@ -175,7 +177,9 @@ def _panel(panel: Axes, comparison: Comparison, found: Curves) -> None:
         panel.set_ylim(*_limits(visible))
         panel.legend(loc="lower right", handlelength=2.6, borderaxespad=0.2)
     longest = max((arm.epochs for arm in comparison.arms), default=1)
-    panel.xaxis.set_major_locator(MaxNLocator(5, integer=True) if longest > 1 else FixedLocator([1]))
+    panel.xaxis.set_major_locator(
+        MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]) if longest > 1 else FixedLocator([1])
+    )
     lost = [f"{arm.diverged} {STYLES[arm.norm]['label']}" for arm in comparison.arms if arm.diverged]
     if lost:
         panel.set_title(f"diverged: {', '.join(lost)}", loc="right", fontsize=7, color=GREY)
@@ -194,7 +198,7 @@ def _marks(length: int, *, offset: bool) -> tuple[int, int]:
 
 
 def _limits(values: Sequence[float]) -> tuple[float, float]:
-    """All of the curve but its steep beginning, which would flatten the rest."""
+    """The range of the curve without its steep beginning, which would flatten the rest."""
     ordered = sorted(values)
     low, high = ordered[len(ordered) // 8], ordered[-1]
     reach = max(high - low, 1.0)
@@ -229,7 +233,7 @@ def differences(comparisons: Sequence[Comparison]) -> Figure:
     label = ""
     for (dataset, made_by), group in groupby(rows, key=lambda row: (row.label, conditions(row))):
         lines += [Line(dataset)] if dataset != label else []
-        lines += [Line(part, note=True) for part in textwrap.wrap(made_by, 46)]
+        lines += [Line(part, note=True) for part in textwrap.wrap(made_by, 60)]
         for row in group:
             name, values = in_words(row.cell.backbone), row.differences()
             lines.append(Line(name, row.difference(), values, style["color"], style["marker"]))
@@ -252,10 +256,10 @@ def differences_of_set(rows: Sequence[Comparison], run_set: RunSet) -> Figure:
             lines.append(Line(name, row.difference(), values, style["color"], style["marker"]))
     arms = [arm for row in rows for arm in row.arms]
     these, others = judge_set(ACCURATE, run_set, arms, run_set.seeds), pooled(rows)
-    lines.append(Line("All networks alike"))
+    lines.append(Line("Mean over the networks"))
     if these.overall and these.overall.mean is not None:
-        lines.append(Line(f"these networks, n pairs: {these.verdict}", these.overall))
-    lines.append(Line("other networks, n cells", others))
+        lines.append(Line("these networks; n: pairs", these.overall))
+    lines.append(Line("other networks; n: networks", others))
     return _dots(lines)
 
 
@@ -263,7 +267,7 @@ PLOT, BESIDE, ROW, ABOVE, BELOW = 3.6, 0.95, 0.21, 0.3, 0.72  # inches
 
 
 def _dots(lines: Sequence[Line]) -> Figure:
-    """Names to the left of the plot, means and n to its right, so that nothing of them stands in it."""
+    """Names to the left of the plot, means and n to its right, so that no text overlaps it."""
     names = max(_width(line) for line in lines) + 0.3
     width, height = names + PLOT + BESIDE, ABOVE + ROW * len(lines) + BELOW
     figure = Figure(figsize=(width, height))
@@ -278,7 +282,8 @@ def _dots(lines: Sequence[Line]) -> Figure:
         axes.text((0.1 if result is None else 0.2) / width, place, line.text, **row, **line.style)
         if result is None or result.mean is None:
             continue
-        axes.plot(line.values, [place] * len(line.values), "|", color=GREY, markersize=7, markeredgewidth=0.9)
+        if len(line.values) > 1:
+            axes.plot(line.values, [place] * len(line.values), "|", color=GREY, markersize=7, markeredgewidth=0.9)
         if result.low is not None and result.high is not None:
             axes.plot([result.low, result.high], [place, place], color=line.color, linewidth=1.4)
         face = "white" if result.low is None else line.color
@@ -298,7 +303,7 @@ def _dots(lines: Sequence[Line]) -> Figure:
 
 
 def _width(line: Line) -> float:
-    """Inches that a line's text takes up."""
+    """The width of a line's text, inches."""
     style = {"fontsize": RC["font.size"], "fontweight": "normal"} | line.style
     font = FontProperties(family=RC["font.family"], weight=style["fontweight"], size=style["fontsize"])
     return float(TextPath((0, 0), line.text, prop=font).get_extents().width) / 72

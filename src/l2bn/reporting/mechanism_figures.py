@@ -82,7 +82,7 @@ def write_mechanism_figures(mechanism: Mechanism, folder: Path) -> tuple[list[Pa
 
 
 def norms_by_depth(pair: Comparison) -> Figure:
-    """The norms' coefficient of variation at each norm layer, in the order in which they run: input and output.
+    """The norms' coefficient of variation at each norm layer, in order of execution: input and output.
 
     Mean over the seeds with a band of ± 1 std; hollow markers, without a line: between classes.
     """
@@ -99,7 +99,7 @@ def norms_by_depth(pair: Comparison) -> Figure:
                 range(1, len(between) + 1), between, **{**style, **hollow}, markersize=3, markeredgewidth=0.7
             )
         panel.set_ylim(bottom=0)
-        panel.set_xlabel("norm layer, in the order in which they run")
+        panel.set_xlabel("norm layer, in order of execution")
         panel.set_xlim(left=0.2)
         panel.xaxis.set_major_locator(MaxNLocator(7, integer=True, prune="lower"))
     panels[0].set_ylabel("std / mean of the samples' l2 norms")
@@ -107,7 +107,7 @@ def norms_by_depth(pair: Comparison) -> Figure:
     hollow_key = Line2D([], [], color=GREY, linestyle="", marker="o", markerfacecolor="white", markersize=3)
     labels = [*(handle.get_label() for handle in handles), "between classes"]
     panels[0].legend([*handles, hollow_key], labels, handlelength=2.6)
-    finish(figure, title(pair.label, pair.cell))
+    finish(figure, f"{title(pair.label, pair.cell)}; band: ± std over seeds")
     return figure
 
 
@@ -147,7 +147,7 @@ def through_training(pair: Comparison) -> Figure:
     for panel in panels[2:]:
         panel.set_xlabel("epoch")
     panels[0].legend(handlelength=2.6)
-    finish(figure, title(pair.label, pair.cell))
+    finish(figure, f"{title(pair.label, pair.cell)}; band: ± std over seeds")
     return figure
 
 
@@ -234,10 +234,10 @@ def accuracy_over_eps(study: Study) -> Figure:
             depth = range(1, len(layers) + 1)
             right.plot(depth, layers, color=grey, marker=marker, markersize=3.5, linewidth=1.2, label=_power(eps))
     right.set_ylim(0, 1.05)
-    right.set_xlabel("norm layer, in the order in which they run")
+    right.set_xlabel("norm layer, in order of execution")
     right.xaxis.set_major_locator(MaxNLocator(7, integer=True, prune="lower"))
     right.legend(title="eps", loc="center right", bbox_to_anchor=(1, 0.62), ncols=2)
-    finish(figure, title(study.label, study.cell))
+    finish(figure, f"{title(study.label, study.cell)}; a dash for each seed")
     return figure
 
 
@@ -265,7 +265,7 @@ def accuracy_over_rates(study: Study) -> Figure:
         panel.set_xlabel("learning rate")
     panels[0].set_ylabel("test top-1 (%)")
     panels[0].legend(loc="lower left", handlelength=2.6)
-    finish(figure, f"{study.label}, {study.cell.backbone}; every seed a dash")
+    finish(figure, f"{study.label}, {study.cell.backbone}; a dash for each seed")
     return figure
 
 
@@ -288,5 +288,5 @@ def accuracy_over_updates(study: TrapStudy) -> Figure:
         panel.set_xlabel("updates")
         panel.legend(loc="lower right", handlelength=2.6, title=f"n = {len(study.rows[norm])}")
     panels[0].set_ylabel("test top-1 (%)")
-    finish(figure, title(study.label, study.cell))
+    finish(figure, f"{title(study.label, study.cell)}; band: range over seeds")
     return figure
