@@ -417,7 +417,8 @@ def _second(question: Question, first: SetFinding, arms: Sequence[Arm]) -> list[
 
 def _set_table(question: Question, finding: SetFinding) -> Table:
     """A row per cell and one for all, with each cell's own deviation beside the pooled one."""
-    columns = ("Backbone", f"L2BN − {question.reference}", "95 % interval", "p (Holm)", "Deviation", "Pairs")
+    reference = "BN" if question.reference == BN else question.reference
+    columns = ("Backbone", f"L2BN − {reference}", "95 % interval", "p (Holm)", "Deviation", "Pairs")
     digits, rows = question.digits, []
     results = zip(finding.cells, finding.estimates, finding.corrected, strict=True)
     names = [(in_words(row.cell.backbone), one, p) for row, one, p in results]
@@ -426,11 +427,9 @@ def _set_table(question: Question, finding: SetFinding) -> Table:
         deviation = NONE if one.std is None else f"{one.std:.{digits}f}"
         result = signed(one.mean, digits), interval(one, digits), probability(p, one)
         rows.append((name, *result, deviation, str(one.n)))
-    text = question.text[0].upper() + question.text[1:]
-    diverged = f"Diverged: {finding.diverged[0]} of {question.reference}, {finding.diverged[1]} of L2BN."
-    note = (
-        f"{text}. The last row's deviation is the one pooled within the cells; its p is not corrected. {diverged}"
-    )
+    diverged = f"Diverged: {finding.diverged[0]} of {reference}, {finding.diverged[1]} of L2BN."
+    pooling = "The last row's deviation is the one pooled within the cells; its p is not corrected."
+    note = f"Measure: {question.text}. {pooling} {diverged}"
     return Table(finding.run_set.label, columns, frozenset(columns[1:]), tuple(rows), (note,))
 
 
@@ -454,8 +453,8 @@ CLAIMS = (
         4,
         "L2BN adds no parameters and no hyper-parameters.",
         "Supported if the parameter counts of BN and L2BN are equal in every cell with both arms, "
-        "contradicted if they differ in one. Records speak for the parameters; that the layer takes no "
-        "hyper-parameter is its definition.",
+        "contradicted if they differ in one. Records show the parameters; the layer has no hyper-parameter by "
+        "its definition.",
         _no_parameters_added,
         tests=(
             "test_norm.py::test_state_dicts_are_those_of_batch_norm",
@@ -476,7 +475,7 @@ CLAIMS = (
         6,
         "L2BN improves the accuracy of acoustic scene classification.",
         "Needs records of acoustic scenes; the published accuracies in results/reference/baselines.yaml are "
-        "no records, so there is no verdict.",
+        "not records, so there is no verdict.",
         _no_sound,
     ),
 )

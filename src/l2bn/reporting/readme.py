@@ -43,6 +43,6 @@ def answer(arms: Sequence[Arm], run_set: RunSet) -> str:
         beyond = f"the 95 % interval over {cells} is {interval(others)}"
     return (
         f"**In these {escape_markdown(networks)}: {found}.** For other networks like them, {beyond}. The rules "
-        "were fixed before the runs; [claims.md](results/claims.md) has them, and the verdicts on the paper's other "
-        "claims."
+        "were fixed before the runs; [claims.md](results/claims.md) has them, and the verdicts on the paper's "
+        "other claims."
     )

@@ -1,4 +1,4 @@
-"""The numbers behind a table: mean and spread, paired differences, corrections, and how many seeds would do.
+"""Statistics: mean and spread, paired differences, pooled estimates, corrections and sample sizes.
 
 BN and L2BN start from the same weights and see the same batches when they share a seed, so a comparison is
 paired: the difference is taken seed by seed, and its spread, not that of the two arms, decides.
@@ -23,7 +23,7 @@ NO_SPREAD = 1e-9
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with Student's interval; what its n or its spread cannot carry is None.
+    """A mean with an interval and p-value by Student's t, None where n or the spread is too small for them.
 
     `low`, `high` bound the mean at `LEVEL`; `p` is two-sided against a mean of zero. All in the unit of the
     values.
@@ -38,7 +38,7 @@ class Estimate:
 
     @property
     def reason(self) -> str:
-        """Why there is no interval; empty where there is one."""
+        """The reason for a missing interval; empty where there is one."""
         if self.low is not None:
             return ""
         if self.n < MIN_PAIRS:

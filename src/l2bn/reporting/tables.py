@@ -71,7 +71,7 @@ def grid_table(rows: Sequence[Comparison], reference: Reference | None = None, c
     ]
     if reference is None:
         return _table("BN against L2BN", columns, numeric, rows, notes if rows else [])
-    columns["Published BN (ours − it)"] = lambda row: _published(row, reference, sources)
+    columns["Published BN (ours − published)"] = lambda row: _published(row, reference, sources)
     texts = [[cell(row) for cell in columns.values()] for row in rows]
     wheres: dict[str, str] = {}
     paper = [_paper(row, reference, wheres, len(sources)) for row in rows]
@@ -88,7 +88,7 @@ def grid_table(rows: Sequence[Comparison], reference: Reference | None = None, c
 
 
 _UNKNOWN = (
-    "No number of the L2BN paper's image tables is known to this project; the column fills when they are "
+    "No number of the L2BN paper's image tables is known to this project; the column fills once they are "
     "entered in results/reference/baselines.yaml."
 )
 
@@ -110,7 +110,7 @@ def best_table(rows: Sequence[Comparison], reference: Reference) -> Table:
         "L2BN, best epoch (n)": lambda row: best(row.other),
         "Published BN, best epoch": published,
     }
-    note = "The best epoch is chosen on the test set, which flatters every arm: no result of this project."
+    note = "The best epoch is chosen on the test set, which favours every arm: it is not a result of this project."
     return _table("Best epoch", columns, columns.keys() - names.keys(), [row for row in rows if row.arms], [note])
 
 
