@@ -119,7 +119,7 @@ def test_dots_stand_at_the_differences_and_lines_span_the_intervals(evidence: Ev
 
 def test_a_set_of_runs_has_a_figure_once_it_has_a_pair_and_both_means_once_complete(tmp_path: Path) -> None:
     run_set = RunSet("A set", "cifar10", "cosine_30", "32-true", ("net0", "net1"), (0, 1, 2))
-    root, options = tmp_path / "runs", {"recipe": "cosine_30", "epochs": 30}
+    root, options = tmp_path / "runs", {"recipe": "cosine_30", "epochs": 30, "curve": 30}
     write_run(root, backbone="net0", **options)
     assert [path.stem for path in write_figures(read_evidence(root), tmp_path, [run_set])[0]] == [
         "curves-cifar10"

@@ -650,7 +650,7 @@ def test_the_readme_answers_from_the_first_set_as_its_runs_end(tmp_path: Path) -
     (tmp_path / "records").mkdir()
     text = readme_of(tmp_path / "records")
     assert "not decided, 0 of 18 runs.**" in text
-    assert "nothing is decided yet (0 of the 3 backbones needed)" in text
+    assert "there is no interval yet (0 of at least 3 networks with 3 pairs)" in text
     assert "No record yet." in text
     assert "![" not in text
     cell: dict[str, Any] = {"recipe": "cosine_30", "epochs": 30}
@@ -661,16 +661,15 @@ def test_the_readme_answers_from_the_first_set_as_its_runs_end(tmp_path: Path) -
     assert "| CIFAR-10 | net0 | 71.00 ± 1.00 (3) | 71.50 ± 1.10 (3) | +0.50 [+0.25, +0.75] | 0.013 |" in text
     assert "net7" not in text
     assert "(results/figures/differences-cifar10-cosine_30.png)" in text
-    for net in ("net1", "net2"):
-        write_pairs(tmp_path / "records", [70.0, 71.0, 72.0], [0.4, 0.5, 0.6], backbone=net, **cell)
+    for net, gains in (("net1", [0.3, 0.4, 0.5]), ("net2", [0.5, 0.6, 0.7])):
+        write_pairs(tmp_path / "records", [70.0, 71.0, 72.0], gains, backbone=net, **cell)
     text = readme_of(tmp_path / "records")
     # s = 0.1 over 6 degrees of freedom: 2.447 * 0.1 / 3 = 0.08.
     estimate = "L2BN − BN +0.50 points of test top-1, 95 % interval [+0.42, +0.58], n = 9 pairs"
     assert f"supported; {estimate}, diverged: 0 of BN, 0 of L2BN.**" in text
-    write_pairs(tmp_path / "records", [70.0, 71.0, 72.0], [1.4, 1.5, 1.6], backbone="net8", **cell)
-    assert "For other networks like them, the 95 % interval over 4 data set × backbone cells is [" in readme_of(
-        tmp_path / "records"
-    )
+    # The means 0.4, 0.5 and 0.6: t(2) * 0.1 / sqrt(3) = 4.303 * 0.0577 = 0.25.
+    beyond = "the 95 % interval of that mean, over 3 networks, is [+0.25, +0.75]"
+    assert f"For other networks like them, {beyond}." in text
 
 
 def test_every_column_is_defined_in_the_results_readme(tmp_path: Path, reference: Reference) -> None:
