@@ -243,7 +243,7 @@ def test_later_seeds_give_a_second_estimate_beside_the_first(tmp_path: Path) -> 
     text = claims_markdown(read_evidence(tmp_path), [SET])
     assert of_accuracy(tmp_path).overall == first.overall
     assert "| 5 | L2BN improves the accuracy of various models on image classification. | not decided" in text
-    assert "| supported, 18 runs |" in text
+    assert "| supported, 18 runs of a set |" in text
     _, overall = fixed_estimate([[*SMALL, -3.0, -3.1]] * 3)
     shown = f"{overall.mean:+.2f} [{overall.low:+.2f}, {overall.high:+.2f}], 15 pairs".replace("-", "−")
     assert f"Second estimate, with seeds 3, 4, which does not replace the first: {shown}." in text

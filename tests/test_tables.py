@@ -16,10 +16,10 @@ from matplotlib.text import Text
 from rich.console import Console
 
 from l2bn.errors import UserError
-from l2bn.records import SUMMARY
+from l2bn.records import SUMMARY, natural_order
 from l2bn.reporting.claims import RunSet, claims_markdown, read_sets
 from l2bn.reporting.comparison import arms_of, grid, other_norms, pooled
-from l2bn.reporting.evidence import Evidence, natural, read_evidence
+from l2bn.reporting.evidence import Evidence, read_evidence
 from l2bn.reporting.figures import curves, differences
 from l2bn.reporting.formatting import Table, in_words, latex, markdown
 from l2bn.reporting.published import Reference, read_reference
@@ -577,7 +577,7 @@ def test_the_order_and_place_of_the_records_change_nothing(tmp_path: Path, refer
 
 def test_rows_are_sorted_as_a_reader_would() -> None:
     names = ["resnet110", "resnet20", "vgg16", "resnet56", "mobilenetv2_x0_5"]
-    assert sorted(names, key=natural) == ["mobilenetv2_x0_5", "resnet20", "resnet56", "resnet110", "vgg16"]
+    assert sorted(names, key=natural_order) == ["mobilenetv2_x0_5", "resnet20", "resnet56", "resnet110", "vgg16"]
 
 
 @pytest.mark.parametrize(

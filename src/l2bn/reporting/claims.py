@@ -538,6 +538,6 @@ def _row(claim: Claim, found: Finding, arms: Sequence[Arm], sets: Sequence[RunSe
     evidence = escape_markdown(found.evidence) + (f" Tested: {', '.join(tests)}." if tests else "")
     these = NONE
     if claim.question and sets and sets[0].cells(claim.question):
-        these = judge_set(claim.question, sets[0], arms, sets[0].seeds).text
+        these = f"{judge_set(claim.question, sets[0], arms, sets[0].seeds).text} of {sets[0].label}"
     verdicts = f"{found.verdict} | {these}"
     return f"| {claim.number} | {escape_markdown(claim.text)} | {verdicts} | {evidence} |"

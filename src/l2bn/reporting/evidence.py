@@ -27,6 +27,7 @@ from l2bn.records import (
     InvalidRecordError,
     Problem,
     Record,
+    natural_order,
     read_features,
     read_records,
 )
@@ -56,19 +57,14 @@ class Cell:
 
     @property
     def order(self) -> tuple[object, ...]:
-        """A sort key in which resnet20 comes before resnet110."""
+        """A sort key."""
         names = (self.dataset, self.recipe, self.backbone)
-        return *map(natural, names), self.setting, self.value
+        return *map(natural_order, names), self.setting, self.value
 
     @property
     def whole(self) -> "Cell":
         """The cell without the value that a study varies."""
         return replace(self, value=())
-
-
-def natural(name: str) -> list[tuple[str, int]]:
-    """A sort key in which the numbers inside a name count as numbers."""
-    return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", name)]
 
 
 def cell_of(record: Record) -> Cell:
