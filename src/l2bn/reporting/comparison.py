@@ -35,7 +35,10 @@ class Arm:
 
     def of(self, quantity: str = TOP1) -> dict[int, float]:
         """Seed to value, of the runs that have one."""
-        return dict(self.values[quantity].dropna()) if quantity in self.values else {}
+        if quantity not in self.values:
+            return {}
+        known = self.values[quantity].dropna()
+        return dict(zip(known.index, known.to_list(), strict=True))
 
     def estimate(self, quantity: str = TOP1) -> Estimate:
         return estimate(list(self.of(quantity).values()))
