@@ -73,8 +73,8 @@ bench-data: setup ## images/s of the data pipelines alone
 	$(BENCH) data $(MADE)/data.json $(ARGS)
 
 LOGDIR ?= runs
-tensorboard: setup ## show the curves of all runs in LOGDIR (runs), to this machine alone
-	tensorboard --host 127.0.0.1 --logdir $(LOGDIR)
+tensorboard: setup ## show the arms and runs of LOGDIR (runs) in TensorBoard, on this machine alone
+	python scripts/report.py tensorboard --runs '$(LOGDIR)'
 
 # make DATASET-BACKBONE-NORM: any names of configs/, and these short ones.
 cifar := cifar10

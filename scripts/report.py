@@ -97,6 +97,33 @@ def mechanism(arguments: argparse.Namespace) -> Sequence[Problem]:
     return problems
 
 
+def tensorboard(arguments: argparse.Namespace) -> Sequence[Problem]:
+    """Show the mean curve of each norm and cell in TensorBoard, renewed every 30 seconds until Ctrl-C."""
+    import signal
+    import subprocess
+    import time
+
+    from l2bn.reporting.tensorboard import Board
+
+    out = arguments.out or arguments.runs / "arms"
+    board = Board(arguments.runs, out)
+    board.update()
+    if arguments.write_only:
+        print(out)
+        return []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # runs the `finally` below, as Ctrl-C does
+    place = ["--host", "127.0.0.1", "--port", str(arguments.port)]
+    server = subprocess.Popen([sys.executable, "-m", "tensorboard.main", "--logdir", str(arguments.runs), *place])
+    try:
+        while server.poll() is None:
+            time.sleep(30)
+            board.update()
+    finally:
+        server.terminate()
+        server.wait()
+    return []
+
+
 def _print_paths(paths: Sequence[Path], nothing: str = "") -> None:
     print("\n".join(map(str, paths)) or nothing)
 
@@ -106,6 +133,7 @@ EXAMPLES = {
     figures: "python scripts/report.py figures --runs runs",
     claims: "python scripts/report.py claims --runs runs",
     mechanism: "python scripts/report.py mechanism tables --runs runs",
+    tensorboard: "python scripts/report.py tensorboard --runs runs",
 }
 
 OUT = {
@@ -113,6 +141,7 @@ OUT = {
     figures: "folder for the figures (default: results/figures; with --runs DIR/figures)",
     claims: "file to write (default: results/claims.md; with --runs only the terminal)",
     mechanism: "folder for documents and figures (default: results; with --runs DIR/mechanism)",
+    tensorboard: "folder for the arms' events (default: DIR/arms, beside the runs that --runs DIR names)",
 }
 
 
@@ -137,6 +166,9 @@ def parser() -> argparse.ArgumentParser:
             one.add_argument(
                 "--reference", metavar="FILE", type=Path, default=reference, help="published accuracies"
             )
+        if command is tensorboard:
+            one.add_argument("--port", type=int, default=6006, help="of TensorBoard, on this machine alone")
+            one.add_argument("--write-only", action="store_true", help="write the events and leave")
         if command is mechanism:
             studies = RESULTS / "studies"
             one.add_argument("--studies", metavar="DIR", type=Path, default=studies, help="records of the studies")

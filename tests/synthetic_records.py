@@ -50,7 +50,8 @@ def write_run(
     """One run that ends at `accuracy`; `curve` epochs are written to metrics.jsonl (default: one)."""
     folder = root / dataset / backbone / norm / recipe / f"seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(yaml.safe_dump({"seed": seed}))
+    cell = {"dataset": dataset, "backbone": backbone, "norm": norm, "recipe": recipe, "seed": seed}
+    (folder / CONFIG).write_text(yaml.safe_dump({"seed": seed, "compute": {"precision": precision}, "cell": cell}))
     (folder / ENVIRONMENT).write_text(json.dumps({"packages": {}}))
     rows = list(_epochs(accuracy, curve or 1, seed, norm))
     if curve is None:
