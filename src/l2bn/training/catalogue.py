@@ -12,6 +12,7 @@ from rich.text import Text
 from torch import nn
 
 from l2bn.errors import UserError
+from l2bn.records import natural_order
 from l2bn.training.instantiate import CONFIGS, Builder, is_hidden
 
 GROUPS = ("dataset", "backbone", "norm", "recipe", "experiment")
@@ -34,7 +35,7 @@ def choices(group: str, folders: Sequence[Path] = (CONFIGS,)) -> list[Choice]:
     """
     paths = [path for folder in folders for path in (folder / group).glob("*.yaml")]
     visible = sorted(
-        (path for path in paths if not is_hidden(Path(path.name))), key=lambda path: _natural(path.stem)
+        (path for path in paths if not is_hidden(Path(path.name))), key=lambda path: natural_order(path.stem)
     )
     return [_choice(path, group, folders) for path in visible]
 
@@ -91,8 +92,3 @@ def overview(groups: Sequence[str] = GROUPS, width: int = 110, folders: Sequence
         text.append("\n")
     text.rstrip()
     return text
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """A sorting key with numbers in numerical order."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
