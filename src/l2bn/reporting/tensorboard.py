@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml
 
-from l2bn.records import CONFIG, METRICS, InvalidRecordError, read_features, read_metrics
+from l2bn.records import CONFIG, METRICS, InvalidRecordError, natural_order, read_features, read_metrics
 from l2bn.reporting.comparison import arms_of, by_cell, compare
-from l2bn.reporting.evidence import BN, Cell, Evidence, measure, natural, read_evidence
+from l2bn.reporting.evidence import BN, Cell, Evidence, measure, read_evidence
 from l2bn.reporting.formatting import interval, mean_std_n, signed
 
 QUANTITIES = {
@@ -74,7 +74,7 @@ def title(cell: Cell) -> str:
 def curves_of(runs: Iterable[Run]) -> dict[tuple[str, str, str], dict[int, list[float]]]:
     """(norm, cell, quantity) -> epoch -> the values of all seeds, of the epochs that each of them has finished."""
     seeds: dict[tuple[str, str, str], list[Mapping[int, float]]] = defaultdict(list)
-    for run in sorted(runs, key=lambda run: (natural(run.cell), run.norm, run.seed)):
+    for run in sorted(runs, key=lambda run: (natural_order(run.cell), run.norm, run.seed)):
         for quantity, curve in run.curves.items():
             seeds[run.norm, run.cell, quantity].append(curve)
     return {
