@@ -1,6 +1,6 @@
-"""Make a data set ready, or say what has to be done by hand: python scripts/fetch_data.py cifar10.
+"""Prepare a data set, or print what has to be done by hand: python scripts/fetch_data.py cifar10.
 
-What is missing is downloaded and checked, images are decoded into their cache, and what was found is printed.
+Missing files are downloaded and checked, images are decoded into their cache, and their numbers are printed.
 """
 
 import argparse
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hydra import compose
 
+from l2bn.data.cache import expand
 from l2bn.data.imagenet_wds import pack_imagenet
 from l2bn.data.splits import Splits
 from l2bn.errors import UserError, told_plainly
@@ -21,7 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("dataset", help="a name in configs/dataset")
     parser.add_argument("overrides", nargs="*", help="as for train.py: dataset.root=FOLDER")
     parser.add_argument("--config-dir", type=Path, action="append", default=[], help="as for train.py")
-    parser.add_argument("--pack", type=Path, metavar="FOLDER", help="first pack ImageNet's files into shards")
+    parser.add_argument("--pack", metavar="FOLDER", help="first pack ImageNet's files in FOLDER into shards")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with composing([f"dataset={options.dataset}", *options.overrides], options.config_dir) as (_, overrides):
@@ -30,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.pack is not None:
         if options.dataset != "imagenet_wds":
             raise UserError(f"--pack makes the shards of imagenet_wds, not of {options.dataset}")
-        pack_imagenet(options.pack, Path(node["root"]).expanduser())
+        pack_imagenet(expand(options.pack, "--pack"), expand(node["root"]))
     splits = Builder(folders).build(node, "dataset", Splits)
     print(
         f"{splits.label}: {len(splits.train):,} images to train on, {len(splits.test):,} to test on, "

@@ -205,7 +205,7 @@ def test_a_published_set_that_is_not_whole_says_so_and_loses_its_baseline(
     assert not caplog.records
     (root / "train/a/0.bmp").unlink()
     assert read() == ("Gray, 15 and 16 images", None)
-    assert "is not the whole Gray: it has 2 classes, unequal numbers of training and 8 test images" in caplog.text
+    assert "has 16 training and 16 test images in 2 classes; here are 15 and 16 in 2" in caplog.text
     (root / "train/b/0.bmp").unlink()
     assert read() == ("Gray, 14 and 16 images", None)
 

@@ -11,6 +11,7 @@ import hashlib
 import importlib.resources
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -335,7 +336,10 @@ def compose_sweep(overrides: Sequence[str]) -> DictConfig:
 
 
 def resolve(config: DictConfig, *, missing: bool = False) -> dict[str, Any]:
-    """A configuration as plain values. Raises UserError for a value that is required and missing."""
+    """A configuration as plain values; the default label of a data set is the name of its folder.
+
+    Raises UserError for a value that is required and missing.
+    """
     try:
         content = OmegaConf.to_container(config, resolve=True, throw_on_missing=not missing)
     except MissingMandatoryValue as error:
@@ -343,6 +347,9 @@ def resolve(config: DictConfig, *, missing: bool = False) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {error.msg}") from None
     assert isinstance(content, dict)
+    dataset = content.get("dataset")
+    if isinstance(dataset, dict) and dataset.get("label", "") is None and dataset.get("root") not in (None, "???"):
+        dataset["label"] = Path(os.path.abspath(dataset["root"])).name  # noqa: PTH100 (a link's own name)
     return {str(key): value for key, value in content.items()}
 
 
