@@ -12,17 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from PIL import Image
 
+from conftest import composed
 from l2bn.data import cache
 from l2bn.data import folder as reader
 from l2bn.data.folder import image_folder
 from l2bn.data.splits import Images
 from l2bn.errors import UserError
-from l2bn.training.plan import PlannedRun, plan_run
-from official_formats import CONFIGS, deny, jpeg, pixels
+from l2bn.training.plan import PlannedRun, composing, plan_run
+from official_formats import deny, jpeg, pixels
 from official_formats import image_folder as write_tree
 
 NODE = {"train": "train", "test": "test"}
@@ -363,9 +362,8 @@ def test_a_root_of_an_unknown_user_is_named() -> None:
 
 
 def planned(*overrides: str) -> PlannedRun:
-    with initialize_config_dir(str(CONFIGS.parent), version_base="1.3"):
-        config = compose("train", ["dataset=image_folder", *overrides], return_hydra_config=True)
-        return plan_run(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]), config.hydra)
+    with composing(["dataset=image_folder", *overrides]) as (_, rest):
+        return plan_run(*composed(rest))
 
 
 def test_the_name_of_the_root_is_the_label_and_part_of_the_hash(tmp_path: Path) -> None:

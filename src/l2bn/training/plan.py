@@ -246,7 +246,7 @@ class _Loader(ConfigLoaderImpl):
         from_shell: bool = True,
         validate_sweep_overrides: bool = True,
     ) -> DictConfig:
-        with _explained():
+        with _explained(overrides):
             values: dict[str | None, Override] = {}
             if run_mode == RunMode.MULTIRUN:
                 found = self.compute_defaults_list(config_name, overrides, run_mode).config_overrides
@@ -266,15 +266,16 @@ class _Loader(ConfigLoaderImpl):
 
 
 @contextlib.contextmanager
-def _explained() -> Iterator[None]:
-    """Turn what Hydra and OmegaConf raise on a user's mistake into UserError."""
+def _explained(overrides: Sequence[str]) -> Iterator[None]:
+    """Turn what Hydra and OmegaConf raise on a user's mistake in the overrides into UserError."""
     try:
         yield
     except CompactHydraException:
         raise
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         remedy = "\na group takes the name of one of its choices; scripts/list.py prints them"
-        raise UserError(f"{error}{remedy if 'Config group' in str(error) else ''}") from error
+        given = f"{error}\ngiven: {' '.join(overrides)}"
+        raise UserError(f"{given}{remedy if 'Config group' in str(error) else ''}") from error
 
 
 @contextlib.contextmanager
@@ -336,7 +337,7 @@ def compose_sweep(overrides: Sequence[str]) -> DictConfig:
 
 
 def resolve(config: DictConfig, *, missing: bool = False) -> dict[str, Any]:
-    """A configuration as plain values; the default label of a data set is the name of its folder.
+    """A configuration as plain values; the label of a data set that has none is the name of its folder.
 
     Raises UserError for a value that is required and missing.
     """
@@ -348,8 +349,10 @@ def resolve(config: DictConfig, *, missing: bool = False) -> dict[str, Any]:
         raise UserError(f"{error.full_key}: {error.msg}") from None
     assert isinstance(content, dict)
     dataset = content.get("dataset")
-    if isinstance(dataset, dict) and dataset.get("label", "") is None and dataset.get("root") not in (None, "???"):
-        dataset["label"] = Path(os.path.abspath(dataset["root"])).name  # noqa: PTH100 (a link's own name)
+    if isinstance(dataset, dict) and dataset.get("label", "") is None:
+        root = dataset.get("root")
+        if isinstance(root, str) and root != "???":
+            dataset["label"] = Path(os.path.abspath(root)).name  # noqa: PTH100 (a link's own name)
     return {str(key): value for key, value in content.items()}
 
 
@@ -452,7 +455,7 @@ class _Planner:
     def _jobs(self, overrides: list[str]) -> list[list[str]]:
         """The overrides of each job, as Hydra's own sweeper makes them."""
         parser = OverridesParser.create(config_loader=self._loader)
-        with _explained():
+        with _explained(overrides):
             parsed = [_listed(override, parser) for override in parser.parse_overrides(overrides)]
             (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
         return jobs
@@ -562,7 +565,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], Cell]:
         raise ValueError(str(error)) from error
     names = content.pop("cell", None) if isinstance(content, dict) else None
     if not isinstance(names, dict) or names.keys() != Cell.__dataclass_fields__.keys():
-        raise ValueError(f"it has no cell of {', '.join(Cell.__dataclass_fields__)}")
+        raise ValueError(f"missing cell, with {', '.join(Cell.__dataclass_fields__)}")
     cell = Cell(**names)
     # A published record has no runs_dir, and a record from before there was an analysis no such node.
     config = {"runs_dir": "runs", "analysis": {}, **content}
