@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from l2bn.errors import UserError
-from l2bn.norms.kernels import DEVICES, compiler_works
+from l2bn.kernels.compiler import DEVICES, compiler_works
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from l2bn.norms.selection import select_kernels
+from l2bn.kernels.compiler import select_kernels
 from l2bn.norms.sync import convert_sync
 from l2bn.training.allocator import keep_freed_memory
 from l2bn.training.compilation import Compile, compiled, should_compile
