@@ -38,7 +38,7 @@ def definition(x: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     shape = [1, -1] + [1] * (x.ndim - 2)
     mean = z.mean(axes)
     variance = ((z - mean.view(shape)) ** 2).mean(axes)
-    y = (z - mean.view(shape)) / (variance + layer.eps).sqrt().view(shape)
+    y = (z - mean.view(shape)) / (variance + layer.epsilon).sqrt().view(shape)
     if layer.weight is not None:
         y = y * layer.weight.double().view(shape) + layer.bias.double().view(shape)
     return y, mean, variance
@@ -66,7 +66,7 @@ def test_training_and_evaluation_follow_the_definition(
     before = {key: value.clone() for key, value in layer.state_dict().items()}
     wide = [1, -1] + [1] * (x.ndim - 2)
     centred = normalized(x, scale) - layer.running_mean.double().view(wide)
-    expected = centred / (layer.running_var.double() + layer.eps).sqrt().view(wide)
+    expected = centred / (layer.running_var.double() + layer.epsilon).sqrt().view(wide)
     expected = expected * layer.weight.double().view(wide) + layer.bias.double().view(wide)
     torch.testing.assert_close(layer(x).double(), expected, rtol=1e-4, atol=1e-5)
     for key, value in layer.state_dict().items():

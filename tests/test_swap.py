@@ -75,7 +75,7 @@ def test_layers_keep_what_the_backbone_set() -> None:
     first, second, third = model[1], model[3][0], model[3][3]
     assert type(first) is L2BatchNorm2d
     assert type(third) is L2BatchNorm1d
-    assert (first.eps, first.momentum) == (1e-3, 0.03)
+    assert (first.epsilon, first.momentum) == (1e-3, 0.03)
     assert third.weight.eq(0).all()
     assert second.weight is None
     assert (first.training, second.training) == (False, True)

@@ -49,6 +49,7 @@ def operators_must_be_seen(*tensors: Tensor) -> bool:
         return torch.compiler.is_exporting()  # an exported graph shows the definition
     return (
         any(type(t) not in (Tensor, nn.Parameter) for t in tensors)
+        or any(map(torch._C._functorch.is_legacy_batchedtensor, tensors))  # autograd's own batched backward
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     )

@@ -73,12 +73,12 @@ class _L2BatchNorm(SteppedBatchNorm):
 
     def _has_kernels_for(self, x: Tensor) -> bool:
         """Return whether the fused formulas serve this call; otherwise the definition does."""
-        if self.fused == "off" or x.device.type not in DEVICES or x.numel() == 0:
+        if self.fused == "off" or x.device.type not in DEVICES:
             return False
         if not takes_batch_statistics(self) and self._needs_grad(x):
             return False  # evaluation's kernels have no backward
         own = [t for t in (self.weight, self.bias, self.running_mean, self.running_var) if t is not None]
-        if operators_must_be_seen(x, *own):
+        if operators_must_be_seen(x, *own) or x.numel() == 0:
             return False
         return torch.compiler.is_compiling() or self.fused == "on" or compiler_works(x.device.type)
 

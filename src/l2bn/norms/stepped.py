@@ -47,6 +47,7 @@ class SteppedBatchNorm(_BatchNorm):
         self.epsilon = value
 
     eps = property(fset=_set_eps)
+    __constants__ = ["track_running_stats", "momentum", "epsilon", "num_features", "affine"]  # noqa: RUF012
     __jit_unused_properties__ = ("eps",)
 
     def __getattr__(self, name: str) -> Any:
