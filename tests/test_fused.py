@@ -447,7 +447,11 @@ def test_many_kinds_of_map_all_have_kernels() -> None:
         compiled.append(sizes)
         return compiler._with_absent(function, tensors, constants)
 
-    with mock.patch.object(compiler, "_compile", count), mock.patch.object(compiler, "_kernels", {}), torch.no_grad():
+    with (
+        mock.patch.object(compiler, "_compile", count),
+        mock.patch.object(compiler, "_kernels", {}),
+        torch.no_grad(),
+    ):
         for channels in range(1, 41):
             layer = L2BatchNorm2d(channels, affine=False, fused="on").eval()
             for _ in range(2):
@@ -457,6 +461,63 @@ def test_many_kinds_of_map_all_have_kernels() -> None:
         for size in range(17, 30):
             layer(torch.ones(3, 40, size, 1))
         assert compiled == ["fake"] * compiler.STATIC_KINDS + ["symbolic"]
+
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The functions for which a kernel was built; none is compiled."""
+    built: list[object] = []
+
+    def build(function: Any, tensors: Any, constants: Any, _: str) -> Any:
+        built.append(function)
+        return compiler._with_absent(function, tensors, constants)
+
+    monkeypatch.setattr(compiler, "_compile", build)
+    monkeypatch.setattr(compiler, "_kernels", {})
+    return built
+
+
+def test_a_momentum_and_eps_that_change_each_step_compile_nothing_again(compilations: list[object]) -> None:
+    """As where batch norm's statistics are estimated anew, or adapted at test time."""
+    torch.manual_seed(0)
+    layers = [L2BatchNorm2d(4, fused=path) for path in ("on", "off")]
+    for step in range(1, 6):
+        x, g = torch.randn(2, 6, 4, 5, 5)
+        results = []
+        for layer in layers:
+            layer.momentum, layer.eps = 1 / step, 1e-3 / step
+            leaf = x.clone().requires_grad_()
+            y = layer.train()(leaf)
+            y.backward(g)
+            with torch.no_grad():
+                results.append([y, leaf.grad, layer.running_mean, layer.running_var, layer.eval()(x)])
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    assert compilations == [autograd.forward_kernel, autograd.backward_kernel, autograd.evaluation_kernel]
+
+
+def test_a_later_failure_to_compile_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The disk is full or the compiler gone: the formulas go on uncompiled, in backward too, after one warning."""
+
+    def fail(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(compiler, "_compile", fail)
+    monkeypatch.setattr(compiler, "_kernels", {})
+    monkeypatch.setattr("l2bn.norms.l2bn.compiler_works", lambda _: True)
+    compiler._warn_once.cache_clear()
+    x = torch.randn(6, 4, 5, 5)
+    outcomes = [outcome(L2BatchNorm2d(4, fused=path), x, x.cos()) for path in ("auto", "off")]
+    for key, value in outcomes[1].items():
+        torch.testing.assert_close(outcomes[0][key], value, rtol=1e-4, atol=1e-5)
+    outcome(L2BatchNorm2d(4), x[:5], x[:5])
+    assert [record.message for record in caplog.records] == [
+        "a kernel of L2BN can't be compiled (No space left on device): its formulas are computed uncompiled, more "
+        "slowly"
+    ]
+    with pytest.raises(OSError, match="No space left"):
+        L2BatchNorm2d(4, fused="on")(x)
 
 
 def test_threads_that_meet_a_kind_at_once_compile_it_once() -> None:
@@ -495,7 +556,7 @@ def test_selection_of_kernels(caplog: pytest.LogCaptureFixture) -> None:
             assert select_kernels(model, "cpu", updates) == expected
         assert reason in caplog.text
         assert len(caplog.records) <= 1
-        left = "auto" if expected == "fused" else "plain"  # "auto", so that a later failure to compile ends nothing
+        left = "auto" if expected == "fused" else "plain"  # "auto": a later failure to compile ends nothing
         assert all(f"kernels={left}" in repr(layer) for layer in model)
     decided = nn.Sequential(L2BatchNorm2d(3, fused="off"))
     assert select_kernels(decided, "cpu", 10**6) == "plain"

@@ -1,4 +1,4 @@
-"""The layer under the tools that know batch norm; the README's table "Which tools work" has a row for each test here.
+"""The layer under the tools that know batch norm: the tests behind the README's table "Which tools work".
 
 Compared is with the layer's own call. Where a tool would take the layer for batch norm alone, it must refuse.
 """
@@ -47,7 +47,7 @@ ROWS = {
     "Opacus, per-sample gradients": "test_per_sample_gradients_in_training_are_refused",
     "`AveragedModel` (SWA), `update_bn`": "test_update_bn_estimates_the_running_statistics",
     "EMA of timm": "test_ema",
-    "DDP, FSDP2": "test_norm_sync.test_fsdp_trains_as_one_process",
+    "DDP, FSDP2": "test_norm_sync.test_data_parallel_training_averages_the_ranks_gradients",
     "`SyncBatchNorm.convert_sync_batchnorm` of PyTorch, `convert_sync_batchnorm` of timm": (
         "test_synchronising_conversions_are_refused"
     ),
