@@ -129,7 +129,8 @@ def check_call(layer: _BatchNorm, x: Tensor, eps: float, *, joint: bool = False)
         if tensor is not None and tensor.numel() != x.shape[1]:
             raise RuntimeError(f"{name} should contain {x.shape[1]} elements not {tensor.numel()}")
     if (tensors["running_mean"] is None) != (tensors["running_var"] is None):
-        raise ValueError("running_mean and running_var must be given together or not at all")
+        raised = ValueError if layer.training else RuntimeError
+        raise raised("running_mean and running_var must be given together or not at all")
     if takes_batch_statistics(layer):
         if not eps > 0:
             raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
