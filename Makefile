@@ -1,13 +1,13 @@
-# Everything starts here; `make` prints what there is.
+# `make` prints all targets.
 VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup demo test test-all test-services lint list tables figures claims bench bench-norm bench-step bench-train bench-data bench-tables tensorboard
+.PHONY: help setup demo test test-all test-services lint list tables figures claims bench bench-norm bench-step bench-train bench-data tensorboard
 
-help: ## what there is
+help: ## print this list
 	@echo "make TARGET, or make DATASET-BACKBONE-NORM to train, e.g. make cifar-resnet-l2bn ARGS='seed=1'"
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
 
@@ -63,17 +63,14 @@ bench-norm: setup ## time the layer: BN, the plain composition and the fused ker
 bench-step: setup ## time whole training steps with BN and with L2BN
 	$(BENCH) step $(MADE)/step.json $(ARGS)
 
-bench-train: setup ## images a second in training and evaluation, beside the plain loop; several runs at once
+bench-train: setup ## images/s in training and evaluation, beside the plain loop; several runs side by side
 	$(BENCH) train $(MADE)/train.json $(ARGS)
 	$(BENCH) evaluation $(MADE)/evaluation.json
-	$(BENCH) together $(MADE)/together.json
+	$(BENCH) train --together 2 $(MADE)/together.json
 	$(BENCH) floor $(MADE)/floor.json
 
-bench-data: setup ## images a second of the data pipelines alone
+bench-data: setup ## images/s of the data pipelines alone
 	$(BENCH) data $(MADE)/data.json $(ARGS)
-
-bench-tables: setup ## time tables of up to 10,000 records
-	python scripts/benchmark.py tables --json results/benchmarks/tables.json
 
 LOGDIR ?= runs
 tensorboard: setup ## show the curves of all runs in LOGDIR (runs), to this machine alone
@@ -88,6 +85,6 @@ mobilenet := mobilenetv2_x1_0
 part = $(or $($(word $(1),$(subst -, ,$@))),$(word $(1),$(subst -, ,$@)))
 
 .DEFAULT:
-	@test $(words $(subst -, ,$@)) = 3 || { echo "make: no target '$@'; type make to see what there is"; exit 2; }
+	@test $(words $(subst -, ,$@)) = 3 || { echo "make: no target '$@'; type make for a list"; exit 2; }
 	@$(MAKE) --no-print-directory setup
 	python scripts/train.py dataset=$(call part,1) backbone=$(call part,2) norm=$(call part,3) $(ARGS)

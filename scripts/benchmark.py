@@ -5,15 +5,14 @@ python scripts/benchmark.py step --json results/benchmarks/step.json        whol
 python scripts/benchmark.py train --json results/benchmarks/train.json      training as a run has it
 python scripts/benchmark.py data --json results/benchmarks/data.json        making batches
 python scripts/benchmark.py evaluation --json results/benchmarks/evaluation.json
-python scripts/benchmark.py together --json results/benchmarks/together.json    several runs at once
+python scripts/benchmark.py train --together 2 --json results/benchmarks/together.json    several runs at once
 python scripts/benchmark.py accuracy --root FOLDER --json results/benchmarks/accuracy.json
 python scripts/benchmark.py floor --json results/benchmarks/floor.json      the least a GPU needs, computed
-python scripts/benchmark.py tables --json results/benchmarks/tables.json    tables of up to 10,000 records
 """
 
 import argparse
 
-from l2bn.benchmarks import accuracy, data, evaluation, floor, norm, step, tables, together, train
+from l2bn.benchmarks import accuracy, data, evaluation, floor, norm, step, train
 from l2bn.errors import told_plainly
 
 BENCHMARKS = {
@@ -22,10 +21,8 @@ BENCHMARKS = {
     "train": train,
     "data": data,
     "evaluation": evaluation,
-    "together": together,
     "accuracy": accuracy,
     "floor": floor,
-    "tables": tables,
 }
 
 

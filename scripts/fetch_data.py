@@ -1,14 +1,14 @@
-"""Make a data set ready, or say what has to be done by hand: python scripts/fetch_data.py cifar10.
+"""Prepare a data set, or print what has to be done by hand: python scripts/fetch_data.py cifar10.
 
-What is missing is downloaded and checked, images are decoded into their cache, and what was found is printed.
+Missing files are downloaded and checked, images are decoded into their cache, and their numbers are printed.
 """
 
 import argparse
 import logging
-from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
+from l2bn.data.cache import expand
 from l2bn.data.imagenet_wds import pack_imagenet
 from l2bn.data.splits import Splits
 from l2bn.errors import UserError, told_plainly
@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help="a name in configs/dataset")
     parser.add_argument("overrides", nargs="*", help="as for train.py: dataset.root=FOLDER")
-    parser.add_argument("--pack", type=Path, metavar="FOLDER", help="first pack ImageNet's files into shards")
+    parser.add_argument("--pack", metavar="FOLDER", help="first pack ImageNet's files in FOLDER into shards")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.pack is not None:
         if options.dataset != "imagenet_wds":
             raise UserError(f"--pack makes the shards of imagenet_wds, not of {options.dataset}")
-        pack_imagenet(options.pack, Path(node["root"]).expanduser())
+        pack_imagenet(expand(options.pack, "--pack"), expand(node["root"]))
     splits = Builder().build(node, "dataset", Splits)
     print(
         f"{splits.label}: {len(splits.train):,} images to train on, {len(splits.test):,} to test on, "

@@ -5,8 +5,7 @@ import sys
 from pathlib import Path
 
 from l2bn.errors import told_plainly
-from l2bn.publishing import publish
-from l2bn.records import InvalidRecordError
+from l2bn.records import InvalidRecordError, publish
 
 
 def main() -> None:

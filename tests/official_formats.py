@@ -4,14 +4,17 @@
 second YAML of a known source needs none of its own.
 """
 
+import errno
 import gzip
 import io
+import os
 import pickle
 import tarfile
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import pytest
 import yaml
 from PIL import Image
 from scipy.io import savemat
@@ -26,8 +29,6 @@ def write(name: str, folder: Path, train: int = 40, test: int = 20) -> list[str]
     function = node["_target_"].rpartition(".")[2]
     WRITERS[function](folder, node, train, test)
     overrides = {"root": str(folder), "download": False, "cache": str(folder / "cache")}
-    if node["label"] == "???":
-        overrides["label"] = "fixture"
     return [f"dataset.{key}={_quoted(value)}" for key, value in overrides.items() if key in node]
 
 
@@ -190,6 +191,18 @@ def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(content)
     tar.addfile(member, io.BytesIO(content))
+
+
+def deny(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Refuse to list a folder, as to a user without the right to; the tests may run as root, who has it."""
+    scandir = os.scandir
+
+    def checked(path: Any) -> Any:
+        if Path(path) == folder:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", checked)
 
 
 def digits(*_: Any) -> None:

@@ -10,8 +10,18 @@ from unittest.mock import patch
 import numpy as np
 import yaml
 
-from l2bn.measurements import FEATURES, MEASURES, Sample, write_sample
-from l2bn.records import CONFIG, ENVIRONMENT, METRICS, Metrics, Record, write_lines
+from l2bn.records import (
+    CONFIG,
+    ENVIRONMENT,
+    FEATURES,
+    MEASURES,
+    METRICS,
+    Metrics,
+    Record,
+    Sample,
+    write_lines,
+    write_sample,
+)
 
 
 def write_run(

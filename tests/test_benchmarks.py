@@ -1,21 +1,18 @@
 """The benchmarks run, say what they measured, and their committed tables are those of their committed results."""
 
-import contextlib
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
 from conftest import ROOT
-from l2bn.benchmarks import accuracy, data, evaluation, floor, measure, tables, together, train
-from l2bn.benchmarks.report import norm_table, step_table, tables_table
+from l2bn.benchmarks import accuracy, data, evaluation, floor, measure, together, train
+from l2bn.benchmarks.report import norm_table, step_table
 from l2bn.benchmarks.train_report import train_table
 from l2bn.benchmarks.workload import CLASSES, make_workload
 from l2bn.errors import UserError
@@ -30,7 +27,6 @@ TABLES = {
     "together": together.together_table,
     "accuracy": accuracy.accuracy_table,
     "floor": floor.floor_table,
-    "tables": tables_table,
 }
 COMMITTED = sorted(path.stem for path in RESULTS.glob("*.json"))
 assert len(COMMITTED) >= 2
@@ -51,15 +47,15 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Measured:
     monkeypatch.syspath_prepend(ROOT / "scripts")
     import benchmark
 
-    def measured(name: str, *options: str) -> dict[str, Any]:
+    def measured(name: str, *options: str, writes: str = "") -> dict[str, Any]:
         path = tmp_path / f"{name}.json"
         monkeypatch.setattr(sys, "argv", ["benchmark.py", name, *options, "--json", str(path)])
         benchmark.main()
         result = json.loads(path.read_text())
-        assert result["benchmark"] == name
+        assert result["benchmark"] == (writes or name)
         assert result["machine"]["packages"]["torch"]
         text = (tmp_path / f"{name}.md").read_text()
-        assert text.startswith(TABLES[name](result))
+        assert text.startswith(TABLES[writes or name](result))
         assert (f"]({name}.png)" in text) == (tmp_path / f"{name}.png").exists()
         return result
 
@@ -176,7 +172,8 @@ def test_folding_leaves_no_batch_norm_and_the_same_outputs() -> None:
 
 @pytest.mark.slow
 def test_runs_at_once_are_measured(measured: Measured) -> None:
-    rows = measured("together", "--networks", "ResNet-20", "--batch", "4", "--epochs", "1")["rows"]
+    options = ["--together", "2", "--networks", "ResNet-20", "--batch", "4", "--rounds", "1"]
+    rows = measured("train", *options, writes="together")["rows"]
     assert [row["runs"] for row in rows] == [1, 2]
     assert [len(row["images_per_second"]) for row in rows] == [1, 2]
 
@@ -211,28 +208,3 @@ def test_accuracies_are_gathered_and_not_made_twice(measured: Measured, tmp_path
     assert [(run["path"], run["seed"]) for run in again[2:]] == [("ours", 1), ("plain", 1)]
     with pytest.raises(UserError, match="holds runs of"):
         measured("accuracy", *options, "--epochs", "2")
-
-
-def test_ten_thousand_records_in_ten_seconds_and_a_gigabyte(tmp_path: Path) -> None:
-    assert tables.write_copies(tmp_path / "runs", 10_000) == 10_000
-    command = [str(tables.ROOT / "scripts/tables.py"), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
-    seconds, peak = tables.time_command(command)
-    print(f"{seconds:.1f} s, {peak / 2**30:.2f} GiB on {os.cpu_count()} cores")
-    assert len((tmp_path / "grid.csv").read_text().splitlines()) == 201
-    assert seconds < 10
-    assert peak < 2**30
-
-
-def test_the_tables_and_plain_pandas_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables.tempfile, "TemporaryDirectory", lambda: contextlib.nullcontext(str(tmp_path)))
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "tables", "--records", "500", "--repeats", "1"])
-    sys.path.insert(0, str(ROOT / "scripts"))
-    import benchmark
-
-    benchmark.main()
-    ours = pd.read_csv(tmp_path / "out/grid.csv").sort_values("dataset")
-    theirs = pd.read_csv(tmp_path / "out/table.csv", header=[0, 1], index_col=[0, 1, 2]).sort_index()
-    assert len(ours) == 10
-    for name, column in (("bn_mean", ("bn", "mean")), ("l2bn_std", ("l2bn", "std")), ("bn_n", ("bn", "count"))):
-        assert list(ours[name]) == pytest.approx(list(theirs[column]), abs=6e-5)
-    assert list(ours["p"]) == pytest.approx(list(theirs["p"].iloc[:, 0]), abs=6e-5)

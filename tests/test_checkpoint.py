@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from l2bn.durable import write_durably
 from l2bn.errors import UserError
+from l2bn.records import write_durably
 from l2bn.training.checkpoint import CheckpointPolicy, Checkpoints
 
 CPU = torch.device("cpu")

@@ -15,9 +15,9 @@ from torch import nn
 
 from conftest import ROOT, TINY, Train
 from l2bn.errors import UserError
-from l2bn.measurements import FEATURES
 from l2bn.norms.l2bn import convert
 from l2bn.norms.swap import swap_norm
+from l2bn.records import FEATURES
 from l2bn.training import compilation
 from l2bn.training.build import Builder
 from l2bn.training.compilation import UPDATES, should_compile

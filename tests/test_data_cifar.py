@@ -39,7 +39,7 @@ def test_cifar10_joins_the_batches_in_order(tmp_path: Path) -> None:
     np.testing.assert_array_equal(pixels_of(splits.test).reshape(20, -1), cifar_batch(20, 6)["data"])
     assert splits.train.labels.tolist() == [i % 10 for _ in range(5) for i in range(8)]
     assert splits.classes == tuple(f"class {i}" for i in range(10))
-    assert (splits.num_classes, splits.image_size, splits.baseline) == (10, 32, "cifar")
+    assert (splits.num_classes, splits.image_size) == (10, 32)
 
 
 @pytest.mark.parametrize(("labels", "classes"), [("fine", 100), ("coarse", 20)])
@@ -49,7 +49,63 @@ def test_cifar100_reads_the_labels_asked_for(tmp_path: Path, labels: Any, classe
     assert splits.train.labels.tolist() == [i % classes for i in range(40)]
     assert splits.classes == tuple(f"{labels} {i}" for i in range(classes))
     assert splits.num_classes == classes
-    assert (splits.label, splits.baseline) == (("CIFAR", "cifar") if labels == "fine" else ("CIFAR, coarse", None))
+    assert splits.baseline is None
+    assert splits.label == "CIFAR, 40 and 20 images" + (", coarse" if labels == "coarse" else "")
+
+
+@pytest.fixture
+def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """CIFAR-10 of 50 and 10 images, with the counts and checksums of these in the place of the official ones."""
+    write_cifar10(tmp_path, {}, 50, 10)
+    folder = tmp_path / "cifar-10-batches-py"
+    monkeypatch.setattr(cifar, "COUNTS", (50, 10))
+    for name in ("train_list", "test_list"):
+        files = [[file, datasets.utils.calculate_md5(folder / file)] for file, _ in getattr(datasets.CIFAR10, name)]
+        monkeypatch.setattr(datasets.CIFAR10, name, files)
+    return folder
+
+
+def test_the_official_files_keep_the_name_and_the_baseline(official: Path) -> None:
+    splits = read(official.parent)
+    assert (splits.label, splits.baseline) == ("CIFAR", "cifar")
+
+
+def copy_a_batch(folder: Path) -> None:
+    (folder / "data_batch_2").write_bytes((folder / "data_batch_1").read_bytes())
+
+
+def drop_images(folder: Path) -> None:
+    (folder / "data_batch_2").write_bytes(python2_pickle(cifar_batch(5, 2, labels=10)))
+
+
+def drop_a_class(folder: Path) -> None:
+    for file in [*folder.glob("data_batch_*"), folder / "test_batch"]:
+        batch = load_arrays(file)
+        batch["labels"] = [min(label, 8) for label in batch["labels"]]
+        file.write_bytes(pickle.dumps(batch))
+
+
+def other_pixels(folder: Path) -> None:
+    (folder / "test_batch").write_bytes(python2_pickle(cifar_batch(10, 99, labels=10)))
+
+
+@pytest.mark.parametrize(
+    ("change", "label", "files"),
+    [
+        (copy_a_batch, "CIFAR, 50 and 10 images", "data_batch_2"),
+        (drop_images, "CIFAR, 45 and 10 images", "data_batch_2"),
+        (drop_a_class, "CIFAR, 50 and 10 images", "data_batch_1, data_batch_2"),
+        (other_pixels, "CIFAR, 50 and 10 images", "test_batch"),
+    ],
+)
+def test_other_files_give_their_number_and_have_no_baseline(
+    official: Path, caplog: pytest.LogCaptureFixture, change: Any, label: str, files: str
+) -> None:
+    change(official)
+    splits = read(official.parent)
+    assert (splits.label, splits.baseline) == (label, None)
+    assert f"not the official files, by their md5 sums: {files}" in caplog.text
+    assert "is not the whole published data set" in caplog.text
 
 
 def test_torchvision_reads_the_same_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,6 +241,21 @@ def test_the_unpickler_knows_arrays_only(tmp_path: Path, name: str) -> None:
         load_arrays(file)
 
 
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickles_of_every_protocol_are_read(tmp_path: Path, protocol: int) -> None:
+    batch = cifar_batch(4, 0, labels=10)
+    (tmp_path / "batch").write_bytes(pickle.dumps(batch, protocol))
+    found = load_arrays(tmp_path / "batch")
+    np.testing.assert_array_equal(found.pop("data"), batch.pop("data"))
+    assert found == batch
+
+
+def test_no_other_encoding_is_called(tmp_path: Path) -> None:
+    (tmp_path / "batch").write_bytes(b"c_codecs\nencode\n(Vtext\nVrot13\ntR.")
+    with pytest.raises(UserError, match="it asks for the encoding rot13"):
+        load_arrays(tmp_path / "batch")
+
+
 def test_pickles_of_python_2_and_3_are_read_alike(tmp_path: Path) -> None:
     batch = cifar_batch(4, 0, labels=10)
     (tmp_path / "old").write_bytes(python2_pickle(batch))
@@ -206,7 +277,7 @@ def test_pickles_of_python_2_and_3_are_read_alike(tmp_path: Path) -> None:
         (pickle.dumps({"data": np.zeros((8, 3072), np.uint8), "labels": [0] * 7}), "is no batch of CIFAR images"),
         (
             pickle.dumps({"data": np.zeros((8, 3072), np.uint8), "labels": [10] * 8}),
-            "labels outside the 10 classes",
+            "data_batch_2: labels outside the 10 classes",
         ),
     ],
 )

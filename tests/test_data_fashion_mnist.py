@@ -1,6 +1,7 @@
 """Fashion-MNIST from gzipped or plain IDX files, wherever they usually lie."""
 
 import gzip
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,32 @@ def test_gray_pixels_are_repeated_inside_a_black_border(tmp_path: Path, below: s
     assert splits.train.labels.tolist() == [i % 10 for i in range(20)]
     assert (len(splits.test), splits.num_classes, splits.image_size) == (10, 10, 32)
     assert splits.classes[9] == "Ankle boot"
+
+
+def test_other_files_of_these_names_give_their_number_and_have_no_baseline(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MNIST, KMNIST and EMNIST have such files."""
+    write(tmp_path, {}, 20, 10)
+    found = fashion_mnist(str(tmp_path), download=False, label="Fashion-MNIST", baseline="published")
+    assert (found.label, found.baseline) == ("Fashion-MNIST, 20 and 10 images", None)
+    assert "MNIST, KMNIST and EMNIST" in caplog.text
+    for name in module.MD5:
+        content = gzip.decompress((tmp_path / f"{name}.gz").read_bytes())
+        monkeypatch.setitem(module.MD5, name, hashlib.md5(content).hexdigest())
+    monkeypatch.setattr(module, "COUNTS", (20, 10))
+    for _ in ("gzipped", unpacked(tmp_path)):
+        found = fashion_mnist(str(tmp_path), download=False, label="Fashion-MNIST", baseline="published")
+        assert (found.label, found.baseline) == ("Fashion-MNIST", "published")
+
+
+@pytest.mark.parametrize("highest", [10, 26])
+def test_labels_above_nine_are_refused(tmp_path: Path, highest: int) -> None:
+    write(tmp_path, {}, 20, 10)
+    labels = tmp_path / "t10k-labels-idx1-ubyte.gz"
+    labels.write_bytes(gzip.compress(idx(np.full(10, highest))))
+    with pytest.raises(UserError, match=rf"t10k-labels-idx1-ubyte\.gz holds labels up to {highest}, not 0 to 9"):
+        read(tmp_path)
 
 
 def test_torchvision_reads_the_same_images(tmp_path: Path) -> None:
@@ -102,6 +129,7 @@ def test_the_checksums_are_torchvisions(part: str) -> None:
 def test_debians_files_are_the_official_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "DEBIAN", DEBIAN)
     splits = fashion_mnist(str(tmp_path), download=False, label="fashion", mean=None, std=None)
+    assert splits.label == "fashion"  # by the md5 sums
     assert torch.bincount(splits.train.labels).tolist() == [6000] * 10
     assert torch.bincount(splits.test.labels).tolist() == [1000] * 10
     # The constants of configs/dataset/fashion_mnist.yaml.

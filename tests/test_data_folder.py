@@ -1,7 +1,9 @@
 """A tree of images: decoded once, decoded again when it has changed, and named when something is wrong with it."""
 
+import errno
 import hashlib
 import os
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -10,15 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from PIL import Image
-from safetensors import SafetensorError
 
+from l2bn.data import cache
 from l2bn.data import folder as reader
 from l2bn.data.folder import image_folder
 from l2bn.data.splits import Images
 from l2bn.errors import UserError
+from l2bn.training.planning import PlannedRun, plan_run
+from official_formats import CONFIGS, deny, jpeg, pixels
 from official_formats import image_folder as write_tree
-from official_formats import jpeg, pixels
 
 NODE = {"train": "train", "test": "test"}
 
@@ -48,7 +53,7 @@ def decodings(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     folders = []
     decode = reader._decode
 
-    def counted(tree: reader.Tree, image_size: int | None) -> torch.Tensor:
+    def counted(tree: reader.Tree, image_size: int | None) -> Any:
         folders.append(tree.folder)
         return decode(tree, image_size)
 
@@ -88,6 +93,19 @@ def add(tree: Path) -> None:
     shutil.copy2(tree / "train" / "cat" / "0000.jpg", tree / "train" / "dog" / "new.jpg")
 
 
+def exchange(tree: Path) -> None:
+    """Two classes change their names; their files have equal sizes and times, as unpacked from an archive."""
+    for place in (tree / "train" / "cat", tree / "train" / "dog"):
+        for file in place.iterdir():
+            os.utime(file, (1e9, 1e9))
+            Image.new("RGB", (32, 32), {"cat": "black", "dog": "white"}[place.name]).save(file, "BMP")
+            os.utime(file, (1e9, 1e9))
+    read(tree)
+    (tree / "train" / "cat").rename(tree / "train" / "third")
+    (tree / "train" / "dog").rename(tree / "train" / "cat")
+    (tree / "train" / "third").rename(tree / "train" / "dog")
+
+
 def remove(tree: Path) -> None:
     (tree / "test" / "dog" / "0001.jpg").unlink()
 
@@ -106,6 +124,11 @@ def test_a_changed_tree_is_noticed(tree: Path, decodings: list[Path], change: An
     assert torch.equal(splits.test.images, expected(tree, "test"))
     read(tree)
     assert len(decodings) == 4
+
+
+def test_files_that_change_places_are_noticed(tree: Path) -> None:
+    exchange(tree)
+    assert torch.equal(read(tree).train.images, expected(tree, "train"))
 
 
 def test_a_damaged_cache_is_made_anew(tree: Path, decodings: list[Path]) -> None:
@@ -131,21 +154,69 @@ def test_the_users_cache_folder_is_the_default(tree: Path, monkeypatch: pytest.M
     assert len(list((tree.parent / "home" / "l2bn").iterdir())) == 1
 
 
-def test_a_cache_that_cannot_be_written_is_named(tree: Path) -> None:
+KEPT_IN_MEMORY = r"my images, äöü is kept in memory only .*set dataset\.cache=FOLDER"
+
+
+def test_a_cache_that_cannot_be_written_costs_no_run(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tree.parent / "cache").write_text("a file, where a folder should be")
-    with pytest.raises(UserError, match=r"nothing can be kept in .*cache .*set dataset\.cache=FOLDER"):
-        read(tree)
+    assert torch.equal(read(tree).train.images, expected(tree, "train"))
+    assert re.search(KEPT_IN_MEMORY, caplog.text)
 
 
-def test_a_full_disk_is_named_and_leaves_nothing(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def half(_: Any, file: Path, __: Any) -> None:
-        file.write_bytes(b"half of it")
-        raise SafetensorError("No space left on device")
+def test_without_a_home_folder_images_stay_in_memory(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(reader, "save_file", half)
-    with pytest.raises(UserError, match=r"No space left on device.*set dataset\.cache=FOLDER"):
-        read(tree)
+    monkeypatch.setattr(Path, "home", unknown)
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative, which the standard ignores")
+    assert len(read(tree, cache=None).train) == 12
+    assert re.search(KEPT_IN_MEMORY, caplog.text)
+
+
+def test_a_full_disk_costs_no_run_and_leaves_nothing(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def half(stream: Any, _: str, __: Any) -> None:
+        stream.write(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cache, "write_arrays", half)
+    assert torch.equal(read(tree).train.images, expected(tree, "train"))
+    assert re.search(KEPT_IN_MEMORY, caplog.text)
     assert not list(tree.parent.glob("cache/*"))
+
+
+def test_a_cache_follows_the_users_umask(tree: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        read(tree)
+    finally:
+        os.umask(before)
+    assert (tree.parent / "cache").stat().st_mode & 0o777 == 0o750
+    assert [file.stat().st_mode & 0o777 for file in (tree.parent / "cache").iterdir()] == [0o640]
+
+
+def test_two_writers_with_one_process_id_do_not_collide(tmp_path: Path) -> None:
+    """As in two containers that share a cache."""
+    file = tmp_path / "cache"
+    with cache.replacing(file) as one, cache.replacing(file) as other:
+        one.write(b"one")
+        other.write(b"other")
+    assert file.read_bytes() == b"one"  # which ended last
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_a_killed_process_left_is_removed_a_day_later(tmp_path: Path) -> None:
+    file = tmp_path / "cache"
+    old, new = tmp_path / "cache.0123", tmp_path / "cache.4567"
+    for remains in (old, new):
+        remains.write_bytes(b"half")
+    os.utime(old, (1e9, 1e9))
+    with cache.replacing(file):
+        pass
+    assert sorted(tmp_path.iterdir()) == [file, new]
 
 
 def test_image_size_cuts_out_the_centre_square(tree: Path) -> None:
@@ -165,7 +236,6 @@ def test_other_folder_names_may_be_given(tree: Path) -> None:
 
 def test_files_that_are_no_images_are_left_alone(tree: Path) -> None:
     (tree / "train" / "cat" / "Thumbs.db").write_text("")
-    (tree / "train" / "cat" / "._0000.jpg").write_text("what a Mac leaves behind")
     (tree / "train" / ".cache").mkdir()
     (tree / "train" / "README.txt").write_text("")
     (tree / "train" / "cat" / "deeper").mkdir()
@@ -173,11 +243,150 @@ def test_files_that_are_no_images_are_left_alone(tree: Path) -> None:
     assert len(read(tree).train) == 13
 
 
-def test_a_missing_folder_is_named(tree: Path) -> None:
+LAYOUTS = [
+    (["train/a", "val/a"], "test", r"set dataset\.test=val"),
+    (["train/a", "valid/a"], "test", r"set dataset\.test=valid"),
+    (["Training/a", "Testing/a"], "train", r"set dataset\.train=Training"),
+    (["train/a", "Test/a"], "test", r"set dataset\.test=Test"),
+    (["train/a"], "test", r"set dataset\.test=train dataset\.validation=0\.2"),
+    (["cat", "dog"], "train", r"cat, dog: .* set dataset\.train=\. dataset\.test=\. dataset\.validation=0\.2"),
+    ([], "train", r"set dataset\.root=FOLDER"),
+    (None, "train", r"by dataset\.root=FOLDER"),
+]
+
+
+@pytest.mark.parametrize(("folders", "missing", "words"), LAYOUTS)
+def test_a_missing_part_is_named_with_the_option_that_fits(
+    tmp_path: Path, folders: list[str] | None, missing: str, words: str
+) -> None:
+    root = tmp_path / "set"
+    for folder in folders or []:
+        (root / folder).mkdir(parents=True)
+    if folders is not None:
+        root.mkdir(exist_ok=True)
+    with pytest.raises(UserError, match=words) as caught:
+        read(root)
+    assert f"no folder {root / missing}" in str(caught.value)
+
+
+@pytest.mark.parametrize("parts", [("train", "train"), (".", ".")])
+def test_one_folder_serves_as_both_parts_with_a_share_held_out(
+    tree: Path, parts: tuple[str, str], decodings: list[Path]
+) -> None:
+    root = tree if parts[0] == "train" else tree / "train"
+    options = {"train": parts[0], "test": parts[1]}
+    splits = read(root, **options, validation=0.5)
+    assert (len(splits.train), len(splits.test), len(decodings)) == (6, 6, 1)
+    with pytest.raises(UserError, match=r"are one folder .*dataset\.validation=0\.2"):
+        read(root, **options)
+
+
+def test_a_link_from_test_to_train_is_refused(tree: Path) -> None:
     shutil.rmtree(tree / "test")
-    with pytest.raises(UserError, match=r"no folder .*/test: images are looked for") as caught:
+    (tree / "test").symlink_to("train")
+    with pytest.raises(UserError, match="are one folder"):
         read(tree)
-    assert str(tree / "test") in str(caught.value)
+
+
+def test_a_single_class_is_refused_with_the_folder_that_may_be_meant(tree: Path) -> None:
+    for part in ("train", "test"):
+        (tree / part).rename(tree / "moved")
+        (tree / part).mkdir()
+        (tree / "moved").rename(tree / part / "images")
+    with pytest.raises(UserError, match=r"only one class .*images: .*cat, dog .*dataset\.train=train/images"):
+        read(tree)
+    assert len(read(tree, train="train/images", test="test/images").classes) == 2
+
+
+LEFT_BEHIND = (
+    *("._0000.jpg", ".ipynb_checkpoints/0-checkpoint.jpg", "@eaDir/0.jpg/SYNOPHOTO_THUMB_M.jpg"),
+    *(".Trash-1000/files/0.jpg", ".thumbnails/0.png", "__MACOSX/0.jpg", "$RECYCLE.BIN/0.jpg", "lost+found/0.jpg"),
+)
+
+
+@pytest.mark.parametrize("place", ["train", "train/cat", "train/cat/deeper"])
+def test_what_systems_leave_behind_is_passed_over_at_every_depth(tree: Path, place: str) -> None:
+    for name in LEFT_BEHIND:
+        (tree / place / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tree / "train" / "cat" / "0000.jpg", tree / place / name)
+    assert len(reader.list_images(tree / "train").names) == 12
+
+
+def test_links_that_lead_back_multiply_nothing(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tree / "train" / "cat" / "all").symlink_to("..")
+    (tree / "train" / "cat" / "dogs").symlink_to("../dog")
+    (tree / "elsewhere").mkdir()
+    shutil.copy(tree / "train" / "cat" / "0000.jpg", tree / "elsewhere" / "0.jpg")
+    for name in ("one", "two"):
+        (tree / "train" / "dog" / name).symlink_to(tree / "elsewhere")
+    found = reader.list_images(tree / "train")
+    assert torch.bincount(found.labels).tolist() == [6, 7]
+    for link in ("cat/all", "cat/dogs", "dog/two"):
+        assert f"link to a folder that is listed already ({link})" in caplog.text
+
+
+def test_a_class_that_is_a_link_to_another_is_refused(tree: Path) -> None:
+    (tree / "train" / "kitten").symlink_to("cat")
+    with pytest.raises(UserError, match=r"kitten is the same folder as cat"):
+        read(tree)
+
+
+@pytest.mark.parametrize("place", ["train", "train/cat", "train/cat/deeper"])
+def test_a_folder_that_cannot_be_listed_is_named(tree: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tree / place).mkdir(exist_ok=True)
+    deny(monkeypatch, tree / place)
+    with pytest.raises(UserError, match=f"/{place} cannot be read: Permission denied"):
+        read(tree)
+
+
+@pytest.mark.parametrize("place", ["train", "train/cat"])
+@pytest.mark.parametrize("target", ["/disk/not/mounted", "third"], ids=["nowhere", "itself"])
+def test_a_link_to_a_folder_that_is_not_there_is_named(tree: Path, place: str, target: str) -> None:
+    (tree / place / "third").symlink_to(target)
+    with pytest.raises(UserError, match=f"/{place}/third cannot be read"):
+        read(tree)
+
+
+def test_what_is_left_out_is_counted_in_one_line(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("0.jfif", "1.jpe", "2.JPG", "3", "4.jpg?itok=x", "5.txt", "6.txt"):
+        shutil.copy(tree / "train" / "cat" / "0000.jpg", tree / "train" / "dog" / name)
+    shutil.copy(tree / "train" / "cat" / "0000.jpg", tree / "train" / "0.jpg")
+    assert len(reader.list_images(tree / "train").names) == 15
+    (line,) = caplog.messages
+    for words in ("left out: 2 .txt", "1 without a suffix", "1 .jpg?itok=x", "1 .jpg outside the class folders"):
+        assert words in line
+
+
+def test_a_root_of_an_unknown_user_is_named() -> None:
+    with pytest.raises(UserError, match=r"dataset\.root=~nobodyhere/x: no home folder is known for ~nobodyhere"):
+        image_folder("~nobodyhere/x", label="x")
+
+
+def planned(*overrides: str) -> PlannedRun:
+    with initialize_config_dir(str(CONFIGS.parent), version_base="1.3"):
+        config = compose("train", ["dataset=image_folder", *overrides], return_hydra_config=True)
+        choices = config.hydra.runtime.choices
+        return plan_run(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]), choices)
+
+
+def test_the_name_of_the_root_is_the_label_and_part_of_the_hash(tmp_path: Path) -> None:
+    first, moved, other = (planned(f"dataset.root={tmp_path}/{name}") for name in ("a/cats", "b/cats/", "a/dogs"))
+    assert first.config["dataset"]["label"] == moved.identity["dataset"]["label"] == "cats"
+    assert (first.hash, first.cell) == (moved.hash, moved.cell)
+    assert other.hash != first.hash
+    assert (first.cell.dataset, other.cell.dataset) == ("image_folder,label=cats", "image_folder,label=dogs")
+    named = planned(f"dataset.root={tmp_path}/a/dogs", "dataset.label=cats")
+    assert (named.hash, named.cell) == (first.hash, first.cell)
+
+
+def test_a_link_counts_by_its_own_name(tmp_path: Path) -> None:
+    (tmp_path / "v3").mkdir()
+    (tmp_path / "current").symlink_to("v3")
+    assert planned(f"dataset.root={tmp_path}/current/.").config["dataset"]["label"] == "current"
+
+
+def test_called_from_python_the_label_is_the_same(tree: Path) -> None:
+    assert image_folder(str(tree), cache=str(tree.parent / "cache")).label == tree.name
 
 
 def test_a_folder_without_classes_is_named(tree: Path) -> None:

@@ -14,7 +14,7 @@ from l2bn.data.imagenet import evaluation_transform, imagenet, training_transfor
 from l2bn.data.loader import evaluation_loader, training_loader
 from l2bn.data.splits import Split, Splits, pixel_statistics
 from l2bn.errors import UserError
-from official_formats import WNIDS, imagenet_train, jpeg, pixels
+from official_formats import WNIDS, deny, imagenet_train, jpeg, pixels
 from official_formats import imagenet as write
 
 NODE = {"train": "train", "val": "val", "devkit": "devkit"}
@@ -151,13 +151,32 @@ def test_a_missing_imagenet_is_said_with_what_to_do(tree: Path, folder: str) -> 
         (lambda root: (root / "val/cat.JPEG").write_bytes(b""), r"cat\.JPEG: not the name of a validation image"),
         (lambda root: [f.unlink() for f in (root / "val").iterdir()], "no images in .*/val"),
         (lambda root: (root / "train" / WNIDS[1]).rename(root / "train/n99999999"), f"is of {WNIDS[1]}"),
-        (lambda root: (root / "val" / WNIDS[1]).mkdir(), f"no images in .*/val/{WNIDS[1]}"),
+        (lambda root: (root / "val" / WNIDS[1]).mkdir(), f"val holds 8 images and folders .{WNIDS[1]}"),
     ],
 )
 def test_what_does_not_fit_is_named(tree: Path, break_it: Any, words: str) -> None:
     break_it(tree)
     with pytest.raises(UserError, match=words):
         read(tree)
+
+
+@pytest.mark.parametrize("name", ["._ILSVRC2012_val_00000001.JPEG", ".ipynb_checkpoints/x.JPEG", "@eaDir/x.JPEG"])
+def test_what_systems_leave_in_a_flat_validation_folder_is_passed_over(tree: Path, name: str) -> None:
+    (tree / "val" / name).parent.mkdir(exist_ok=True)
+    (tree / "val" / name).write_bytes(b"no image")
+    assert len(read(tree).test) == 8
+
+
+def test_a_validation_folder_that_cannot_be_listed_is_named(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deny(monkeypatch, tree / "val")
+    with pytest.raises(UserError, match=r"/val cannot be read: Permission denied"):
+        read(tree)
+
+
+def test_training_images_by_another_name_are_no_test_images(tree: Path) -> None:
+    (tree / "again").symlink_to("train")
+    with pytest.raises(UserError, match="are one folder"):
+        read(tree, val="again")
 
 
 def test_classes_that_differ_are_named(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import webdataset
@@ -15,7 +16,8 @@ from l2bn.data.imagenet_wds import Shards, imagenet_wds, pack, pack_imagenet
 from l2bn.data.loader import evaluation_loader
 from l2bn.data.splits import Splits
 from l2bn.errors import UserError
-from official_formats import WNIDS, add_member, jpeg, pixels
+from l2bn.seeding import generator
+from official_formats import WNIDS, add_member, deny, jpeg, pixels
 from official_formats import imagenet as write_files
 from official_formats import imagenet_wds as write_shards
 
@@ -106,13 +108,135 @@ def test_a_damaged_index_is_made_anew(shards: Path) -> None:
     assert len(read(shards).train) == 20
 
 
-def test_names_of_classes_come_from_the_file(shards: Path) -> None:
-    (shards / "classes.txt").write_text("".join(f"class {i}\n" for i in range(6)))
+@pytest.mark.parametrize("end", ["\n", "", "\n\n", "\r\n"])
+def test_names_of_classes_come_from_the_file(shards: Path, end: str) -> None:
+    (shards / "classes.txt").write_text("\n".join(f"class {i}" for i in range(6)) + end, newline="")
     splits = read(shards)
     assert (splits.num_classes, splits.classes[5]) == (6, "class 5")
     (shards / "classes.txt").write_text("only\n")
     with pytest.raises(UserError, match=r"classes\.txt names 1 classes, but a sample has the class number 3"):
         read(shards)
+
+
+@pytest.mark.parametrize("extra", ["._0.png", "__MACOSX/._0.png", "README.md", "__index__", "LICENSE", "notes.txt"])
+def test_members_that_are_no_samples_are_passed_over(shards: Path, extra: str) -> None:
+    with tarfile.open(shards / "train-000001.tar", "a") as tar:
+        add_member(tar, extra, b"x")
+    assert len(read(shards).train) == 20
+
+
+def write_labels(folder: Path, part: str, shards: list[list[int]]) -> None:
+    image = jpeg(pixels(1, 8, 8)[0])
+    folder.mkdir(exist_ok=True)
+    for number, labels in enumerate(shards):
+        with tarfile.open(folder / f"{part}-{number:06}.tar", "w") as tar:
+            for index, label in enumerate(labels):
+                add_member(tar, f"{index:06}.jpg", image)
+                add_member(tar, f"{index:06}.cls", str(label).encode())
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "words"),
+    [
+        ([1, 2], [1, 2], "no sample has 0: number the classes from 0"),
+        ([0, 1], [0, 1, 7], "go up to 7, but no sample has 2"),
+        ([0, 1], [1, 2], "no training image of class 2"),
+    ],
+)
+def test_classes_without_training_images_are_refused(
+    tmp_path: Path, train: list[int], val: list[int], words: str
+) -> None:
+    write_labels(tmp_path, "train", [train])
+    write_labels(tmp_path, "val", [val])
+    with pytest.raises(UserError, match=words):
+        read(tmp_path)
+
+
+def test_named_classes_may_lack_images_on_both_sides(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        write_labels(tmp_path, part, [[1, 2]])
+    (tmp_path / "classes.txt").write_text("a\nb\nc\nd")
+    assert read(tmp_path).num_classes == 4
+
+
+CLASSES, SHARDS, SAMPLES = 10, 10, 60
+
+
+@pytest.mark.parametrize(
+    ("order", "mixed"),
+    [
+        ("by class", False),
+        ("by class, several shards each", False),
+        ("in two halves", False),
+        ("one class prevails", False),
+        ("shuffled", True),
+        ("dealt in turn", True),
+    ],
+)
+def test_batches_of_shards_in_the_order_of_classes_hold_all_classes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, order: str, mixed: bool
+) -> None:
+    random = np.random.default_rng(0)
+    labels = np.arange(SHARDS * SAMPLES) % CLASSES
+    if order == "by class":
+        labels.sort()
+    elif order == "by class, several shards each":
+        labels = np.sort(labels % 5)
+    elif order == "in two halves":
+        labels = np.concatenate([random.permutation(labels % 5), 5 + random.permutation(labels % 5)])[::2]
+    elif order == "one class prevails":
+        labels = np.where(random.random(len(labels)) < 0.8, np.arange(len(labels)) // SAMPLES, labels)
+    elif order == "shuffled":
+        random.shuffle(labels)
+    write_labels(tmp_path, "train", labels.reshape(SHARDS, -1).tolist())
+    write_labels(tmp_path, "val", [sorted(set(labels.tolist()))])
+    split = read(tmp_path).train
+    assert isinstance(split, Shards)
+    assert split.mixed == mixed
+    assert ("train-*.tar" in caplog.text) == (not mixed)
+    for part in (split, split.select(torch.arange(0, len(split), 2))):
+        batches = part.plan(generator(0, "permutation", 0), 32)
+        assert len(batches) == len(part) // 32
+        used = torch.cat(batches)
+        assert len(used.unique()) == len(used)
+        share = torch.bincount(part.labels) / len(part)
+        uniform = float((1 - (1 - share) ** 32).sum())  # expected number of classes of 32 random samples
+        found = np.mean([len(part.labels[batch].unique()) for batch in batches])
+        assert found > 0.9 * uniform
+
+
+def test_shards_that_are_both_training_and_test_set_are_refused(shards: Path) -> None:
+    with pytest.raises(UserError, match=r"matches both dataset\.train=\*-\*\.tar and dataset\.val"):
+        read(shards, train="*-*.tar")
+    held_out = read(shards, train="train-*.tar", val="train-*.tar", validation=0.2)
+    assert (len(held_out.train), len(held_out.test)) == (16, 4)
+
+
+def test_shards_may_lie_anywhere(shards: Path, tmp_path: Path) -> None:
+    splits = read(tmp_path / "nowhere", train=f"{shards}/train-*.tar", val=f"{shards}/val-*.tar")
+    assert (len(splits.train), len(splits.test)) == (20, 8)
+
+
+def test_a_folder_that_cannot_be_listed_is_named(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deny(monkeypatch, shards)
+    with pytest.raises(UserError, match=r"/shards cannot be read: Permission denied"):
+        read(shards)
+
+
+def test_a_shard_that_is_removed_during_a_run_is_named(shards: Path) -> None:
+    split = read(shards).train
+    (shards / "train-000001.tar").unlink()
+    with pytest.raises(UserError, match=r"train-000001\.tar cannot be read any more"):
+        split[10]
+
+
+def test_packing_that_fails_leaves_no_shard(tmp_path: Path) -> None:
+    write_files(tmp_path, NODE, 12, 8)
+    tree = list_images(tmp_path / "train")
+    (tmp_path / "train" / tree.names[3]).unlink()
+    with pytest.raises(UserError, match=r"cannot be packed .* no shard was written"):
+        pack(tree, tmp_path / "packed", "train", samples=2)
+    assert not list((tmp_path / "packed").iterdir())
 
 
 def test_subset_and_validation(shards: Path) -> None:
@@ -147,8 +271,11 @@ def test_a_damaged_image_is_named_with_its_shard(shards: Path, workers: int) -> 
         ([], "no samples in .*train-000001.tar"),
         ([("a.jpg", b"x")], r"train-000001\.tar: the sample a needs an image .* but has \.jpg"),
         ([("a.cls", b"1")], "the sample a needs an image"),
-        ([("a.jpg", b"x"), ("a.cls", b"cat")], r"train-000001\.tar cannot be read"),
-        ([("a.jpg", b"x"), ("a.cls", b"-1")], r"train-000001\.tar.*class number -1"),
+        ([("a.jpg", b"x"), ("a.cls", b"cat")], r"train-000001\.tar: the class of the sample a is b'cat'"),
+        ([("in/a.jpg", b"x"), ("in/a.cls", b"-1")], r"train-000001\.tar: the class of the sample in/a is b'-1'"),
+        ([("a.jpg", b"x"), ("a.cls", b"1000000")], r"the class of the sample a is .* from 0 to 999999"),
+        ([("a.jpg", b"x"), ("a.cls", b"1"), ("a.jpg", b"x")], r"train-000001\.tar holds a\.jpg twice"),
+        ([("a.jpg", b"x"), ("a.cls", b"1"), ("a.cls", b"2")], r"train-000001\.tar holds a\.cls twice"),
     ],
 )
 def test_a_shard_that_holds_no_samples_is_named(shards: Path, members: list[tuple[str, bytes]], words: str) -> None:

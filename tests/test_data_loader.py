@@ -317,3 +317,8 @@ def test_a_gpu_gets_the_same_batches(splits: Splits, start: int) -> None:
         torch.cuda._sleep(2_000_000)  # cycles
         on_gpu.append((images + 0, targets + 0))  # read by the current stream only after the sleep
     torch.testing.assert_close([(images.cpu(), targets.cpu()) for images, targets in on_gpu], on_cpu)
+
+
+def test_one_class_is_refused(splits: Splits) -> None:
+    with pytest.raises(UserError, match="has one class: every answer"):
+        train(dataclasses.replace(splits, num_classes=1))

@@ -1,13 +1,16 @@
 """The choices that every data set offers: subset, validation, normalisation."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from l2bn.data import splits as module
 from l2bn.data.splits import Images, Splits, make_splits, pixel_statistics, stratified_order
 from l2bn.errors import UserError
 
@@ -109,6 +112,50 @@ def test_label_says_so_and_the_baseline_goes(choice: dict[str, Any], label: str)
 def test_a_choice_that_cannot_be_fulfilled_is_named(choice: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         splits(**choice)
+
+
+@pytest.mark.parametrize(
+    ("common", "whole"),
+    [({"label": "Set"}, None), ({"label": "Mine", "baseline": "set"}, None), ({"label": "Mine"}, (4, 200, 4))],
+    ids=["by label", "by baseline", "given"],
+)
+def test_a_published_set_that_is_not_whole_gives_its_number_of_images_and_has_no_baseline(
+    monkeypatch: pytest.MonkeyPatch, common: dict[str, Any], whole: tuple[int, int, int] | None
+) -> None:
+    monkeypatch.setattr(module, "PUBLISHED", dict.fromkeys(("Set", "set"), (4, 200, 4)))
+    common = {"baseline": "other", "mean": [0.5] * 3, "std": [0.5] * 3, **common}
+    label, baseline = common["label"], common["baseline"]
+
+    def outcome(train: list[int], test: list[int], **options: Any) -> tuple[str, str | None]:
+        found = make_splits(numbered(train), numbered(test), 4, 4, whole=whole, **options, **common)
+        return found.label, found.baseline
+
+    train, test = [i % 4 for i in range(200)], [0, 1, 2, 3]
+    assert outcome(train, test) == (label, baseline)
+    assert outcome(train[:-1], test) == (f"{label}, 199 and 4 images", None)
+    assert outcome(train, test[:3]) == (f"{label}, 200 and 3 images", None)
+    assert outcome([0, *train[1:-1], 0], test) == (f"{label}, 200 and 4 images", None)  # of unequal classes
+    assert outcome(train, [0, 1, 2, 2]) == (f"{label}, 200 and 4 images", None)  # one class missing
+    assert outcome(train, test, intact=False) == (f"{label}, 200 and 4 images", None)
+    assert outcome(train, test, variant="coarse") == (f"{label}, coarse", None)
+    assert outcome(train, test[:3], variant="coarse", subset=8) == (
+        f"{label}, 200 and 3 images, coarse, 8 images",
+        None,
+    )
+
+
+def test_the_counts_of_published_sets_are_those_in_the_configurations() -> None:
+    """Every data set that has a baseline, or is called by a published name, says its counts in its first line."""
+    known = 0
+    for file in sorted((Path(__file__).parents[1] / "configs" / "dataset").glob("*.yaml")):
+        text = file.read_text()
+        node = yaml.safe_load(text)
+        counts = module.PUBLISHED.get(node["label"]) or module.PUBLISHED.get(node["baseline"])
+        assert counts or node["baseline"] is None
+        if counts and "root" in node and "imagenet_wds" not in node["_target_"]:
+            known += 1
+            assert all(f"{number:,}" in text.split("# Source")[0] for number in counts), file.name
+    assert known >= 6
 
 
 def test_pixel_statistics_are_those_of_numpy() -> None:

@@ -16,6 +16,13 @@ import test_crash
 import test_damage
 import test_data_archive
 import test_data_cifar
+import test_data_decode
+import test_data_fashion_mnist
+import test_data_folder
+import test_data_imagenet
+import test_data_imagenet_wds
+import test_data_loader
+import test_data_splits
 import test_divergence
 import test_faults
 import test_interruption
@@ -124,6 +131,41 @@ PROMISES: dict[str, list[Callable[..., Any]]] = {
     ],
     "an image is damaged or gone in the middle of training": [
         test_faults.test_an_image_that_is_damaged_under_the_run
+    ],
+    "a folder of images holds hidden or system folders, links or other files": [
+        test_data_folder.test_what_systems_leave_behind_is_passed_over_at_every_depth,
+        test_data_folder.test_links_that_lead_back_multiply_nothing,
+        test_data_folder.test_what_is_left_out_is_counted_in_one_line,
+        test_data_folder.test_a_folder_that_cannot_be_listed_is_named,
+        test_data_folder.test_a_link_to_a_folder_that_is_not_there_is_named,
+        test_data_imagenet.test_what_systems_leave_in_a_flat_validation_folder_is_passed_over,
+    ],
+    "files are exchanged behind a cache, or nothing can be cached": [
+        test_data_folder.test_files_that_change_places_are_noticed,
+        test_data_folder.test_a_cache_that_cannot_be_written_costs_no_run,
+        test_data_folder.test_a_full_disk_costs_no_run_and_leaves_nothing,
+    ],
+    "a published data set is incomplete or changed": [
+        test_data_cifar.test_other_files_give_their_number_and_have_no_baseline,
+        test_data_fashion_mnist.test_other_files_of_these_names_give_their_number_and_have_no_baseline,
+        test_data_splits.test_a_published_set_that_is_not_whole_gives_its_number_of_images_and_has_no_baseline,
+    ],
+    "shards repeat a key, hold other files, or are in the order of classes": [
+        test_data_imagenet_wds.test_a_shard_that_holds_no_samples_is_named,
+        test_data_imagenet_wds.test_members_that_are_no_samples_are_passed_over,
+        test_data_imagenet_wds.test_batches_of_shards_in_the_order_of_classes_hold_all_classes,
+    ],
+    "an image has 10 or 12 bits in 16, or a transparent colour": [
+        test_data_decode.test_a_range_that_the_file_states_is_used,
+        test_data_decode.test_few_of_sixteen_bits_are_refused_instead_of_nearly_black,
+        test_data_decode.test_a_transparent_colour_shows_white,
+    ],
+    "test images are training images, there is one class, a class is never trained": [
+        test_data_folder.test_a_link_from_test_to_train_is_refused,
+        test_data_imagenet.test_training_images_by_another_name_are_no_test_images,
+        test_data_folder.test_a_single_class_is_refused_with_the_folder_that_may_be_meant,
+        test_data_loader.test_one_class_is_refused,
+        test_data_imagenet_wds.test_classes_without_training_images_are_refused,
     ],
     "the clock jumps": [test_faults.test_a_clock_that_jumps],
     "loss, weights or running statistics are no longer finite": [

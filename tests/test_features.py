@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from l2bn.analysis.features import histogram, measure
 from l2bn.analysis.moments import Moments
-from l2bn.measurements import BINS_AN_OCTAVE, CLASS_MEASURES, MEASURES
+from l2bn.records import BINS_PER_OCTAVE, CLASS_MEASURES, MEASURES
 
 Array = NDArray[np.float64]
 
@@ -272,7 +272,7 @@ def test_the_histogram_counts_each_image_in_the_bin_of_its_norm() -> None:
     lowest, highest = min(drawn), max(drawn)
     assert drawn[0] == 2  # 1.0 and 1.04 in [1, 2^(1/16))
     assert drawn[1] == 1
-    assert drawn[BINS_AN_OCTAVE] == 1
+    assert drawn[BINS_PER_OCTAVE] == 1
     assert drawn[lowest] == 2  # below 2^-64, zero too
     assert drawn[highest] == 1
-    assert (lowest, highest) == (-64 * BINS_AN_OCTAVE, 64 * BINS_AN_OCTAVE - 1)
+    assert (lowest, highest) == (-64 * BINS_PER_OCTAVE, 64 * BINS_PER_OCTAVE - 1)

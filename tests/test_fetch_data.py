@@ -24,7 +24,9 @@ def script() -> ModuleType:
 
 def test_what_was_found_is_printed(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script.main(["cifar10", *write("cifar10", tmp_path)])
-    assert capsys.readouterr().out == "CIFAR-10: 40 images to train on, 20 to test on, 10 classes\n"
+    assert (
+        capsys.readouterr().out == "CIFAR-10, 40 and 20 images: 40 images to train on, 20 to test on, 10 classes\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -36,6 +38,15 @@ def test_what_was_found_is_printed(script: ModuleType, tmp_path: Path, capsys: p
         (["image_folder"], ["dataset.root"]),
         (["cifar10", "dataset.rot=x"], ["rot"]),
         (["digits", "--pack", "x"], ["--pack", "imagenet_wds", "digits"]),
+        (["image_folder", "dataset.root=~/x"], ["""'dataset.root="~/x"'"""]),
+        (["image_folder", "dataset.root=/data/Übung"], ["""'dataset.root="/data/Übung"'"""]),
+        (["image_folder", "dataset.root=a,b"], ["root"]),
+        (["imagenet", "dataset.root='~nobodyhere/x'"], ["dataset.root=~nobodyhere/x", "no home folder"]),
+        (
+            ["imagenet_wds", "dataset.root=x", "dataset.train=/data/none-*.tar"],
+            ["/data/none-*.tar", "dataset.root="],
+        ),
+        (["imagenet_wds", "--pack", "~nobodyhere/x"], ["--pack=~nobodyhere/x", "no home folder"]),
     ],
 )
 def test_what_is_missing_or_wrong_is_one_message(
@@ -46,6 +57,13 @@ def test_what_is_missing_or_wrong_is_one_message(
         script.main(arguments)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_folder_of_images_is_called_by_its_name(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script.main(["image_folder", *write("image_folder", tmp_path / "My images, äöü")])
+    assert capsys.readouterr().out == "My images, äöü: 40 images to train on, 20 to test on, 2 classes\n"
 
 
 def test_imagenet_is_packed_into_shards(

@@ -7,21 +7,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from l2bn.measurements import (
+from l2bn.records import (
     FEATURES,
     MEASURES,
     SAMPLE,
     STATISTICS,
+    InvalidRecordError,
     Sample,
-    check,
-    keep,
+    keep_measurements,
+    publish,
     read_features,
     read_sample,
     read_statistics,
+    write_lines,
     write_sample,
 )
-from l2bn.publishing import publish
-from l2bn.records import InvalidRecordError, write_lines
 from test_records import written
 
 
@@ -42,7 +42,7 @@ SAMPLED = Sample(np.array([[1.5, -2.0], [1e6, 0.25]], dtype=np.float32), np.arra
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
-    assert read_features(tmp_path) == read_statistics(tmp_path) == check(tmp_path) == []
+    assert read_features(tmp_path) == read_statistics(tmp_path) == []
     assert read_sample(tmp_path) is None
     write_lines(tmp_path / FEATURES, [features_row(1), features_row(3)])
     write_lines(tmp_path / STATISTICS, [statistics_row(10)])
@@ -53,7 +53,6 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert sample is not None
     assert sample.features.tolist() == [[1.5, -2.0], [65504, 0.25]]  # the largest half
     assert sample.labels.tolist() == [3, 0]
-    assert check(tmp_path) == [FEATURES, STATISTICS, SAMPLE]
 
 
 def changed(*path: Any, to: Any) -> dict[str, Any]:
@@ -68,15 +67,15 @@ def changed(*path: Any, to: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ([], "not a measured epoch"),
-        ({"epoch": 2}, "not a measured epoch"),
-        (features_row(2, step=0), "above 0"),
-        (changed("epoch", to="two"), "whole numbers"),
-        (features_row(2, layers="bn1"), "a layer that is none"),
-        (changed("layers", 0, "shrink", to="little"), "shrink or norms of bn1"),
-        (changed("layers", 0, "norms", "counts", to=[-1]), "shrink or norms of bn1"),
-        (changed("layers", 0, "output", "nc1", to="small"), "not finite numbers: output of bn1"),
-        (changed("penultimate", to={}), "other measures"),
+        ([], "valid dictionary"),
+        ({"epoch": 2}, "step: Field required"),
+        (features_row(2, step=0), "step: Input should be greater than or equal to 1"),
+        (changed("epoch", to="two"), "epoch: Input should be a valid integer"),
+        (features_row(2, layers="bn1"), "layers: Input should be a valid list"),
+        (changed("layers", 0, "shrink", to="little"), "layers.0.shrink"),
+        (changed("layers", 0, "norms", "counts", to=[-1]), "layers.0.norms.counts.0"),
+        (changed("layers", 0, "output", "nc1", to="small"), "layers.0.output.nc1"),
+        (changed("penultimate", to={}), "penultimate.norm_mean: Field required"),
         (features_row(1), "not after the step"),
     ],
 )
@@ -110,7 +109,8 @@ def test_what_was_measured_later_is_forgotten_and_a_line_that_was_cut_off(tmp_pa
     with (tmp_path / STATISTICS).open("a") as file:
         file.write('{"step": 25, "runn')
     write_sample(tmp_path, SAMPLED)
-    assert keep(tmp_path, step=20) == ([features_row(1), features_row(2)], [statistics_row(10), statistics_row(20)])
+    kept = [features_row(1), features_row(2)], [statistics_row(10), statistics_row(20)]
+    assert keep_measurements(tmp_path, step=20) == kept
     assert read_features(tmp_path) == [features_row(1), features_row(2)]
     assert read_statistics(tmp_path) == [statistics_row(10), statistics_row(20)]
     assert not (tmp_path / SAMPLE).exists()
@@ -120,7 +120,7 @@ def test_features_of_an_epoch_whose_evaluation_is_still_to_be_made_are_forgotten
     """A run that was left at the last update of its second epoch stands at that update, with one epoch done."""
     write_lines(tmp_path / FEATURES, [features_row(1), features_row(2)])
     write_lines(tmp_path / STATISTICS, [statistics_row(20)])
-    assert keep(tmp_path, step=20, epochs=1) == ([features_row(1)], [statistics_row(20)])
+    assert keep_measurements(tmp_path, step=20, epochs=1) == ([features_row(1)], [statistics_row(20)])
 
 
 def test_measurements_are_published_and_damaged_ones_are_not(tmp_path: Path) -> None:

@@ -11,8 +11,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 
-from l2bn.measurements import FEATURES, SAMPLE, STATISTICS
-from l2bn.records import Record, write_lines
+from l2bn.records import FEATURES, SAMPLE, STATISTICS, Record, write_lines
 from l2bn.reporting.claims import CLAIMS
 from l2bn.reporting.comparison import BN, L2BN, read_checked
 from l2bn.reporting.feature_claims import MEAN_NORM
@@ -156,7 +155,7 @@ def test_the_plane_is_that_of_both_networks_and_turns_no_way_by_chance() -> None
 
 
 def test_the_map_shows_the_same_images_of_both_arms(records: list[Record]) -> None:
-    from l2bn.measurements import read_sample
+    from l2bn.records import read_sample
 
     (pair,) = measured_pairs(measured_arms(records, read_all(records)[0]), BN, L2BN)
     assert pair.sampled is not None

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from conftest import ROOT, TINY, Train
 from l2bn.analysis.probe import Probe
 from l2bn.errors import UserError
-from l2bn.measurements import FEATURES, SAMPLE, STATISTICS, read_features, read_sample, read_statistics
 from l2bn.norms.swap import norm_layers, swap_norm
-from l2bn.records import Record
+from l2bn.records import FEATURES, SAMPLE, STATISTICS, Record, read_features, read_sample, read_statistics
 from l2bn.training.analyze import analyze
 from l2bn.training.checkpoint import Checkpoints
 from l2bn.training.journal import Journal

@@ -16,8 +16,8 @@ from l2bn.analysis.features import measure
 from l2bn.analysis.moments import Moments
 from l2bn.analysis.probe import SAMPLED_IMAGES, Probe, classifier, shrink
 from l2bn.backbones.resnet import cifar_resnet
-from l2bn.measurements import FeatureRow, Sample
 from l2bn.norms.swap import norm_layers
+from l2bn.records import FeatureRow, Sample
 
 K = 3
 

@@ -1,10 +1,12 @@
 """Records: written whole, read back equal, and a mangled one named and left out."""
 
 import contextlib
+import itertools
 import json
 import math
 import os
 import re
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -12,15 +14,21 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from l2bn.publishing import publish
+from conftest import ROOT
 from l2bn.records import (
+    FEATURES,
     FILES,
     METRICS,
+    STATISTICS,
     SUMMARY,
     InvalidRecordError,
     Record,
+    load,
+    publish,
+    read_features,
     read_metrics,
     read_records,
+    read_statistics,
     write_lines,
 )
 
@@ -86,6 +94,44 @@ def test_a_record_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     assert record.metrics() == [row(1), row(2), row(3)]
 
 
+def test_published_records_are_written_back_byte_for_byte(tmp_path: Path) -> None:
+    folders = [path.parent for path in (ROOT / "results").rglob(SUMMARY)]
+    assert len(folders) > 100
+    readers = {METRICS: lambda folder: read_metrics(folder / METRICS)}
+    readers |= {FEATURES: read_features, STATISTICS: read_statistics}
+    for number, folder in enumerate(folders):
+        copy = tmp_path / str(number)
+        shutil.copytree(folder, copy)
+        record = Record.read(copy)
+        assert record.metrics()[-1:] == [record.last] * bool(record.last)
+        record.write()
+        for name, read in readers.items():
+            if (copy / name).exists():
+                write_lines(copy / name, read(copy))
+        for path in copy.iterdir():
+            assert path.read_bytes() == (folder / path.name).read_bytes(), path.name
+
+
+def test_records_load_as_a_data_frame(tmp_path: Path) -> None:
+    for norm, seed in itertools.product(("bn", "l2bn"), range(3)):
+        written(tmp_path / norm / str(seed), norm=norm, seed=seed)
+    written(tmp_path / "diverged", norm="none", status="diverged", last={}, best={}, divergence="epoch 1, step 3")
+    (tmp_path / "diverged" / METRICS).write_text("")
+    runs, epochs = load(tmp_path), load(tmp_path, epochs=True)
+    assert len(runs) == 7
+    assert len(epochs) == 6 * EPOCHS
+    top1 = runs.pivot_table(index="seed", columns="norm", values="test/top1")
+    assert top1.to_numpy().tolist() == [[51.0, 51.0]] * 3
+    assert runs.set_index("norm")["test/top1"].isna().to_dict() == {"bn": False, "l2bn": False, "none": True}
+    assert epochs.groupby(["norm", "seed"])["test/top1"].last().eq(51.0).all()
+    assert set(runs["seconds"]) == {4.5}
+    (tmp_path / "bn/0" / SUMMARY).write_text("{}")
+    with pytest.warns(UserWarning, match=r"bn/0 is left out: .*schema"):
+        assert len(load(tmp_path)) == 6
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load(tmp_path / "nowhere")
+
+
 def test_a_run_that_has_not_ended_is_no_record_and_no_problem(tmp_path: Path) -> None:
     written(tmp_path / "run")
     (tmp_path / "run" / SUMMARY).unlink()
@@ -98,18 +144,21 @@ def test_a_run_that_has_not_ended_is_no_record_and_no_problem(tmp_path: Path) ->
         ("status", "done", "status"),
         ("seed", "0", "seed"),
         ("epochs", 4, "last epoch is not epoch 4"),
-        ("last", {}, "missing"),
-        ("last", {**row(3), "test/top1": "high"}, "not finite"),
+        ("last", {}, "its last epoch is not epoch 3"),
+        ("last", {"epoch": 3}, "last.step: Field required"),
+        ("last", {**row(3), "loss": 1.0}, "loss"),
+        ("last", {**row(3), "test/top1": "high"}, "last.test/top1"),
         ("last", {**row(3), "test/top1": 101.0}, "no percentage"),
         ("last", {**row(3), "test/top1": None}, "no percentage"),
         ("seconds", True, "seconds"),
         ("seconds", math.nan, "seconds"),
         ("seconds", HUGE, "seconds"),
         ("parameters", HUGE, "parameters"),
-        ("last", {**row(3), "train/loss": HUGE}, "not finite"),
+        ("last", {**row(3), "train/loss": HUGE}, "last.train/loss"),
         ("label", None, "label"),
         ("schema", 99, "schema"),
-        ("comment", "hello", "unknown"),
+        ("norm", "../bn", "norm: Value error, not a plain name, not '../bn'"),
+        ("comment", "hello", "comment"),
     ],
     ids=lambda value: str(value)[:20],
 )

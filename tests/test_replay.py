@@ -9,7 +9,7 @@ import yaml
 
 from conftest import TINY, Train
 from l2bn.errors import UserError
-from l2bn.publishing import publish
+from l2bn.records import publish
 from l2bn.training.run import evaluate_run, replay
 from test_training import results
 
@@ -39,7 +39,7 @@ MALICE: dict[str, tuple[Change, str]] = {
     "a target behind a known prefix": (lambda c: c["norm"].update(_target_="torch.os.system"), "torch.os.system"),
     "a nested target": (lambda c: c["recipe"]["schedule"].update(_target_="builtins.exec"), "builtins.exec"),
     "a function of our own": (
-        lambda c: c["dataset"].update(_target_="l2bn.durable.write_durably"),
+        lambda c: c["dataset"].update(_target_="l2bn.records.write_durably"),
         "write_durably",
     ),
     "a folder elsewhere": (lambda c: c["cell"].update(dataset="../../elsewhere"), "plain name"),

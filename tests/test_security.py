@@ -18,8 +18,7 @@ import yaml
 
 from conftest import ROOT, TINY, Train
 from l2bn.errors import UserError
-from l2bn.publishing import publish
-from l2bn.records import FILES, InvalidRecordError
+from l2bn.records import FILES, InvalidRecordError, publish
 from l2bn.training.run import replay
 from test_records import written
 

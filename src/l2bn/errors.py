@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
-from hydra.errors import CompactHydraException
+from hydra.errors import CompactHydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
 
@@ -60,6 +60,13 @@ def _nobody_reads_on() -> bool:
 
 def _message(error: Exception) -> str | None:
     """What a user needs to know of an error that is theirs to mend, None for one that is not."""
+    if isinstance(error, OverrideParseException):
+        key, _, value = error.override.partition("=")
+        quoted = value.replace('"', '\\"')
+        return (
+            f"{error.override} cannot be read: a value with blanks, or with signs other than ASCII letters, digits "
+            f"and / . - _ : % + @, needs quotes, and another pair for the shell, as in '{key}=\"{quoted}\"'"
+        )
     if isinstance(error, CompactHydraException):
         cause = error.__cause__
         return f"{error}\n{cause}" if isinstance(cause, OmegaConfBaseException) else str(error)

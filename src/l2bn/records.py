@@ -1,89 +1,196 @@
 """The record of a run: the files that say what was run, on what, and what came of it.
 
-    config.yaml     the resolved configuration
-    env.json        commit, versions, device, threads: a whitelist of facts, nothing else of the environment
-    metrics.jsonl   one line an epoch
-    summary.json    written last and in one step; its existence means that the run has ended, and its `status`
-                    says whether it finished or diverged
+    config.yaml                the resolved configuration
+    env.json                   commit, versions, device, threads: a whitelist of facts about the machine
+    metrics.jsonl              one line an epoch
+    features.jsonl             norms, compactness and separation of features: one line a measured epoch
+    statistics.jsonl           accuracy by running against batch statistics: one line a measured update
+    penultimate.safetensors    penultimate features of a few test images after the last epoch
+    summary.json               written last and in one step; its existence means that the run has ended, and its
+                               `status` says whether it finished or diverged
 
-A run that was looked into more closely holds more files: see `measurements.py`.
-
-Tables and figures read nothing but records. This module imports no heavy library, so that they start fast.
+Tables and figures read nothing but records. pydantic checks what is read. `load` gives a notebook a data frame.
+`l2bn/analysis/features.py` defines what is measured. numpy and pandas are imported where they are used, so that
+commands start fast.
 """
 
+import itertools
 import json
+import math
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
 
-from l2bn.durable import write_durably
+import yaml
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic.dataclasses import dataclass
+from typing_extensions import TypedDict
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from numpy.typing import NDArray
 
 CONFIG, ENVIRONMENT, METRICS, SUMMARY = "config.yaml", "env.json", "metrics.jsonl", "summary.json"
 FILES = (CONFIG, ENVIRONMENT, METRICS, SUMMARY)
+FEATURES, STATISTICS, SAMPLE = "features.jsonl", "statistics.jsonl", "penultimate.safetensors"
+MEASUREMENTS = (FEATURES, STATISTICS, SAMPLE)
 SCHEMA = 1
 THEN = " then "
 
-Metrics = dict[str, float | None]
-"""One epoch: epoch (counted from 1), step (updates so far), lr, train/loss, train/top1, test/loss,
-test/top1, test/top5 (accuracies in percent; top5 null under 5 classes), seconds, images_per_second,
-peak_memory_bytes."""
-
-METRIC_KEYS = frozenset(
-    {"epoch", "step", "lr", "train/loss", "train/top1", "test/loss", "test/top1", "test/top5"}
-    | {"seconds", "images_per_second", "peak_memory_bytes"}
-)
 COST_KEYS = ("seconds", "images_per_second", "peak_memory_bytes")
-"""What an epoch cost: the metrics in which two runs that are otherwise equal bit for bit may differ."""
+"""The cost of an epoch: the metrics in which two runs that are otherwise equal bit for bit may differ."""
+
+SIDES = ("input", "output")
+NORM_MEASURES = ("norm_mean", "norm_cv", "norm_cv_within", "norm_cv_between")
+CLASS_MEASURES = (
+    *("class_cosine", "within_share", "angle_mean", "angle_min", "centred_angle_min", "distance"),
+    *("nc1", "cdnv", "fisher", "effective_rank"),
+)
+MEASURES = (*NORM_MEASURES, *CLASS_MEASURES)
+BINS_PER_OCTAVE = 16
+"""Of the histogram of norms: a bin is 4.4 % wide."""
+
+Metrics = dict[str, float | None]
+"""One epoch, with the keys METRIC_KEYS."""
+
+FeatureRow = dict[str, Any]
+"""One measured epoch: epoch, step, images, layers, penultimate."""
+
+StatisticsRow = dict[str, Any]
+"""One measured update: step (updates so far), running/loss, running/top1, batch/loss, batch/top1 (percent)."""
+
+Measures = Mapping[str, float | None]
+"""Each of MEASURES at one place of the network; None where it is not defined or not finite."""
 
 
 class InvalidRecordError(ValueError):
-    """A record that is half-written, corrupt or not ours; the message says which file and why."""
+    """A record that is half-written, corrupt or foreign; the message names the file and the reason."""
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A folder that was left out, and why."""
+class Problem(NamedTuple):
+    """A folder that was left out, and the reason."""
 
     folder: Path
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True)
+def is_finite_number(value: object) -> bool:
+    """Whether a value is a number that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether a name can be that of a folder, and leads to no other place than its parent."""
+    if not isinstance(name, str) or not name.isprintable() or "/" in name or name in ("", ".", ".."):
+        return False
+    return len(name.encode()) <= 255  # bytes that file systems take
+
+
+def _finite(value: float) -> float:
+    if not is_finite_number(value):
+        raise ValueError("not a finite number")
+    return value
+
+
+def _plain(name: str) -> str:
+    if not is_plain_name(name):
+        raise ValueError("not a plain name")
+    return name
+
+
+Number = Annotated[int | float, AfterValidator(_finite)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Place = Annotated[int, Field(ge=1, lt=2**63)]  # an epoch or an update, counted from 1
+Name = Annotated[str, AfterValidator(_plain)]
+CHECKED = ConfigDict(strict=True, extra="forbid")
+
+
+@with_config(CHECKED)
+class Images(TypedDict):
+    """The fingerprint of the images that a run saw (`l2bn.data.splits.Fingerprint`)."""
+
+    files: str
+    pixels: str | None
+
+
+def _row(fields: Mapping[str, Any]) -> Any:
+    """The type of a JSON object with exactly these keys."""
+    return with_config(CHECKED)(TypedDict("Row", dict(fields)))  # type: ignore[operator]
+
+
+# Accuracies in percent; test/top5 is null under 5 classes; step counts updates.
+METRIC_KEYS = ("epoch", "step", "lr", "train/loss", "train/top1", "test/loss", "test/top1", "test/top5", *COST_KEYS)
+_Metrics = _row(dict.fromkeys(METRIC_KEYS, Number | None) | {"epoch": Place, "step": Count})
+_Statistics = _row(
+    dict.fromkeys(("running/loss", "running/top1", "batch/loss", "batch/top1"), Number | None) | {"step": Number}
+)
+_Measures = _row(dict.fromkeys(MEASURES, Number | None))
+# The histogram counts norms at the layer's input: bin i begins at 2 ** (i / BINS_PER_OCTAVE), `first` is the first.
+_Norms = _row({"first": int, "counts": list[Count]})
+# `shrink` is null without running statistics; layers stand in the order in which they run.
+_Layer = _row({"name": str, "shrink": Number | None, "norms": _Norms, "input": _Measures, "output": _Measures})
+_Layers = list[_Layer]  # type: ignore[valid-type]
+_Features = _row({"epoch": Place, "step": Place, "images": Place, "layers": _Layers, "penultimate": _Measures})
+
+_METRICS, _FEATURES, _STATISTICS = (TypeAdapter(kind) for kind in (_Metrics, _Features, _Statistics))
+
+
+def _check_epoch(row: Metrics) -> Metrics:
+    """Accept an epoch whose test/top1 is a percentage, or {} where a run diverged in its first epoch."""
+    if row:
+        _METRICS.validate_python(row)
+        accuracy = row["test/top1"]
+        if accuracy is None or not 0 <= accuracy <= 100:
+            raise ValueError(f"test/top1 is {accuracy}, which is no percentage")
+    return row
+
+
+Epoch = Annotated[dict[str, Number | None], AfterValidator(_check_epoch)]
+
+
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
 class Record:
-    """What `summary.json` holds."""
+    """The content of `summary.json`. Raises pydantic's ValidationError, a ValueError, for a value that is wrong."""
 
     folder: Path = field(compare=False)
     status: Literal["finished", "diverged"]
     # The cell: the folder's names, with the values that were overridden ("l2bn,eps=0.001").
-    dataset: str
-    backbone: str
-    norm: str
-    recipe: str
-    seed: int
+    dataset: Name
+    backbone: Name
+    norm: Name
+    recipe: Name
+    seed: Count
     label: str  # the data set as tables call it
     baseline: str | None  # the published rows it may be compared with
     precision: str
-    # "stock", "plain" or "fused"; with "+compiled" where the model was compiled. Of a run that was resumed with
-    # others all of them, in the order of their first use, with THEN between them.
+    # "stock", "plain" or "fused"; with "+compiled" where the model was compiled. A run that was resumed with others
+    # has all of them, in the order of their first use, with THEN between them.
     kernels: str
     hash: str  # of the identity
     identity: dict[str, Any]
-    epochs: int
-    updates: int
-    train_images: int
-    test_images: int
-    parameters: int
-    norm_layers: int
-    last: Metrics  # empty where the run diverged in its first epoch
-    best: Metrics  # the epoch of the best test/top1: chosen on the test set, so shown and never the result
-    seconds: float
-    divergence: str | None = None  # where and how, of a diverged run
+    epochs: Count
+    updates: Count
+    train_images: Count
+    test_images: Count
+    parameters: Count
+    norm_layers: Count
+    last: Epoch  # {} where the run diverged in its first epoch
+    best: Epoch  # the epoch of the best test/top1: chosen on the test set, so shown and never the result
+    seconds: Number
+    divergence: str | None = None  # place and kind, of a diverged run
+    images: Images | None = None  # older records have none
+
+    def __post_init__(self) -> None:
+        if self.status == "finished" and self.last.get("epoch") != self.epochs:
+            raise ValueError(f"finished, but its last epoch is not epoch {self.epochs}")
 
     def metrics(self) -> list[Metrics]:
-        """All epochs, read from `metrics.jsonl`. Raises InvalidRecordError, also where they end with another one
-        than this record."""
+        """All epochs, read from `metrics.jsonl`. Raises InvalidRecordError, also if they do not end with `last`."""
         rows = read_metrics(self.folder / METRICS)
         if (rows[-1] if rows else {}) != self.last:
             raise InvalidRecordError(f"{METRICS}: its last line is not the last epoch of {SUMMARY}")
@@ -92,37 +199,34 @@ class Record:
     def write(self) -> None:
         """Write `summary.json`: the run has ended."""
         content = {"schema": SCHEMA} | {key: value for key, value in asdict(self).items() if key != "folder"}
+        if self.images is None:  # as older records have it
+            del content["images"]
         write_durably(self.folder / SUMMARY, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Self:
         """The record in a folder. Raises InvalidRecordError where it is missing, corrupt or foreign."""
-        path = folder / SUMMARY
         try:
-            content = json.loads(path.read_text())
-        except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+            content = json.loads((folder / SUMMARY).read_text())
+        except (OSError, ValueError, RecursionError) as error:
             raise InvalidRecordError(f"{SUMMARY} cannot be read: {error}") from error
         if not isinstance(content, dict) or content.pop("schema", None) != SCHEMA:
             raise InvalidRecordError(f"{SUMMARY} is not a record of schema {SCHEMA}")
-        _check_fields(cls, content)
-        record = cls(folder=folder, **content)
-        _check_values(record)
-        return record
+        try:
+            return cls(**{**content, "folder": folder})
+        except ValidationError as error:
+            raise InvalidRecordError(f"{SUMMARY}: {_first(error)}") from error
 
 
-MACHINE_PATHS = frozenset({"root", "devkit", "cache", "runs_dir"})
-"""Keys of `config.yaml` that say where things lie on a machine, and nothing of the run."""
-
-
-def without_machine_paths(node: Any) -> Any:
-    """A node of `config.yaml`, and those in it, without what they say of the machine."""
-    if not isinstance(node, dict):
-        return node
-    return {key: without_machine_paths(value) for key, value in node.items() if key not in MACHINE_PATHS}
+def _first(error: ValidationError) -> str:
+    """The first fault that pydantic found: its place, the reason, the value."""
+    fault = error.errors(include_url=False)[0]
+    place = ".".join(map(str, fault["loc"]))
+    return f"{place}: {fault['msg']}, not {repr(fault['input'])[:60]}" if place else fault["msg"]
 
 
 def read_records(root: Path) -> tuple[list[Record], list[Problem]]:
-    """Every ended run under a folder, in the order of their paths, and what had to be left out."""
+    """Every ended run under a folder, in the order of their paths, and the folders that had to be left out."""
     records, problems = [], []
     for path in sorted(root.rglob(SUMMARY)):
         try:
@@ -132,35 +236,85 @@ def read_records(root: Path) -> tuple[list[Record], list[Problem]]:
     return records, problems
 
 
+def load(folder: Path | str, *, epochs: bool = False) -> "pd.DataFrame":
+    """The ended runs under a folder as a data frame: a row a run, or with `epochs` a row a run and epoch.
+
+    Columns of both: dataset, backbone, norm, recipe, seed, status. A run also has the other fields of `Record`, the
+    losses and accuracies (in percent) of its last epoch (NaN if it diverged in the first one), and `best/top1`; an
+    epoch has METRIC_KEYS. A folder that holds no valid record is warned of and left out.
+
+    Raises FileNotFoundError for a missing folder.
+    """
+    import pandas as pd  # takes longer than most commands run
+
+    root = Path(folder)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is no folder of runs")
+    records, problems = read_records(root)
+    rows: list[dict[str, Any]] = []
+    for record in records:
+        run = {key: getattr(record, key) for key in ("dataset", "backbone", "norm", "recipe", "seed", "status")}
+        if not epochs:
+            metrics = {key: record.last.get(key) for key in METRIC_KEYS if "/" in key}
+            others = {
+                key: getattr(record, key) for key in Record.__dataclass_fields__ if key not in ("last", "best")
+            }
+            rows.append({**run, **metrics, "best/top1": record.best.get("test/top1"), **others})
+            continue
+        try:
+            rows += [{**run, **epoch} for epoch in record.metrics()]
+        except InvalidRecordError as error:
+            problems.append(Problem(record.folder, str(error)))
+    for problem in problems:
+        warnings.warn(f"{problem.folder} is left out: {problem.reason}", stacklevel=2)
+    return pd.DataFrame(rows)
+
+
+# Files of JSON lines. A run writes a line before the checkpoint of its position, and a resumed run keeps the lines
+# up to its checkpoint: it neither misses one nor has one twice.
+
+
 def read_metrics(path: Path) -> list[Metrics]:
     """The lines of a `metrics.jsonl`. Raises InvalidRecordError naming the first bad line."""
-    rows = read_lines(path, _bad_metrics)
+    rows = _read_lines(path, _METRICS)
     for number, row in enumerate(rows, start=1):
         if row["epoch"] != number:
             raise InvalidRecordError(f"{path.name}, line {number}: not the epoch of its line")
     return rows
 
 
-def read_lines(path: Path, reason: Callable[[object], str | None]) -> list[Any]:
-    """The values of a file of JSON lines; `reason` says why a value does not belong there, or None.
+def read_features(folder: Path) -> list[FeatureRow]:
+    """The measured epochs of a record; none where nothing was measured. Raises InvalidRecordError."""
+    return _read_steps(folder / FEATURES, _FEATURES)
 
-    Raises InvalidRecordError naming the first bad line.
-    """
+
+def read_statistics(folder: Path) -> list[StatisticsRow]:
+    """The measured updates of a record; none where nothing was measured. Raises InvalidRecordError."""
+    return _read_steps(folder / STATISTICS, _STATISTICS)
+
+
+def _read_steps(path: Path, kind: TypeAdapter[Any]) -> list[Any]:
+    rows = _read_lines(path, kind) if path.exists() else []
+    for number, (one, other) in enumerate(itertools.pairwise(rows), start=2):
+        if one["step"] >= other["step"]:
+            raise InvalidRecordError(f"{path.name}, line {number}: not after the step of the line before")
+    return rows
+
+
+def _read_lines(path: Path, kind: TypeAdapter[Any]) -> list[Any]:
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRecordError(f"{path.name} cannot be read: {error}") from error
-    return [_parse_line(line, f"{path.name}, line {number}", reason) for number, line in enumerate(lines, 1)]
-
-
-def _parse_line(line: str, place: str, reason: Callable[[object], str | None]) -> Any:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InvalidRecordError(f"{place} is not JSON: {error}") from error
-    if found := reason(value):
-        raise InvalidRecordError(f"{place}: {found}")
-    return value
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+            kind.validate_python(rows[-1])
+        except (ValueError, RecursionError) as error:
+            reason = _first(error) if isinstance(error, ValidationError) else f"not JSON: {error}"
+            raise InvalidRecordError(f"{path.name}, line {number}: {reason}") from error
+    return rows
 
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -169,72 +323,141 @@ def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def as_line(row: Mapping[str, Any]) -> str:
-    """A row as it stands in a file of JSON lines. Raises ValueError for a number that is not finite."""
+    """A row as a line of a file of JSON lines. Raises ValueError for a number that is not finite."""
     return json.dumps(row, allow_nan=False) + "\n"
 
 
-def _bad_metrics(row: object) -> str | None:
-    """Why a row is not a row of metrics, or None."""
-    if not isinstance(row, dict):
-        return "not an object"
-    if row.keys() != METRIC_KEYS:
-        return f"missing {sorted(METRIC_KEYS - row.keys())}, unknown {sorted(row.keys() - METRIC_KEYS)}"
-    bad = [key for key, value in row.items() if not (value is None or is_finite_number(value))]
-    return f"not finite numbers: {bad}" if bad else None
+def keep_measurements(
+    folder: Path, step: float, epochs: float = math.inf
+) -> tuple[list[FeatureRow], list[StatisticsRow]]:
+    """Drop what was measured after so many updates, and features after so many epochs; return the rest.
+
+    A run may stand at the last update of an epoch, before the evaluation in which the features are measured. A line
+    that was cut off goes, too. Raises InvalidRecordError.
+    """
+    for name, read in ((FEATURES, read_features), (STATISTICS, read_statistics)):
+        path = folder / name
+        if path.exists():
+            content = path.read_bytes()
+            write_durably(path, content[: content.rfind(b"\n") + 1])
+            rows = read(folder)
+            kept = [row for row in rows if row["step"] <= step and row.get("epoch", 0) <= epochs]
+            write_lines(path, kept)
+            if len(kept) < len(rows):
+                (folder / SAMPLE).unlink(missing_ok=True)
+    return read_features(folder), read_statistics(folder)
 
 
-def is_finite_number(value: object) -> bool:
-    """Whether a value is a number that a float can hold."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+class Sample(NamedTuple):
+    """Penultimate features of the first test images of each of the first classes, in the order of the test set."""
+
+    features: "NDArray[np.float32]"  # (n, d)
+    labels: "NDArray[np.int64]"  # (n,)
 
 
-_JSON_TYPES: Mapping[str, type | tuple[type, ...]] = {
-    "seed": int,
-    "epochs": int,
-    "updates": int,
-    "train_images": int,
-    "test_images": int,
-    "parameters": int,
-    "norm_layers": int,
-    "seconds": (int, float),
-    "identity": dict,
-    "last": dict,
-    "best": dict,
-    "baseline": (str, type(None)),
-    "divergence": (str, type(None)),
-}
+def read_sample(folder: Path) -> Sample | None:
+    """The sample of penultimate features, or None where there is none. Raises InvalidRecordError."""
+    import numpy as np
+    import safetensors.numpy
+
+    path = folder / SAMPLE
+    if not path.exists():
+        return None
+    try:
+        tensors = safetensors.numpy.load_file(path)
+        features, labels = tensors["features"].astype(np.float32), tensors["labels"].astype(np.int64)
+    except (OSError, KeyError, safetensors.SafetensorError) as error:
+        raise InvalidRecordError(f"{SAMPLE} cannot be read: {error}") from error
+    if features.ndim != 2 or labels.shape != features.shape[:1]:
+        raise InvalidRecordError(f"{SAMPLE}: {labels.shape} labels for features of shape {features.shape}")
+    return Sample(features, labels)
 
 
-def _check_fields(cls: type, content: dict[str, Any]) -> None:
-    names = {item.name for item in fields(cls)} - {"folder"}
-    if content.keys() != names:
-        missing, unknown = sorted(names - content.keys()), sorted(content.keys() - names)
-        raise InvalidRecordError(f"{SUMMARY}: missing {missing}, unknown {unknown}")
-    for key, value in content.items():
-        expected = _JSON_TYPES.get(key, str)
-        if not isinstance(value, expected) or (isinstance(value, int | float) and not is_finite_number(value)):
-            raise InvalidRecordError(f"{SUMMARY}: {key} is {value!r}")
+def write_sample(folder: Path, sample: Sample) -> None:
+    """Write the sample in half precision; a value that exceeds it becomes its largest."""
+    import numpy as np
+    import safetensors.numpy
+
+    largest = float(np.finfo(np.float16).max)
+    features = np.clip(sample.features, -largest, largest).astype(np.float16)
+    content = {"features": features, "labels": sample.labels.astype(np.int16)}
+    write_durably(folder / SAMPLE, safetensors.numpy.save(content))
 
 
-def is_plain_name(name: object) -> bool:
-    """Whether a name can be that of a folder and of no other place than in its own."""
-    if not isinstance(name, str) or not name.isprintable() or "/" in name or name in ("", ".", ".."):
-        return False
-    return len(name.encode()) <= 255  # bytes that file systems take
+# Publishing.
+
+MACHINE_PATHS = frozenset({"root", "devkit", "cache", "runs_dir"})
+"""Keys of `config.yaml` that give places on a machine, and nothing of the run."""
 
 
-def _check_values(record: Record) -> None:
-    for group in ("dataset", "backbone", "norm", "recipe"):
-        if not is_plain_name(getattr(record, group)):
-            raise InvalidRecordError(f"{SUMMARY}: {group} is {getattr(record, group)!r}, which is no plain name")
-    if record.status not in ("finished", "diverged"):
-        raise InvalidRecordError(f"{SUMMARY}: status is {record.status!r}, not finished or diverged")
-    for name, row in (("last", record.last), ("best", record.best)):
-        reason = _bad_metrics(row) if row or record.status == "finished" else None
-        accuracy = row.get("test/top1")
-        if not reason and row and (accuracy is None or not 0 <= accuracy <= 100):
-            reason = f"a test/top1 of {accuracy}, which is no percentage"
-        if reason:
-            raise InvalidRecordError(f"{SUMMARY}: {name}: {reason}")
-    if record.status == "finished" and record.last["epoch"] != record.epochs:
-        raise InvalidRecordError(f"{SUMMARY}: finished, but its last epoch is not epoch {record.epochs}")
+def without_machine_paths(node: Any) -> Any:
+    """A node of `config.yaml`, and those in it, without the places on the machine."""
+    if not isinstance(node, dict):
+        return node
+    return {key: without_machine_paths(value) for key, value in node.items() if key not in MACHINE_PATHS}
+
+
+def publish(folder: Path, destination: Path) -> Path:
+    """Copy the record of an ended run to its cell under `destination`; returns the new folder.
+
+    Checkpoints and TensorBoard's files stay behind, and so do the paths of this machine in `config.yaml`.
+    Raises InvalidRecordError if the run has not ended or is damaged, or if published runs of the same data set saw
+    other images; FileExistsError if another result of the same cell and seed is published.
+    """
+    record = Record.read(folder)
+    record.metrics()
+    for read in (read_features, read_statistics, read_sample):
+        read(folder)
+    files = _publishable(folder)
+    for other in read_records(destination / record.dataset)[0] if record.images else ():
+        if other.images and record.images and other.images["files"] != record.images["files"]:
+            raise InvalidRecordError(
+                f"it was trained on other images than {other.folder}; train both on the same, or name these by "
+                "dataset.label=NAME"
+            )
+    target = destination / record.dataset / record.backbone / record.norm / record.recipe / f"seed{record.seed}"
+    if (target / SUMMARY).exists() and Record.read(target) != record:
+        raise FileExistsError(f"{target} holds another result of this cell and seed; move it away to replace it")
+    target.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_durably(target / name, content)
+    return target
+
+
+def _publishable(folder: Path) -> dict[str, bytes]:
+    """The files of a record, the summary last, without the machine's paths. Raises InvalidRecordError."""
+    measured = [name for name in MEASUREMENTS if (folder / name).exists()]
+    try:
+        config = yaml.safe_load((folder / CONFIG).read_text())
+        files = {name: (folder / name).read_bytes() for name in (ENVIRONMENT, METRICS, *measured, SUMMARY)}
+        environment = json.loads(files[ENVIRONMENT])
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise InvalidRecordError(f"cannot be read: {error}") from error
+    for name, content in ((CONFIG, config), (ENVIRONMENT, environment)):
+        if not isinstance(content, dict):
+            raise InvalidRecordError(f"{name} is not that of a run")
+    return {CONFIG: yaml.safe_dump(without_machine_paths(config), sort_keys=False).encode(), **files}
+
+
+def write_durably(path: Path, data: bytes | str) -> None:
+    """Replace a file in one step: write a temporary file beside it, flush it to the disk, rename it.
+
+    After a crash or a power cut the path holds the old content or the new one, never a mixture. Raises
+    OSError (disk full, read-only folder): then the old file stands and the temporary one is removed.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    content = data.encode() if isinstance(data, str) else data
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    descriptor = os.open(path.parent, os.O_RDONLY)  # a rename is on the disk only once its folder is
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,8 +1,8 @@
 """Randomness as a pure function of (seed, purpose, position): a checkpoint has none to carry.
 
-A permutation, an augmentation or a dropout mask is drawn from a generator that is made anew for its place in
-the run. A resumed run therefore draws what the uninterrupted one drew, and neither the number of data workers
-nor the order in which they finish changes anything.
+A permutation, an augmentation or a dropout mask is drawn from a generator made for its place in the run. A resumed
+run therefore draws the same numbers as an uninterrupted one, whatever the number of data workers or the order in
+which they finish.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ def generator(seed: int, purpose: str, *position: int) -> torch.Generator:
 def seed_global(seed: int, device: torch.device) -> None:
     """Seed the generators that dropout and the like draw from: the CPU's and the device's.
 
-    `torch.manual_seed` does so for every kind of device that there might be, which takes ten times as long.
+    `torch.manual_seed` seeds every kind of device, which takes ten times as long.
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""How unequal, how compact and how separated the features of a set of images are.
+"""Measures of features: spread of the norms, compactness of classes, separation of classes.
 
 Each measure is a pure function of the `Moments` of the features at one place of a network. N images, n_k of class k
 of the K that occur, d features. A map enters by its mean over the positions, z; its norm r is taken over all of it.
@@ -49,7 +49,7 @@ import torch
 from torch import Tensor
 
 from l2bn.analysis.moments import OCTAVES, Moments
-from l2bn.measurements import BINS_AN_OCTAVE, MEASURES, Measures
+from l2bn.records import BINS_PER_OCTAVE, MEASURES, Measures
 
 RANK_TOLERANCE = 1e-10
 """Eigenvalues of a covariance below this share of the largest count as 0 where one is inverted."""
@@ -65,11 +65,11 @@ def measure(moments: Moments) -> Measures:
 
 
 def histogram(moments: Moments) -> dict[str, object]:
-    """Images by norm: the k-th count from `first` on is of norms in [2^(i/16), 2^((i+1)/16)), i = first + k."""
+    """Histogram of the norms: count k is of norms in [2^(i/16), 2^((i+1)/16)), i = first + k."""
     occupied = moments.histogram.nonzero().flatten().tolist() or [0]
     low, high = occupied[0], occupied[-1] + 1
     counts = [int(count) for count in moments.histogram[low:high].tolist()]
-    return {"first": low - OCTAVES * BINS_AN_OCTAVE, "counts": counts}
+    return {"first": low - OCTAVES * BINS_PER_OCTAVE, "counts": counts}
 
 
 class Geometry:

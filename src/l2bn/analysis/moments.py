@@ -1,4 +1,4 @@
-"""Sums over images from which every measure of their features follows: one pass, and memory for sums alone.
+"""Sums over images from which every measure of their features is computed, in one pass over the images.
 
 Letters: N images of a batch, K classes, d features, B bins of a histogram.
 
@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from l2bn.measurements import BINS_AN_OCTAVE
+from l2bn.records import BINS_PER_OCTAVE
 
-OCTAVES = 64  # norms from 2^-64 to 2^64 are told apart
+OCTAVES = 64  # norms are resolved from 2^-64 to 2^64
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Moments:
 
     @classmethod
     def zeros(cls, classes: int, size: int, device: torch.device) -> Self:
-        k, d, bins = classes, size, 2 * OCTAVES * BINS_AN_OCTAVE
+        k, d, bins = classes, size, 2 * OCTAVES * BINS_PER_OCTAVE
         shapes = ((k,), (k, d), (k, d), (k,), (d, d), (k,), (k,), (bins,))
         return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
@@ -51,8 +51,8 @@ class Moments:
         self.products.addmm_(z.T, z)
         self.norms.index_add_(0, labels, r)
         self.squared_norms.index_add_(0, labels, r.square())
-        half = OCTAVES * BINS_AN_OCTAVE
-        place = (r.log2() * BINS_AN_OCTAVE).floor().clamp(-half, half - 1).nan_to_num(nan=0.0)
+        half = OCTAVES * BINS_PER_OCTAVE
+        place = (r.log2() * BINS_PER_OCTAVE).floor().clamp(-half, half - 1).nan_to_num(nan=0.0)
         self.histogram.index_add_(0, place.long() + half, r.isfinite().double())
 
     @property

@@ -1,4 +1,4 @@
-"""Hooks that see the features of a network while it is evaluated, and hold nothing of them but sums."""
+"""Forward hooks that sum up the features of a network during an evaluation."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from l2bn.analysis.features import histogram, measure
 from l2bn.analysis.moments import Moments, pooled
-from l2bn.measurements import SIDES, FeatureRow, Sample
+from l2bn.records import SIDES, FeatureRow, Sample
 
 SAMPLED_CLASSES = 20
 SAMPLED_IMAGES = 50  # of each of them
@@ -19,10 +19,10 @@ _Piece = tuple[int, int, Tensor, Tensor]  # batch, rank, features (n, d), labels
 
 
 def classifier(network: nn.Module, classes: int) -> nn.Module:
-    """The layer whose input are the penultimate features: the last one, in the order of the modules, that is linear
-    or a convolution and puts out a number for each class; else the last linear one.
+    """The layer whose input are the penultimate features.
 
-    Raises ValueError where there is none.
+    It is the last linear layer or convolution, in module order, with one output per class; else the last linear
+    layer. Raises ValueError where there is none.
     """
     heads = [m for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     fitting = [m for m in heads if (m.out_features if isinstance(m, nn.Linear) else m.out_channels) == classes]
@@ -33,7 +33,7 @@ def classifier(network: nn.Module, classes: int) -> nn.Module:
 
 
 class Probe:
-    """The features at norm layers and before the classifier, summed over the images that pass.
+    """Sums of the features at norm layers and before the classifier.
 
     A norm layer that is used in several places is measured over all of them.
     """
@@ -51,7 +51,7 @@ class Probe:
 
     @contextmanager
     def attached(self) -> Iterator["Probe"]:
-        """Within, the network's forward passes are seen; `expect` must come before each."""
+        """Measure the network's forward passes in this context; call `expect` before each."""
         handles = [layer.register_forward_hook(self._seer(name)) for name, layer in self._layers.items()]
         handles.append(self._classifier.register_forward_hook(self._see_penultimate))
         try:
@@ -61,7 +61,7 @@ class Probe:
                 handle.remove()
 
     def expect(self, labels: Tensor) -> None:
-        """The classes (N,) of the images that the network is given next."""
+        """Set the classes (N,) of the next batch."""
         self._labels = labels
         self._batches += 1
 
@@ -95,7 +95,7 @@ class Probe:
         self._pieces.append((self._batches, rank, features[kept].float().cpu(), labels[kept].cpu()))
 
     def join(self) -> None:
-        """Put together what the processes of a run have seen; each must have had an image."""
+        """Sum up over all processes of a run; each must have had an image."""
         for sums in self._sums.values():
             sums.join()
         gathered: list[Any] = [None] * dist.get_world_size()
@@ -103,7 +103,7 @@ class Probe:
         self._pieces = [piece for pieces in gathered for piece in pieces]
 
     def row(self, epoch: int, step: int) -> FeatureRow:
-        """All that has been seen, as a line of `features.jsonl`."""
+        """The measures so far, as a line of `features.jsonl`."""
         last = self._sums["penultimate", SIDES[0]]
         names = [name for name, side in self._sums if side == SIDES[0] and name in self._layers]
         return {
@@ -135,8 +135,8 @@ class Probe:
 def shrink(layer: nn.Module) -> float | None:
     """Mean over the channels of sqrt(v / (v + eps)), v the running variance; None without one. In [0, 1].
 
-    By so much eps makes the normalized output's deviation smaller than 1. In L2BN v is that of the normalized
-    features. Early in a run v still holds BN's start at 1.
+    The factor by which eps shrinks the deviation of the normalized output. In L2BN v is the variance of the
+    l2-normalized features. Early in a run v still contains BN's initial 1.
     """
     variance, eps = getattr(layer, "running_var", None), getattr(layer, "eps", None)
     if not isinstance(variance, Tensor) or eps is None or not variance.isfinite().all():

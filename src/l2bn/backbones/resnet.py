@@ -48,7 +48,7 @@ class PaddedIdentity(nn.Module):
 
 
 def make_shortcut(in_channels: int, out_channels: int, stride: int, shortcut: Shortcut) -> nn.Module | None:
-    """What stands on the shortcut: nothing where shapes agree, else option A (identity) or B (projection)."""
+    """The shortcut's layers: None where shapes agree, else option A (identity) or B (projection) of the paper."""
     if stride == 1 and in_channels == out_channels:
         return None
     if shortcut == "identity":

@@ -1,7 +1,7 @@
-"""Whether speed costs accuracy: this project's trainer and the plain loop, by one recipe, several seeds each.
+"""Accuracy of this project's trainer and of the plain loop, by one recipe, several seeds each: the price of speed.
 
-A pair of equal seed starts from the same weights; order and augmentation of the images are each path's own. A run
-that stands in the JSON already is not made again, so that the same command goes on where it was stopped.
+The two runs of a seed start from the same weights; order and augmentation of the images differ. Runs in the JSON
+are not repeated, so the same command goes on where it was stopped.
 """
 
 import argparse
@@ -99,8 +99,8 @@ def written(value: Estimate) -> str:
 
 EXPLANATION = """
 {network} with BN on {images:,} training images of {source}, {epochs} epochs of `recipe=short`, batch {batch}. Test
-accuracy in percent after the last epoch on all test images, mean ± standard deviation over seeds. A pair of equal
-seed starts from the same weights; order and augmentation of the images are each path's own.
+accuracy in percent after the last epoch on all test images, mean ± standard deviation over seeds. The two runs of a
+seed start from the same weights; order and augmentation of the images differ.
 """
 
 

@@ -1,6 +1,6 @@
-"""The pipelines that make batches, alone: this project's, PIL transforms in a DataLoader, and timm's loader.
+"""Throughput of the data pipelines alone: this project's, PIL transforms in a DataLoader, and timm's loader.
 
-Each makes an epoch of batches of the same images on the device and throws them away.
+Each pipeline makes an epoch of batches of the same images on the device and discards them.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def exhaust(batches: Iterable[Any]) -> None:
 
 
 def pipelines(workload: Workload, root: Path | None, device: torch.device) -> dict[str, Action]:
-    """An epoch of each, as an action."""
+    """One epoch of each pipeline, as an action."""
     options: dict[str, Any] = {"splits": workload.splits, "batch_size": workload.batch, "device": device}
     options |= {"channels_last": True, "workers": WORKERS}
     training = training_loader(workload.splits.train, seed=0, **options)
@@ -59,7 +59,7 @@ DataLoader. Workers: processes that load images; a set in memory needs none.
 
 def data_table(result: dict[str, Any]) -> str:
     lines = [
-        "# Batches alone: images a second",
+        "# Data pipelines alone: images/s",
         "",
         f"{hardware(result)}.",
         "",

@@ -1,4 +1,4 @@
-"""Evaluation with BN, with BN folded into the convolutions, and with L2BN, which can't be: images a second."""
+"""Evaluation throughput with BN, with BN folded into the convolutions, and with L2BN, which can't be folded."""
 
 import argparse
 from typing import Any
@@ -18,7 +18,7 @@ KINDS = {"bn": "BN", "folded": "BN, folded", "l2bn": "L2BN"}
 
 
 def network_of(network: str, kind: str) -> nn.Module:
-    """With its first weights, as it is evaluated."""
+    """Build a network with its initial weights in evaluation mode."""
     torch.manual_seed(0)
     model = NETWORKS[network][0]()
     swap_norm(model, NORMS["l2bn" if kind == "l2bn" else "bn"])
@@ -27,7 +27,7 @@ def network_of(network: str, kind: str) -> nn.Module:
 
 
 def evaluation(network: str, kind: str, caller: str, batch: int, device: torch.device) -> Action:
-    """A batch of noise through a network, in channels_last."""
+    """Forward pass of a batch of noise in channels_last, as an action."""
     size = NETWORKS[network][1]
     model = network_of(network, kind).to(device).to(memory_format=torch.channels_last)
     run: Any = torch.compile(model, dynamic=False) if caller == "compiled" else model
@@ -43,14 +43,14 @@ def evaluation(network: str, kind: str, caller: str, batch: int, device: torch.d
 EXPLANATION = """
 Forward passes in `inference_mode`, channels_last, all forms of a network in turn in one process. Folded: BN's scale
 and shift are part of the convolution's weights (`torch.fx.experimental.optimization.fuse`), as a deployed network
-has them. L2BN needs each sample's norm and can't be folded; time: of an image, against BN as it is trained, and
-against BN folded.
+has them. L2BN needs each sample's norm and can't be folded. Time per image, against BN as trained and against
+folded BN.
 """
 
 
 def evaluation_table(result: dict[str, Any]) -> str:
     lines = [
-        "# Evaluation: images a second",
+        "# Evaluation: images/s",
         "",
         f"{hardware(result)}.",
         "",

@@ -1,8 +1,8 @@
-"""The least time that full training can take on a GPU, from its data sheet: nothing here is measured.
+"""Lower bound of the time of full training on a GPU, computed from its data sheet.
 
 Arithmetic: the operations of convolutions and matrix products at the peak rate for their type. Bytes: the feature
 maps that have to pass through memory, at its peak bandwidth, with every ReLU fused into the pass before it. A run
-takes the longer of both at least; in truth more, since launches, small maps and the optimizer cost as well.
+takes at least the longer of both; launches, small maps and the optimizer add to it.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from l2bn.benchmarks.report import prose, write_table
 from l2bn.benchmarks.train import flops_of
 from l2bn.benchmarks.workload import NETWORKS, make_workload
 
-# NVIDIA H100 SXM, data sheet: operations a second without sparsity, bytes a second.
+# NVIDIA H100 SXM, data sheet: FLOP/s without sparsity, bytes/s.
 RATES = {"float32": 67e12, "TF32": 494.7e12, "bfloat16": 989.4e12}
 BANDWIDTH = 3.35e12
 BYTES = {"float32": 4, "TF32": 4, "bfloat16": 2}
@@ -34,7 +34,7 @@ RUNS = {  # epochs, training images
 
 
 def map_values(network: str) -> int:
-    """Values of all maps that batch norm layers see of one image."""
+    """Count the values of all maps of one image that enter batch norm layers."""
     build, size, _ = NETWORKS[network]
     seen = 0
 
@@ -52,7 +52,7 @@ def map_values(network: str) -> int:
 
 
 def floors(network: str) -> dict[str, Any]:
-    """Seconds of arithmetic and of bytes of a full run, by type."""
+    """Seconds of arithmetic and of memory traffic of a full run, by type."""
     size = NETWORKS[network][1]
     epochs, images = RUNS[size]
     flops, values = flops_of(make_workload(network, None, 1, 2)), map_values(network)
@@ -74,17 +74,17 @@ def written(seconds: float) -> str:
 
 
 EXPLANATION = """
-Computed, not measured. The least that the training images of a full run take on an NVIDIA H100 SXM at the peaks of
-its data sheet (67, 494.7 and 989.4 T operations a second in float32, TF32 and bfloat16; 3.35 TB/s): arithmetic of
-convolutions and matrix products, and bytes of the feature maps, 14 passes over each. A run takes the longer of both
-at least.
+Computed, not measured: lower bounds of the time of a full run's training images on an NVIDIA H100 SXM at the peak
+rates of its data sheet (67, 494.7 and 989.4 TFLOP/s in float32, TF32 and bfloat16; 3.35 TB/s), for the arithmetic
+of convolutions and matrix products and for the bytes of the feature maps, 14 passes over each. A run takes at least
+the longer of both.
 """
 
 
 def floor_table(result: dict[str, Any]) -> str:
     kinds = list(RATES)
     lines = [
-        "# The least time of a run on a GPU",
+        "# Lower bound of a run's time on a GPU",
         "",
         prose(EXPLANATION),
         "",

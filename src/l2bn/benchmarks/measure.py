@@ -1,4 +1,4 @@
-"""What every benchmark shares: interleaved times, peak memory, copy bandwidth, and the machine they hold for."""
+"""Measurements that benchmarks share: interleaved times, peak memory, copy bandwidth, and facts of the machine."""
 
 import json
 import multiprocessing
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._C._profiler import _EventType
 from torch.profiler._utils import traverse_dfs
 
-from l2bn.durable import write_durably
+from l2bn.records import write_durably
 from l2bn.training.environment import describe_environment
 
 Action = Callable[[], Any]
@@ -27,8 +27,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def forget_compiled() -> None:
-    """Have torch compile what comes next as in a new process: of each kind of network it takes eight, and then,
-    with a warning, calls it as it is."""
+    """Reset torch.compile: after eight compiled variants of a function it would fall back to eager."""
     torch.compiler.reset()
 
 
@@ -37,10 +36,9 @@ REALTIME_PRIORITY = 40
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Real-time priority for all threads of this process and of those it has started, such as the workers of a
-    DataLoader, where the system grants it (Linux, as root).
+    """Give this process and its children real-time priority, where the system allows it (Linux, as root).
 
-    Whatever else the machine has to do waits. The priority is given back, so that compiling takes its turn again.
+    Other processes wait meanwhile. The priority is given back afterwards, because compiling must not have it.
     """
     _set_priority("SCHED_FIFO", REALTIME_PRIORITY)
     try:
@@ -61,12 +59,12 @@ def _set_priority(policy: str, priority: int) -> None:
 def interleaved(
     actions: dict[str, Action], device: torch.device, seconds: float, fewest: int = 20, warm_up: int = 3
 ) -> dict[str, float]:
-    """Seconds of each action, measured in turn, round after round, so that all feel the same machine. The order of
-    a round is drawn anew, so that none always runs in the caches that the same other one has left.
+    """Seconds of each action, measured in rounds in which each takes a turn.
 
-    Of each action's times the first decile is taken: whatever else the machine does can only add time, and on a
-    quiet machine decile and median are close. Rounds are made for about `seconds`, and at least `fewest`, after
-    `warm_up` calls of each (0: they are warm); a call too short for the clock is repeated within its turn.
+    The order within a round is random, so that none always runs in the caches that the same other one left. The
+    first decile of an action's times is returned: other load can only add time, and on a quiet machine decile and
+    median are close. Rounds last for about `seconds`, at least `fewest`, after `warm_up` calls of each (0: they are
+    warm). A call too short for the clock is repeated within its turn.
     """
     repeats = dict.fromkeys(actions, 1)
     for name, action in actions.items():
@@ -94,11 +92,11 @@ def _time(action: Action, repeats: int, device: torch.device) -> float:
 
 
 def peak_memory(action: Action, device: torch.device) -> int:
-    """Most bytes of tensors held at once, above those held before.
+    """Peak bytes of tensors during an action, above those held before it.
 
-    On CUDA by the allocator's own count. On the CPU by summing up the allocations that the profiler records, and
-    their releases, not those of blocks from before, of which it may have a wrong size. The resident set of the
-    process would also hold what the allocator keeps for later.
+    On CUDA the allocator counts. On the CPU the allocations that the profiler records are summed up, less their
+    releases; releases of earlier blocks are ignored, because the profiler may have a wrong size for them. The
+    resident set of the process would also hold memory that the allocator keeps.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -126,13 +124,13 @@ def peak_memory(action: Action, device: torch.device) -> int:
 
 
 def copy_of(like: Tensor) -> Action:
-    """A copy between two buffers of this size: reads and writes each byte once."""
+    """An action that copies a buffer of this size: it reads and writes each byte once."""
     source, target = torch.empty_like(like), torch.empty_like(like)
     return lambda: target.copy_(source)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Where and with what a benchmark was measured."""
+    """The machine and the software that a benchmark was measured with."""
     return describe_environment(device)
 
 
@@ -142,8 +140,10 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
 
 
 def with_earlier_rows(path: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The result's rows, and those of an earlier one for the networks that were not measured now, if it is there,
-    of the same benchmark, on the same kind of machine and in the same precision. Networks stay in their order."""
+    """The rows of a result, and those of an earlier one for networks that were not measured now.
+
+    The earlier result must be of the same benchmark, kind of machine and precision. Networks keep their order.
+    """
     now: list[dict[str, Any]] = result["rows"]
     try:
         earlier = json.loads(path.read_text())

@@ -78,7 +78,7 @@ def compiled_alone(layer: nn.Module) -> Callable[[Tensor], Tensor]:
     """The layer as part of a compiled model, whose layers are traced once each, at the sizes that they have there.
 
     Its code object, and so Dynamo's count of recompilations, is its own. Left to itself, Dynamo would take a size
-    that differs from the last cell's for one that varies.
+    that differs from the last cell's for a dynamic one.
     """
 
     def call(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Ways to train, compared: this project's, the plain loop of most CIFAR repositories, and timm's loader.
+"""Training paths to compare: this project's, the plain loop of most CIFAR repositories, and timm's loader.
 
 Each is a function of a workload that returns one epoch of training as an action.
 """
@@ -22,7 +22,7 @@ from l2bn.training.loop import Position, Trainer
 
 
 def ours(workload: Workload, norm: str, device: torch.device, **options: Any) -> tuple[Action, Trainer]:
-    """The trainer as a run has it, and an epoch of it."""
+    """This project's trainer, and one epoch of it as an action."""
     placing = compute(device, **options)
     placing.set_up()
     fabric = placing.fabric()
@@ -55,7 +55,7 @@ def ours(workload: Workload, norm: str, device: torch.device, **options: Any) ->
 
 
 def epochs_of(trainer: Trainer) -> Action:
-    """An epoch after the other, at the learning rate of the first."""
+    """An action that trains one epoch after the other, at the learning rate of the first."""
     epoch = 0
 
     def action() -> None:
@@ -67,7 +67,7 @@ def epochs_of(trainer: Trainer) -> Action:
 
 
 class _Pictures(Dataset[Any]):
-    """The workload's images as `torchvision.datasets` hands them out: one PIL image each, transformed."""
+    """The workload's images as PIL images, as `torchvision.datasets` returns them, transformed."""
 
     def __init__(self, workload: Workload, transform: Callable[[Image.Image], Tensor] | None = None) -> None:
         self.split = workload.splits.train
@@ -89,7 +89,7 @@ class _Pictures(Dataset[Any]):
 
 
 def pictures(workload: Workload, generator: torch.Generator | None = None) -> DataLoader[Any]:
-    """PIL transforms in a DataLoader: what most repositories feed their loop with."""
+    """PIL transforms in a DataLoader, as most repositories have them."""
     size = workload.size
     augmentation = (
         [transforms.RandomCrop(size, padding=4)]

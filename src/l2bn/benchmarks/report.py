@@ -6,7 +6,7 @@ from statistics import geometric_mean
 from textwrap import fill
 from typing import Any
 
-from l2bn.durable import write_durably
+from l2bn.records import write_durably
 
 Cell = dict[str, Any]
 
@@ -107,30 +107,6 @@ def step_table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-OF_TABLES = """
-From the start of Python to its end; pandas is what a user would write instead, and checks nothing. Median of
-several runs, in turn.
-"""
-
-
-def tables_table(result: dict[str, Any]) -> str:
-    lines = [
-        "# Tables of many records: time and memory of the whole command",
-        "",
-        f"{hardware(result)}.",
-        "",
-        prose(OF_TABLES),
-        "",
-        "| records | `scripts/tables.py` | plain pandas | memory | memory, pandas |",
-        "|---:|---:|---:|---:|---:|",
-    ]
-    for row in result["rows"]:
-        cells = [f"{row['seconds'][name]:.1f} s" for name in ("tables", "pandas")]
-        cells += [f"{row['peak_bytes'][name] / 2**20:.0f} MiB" for name in ("tables", "pandas")]
-        lines.append(f"| {row['records']:,} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
 def plot_norm(result: dict[str, Any], path: Path) -> None:
     """Ratio against the size of the map, one panel a way of calling, in training."""
     import matplotlib.pyplot as plt  # here, for a slow import that only a written report needs
@@ -195,8 +171,3 @@ def write_norm_report(result: dict[str, Any], json_path: Path | None) -> str:
 def write_step_report(result: dict[str, Any], json_path: Path | None) -> str:
     """The table; with the JSON's path, it is written beside it."""
     return write_table(step_table(result), json_path)
-
-
-def write_tables_report(result: dict[str, Any], json_path: Path | None) -> str:
-    """The table; with the JSON's path, it is written beside it."""
-    return write_table(tables_table(result), json_path)

@@ -1,6 +1,6 @@
-"""Several runs at once on one machine: images a second of all of them, against one run that has it alone.
+"""Several runs side by side on one machine: their images/s together, against one run that has it alone.
 
-On a CPU the cores are shared out among the runs; on a GPU all runs are on the same one.
+On a CPU the cores are divided among the runs; on a GPU all runs share it. An option of `benchmark.py train`.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from torch.multiprocessing.spawn import spawn
 from l2bn.benchmarks.measure import machine, synchronise, undisturbed, write_json
 from l2bn.benchmarks.paths import ours
 from l2bn.benchmarks.report import hardware, prose, write_table
-from l2bn.benchmarks.workload import add_workload_arguments, make_workload
+from l2bn.benchmarks.workload import make_workload
 
 STEPS = 10  # of an epoch
 
@@ -23,40 +23,40 @@ STEPS = 10  # of an epoch
 def one_of_several(
     index: int, arguments: argparse.Namespace, network: str, runs: int, started: Any, times: Any
 ) -> None:
-    """A process with a run of its own: warm it up, wait for the others, and train for some epochs."""
+    """Train one of several runs in this process: warm up, wait for the others, then train for some epochs."""
     device = torch.device(arguments.device)
     threads = max(1, (arguments.threads or os.cpu_count() or 1) // runs)
     workload = make_workload(network, arguments.root, STEPS, arguments.batch)
-    action, _ = ours(workload, arguments.norm, device, threads=threads)
+    action, _ = ours(workload, arguments.norms[0], device, threads=threads)
     with undisturbed():
         action()
         synchronise(device)
         started.wait()
         start = time.perf_counter()
-        for _ in range(arguments.epochs):
+        for _ in range(arguments.rounds):
             action()
         synchronise(device)
         times[index] = time.perf_counter() - start
 
 
 def images_per_second(arguments: argparse.Namespace, network: str, runs: int) -> list[float]:
-    """Of each of several runs that train at the same time."""
+    """Images/s of each of several runs that train at the same time."""
     context = multiprocessing.get_context("spawn")
     times, started = context.Array("d", runs), context.Barrier(runs)
     spawn(one_of_several, (arguments, network, runs, started, times), nprocs=runs)  # type: ignore[no-untyped-call]
     workload = make_workload(network, arguments.root, STEPS, arguments.batch)
-    return [arguments.epochs * workload.images / seconds for seconds in times[:]]
+    return [arguments.rounds * workload.images / seconds for seconds in times[:]]
 
 
 EXPLANATION = """
-So many runs of one network train at the same time, each in a process of its own; on a CPU each has its share of the
-cores. ×: all of them against one run that has the machine alone.
+Runs of one network train at the same time, each in its own process; on a CPU the cores are divided among them.
+×: their images/s together, relative to one run that has the machine alone.
 """
 
 
 def together_table(result: dict[str, Any]) -> str:
     lines = [
-        "# Several runs at once: images a second",
+        "# Several runs side by side: images/s",
         "",
         f"{hardware(result)}.",
         "",
@@ -77,19 +77,11 @@ def together_table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_workload_arguments(parser, ["ResNet-20", "MobileNetV2", "ShuffleNetV2"])
-    parser.add_argument("--norm", default="bn", choices=["bn", "l2bn"])
-    parser.add_argument("--batch", type=int, help="images a step (default: 128)")
-    parser.add_argument("--runs", nargs="+", type=int, default=[2], help="how many at once (default: 2)")
-    parser.add_argument("--epochs", type=int, default=3, help=f"of {STEPS} steps each (default: 3)")
-
-
 def run(arguments: argparse.Namespace) -> None:
     """Raises UserError."""
     rows = []
     for network in arguments.networks:
-        for runs in sorted({1, *arguments.runs}):
+        for runs in sorted({1, *arguments.together}):
             speeds = images_per_second(arguments, network, runs)
             batch = make_workload(network, arguments.root, 1, arguments.batch).batch
             rows.append({"network": network, "batch": batch, "runs": runs, "images_per_second": speeds})

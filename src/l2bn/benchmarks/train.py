@@ -1,8 +1,8 @@
-"""Training as a run has it, beside the plain loop of most CIFAR repositories and timm's loader: images a second.
+"""Training throughput of this project's trainer, the plain loop of most CIFAR repositories, and timm's loader.
 
-All paths of a network train it in turn, an epoch of the same images each, in one process. Of an epoch by this
-project's trainer it is also measured how long data, forward, backward and optimizer take, how much memory is held
-at most, and what share of the machine's rate of matrix products the arithmetic of the network reaches.
+All paths of a network take turns in one process, an epoch of the same images each. For this project's trainer, the
+seconds of data, forward, backward and optimizer, the peak memory, and the share of the machine's rate of matrix
+products are measured, too.
 """
 
 import argparse
@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
+from l2bn.backbones.cost import count_multiply_adds
+from l2bn.benchmarks import together
 from l2bn.benchmarks.measure import (
     Action,
     forget_compiled,
@@ -82,7 +83,7 @@ class _TimedTrainer(Trainer):
 
 
 def split_of(trainer: Trainer, epochs: int, device: torch.device) -> dict[str, float]:
-    """Seconds of each phase of a step, and of all of it, in the fastest of some epochs."""
+    """Seconds of each phase of a step and of the whole step, in the fastest of some epochs."""
     fastest: dict[str, float] = {"step": float("inf")}
     for _ in range(epochs):
         watch = Stopwatch(device)
@@ -114,23 +115,22 @@ def split_of(trainer: Trainer, epochs: int, device: torch.device) -> dict[str, f
 
 
 def one_step_of(trainer: Trainer) -> Action:
-    """The first step of an epoch after the other."""
+    """An action that takes the first step of an epoch."""
     first = _Replaced(trainer.train, epoch=lambda *arguments: islice(trainer.train.epoch(*arguments), 1))
     return epochs_of(Trainer(**{**vars(trainer), "train": first}))
 
 
 def flops_of(workload: Workload) -> int:
-    """Of convolutions and matrix products, for one image: two for a factor and its sum. Backward counts twice what
-    forward does, since each product has two gradients. (torch's counter takes a depthwise convolution's backward
-    for that of a full one.)"""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        workload.build("bn").eval()(torch.zeros(1, 3, workload.size, workload.size))
-    return 3 * counter.get_total_flops()
+    """Floating-point operations of convolutions and matrix products in a training step of one image.
+
+    Two for a multiply-add. Backward counts twice, since each product has two gradients (torch's counter takes a
+    depthwise convolution's backward for that of a full one).
+    """
+    return 3 * 2 * count_multiply_adds(workload.build("bn"), workload.size)
 
 
 def matrix_product_rates(device: torch.device, seconds: float = 3.0) -> dict[str, float]:
-    """Floating-point operations a second of a large product, by the library for matrices and by the one for
-    convolutions, in which the same product is a 1x1 convolution."""
+    """FLOP/s of a large matrix product, by the library for matrices and by that for convolutions (as a 1x1 one)."""
     n = 1024 if device.type == "cpu" else 8192
     a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
     pixels = a.view(n // 256, 16, 16, n).movedim(-1, 1)  # (n / 256, n, 16, 16), channels_last
@@ -143,7 +143,7 @@ def matrix_product_rates(device: torch.device, seconds: float = 3.0) -> dict[str
 
 
 def measure(workload: Workload, arguments: argparse.Namespace, device: torch.device) -> list[Row]:
-    """A row for each path, all timed in turn."""
+    """Time all paths in turn; a row for each."""
     forget_compiled()
     options = {"threads": arguments.threads, "precision": arguments.precision}
     actions: dict[str, Action] = {}
@@ -182,7 +182,7 @@ def measure(workload: Workload, arguments: argparse.Namespace, device: torch.dev
 
 
 def by_itself(action: Action) -> Action:
-    """The action as a process does it that does not keep freed memory."""
+    """The action in a process that returns freed memory to the system, which is glibc's default."""
 
     def run() -> None:
         free_as_usual()
@@ -193,7 +193,7 @@ def by_itself(action: Action) -> Action:
 
 
 def compile_now(trainer: Trainer) -> None:
-    """What is compiled at the first step, without the rest of an epoch."""
+    """Take one step, in which everything is compiled."""
     images, labels = next(trainer.train.epoch(0))
     loss, _ = trainer.forward(images, labels, 0, 0)
     trainer.fabric.backward(loss)
@@ -201,7 +201,7 @@ def compile_now(trainer: Trainer) -> None:
 
 
 def write_trace(workload: Workload, path: Path, device: torch.device, **options: Any) -> None:
-    """A few steps of training, as a trace that Perfetto (ui.perfetto.dev) opens."""
+    """Write a trace of a few training steps, for Perfetto (ui.perfetto.dev)."""
     action, _ = ours(workload, "bn", device, **options)
     action()
     with torch.profiler.profile(record_shapes=True) as profile:  # of every kind of device that there is
@@ -220,11 +220,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, help="images a step (default: 128 at 32x32, 32 at 224x224)")
     parser.add_argument("--seconds", type=float, default=60.0, help="measuring time of a network (default: 60)")
     parser.add_argument("--rounds", type=int, default=5, help="fewest epochs of each path (default: 5)")
+    parser.add_argument(
+        "--together",
+        type=int,
+        nargs="+",
+        metavar="RUNS",
+        help="instead, images/s of so many runs side by side and of one alone, of the first norm",
+    )
     parser.add_argument("--profile", type=Path, help="instead, write a trace of the first network's steps here")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Raises UserError. With --json, the networks measured before in the same setting keep their rows."""
+    if arguments.together:
+        together.run(arguments)
+        return
     device = torch.device(arguments.device)
     workloads = (
         make_workload(name, arguments.root, STEPS[NETWORKS[name][1]], arguments.batch)

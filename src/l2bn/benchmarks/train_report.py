@@ -1,4 +1,4 @@
-"""What a reader sees of the benchmark of training: a table and a plot."""
+"""Table and plot of the training benchmark."""
 
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,14 @@ PHASES = ("data", "forward", "backward", "optimizer")
 
 
 EXPLANATION = """
-Whole training steps, data included: all paths of a network in turn, in one process, on the same images. Plain
+Whole training steps including data; all paths of a network take turns in one process, on the same images. Plain
 loop: PIL transforms, a DataLoader with 2 workers, eager, contiguous, loss and accuracy read at every step.
 timm's loader: `create_loader`, 2 workers (random resized crops), in the same loop with timm's SGD. Both free
-memory as glibc does by itself, ours keeps it. ×: images a second against the plain loop's, which has BN. A step
-in milliseconds, by phase; waiting: the share of data in the step. Memory: most bytes held at once in a step
-above those held before it. Arithmetic: operations of convolutions and matrix products a second, as a share of
-the machine's rate of large matrix products ({rate} G/s, the better of two libraries). *: what
-`compute.compile=auto` takes for a run of 39,000 updates.
+memory as glibc does by default, ours keeps it. ×: images/s relative to the plain loop's, which has BN. The phases
+of a step are in milliseconds; waiting: the share of data in the step. Memory: peak bytes in a step above those
+held before it. Arithmetic: rate of convolutions and matrix products, as a share of the machine's rate of large
+matrix products ({rate} GFLOP/s, the better of two libraries). *: the choice of `compute.compile=auto` for a run of
+39,000 updates.
 """
 
 
@@ -30,7 +30,7 @@ def named(row: Row) -> str:
 
 
 def baseline_of(row: Row, rows: list[Row]) -> float:
-    """Images a second of the plain loop on the same network."""
+    """Images/s of the plain loop on the same network."""
     (found,) = (r for r in rows if r["network"] == row["network"] and r["path"] == "plain")
     return float(found["images_per_second"])
 
@@ -38,7 +38,7 @@ def baseline_of(row: Row, rows: list[Row]) -> float:
 def train_table(result: dict[str, Any]) -> str:
     rows, best = result["rows"], max(result["matrix_products"].values())
     lines = [
-        "# Training: images a second",
+        "# Training: images/s",
         "",
         f"{hardware(result)}, {result['precision']}.",
         "",
@@ -69,7 +69,7 @@ def train_table(result: dict[str, Any]) -> str:
 
 
 def plot_train(result: dict[str, Any], path: Path) -> None:
-    """Images a second against the plain loop's, a group of bars a network."""
+    """Plot images/s relative to the plain loop's, a group of bars per network."""
     import matplotlib.pyplot as plt  # here, for a slow import that only a written report needs
 
     rows = result["rows"]
@@ -96,7 +96,7 @@ def plot_train(result: dict[str, Any], path: Path) -> None:
             )
     panel.axhline(1, color="black", linewidth=1)
     panel.set_xticks(range(len(networks)), networks)
-    panel.set_ylabel("images a second / plain loop's")
+    panel.set_ylabel("images/s, relative to the plain loop")
     panel.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=len(kinds), frameon=False)
     figure.savefig(path, dpi=150)
@@ -107,4 +107,4 @@ def write_train_report(result: dict[str, Any], json_path: Path | None) -> str:
     """The table; with the JSON's path, table and plot are written beside it."""
     if json_path is not None:
         plot_train(result, json_path.with_suffix(".png"))
-    return write_table(train_table(result), json_path, "images a second against the plain loop's")
+    return write_table(train_table(result), json_path, "images/s relative to the plain loop")

@@ -1,6 +1,6 @@
-"""What training is measured on: a network, its images, and the settings that all paths share.
+"""Workloads of the training benchmarks: a network, its images, and the settings that all paths share.
 
-Images of 32 pixels are in memory, those of 224 pixels are JPEG files. Both are real ones where `--root` names their
+Images of 32 pixels are in memory, images of 224 pixels are JPEG files. They are real where `--root` names their
 folder (`train/<class>/`, `test/<class>/` and `imagenet-samples/<wnid>/`), else noise, which costs as much.
 """
 
@@ -67,7 +67,7 @@ class Workload:
         return self.batch * self.steps
 
     def build(self, norm: str) -> nn.Module:
-        """The network with its first weights."""
+        """Build the network with its initial weights."""
         torch.manual_seed(0)
         model = NETWORKS[self.network][0]()
         swap_norm(model, NORMS[norm])
@@ -75,7 +75,7 @@ class Workload:
 
 
 def recipe(batch: int, epochs: int = 1000, lr: float = 0.01) -> Recipe:
-    """That of `recipe=short`, unless told otherwise long and at a rate that noise can bear."""
+    """The recipe `short` with more epochs, at a learning rate at which training on noise is stable."""
     return Recipe(
         epochs=epochs,
         batch_size=batch,
@@ -91,7 +91,7 @@ def recipe(batch: int, epochs: int = 1000, lr: float = 0.01) -> Recipe:
 
 
 def compute(device: torch.device, **options: Any) -> Compute:
-    """That of `compute=auto`, but for these options."""
+    """The settings of `compute=auto`, changed by these options."""
     defaults: dict[str, Any] = {
         "device": device.type,
         "devices": 1,
@@ -115,7 +115,7 @@ def make_workload(network: str, root: Path | None, steps: int, batch: int | None
 
 
 def small_images(root: Path | None, count: int) -> tuple[Splits, str]:
-    """At most so many images of 32 pixels in memory, to train and to test on."""
+    """Images of 32 pixels in memory, at most `count` to train on, and their description."""
     if root is not None:
         splits = image_folder(str(root), label="CIFAR-10 (JPEG)", augmentation=CropFlip())
         few = torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(0))[:count]
@@ -130,8 +130,10 @@ PHOTOGRAPH_WIDTH, PHOTOGRAPH_HEIGHT = 450, 370  # the mean of the 100 sample pho
 
 
 def photographs(root: Path | None, count: int, cache_side: int | None = None) -> tuple[Splits, str]:
-    """So many JPEG files of photographs, some of them again, to train on; and to test on. With `cache_side`, as
-    `dataset.cache_side` keeps them decoded."""
+    """`count` JPEG files of photographs to train on, repeated where there are fewer, and their description.
+
+    `cache_side` keeps them decoded, as `dataset.cache_side` does.
+    """
     source = "ImageNet samples"
     if root is None:
         root, source = _temporary_folder(), "noise"
@@ -144,14 +146,14 @@ def photographs(root: Path | None, count: int, cache_side: int | None = None) ->
 
 
 def _temporary_folder() -> Path:
-    """Gone when the process ends."""
+    """Make a folder that is removed when the process ends."""
     folder = Path(tempfile.mkdtemp(prefix="l2bn-benchmark-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
 def _in_classes(split: Split, count: int) -> Any:
-    """So many images, some of them again, their labels folded into the classes that the networks know."""
+    """Select `count` images, repeated where there are fewer, with labels taken modulo CLASSES."""
     chosen: Any = split.select(torch.arange(count) % len(split))
     return replace(chosen, labels=chosen.labels % CLASSES)
 
@@ -168,7 +170,7 @@ def _write_noise(root: Path, count: int) -> None:
 
 
 def add_workload_arguments(parser: argparse.ArgumentParser, networks: list[str]) -> None:
-    """What every benchmark of training can be told."""
+    """Add the options that all training benchmarks share."""
     parser.add_argument("--json", type=Path, help="write the result here, and its table and plot beside it")
     parser.add_argument("--root", type=Path, help="folder of real images (default: noise)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches in memory: every sample has its own random numbers, and no sample its own call."""
+"""Augmentation of whole batches in memory: random numbers for each sample, one call for all."""
 
 from dataclasses import dataclass
 

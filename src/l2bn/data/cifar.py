@@ -1,23 +1,30 @@
 """CIFAR-10 and CIFAR-100 from their official archives (the "python version").
 
 A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009. An archive holds pickles of numpy
-arrays. A pickle can run any code when it is read, so that these are read by an unpickler that knows arrays only.
+arrays. Reading a pickle can run any code, so these are read by an unpickler that accepts arrays only.
 """
 
+import logging
 import pickle
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torchvision import datasets
+from torchvision.datasets.utils import calculate_md5
 
 from l2bn.data.archive import Archive, fetch, unpack
+from l2bn.data.cache import expand
 from l2bn.data.splits import Common, Images, Splits, make_splits
 from l2bn.errors import UserError
 
+log = logging.getLogger(__name__)
+
 CIFAR10 = Archive(datasets.CIFAR10.url, datasets.CIFAR10.tgz_md5, datasets.CIFAR10.base_folder)
 CIFAR100 = Archive(datasets.CIFAR100.url, datasets.CIFAR100.tgz_md5, datasets.CIFAR100.base_folder)
+COUNTS = 50_000, 10_000  # training and test images of both
 
 
 def cifar10(root: str, download: bool = True, **common: Unpack[Common]) -> Splits:
@@ -26,9 +33,8 @@ def cifar10(root: str, download: bool = True, **common: Unpack[Common]) -> Split
     root: folder of the archive or of the unpacked `cifar-10-batches-py`. download: fetch a missing archive.
     """
     folder = _provide(CIFAR10, root, download)
-    train = _images([folder / f"data_batch_{part}" for part in range(1, 6)], "labels")
-    test = _images([folder / "test_batch"], "labels")
-    return _splits(train, test, folder / "batches.meta", "label_names", common)
+    batches = [f"data_batch_{part}" for part in range(1, 6)]
+    return _read(datasets.CIFAR10, folder, (batches, ["test_batch"]), "batches.meta", "label", common)
 
 
 def cifar100(
@@ -39,15 +45,12 @@ def cifar100(
     root: folder of the archive or of the unpacked `cifar-100-python`. With coarse labels there is no baseline.
     """
     folder = _provide(CIFAR100, root, download)
-    train, test = (_images([folder / part], f"{labels}_labels") for part in ("train", "test"))
-    if labels == "coarse":
-        common = {**common, "label": f"{common['label']}, coarse", "baseline": None}
-    return _splits(train, test, folder / "meta", f"{labels}_label_names", common)
+    return _read(datasets.CIFAR100, folder, (["train"], ["test"]), "meta", f"{labels}_label", common)
 
 
 def _provide(archive: Archive, root: str, download: bool) -> Path:
     """The unpacked folder, from the archive if need be."""
-    place = Path(root).expanduser()
+    place = expand(root)
     folder = place / archive.folder
     if not folder.is_dir():
         remedy = (
@@ -60,10 +63,32 @@ def _provide(archive: Archive, root: str, download: bool) -> Path:
     return folder
 
 
-def _images(files: list[Path], labels: str) -> Images:
+def _read(
+    official: type[datasets.CIFAR10],
+    folder: Path,
+    parts: tuple[list[str], list[str]],
+    meta: str,
+    key: str,
+    common: Common,
+) -> Splits:
+    """The splits from the files of both parts; key: of the labels, as in `fine_labels` and `fine_label_names`."""
+    classes = tuple(load_arrays(folder / meta)[f"{key}_names"])
+    train, test = (_images([folder / name for name in names], f"{key}s", len(classes)) for names in parts)
+    md5 = dict([*official.train_list, *official.test_list])
+    changed = [name for name in (*parts[0], *parts[1]) if calculate_md5(folder / name) != md5[name]]
+    if changed:
+        log.warning("%s: not the official files, by their md5 sums: %s", folder, ", ".join(changed))
+    whole = (len(classes), *COUNTS)
+    variant = "coarse" if key == "coarse_label" else ""
+    return make_splits(
+        train, test, len(classes), 32, classes, whole=whole, intact=not changed, variant=variant, **common
+    )
+
+
+def _images(files: list[Path], key: str, classes: int) -> Images:
     batches = [load_arrays(file) for file in files]
     for file, batch in zip(files, batches, strict=True):
-        pixels, targets = batch.get("data"), batch.get(labels)
+        pixels, targets = batch.get("data"), batch.get(key)
         if (
             not isinstance(pixels, np.ndarray)
             or pixels.dtype != np.uint8
@@ -73,34 +98,43 @@ def _images(files: list[Path], labels: str) -> Images:
             or len(targets) != len(pixels)
         ):
             raise UserError(
-                f"{file} is no batch of CIFAR images: `data`, uint8 of shape (N, 3072), and `{labels}`, N labels, "
-                "are expected; unpack the official archive anew"
+                f"{file} is no batch of CIFAR images: `data`, uint8 of shape (N, 3072), and `{key}`, N labels, "
+                "are expected; unpack the official archive again"
             )
+        if not all(isinstance(label, int) and 0 <= label < classes for label in targets):
+            raise UserError(f"{file}: labels outside the {classes} classes; unpack the official archive again")
     pixels = np.concatenate([batch["data"] for batch in batches])
-    targets = [label for batch in batches for label in batch[labels]]
+    targets = [label for batch in batches for label in batch[key]]
     return Images(torch.from_numpy(pixels.reshape(-1, 3, 32, 32)), torch.tensor(targets))
-
-
-def _splits(train: Images, test: Images, meta: Path, key: str, common: Common) -> Splits:
-    classes = tuple(load_arrays(meta)[key])
-    for split in (train, test):
-        if not 0 <= int(split.labels.min()) <= int(split.labels.max()) < len(classes):
-            raise UserError(f"{meta.parent}: labels outside the {len(classes)} classes that {meta.name} names")
-    return make_splits(train, test, len(classes), 32, classes, **common)
 
 
 # numpy keeps the function that rebuilds an array in a private module, which has moved.
 _rebuild: Any = np.empty(0).__reduce__()[0]
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """How Python 3 writes bytes by the protocols of Python 2."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it asks for the encoding {encoding}")
+    return text.encode(encoding)
+
+
+def _from_buffer(content: bytes, dtype: Any, shape: tuple[int, ...], order: Any) -> npt.NDArray[Any]:
+    """How numpy rebuilds an array of protocol 5."""
+    return np.frombuffer(content, dtype).reshape(shape, order=order)
+
+
 _ALLOWED = {
-    ("numpy.core.multiarray", "_reconstruct"): _rebuild,
-    ("numpy._core.multiarray", "_reconstruct"): _rebuild,
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): _encode,
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): _rebuild for core in ("core", "_core")},
+    **{(f"numpy.{core}.numeric", "_frombuffer"): _from_buffer for core in ("core", "_core")},
 }
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Knows plain Python values and numpy arrays; a pickle that names anything else is refused before it is run."""
+    """Reads plain Python values and numpy arrays; a pickle that names anything else is refused before it runs."""
 
     def find_class(self, module: str, name: str, /) -> Any:
         if (module, name) not in _ALLOWED:
@@ -109,7 +143,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def load_arrays(file: Path) -> dict[str, Any]:
-    """A dictionary of plain values and numpy arrays from a pickle of Python 2 or 3.
+    """A dictionary of plain values and numpy arrays from a pickle of any protocol, of Python 2 or 3.
 
     Raises `UserError` for a missing or damaged file, and for one that holds anything else.
     """
@@ -117,10 +151,10 @@ def load_arrays(file: Path) -> dict[str, Any]:
         with file.open("rb") as stream:
             content = _ArrayUnpickler(stream, encoding="latin1").load()
     except FileNotFoundError:
-        raise UserError(f"no {file}: unpack the official archive anew") from None
+        raise UserError(f"no {file}: unpack the official archive again") from None
     # A mangled pickle can fail anywhere inside the unpickler.
     except Exception as error:
         raise UserError(f"{file} is refused, it is no pickle of plain arrays: {error}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{file} holds no dictionary: unpack the official archive anew")
+        raise UserError(f"{file} holds no dictionary: unpack the official archive again")
     return content

@@ -1,41 +1,96 @@
-"""One image file of any kind to RGB with 8 bits a channel."""
+"""Image files of any kind to RGB with 8 bits a channel."""
 
 import io
+import os
+import re
 import struct
+from collections.abc import Callable, Generator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
+from l2bn.data.cache import tracked
 from l2bn.errors import UserError
 
+T = TypeVar("T")
 
-def read_rgb(source: Path | bytes, name: str) -> Image.Image:
+CHUNK = 64  # images that a decoding process takes at a time
+BITS_PER_SAMPLE, LARGEST_VALUE = 258, 281  # tags of TIFF
+DIM = 4096  # a 16-bit image that stays below holds at most 12 bits of its 16: it would be nearly black
+
+
+def read_rgb(source: Path | bytes | bytearray, name: str) -> Image.Image:
     """Decode a file or its bytes: grayscale repeated, CMYK converted, 16 bits scaled to 8, transparency on white.
 
-    Raises `UserError` with `name` if it is damaged, cut short or no image.
+    Raises `UserError` with `name` if it is damaged, cut short, no image, or has a range that it does not state.
     """
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
+            wide = any(re.search(";16[BLN]", str(tile[-1])) for tile in image.tile)  # of which Pillow keeps 8 bits
             image.load()
-            return _to_rgb(image)
+            return _to_rgb(image, wide)
     except FileNotFoundError:
-        raise UserError(f"{name}: the file is gone; it was there when its folder was listed") from None
+        raise UserError(f"{name}: the file is gone; it existed when its folder was listed") from None
     # Pillow's decoders report damage by all of these.
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise UserError(f"{name}: cannot be decoded ({error}); replace or remove the file") from error
+        raise UserError(f"{name}: cannot be decoded ({error}); replace the file") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I"):  # `convert` would clip 16-bit gray values at 255
-        values = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+def _to_rgb(image: Image.Image, wide: bool) -> Image.Image:
+    if image.mode.startswith("I"):
+        return _from_integers(image)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no fixed range")
+    if wide and np.asarray(image.convert("RGB")).max() < DIM >> 8:
+        raise _too_dim()
     if image.has_transparency_data:
+        key = image.info.get("transparency")
+        if wide and isinstance(key, tuple):
+            image.info["transparency"] = tuple(value >> 8 for value in key)
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def _from_integers(image: Image.Image) -> Image.Image:
+    """Gray values of more than 8 bits, which Pillow's `convert` would clip at 255."""
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
+    stated = tags.get(LARGEST_VALUE)
+    if stated is None and bits > 16:
+        raise ValueError(f"{bits}-bit pixels have no fixed range")
+    white = (stated if isinstance(stated, int) else stated[0]) if stated is not None else 2**bits - 1
+    values = np.asarray(image).astype(np.int64)
+    if white == 2**16 - 1 and 0 < values.max() < DIM:
+        raise _too_dim()
+    gray = (values.clip(0, white) * 256 // (white + 1)).astype(np.uint8)
+    key = image.info.get("transparency")
+    if isinstance(key, int):
+        gray[values == key] = 255
+    return Image.fromarray(gray).convert("RGB")
+
+
+def _too_dim() -> ValueError:
+    return ValueError(
+        "its 16-bit pixels use at most 12 bits and would be nearly black: scale them to 8 bits or to all 16"
+    )
+
+
+def read_all(paths: list[Path], read: Callable[[Path], T], text: str) -> Generator[T, None, None]:
+    """What `read` returns for each path, in order, computed in parallel with a progress bar.
+
+    By processes, because most of the time spent on a small image is spent in Python. Close it to cancel the rest.
+    """
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(paths) // CHUNK + 1)) as workers:
+        try:
+            yield from tracked(workers.map(read, paths, chunksize=CHUNK), text, len(paths))
+        except BrokenProcessPool as error:
+            raise UserError(f"{text}: a process was killed, probably for lack of memory: {error}") from error
+        except BaseException:
+            workers.shutdown(cancel_futures=True)
+            raise

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
-from l2bn.data.splits import Common, Images, Splits, check_image_size, make_splits, stratified_order
+from l2bn.data.splits import Common, Images, Splits, check_image_size, digest, make_splits, stratified_order
 
 TEST_SHARE = 0.2  # leaves 1,437 training images: 44 batches of 32
 
@@ -23,7 +23,8 @@ def digits(image_size: int = 32, **common: Unpack[Common]) -> Splits:
     pixels = torch.from_numpy(data.images).float().unsqueeze(1) * (255 / 16)  # (N, 1, 8, 8), values 0 to 16
     pixels = F.interpolate(pixels, size=(image_size, image_size), mode="bilinear", align_corners=False)
     every = Images(pixels.round().to(torch.uint8).repeat(1, 3, 1, 1), torch.from_numpy(data.target).long())
+    files = digest([torch.from_numpy(data.images), every.labels])
     order = stratified_order(every.labels, "digits")
     held_out = math.ceil(TEST_SHARE * len(every))
     test, train = every.select(order[:held_out].sort().values), every.select(order[held_out:].sort().values)
-    return make_splits(train, test, 10, image_size, tuple("0123456789"), **common)
+    return make_splits(train, test, 10, image_size, tuple("0123456789"), files=files, **common)

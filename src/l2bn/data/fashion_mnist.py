@@ -5,6 +5,9 @@ arXiv:1708.07747.
 """
 
 import gzip
+import hashlib
+import logging
+import math
 import zlib
 from pathlib import Path
 from typing import Unpack
@@ -16,14 +19,26 @@ from torch import Tensor
 from torchvision import datasets
 
 from l2bn.data.archive import Archive, fetch
+from l2bn.data.cache import expand
 from l2bn.data.splits import Common, Images, Splits, make_splits
 from l2bn.errors import UserError
+
+log = logging.getLogger(__name__)
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
 ARCHIVES = {
     name.removesuffix(".gz"): Archive(datasets.FashionMNIST.mirrors[0] + name, md5)
     for name, md5 in datasets.FashionMNIST.resources
 }
+
+
+MD5 = {  # of the unpacked files, which Debian packs anew
+    "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+    "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
+    "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
+    "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
+}
+COUNTS = 60_000, 10_000  # training and test images
 
 
 def fashion_mnist(root: str, download: bool = True, **common: Unpack[Common]) -> Splits:
@@ -35,15 +50,25 @@ def fashion_mnist(root: str, download: bool = True, **common: Unpack[Common]) ->
     Each file is read from `root`, from `root`/FashionMNIST/raw, where torchvision puts it, or from Debian's
     package, and is otherwise downloaded to `root`. Gzipped files are read as they are; it takes half a second.
     """
-    place = Path(root).expanduser()
-    train, test = (
-        Images(
-            _pixels(_find(f"{part}-images-idx3-ubyte", place, download)),
-            _read(_find(f"{part}-labels-idx1-ubyte", place, download), dimensions=1).long(),
+    values, changed = {}, []
+    for name in MD5:
+        path = _find(name, expand(root), download)
+        content = _content(path)
+        values[name] = _values(content, path, 3 if "idx3" in name else 1)
+        if hashlib.md5(content, usedforsecurity=False).hexdigest() != MD5[name]:
+            changed.append(str(path))
+    if changed:
+        log.warning(
+            "by their md5 sums these are not the official files of Fashion-MNIST: %s; those of MNIST, KMNIST and "
+            "EMNIST have the same names",
+            ", ".join(changed),
         )
+    train, test = (
+        Images(_rgb(values[f"{part}-images-idx3-ubyte"]), values[f"{part}-labels-idx1-ubyte"].long())
         for part in ("train", "t10k")
     )
-    return make_splits(train, test, 10, 32, tuple(datasets.FashionMNIST.classes), **common)
+    classes = tuple(datasets.FashionMNIST.classes)
+    return make_splits(train, test, 10, 32, classes, whole=(10, *COUNTS), intact=not changed, **common)
 
 
 def _find(name: str, root: Path, download: bool) -> Path:
@@ -62,22 +87,33 @@ def _find(name: str, root: Path, download: bool) -> Path:
     )
 
 
-def _pixels(path: Path) -> Tensor:
-    """(N, 3, 32, 32)."""
-    images = _read(path, dimensions=3)
-    if images.shape[1:] != (28, 28):
-        raise UserError(f"{path} holds images of {images.shape[1]} x {images.shape[2]} pixels, not 28 x 28")
-    return F.pad(images.unsqueeze(1), (2, 2, 2, 2)).repeat(1, 3, 1, 1)
-
-
-def _read(path: Path, dimensions: int) -> Tensor:
-    """The bytes of an IDX file: 0, 0, 8 for unsigned bytes, the number of dimensions, their sizes, the values."""
+def _content(path: Path) -> bytes:
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be unpacked: {error}; download it anew") from error
+        raise UserError(f"{path} cannot be unpacked: {error}; download it again") from error
+
+
+def _values(content: bytes, path: Path, dimensions: int) -> Tensor:
+    """The images (N, 28, 28) or the labels (N,) of an IDX file.
+
+    Its bytes are 0, 0, 8 for unsigned bytes, the number of dimensions, their sizes, and the values.
+    """
     start = 4 + 4 * dimensions
     shape = [int.from_bytes(content[at : at + 4], "big") for at in range(4, start, 4)]
-    if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) != start + int(np.prod(shape)):
+    if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) != start + math.prod(shape):
         raise UserError(f"{path} is no complete IDX file of unsigned bytes in {dimensions} dimensions")
-    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy())
+    values = torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy())
+    if dimensions == 3 and shape[1:] != [28, 28]:
+        raise UserError(f"{path} holds images of {shape[1]} x {shape[2]} pixels, not 28 x 28")
+    if dimensions == 1 and values.numel() and int(values.max()) > 9:
+        raise UserError(
+            f"{path} holds labels up to {int(values.max())}, not 0 to 9: it is of another data set, perhaps "
+            "EMNIST; name the folder of Fashion-MNIST by dataset.root=FOLDER"
+        )
+    return values
+
+
+def _rgb(images: Tensor) -> Tensor:
+    """(N, 28, 28) -> (N, 3, 32, 32)."""
+    return F.pad(images.unsqueeze(1), (2, 2, 2, 2)).repeat(1, 3, 1, 1)

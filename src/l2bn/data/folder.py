@@ -1,12 +1,14 @@
 """Any tree of images, `train/<class>/` and `test/<class>/`, that fits into memory.
 
-Every image is decoded once, in parallel, into a cache: one file of uint8 tensors, which is made anew when the
-tree has changed (a name, a size or a time of modification).
+Every image is decoded once, in parallel, into a cache: one file of uint8 arrays, which is made again when a file of
+the tree has changed. It also holds the digest of the files' contents.
 """
 
+import logging
 import os
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,19 +18,23 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from l2bn.data.cache import cache_file, fingerprint, replacing
-from l2bn.data.decode import read_rgb
-from l2bn.data.progress import tracked
-from l2bn.data.splits import Common, Images, Splits, check_image_size, make_splits
+from l2bn.data.cache import Arrays, cached, expand, file_state, status
+from l2bn.data.decode import read_all, read_rgb
+from l2bn.data.splits import Common, Images, Splits, check_image_size, digest, make_splits
 from l2bn.errors import UserError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
-CACHE_FORMAT = "1"  # to be raised when the same files would give other pixels
-CHUNK = 64  # images that a decoding process takes at a time
+log = logging.getLogger(__name__)
+
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif", ".ppm", ".pgm", ".tif", ".tiff"),
+)
+# Folders that storage systems and archivers leave everywhere; hidden ones (`.Trash-1000`) are left out as well.
+SYSTEM_FOLDERS = frozenset(
+    {"@eaDir", "@Recycle", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+    | {"__MACOSX", "__pycache__"}
+)
 
 
 def image_folder(
@@ -37,31 +43,82 @@ def image_folder(
     test: str = "test",
     image_size: int | None = None,
     cache: str | None = None,
+    counts: list[int] | None = None,
     **common: Unpack[Common],
 ) -> Splits:
     """The images below `root`/`train`/<class>/ and `root`/`test`/<class>/, as RGB.
 
     image_size: the centre square of each image is cut out and resized to it; null: the images are squares of
     one size already. cache: folder of the decoded images; null: `l2bn` in the user's cache folder.
-    label: names the images; where they lie is no part of a run's identity, so other images need another label.
+    counts: of a published data set, the number of its classes and of the training and test images of each.
+    label: null: the name of the root folder.
+    `train` and `test` may be the same folder, "." for example, if `validation` holds out a share of it.
 
     Raises `UserError`, naming the folder or file, for a missing or empty folder, for classes that differ between
     training and test, for sizes that differ, and for a file that cannot be decoded.
     """
     if image_size is not None:  # null keeps the files' own size
         check_image_size(image_size)
-    folder = Path(root).expanduser()
-    trees = [list_images(folder / train), list_images(folder / test)]
-    same_classes(*trees)
-    arrays = _cached(folder, trees, image_size, cache)
-    splits = [Images(pixels, tree.labels) for pixels, tree in zip(arrays, trees, strict=True)]
-    if arrays[0].shape[-1] != arrays[1].shape[-1]:
+    folder = expand(root)
+    for part, key in ((train, "train"), (test, "test")):
+        if not (folder / part).is_dir():
+            raise UserError(f"no folder {(folder / part).absolute()}. {_suggest(folder, train, test, key)}")
+    trees = [list_images(folder / train)]
+    if not (folder / train).samefile(folder / test):
+        trees.append(list_images(folder / test))
+        same_classes(*trees)
+    elif not common.get("validation"):
         raise UserError(
-            f"{folder}: the images of {train} are {arrays[0].shape[-1]} pixels wide and those of {test} "
-            f"{arrays[1].shape[-1]}; set dataset.image_size"
+            f"dataset.train={train} and dataset.test={test} are one folder in {folder.absolute()}: accuracy would "
+            "be measured on training images; name another folder, or hold images out by dataset.validation=0.2"
         )
     classes = trees[0].classes
-    return make_splits(splits[0], splits[1], len(classes), arrays[0].shape[-1], classes, **common)
+    if len(classes) == 1:
+        inner = scan(folder / train / classes[0])[0]
+        raise UserError(
+            f"only one class in {folder / train}, {classes[0]}: every answer would be right; "
+            + (
+                f"if {_listing(inner)} are the classes, set dataset.train={train}/{classes[0]}"
+                if inner
+                else "give two"
+            )
+        )
+    arrays, files = _decode_cached(folder, trees, image_size, cache)
+    splits = [Images(pixels, tree.labels) for pixels, tree in zip(arrays, trees, strict=True)]
+    sizes = [pixels.shape[-1] for pixels in arrays]
+    if sizes[0] != sizes[-1]:
+        raise UserError(
+            f"{folder}: the images of {train} are {sizes[0]} pixels wide and those of {test} {sizes[-1]}; "
+            "set dataset.image_size"
+        )
+    label = common.get("label")
+    common["label"] = Path(os.path.abspath(folder)).name if label is None else label  # noqa: PTH100 (a link's own name)
+    whole = None if counts is None else (counts[0], counts[0] * counts[1], counts[0] * counts[2])
+    return make_splits(splits[0], splits[-1], len(classes), sizes[0], classes, files=files, whole=whole, **common)
+
+
+def _suggest(folder: Path, train: str, test: str, missing: str) -> str:
+    """The option that fits what the folder holds in place of `train` and `test`."""
+    if not folder.is_dir():
+        return "Name the folder that holds train/<class>/ and test/<class>/ by dataset.root=FOLDER"
+    found = scan(folder)[0]
+    used = {"train": test, "test": train}[missing]
+    names = [name for name in found if name != used and name.lower().startswith(missing[:2])]
+    names += [name for name in found if name != used and missing == "test" and name.lower().startswith("val")]
+    if names:
+        return f"There is {names[0]}: set dataset.{missing}={names[0]}"
+    if used in found:
+        return f"Without a {missing} split, set dataset.{missing}={used} dataset.validation=0.2"
+    if found:
+        return (
+            f"There are the folders {_listing(found)}: if they are the classes, "
+            "set dataset.train=. dataset.test=. dataset.validation=0.2; if not, name another dataset.root=FOLDER"
+        )
+    return "It would hold a folder for each class; set dataset.root=FOLDER"
+
+
+def _listing(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 @dataclass(frozen=True)
@@ -76,20 +133,64 @@ class Tree:
     def paths(self) -> list[Path]:
         return [self.folder / name for name in self.names]
 
+    def digest(self) -> str:
+        """Digest over name, label and size in bytes of each file. Raises `UserError` for a broken link."""
+        sizes = torch.tensor([status(path).st_size for path in self.paths()])
+        return digest([*self.names, self.labels, sizes])
+
+
+def scan(folder: Path) -> tuple[list[str], list[str]]:
+    """The names of the folders and of the files in a folder, sorted, without hidden and system folders and files.
+
+    Raises `UserError` for a folder that cannot be listed and for a link to nothing.
+    """
+    folders, files = [], []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") or entry.name in SYSTEM_FOLDERS:
+                    continue
+                if entry.is_dir():
+                    folders.append(entry.name)
+                else:
+                    if entry.is_symlink():
+                        entry.stat()  # fails if the link names nothing, such as a disk that is not mounted
+                    files.append(entry.name)
+    except OSError as error:
+        path = error.filename or folder
+        raise UserError(
+            f"{path} cannot be read: {error.strerror}; mount or restore it, or give this user the right to read it"
+        ) from error
+    return sorted(folders), sorted(files)
+
 
 def list_images(folder: Path) -> Tree:
-    """All image files below `folder`/<class>/. Raises `UserError` for a missing folder or a class with no image."""
+    """All image files below `folder`/<class>/, in folders of any depth.
+
+    A folder that several links lead to is listed once. Files that are no images by name are left out, and a log
+    line counts them. Raises `UserError` for a folder that is missing or cannot be listed, for a class without
+    images, and for two classes that are one folder.
+    """
     if not folder.is_dir():
         raise UserError(
             f"no folder {folder.absolute()}: images are looked for in {folder.name}/<class>/; set dataset.root"
         )
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not _hidden(entry.name))
+    classes, loose = scan(folder)
     if not classes:
         raise UserError(f"no images in {folder}: it has no class folders (expected {folder.name}/<class>/*.jpg)")
+    places = {_place(folder): folder.name}
+    for name in classes:
+        same = places.setdefault(_place(folder / name), name)
+        if same != name:
+            raise UserError(
+                f"{folder / name} is the same folder as {same}: images of one class cannot be of another"
+            )
+    left_out = Counter(f"{_kind(name)} outside the class folders" for name in loose)
+    seen = set(places)
     names: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = sorted(_images_below(folder / name))
+        found = sorted(_images_below(folder / name, seen, left_out))
         if not found:
             raise UserError(
                 f"no images in {folder / name}: files ending in {', '.join(SUFFIXES)} are looked for; "
@@ -97,18 +198,45 @@ def list_images(folder: Path) -> Tree:
             )
         names += [os.path.relpath(path, folder) for path in found]
         labels += [label] * len(found)
+    report_left_out(folder, left_out)
     return Tree(folder, tuple(classes), names, torch.tensor(labels))
 
 
-def _images_below(folder: Path) -> Iterable[str]:
-    for parent, _, files in os.walk(folder, followlinks=True):
-        for name in files:
-            if name.lower().endswith(SUFFIXES) and not _hidden(name):
-                yield str(Path(parent, name))
+def _place(folder: Path) -> tuple[int, int]:
+    """What is equal for all links to a folder."""
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
-def _hidden(name: str) -> bool:
-    return name.startswith(".")
+def _images_below(folder: Path, seen: set[tuple[int, int]], left_out: Counter[str]) -> Iterator[str]:
+    folders, files = scan(folder)
+    for name in files:
+        if is_image(name):
+            yield str(folder / name)
+        else:
+            left_out[_kind(name)] += 1
+    for name in folders:
+        place = _place(folder / name)
+        if place in seen:
+            left_out[f"link to a folder that is listed already ({folder.name}/{name})"] += 1
+        else:
+            seen.add(place)
+            yield from _images_below(folder / name, seen, left_out)
+
+
+def is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES)
+
+
+def _kind(name: str) -> str:
+    return Path(name).suffix.lower() or "without a suffix"
+
+
+def report_left_out(folder: Path, left_out: Counter[str]) -> None:
+    """Log one line that counts the files and links that are not taken for images, if there are any."""
+    if left_out:
+        kinds = [f"{count:,} {kind}" for kind, count in left_out.most_common()]
+        log.warning("%s: left out: %s", folder, _listing(kinds))
 
 
 def same_classes(train: Tree, test: Tree) -> None:
@@ -122,52 +250,51 @@ def same_classes(train: Tree, test: Tree) -> None:
             )
 
 
-def _cached(root: Path, trees: list[Tree], image_size: int | None, cache: str | None) -> list[Tensor]:
-    """The pixels of both trees, each (N, 3, H, H) uint8, from the cache if it was made of these very files."""
-    key = [str(tree.folder.resolve()) for tree in trees] + [str(image_size), CACHE_FORMAT]
-    file = cache_file(cache, root.resolve().name, *key)
-    state = fingerprint(path for tree in trees for path in tree.paths())
-    try:
-        with safe_open(file, framework="pt") as stored:
-            if stored.metadata().get("fingerprint") == state:
-                return [stored.get_tensor("train"), stored.get_tensor("test")]
-    except (OSError, SafetensorError):
-        pass  # never made, or cut short: made anew
-    pixels = [_decode(tree, image_size) for tree in trees]
-    with replacing(file) as temporary:
-        save_file({"train": pixels[0], "test": pixels[1]}, temporary, {"fingerprint": state})
-    return pixels
+def _decode_cached(
+    root: Path, trees: list[Tree], image_size: int | None, cache: str | None
+) -> tuple[list[Tensor], str]:
+    """The pixels of each tree, (N, 3, H, H) uint8, and the digest over names, labels and contents of its files."""
+
+    def decode() -> Arrays:
+        pixels, contents = zip(*(_decode(tree, image_size) for tree in trees), strict=True)
+        parts = [part for tree, content in zip(trees, contents, strict=True) for part in (tree.labels, content)]
+        return [*pixels, np.array(digest(parts))]
+
+    key = [*(str(tree.folder.resolve()) for tree in trees), str(image_size)]
+    state = file_state(path for tree in trees for path in tree.paths())
+    *pixels, files = cached(cache, root.resolve().name, key, state, decode)
+    return [torch.from_numpy(array).permute(0, 3, 1, 2) for array in pixels], str(files)
 
 
-def _decode(tree: Tree, image_size: int | None) -> Tensor:
-    """(N, 3, H, H) uint8 from all files of the tree."""
+def _decode(tree: Tree, image_size: int | None) -> tuple[npt.NDArray[np.uint8], str]:
+    """(N, H, H, 3) from all files of the tree, and the digest over their names and contents."""
     paths = tree.paths()
-    shape = _read(paths[0], image_size).shape
+    shape = _read(paths[0], image_size)[0].shape
     pixels = np.empty((len(paths), *shape), dtype=np.uint8)
-    # Processes, because most of the time spent on a small image is spent in Python.
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(paths) // CHUNK + 1)) as workers:
-        decoded = workers.map(partial(_read, image_size=image_size), paths, chunksize=CHUNK)
-        try:
-            for index, image in enumerate(tracked(decoded, f"decoding {tree.folder}", len(paths))):
-                if image.shape != shape:
-                    raise UserError(
-                        f"{paths[index]} is {image.shape[0]} pixels wide, {paths[0]} is {shape[0]}; "
-                        "set dataset.image_size to bring all to one size"
-                    )
-                pixels[index] = image
-        except BaseException:
-            workers.shutdown(cancel_futures=True)
-            raise
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    contents: list[str] = []
+    with closing(read_all(paths, partial(_read, image_size=image_size), f"decoding {tree.folder}")) as images:
+        for index, (image, content) in enumerate(images):
+            if image.shape != shape:
+                raise UserError(
+                    f"{paths[index]} is {image.shape[0]} pixels wide, {paths[0]} is {shape[0]}; "
+                    "set dataset.image_size to bring all to one size"
+                )
+            pixels[index] = image
+            contents.append(content)
+    return pixels, digest([*tree.names, *contents])
 
 
-def _read(path: Path, image_size: int | None) -> npt.NDArray[np.uint8]:
-    """(H, H, 3)."""
-    image = read_rgb(path, str(path))
+def _read(path: Path, image_size: int | None) -> tuple[npt.NDArray[np.uint8], str]:
+    """The image, (H, H, 3), and the digest of its file's content."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; restore the file") from error
+    image = read_rgb(content, str(path))
     if image_size is not None:
         image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
     elif image.width != image.height:
         raise UserError(
             f"{path} is {image.width} x {image.height} pixels, no square; set dataset.image_size to cut squares out"
         )
-    return np.asarray(image)
+    return np.asarray(image), digest([content])

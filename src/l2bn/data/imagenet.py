@@ -1,13 +1,17 @@
-"""ImageNet (ILSVRC 2012) from its files, decoded by worker processes while the device computes.
+"""ImageNet (ILSVRC 2012) from its image files, decoded by worker processes while the device computes.
 
 O. Russakovsky et al., "ImageNet Large Scale Visual Recognition Challenge", arXiv:1409.0575. Random crops as in
 C. Szegedy et al., "Going Deeper with Convolutions", arXiv:1409.4842, section 6; at evaluation the shorter side is
 resized to 8/7 of the image size (256 for 224) and the centre cut out.
 """
 
+import math
 import os
 import re
+from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -18,12 +22,12 @@ from scipy.io import loadmat
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
-from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.transforms.v2.functional import pil_to_tensor, resize
 
-from l2bn.data.decode import read_rgb
-from l2bn.data.decoded import decoded
-from l2bn.data.folder import SUFFIXES, Tree, list_images, same_classes
-from l2bn.data.splits import Common, Split, Splits, Transform, check_image_size, make_splits
+from l2bn.data.cache import cache_file, expand, file_state, read_arrays, replacing, write_arrays
+from l2bn.data.decode import read_all, read_rgb
+from l2bn.data.folder import Tree, is_image, list_images, report_left_out, same_classes, scan
+from l2bn.data.splits import Common, Split, Splits, Transform, check_image_size, digest, make_splits
 from l2bn.errors import UserError
 
 DEVKIT = "ILSVRC2012_devkit_t12"
@@ -49,28 +53,29 @@ def imagenet(
 ) -> Splits:
     """`root`/`train`/<wnid>/*.JPEG and either `root`/`val`/<wnid>/*.JPEG or all validation images in `root`/`val`.
 
-    In the second case their classes come from the devkit in `root`/`devkit`. No file is moved or written. Classes
+    In the second case their classes come from the devkit in `root`/`devkit`. Nothing is written there. Classes
     are numbered by the order of their wnids. The validation images are the test set.
 
     cache_side: keep the training images decoded in `cache` (a folder; null: `l2bn` in the user's cache folder),
-    their shorter side that many pixels long. Random crops are then windows of the smaller images: other pixels, so
-    that the label says so and there is no baseline. Test images are read from their files as always.
+    their shorter side resized to that many pixels. Random crops of these smaller images have other pixels: the
+    label states it, and there is no baseline. Test images are still read from their files.
     """
     check_image_size(image_size)
-    trained, tested = list_splits(Path(root).expanduser(), train, val, devkit)
+    trained, tested = list_splits(expand(root), train, val, devkit)
     if cache_side is None:
         images: Split = ImageFiles.of(trained, training_transform(image_size))
     elif cache_side < 1:
         raise UserError(f"dataset.cache_side={cache_side}: give a number of pixels, or null to decode each time")
     else:
-        images = decoded(trained, cache_side, cache, training_transform(image_size))
-        common = {**common, "label": f"{common['label']}, decoded at {cache_side} pixels", "baseline": None}
+        images = decode_once(trained, cache_side, cache, training_transform(image_size))
     return make_splits(
         images,
         ImageFiles.of(tested, evaluation_transform(image_size)),
         len(trained.classes),
         image_size,
         trained.classes,
+        files=digest([trained.digest(), tested.digest()]),
+        variant=f"decoded at {cache_side} pixels" if cache_side is not None else "",
         **common,
     )
 
@@ -82,17 +87,26 @@ def list_splits(folder: Path, train: str, val: str, devkit: str) -> tuple[Tree, 
             f"no ImageNet in {folder.absolute()}: the folders {train} and {val} are looked for. {LICENCE}. "
             "Name the folder that holds both by dataset.root=FOLDER"
         )
+    if train != val and (folder / train).samefile(folder / val):
+        raise UserError(f"{folder / train} and {folder / val} are one folder: no accuracy can be measured on it")
     trained = list_images(folder / train)
-    _, subfolders, names = next(os.walk(folder / val))
+    subfolders, names = scan(folder / val)
+    images = [name for name in names if is_image(name)]
+    if images and subfolders:
+        raise UserError(
+            f"{folder / val} holds {len(images):,} images and folders ({', '.join(subfolders[:3])}): images are "
+            "either all in class folders or all beside each other; move the images, or remove the folders"
+        )
     if not subfolders:
-        return trained, _flat(folder / val, names, folder / devkit, trained.classes)
+        report_left_out(folder / val, Counter(Path(name).suffix for name in names if not is_image(name)))
+        return trained, _flat(folder / val, images, folder / devkit, trained.classes)
     tested = list_images(folder / val)
     same_classes(trained, tested)
     return trained, tested
 
 
 def training_transform(image_size: int) -> Transform:
-    """A window of 8 to 100 % of the area and 3:4 to 4:3 proportions, resized to a square, half of them mirrored."""
+    """A random window of 8 to 100 % of the area, 3:4 to 4:3 in proportion, resized to a square, mirrored or not."""
     return v2.Compose([v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip()])
 
 
@@ -126,9 +140,109 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         return replace(self, names=self.names[indices.numpy()], labels=self.labels[indices], transform=transform)
 
 
-def _flat(folder: Path, files: list[str], devkit: Path, classes: tuple[str, ...]) -> Tree:
+@dataclass(frozen=True)
+class DecodedImages(Dataset[tuple[Tensor, int]]):
+    """Images of any size in one file of pixels, read when asked."""
+
+    file: Path
+    offset: Tensor  # (N,) of the image's first byte
+    height: Tensor  # (N,) in pixels
+    width: Tensor  # (N,)
+    labels: Tensor  # (N,) int64
+    transform: Transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int, /) -> tuple[Tensor, int]:
+        shape = int(self.height[index]), int(self.width[index]), 3
+        content = read_bytes(self.file, int(self.offset[index]), math.prod(shape))
+        image = torch.frombuffer(content, dtype=torch.uint8).view(shape).permute(2, 0, 1)
+        return self.transform(image), int(self.labels[index])
+
+    def select(self, indices: Tensor, like: Any = None) -> "DecodedImages":
+        return replace(
+            self,
+            offset=self.offset[indices],
+            height=self.height[indices],
+            width=self.width[indices],
+            labels=self.labels[indices],
+            transform=self.transform if like is None else like.transform,
+        )
+
+
+def read_bytes(file: Path, offset: int, size: int) -> bytearray:
+    """A part of a file. Raises `UserError` for a file that was removed or cut short since its index was made."""
+    content = bytearray(size)
+    try:
+        with file.open("rb") as stream:
+            stream.seek(offset)
+            found = stream.readinto(content)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read any more: {error.strerror}; restore it") from error
+    if found != size:
+        raise UserError(f"{file} ends within an image: it was cut short during the run; restore it")
+    return content
+
+
+def decode_once(tree: Tree, side: int, cache: str | None, transform: Transform) -> DecodedImages:
+    """The images of a tree, their shorter side resized to `side` pixels, from the cache if they are there.
+
+    One file holds the pixels of all images, one after the other, then their sizes and the state of the source
+    files, and in its last 8 bytes where these begin. cache: folder of it; null: `l2bn` in the user's cache folder.
+    Raises `UserError` for a file that cannot be decoded, and for a cache that cannot be written.
+    """
+    state = file_state(tree.paths())
+    try:
+        file = cache_file(cache, f"{tree.folder.name}-{side}", str(tree.folder.resolve()), str(side))
+        sizes = _read_sizes(file, state)
+        if sizes is None:
+            sizes = _write_decoded(tree, side, file, state)
+    except OSError as error:
+        raise UserError(
+            f"the decoded images cannot be kept ({error}); set dataset.cache=FOLDER to a place with room for them, "
+            "or dataset.cache_side=null to decode them each time"
+        ) from error
+    height, width = (torch.from_numpy(column.astype(np.int64)) for column in sizes.T)
+    lengths = 3 * height * width
+    return DecodedImages(file, lengths.cumsum(0) - lengths, height, width, tree.labels, transform)
+
+
+def _read_sizes(file: Path, state: str) -> npt.NDArray[np.int32] | None:
+    """Height and width of each image, (N, 2), if the file is complete and made of the same files."""
+    try:
+        with file.open("rb") as stream:
+            stream.seek(-8, os.SEEK_END)
+            stream.seek(int.from_bytes(stream.read(8), "little"))
+            arrays = read_arrays(stream, state)
+    except (OSError, OverflowError):
+        return None  # never made, or damaged
+    return arrays[0] if arrays else None
+
+
+def _write_decoded(tree: Tree, side: int, file: Path, state: str) -> npt.NDArray[np.int32]:
+    """Write the file of the decoded images; returns height and width of each, (N, 2)."""
+    paths = tree.paths()
+    sizes = np.empty((len(paths), 2), np.int32)
+    decoded = read_all(paths, partial(_read_resized, side=side), f"decoding {tree.folder}")
+    with closing(decoded), replacing(file) as stream:
+        for number, image in enumerate(decoded):
+            sizes[number] = image.shape[:2]
+            stream.write(image.data)
+        end = stream.tell()
+        write_arrays(stream, state, [sizes])
+        stream.write(end.to_bytes(8, "little"))
+    return sizes
+
+
+def _read_resized(path: Path, side: int) -> npt.NDArray[np.uint8]:
+    """(height, width, 3), the shorter of both `side`."""
+    image = resize(pil_to_tensor(read_rgb(path, str(path))), [side], antialias=True)
+    return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+
+
+def _flat(folder: Path, names: list[str], devkit: Path, classes: tuple[str, ...]) -> Tree:
     """Validation images that lie in one folder, with the classes that the devkit gives for their numbers."""
-    names = sorted(name for name in files if name.lower().endswith(SUFFIXES))
     if not names:
         raise UserError(f"no images in {folder}: neither {folder.name}/<wnid>/*.JPEG nor {folder.name}/*.JPEG")
     wnids = _validation_wnids(devkit)

@@ -3,16 +3,19 @@
 A. Aizman, G. Maltby, T. Breuel, "High Performance I/O For Large Scale Deep Learning", arXiv:2001.01858. A sample is
 two members that share their name up to the first dot: the image and `.cls`, its class number in decimal. The tar
 headers are read once, into a cached index. After that a shard is read like a folder, by position and length, so
-that all else (random crops, resuming at a step, shares of several ranks, evaluation) is that of single files. Only
-the order differs: it keeps to a few shards at a time.
+random crops, resuming at a step, the shares of several ranks, and evaluation work as with single files. Only the
+order differs: it is drawn from a few shards at a time.
 """
 
+import glob
+import logging
+import math
 import tarfile
+import tempfile
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Unpack
-from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -22,20 +25,22 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 from webdataset import ShardWriter
 
-from l2bn.data.cache import cache_file, fingerprint, replacing
+from l2bn.data.cache import Arrays, cached, expand, file_state, tracked
 from l2bn.data.decode import read_rgb
-from l2bn.data.folder import SUFFIXES, Tree
-from l2bn.data.imagenet import DEVKIT, LICENCE, evaluation_transform, list_splits, training_transform
-from l2bn.data.progress import tracked
-from l2bn.data.splits import Common, Splits, Transform, check_image_size, make_splits
+from l2bn.data.folder import SUFFIXES, Tree, scan
+from l2bn.data.imagenet import DEVKIT, LICENCE, evaluation_transform, list_splits, read_bytes, training_transform
+from l2bn.data.splits import Common, Splits, Transform, check_image_size, digest, make_splits
 from l2bn.errors import UserError
 from l2bn.seeding import generator
+
+log = logging.getLogger(__name__)
 
 # A batch comes from one of LANES sequences of shards, the next batch from the next. A number of workers that
 # divides LANES therefore splits the shards among the workers, and any number makes the same batches.
 LANES = 24
 WINDOW = 4  # shards of a lane whose samples are shuffled together
-COLUMNS = ("shard", "offset", "size", "label", "name")  # of the index
+MOST_CLASSES = 10**6
+UNEVEN = 0.1  # squared relative deviation of the classes' shares from shard to shard that a batch may have
 
 
 def imagenet_wds(
@@ -49,23 +54,54 @@ def imagenet_wds(
     """The shards in `root` whose names match `train` and `val`; the latter are the test set.
 
     cache: folder of the index; null: `l2bn` in the user's cache folder. The names of the classes are read from
-    `root`/classes.txt if it is there; otherwise the highest class number says how many there are.
+    `root`/classes.txt if it exists; otherwise the classes are those that occur, numbered from 0 without a gap.
     """
     check_image_size(image_size)
-    folder = Path(root).expanduser()
+    folder = expand(root)
     trained = _open(folder, train, training_transform(image_size), cache)
     tested = _open(folder, val, evaluation_transform(image_size), cache)
+    if not trained.mixed:
+        log.warning(
+            "%s in %s: the shards hold different classes, so each batch is drawn from all shards, which takes "
+            "longer on hard disks; samples packed in random order are read shard by shard",
+            train,
+            folder,
+        )
+    both = set(trained.files) & set(tested.files)
+    if both and not common.get("validation"):
+        raise UserError(f"{min(both)} matches both dataset.train={train} and dataset.val={val}: give two patterns")
     names = folder / "classes.txt"
-    classes = tuple(names.read_text().split("\n")[:-1]) if names.is_file() else ()
-    count = 1 + int(torch.cat([trained.labels, tested.labels]).max())
-    if classes and count > len(classes):
-        raise UserError(f"{names} names {len(classes)} classes, but a sample has the class number {count - 1}")
-    return make_splits(trained, tested, len(classes) or count, image_size, classes, **common)
+    classes = _class_names(names) if names.is_file() else ()
+    counts = torch.bincount(torch.cat([trained.labels, tested.labels]), minlength=len(classes))
+    if classes and len(counts) > len(classes):
+        raise UserError(
+            f"{names} names {len(classes)} classes, but a sample has the class number {len(counts) - 1}"
+        )
+    if not classes and not counts.all():
+        unused = counts.eq(0).nonzero().flatten().tolist()
+        raise UserError(
+            f"{folder}: the class numbers go up to {len(counts) - 1}, but no sample has {unused[0]}: number the "
+            f"classes from 0 without a gap, or name all of them, one in each line, in {names}"
+        )
+    untrained = sorted(set(tested.labels.tolist()) - set(trained.labels.tolist()))
+    if untrained:
+        raise UserError(f"{folder}: no training image of class {untrained[0]}, which {val} has: number both alike")
+    files = digest([trained.digest(), tested.digest(), *classes])
+    return make_splits(trained, tested, len(counts), image_size, classes, files=files, **common)
+
+
+def _class_names(file: Path) -> tuple[str, ...]:
+    """The lines of a text file, without empty ones at its end."""
+    lines = file.read_text(encoding="utf-8", errors="surrogateescape").rstrip().split("\n")
+    return tuple(line.strip() for line in lines)
 
 
 @dataclass(frozen=True)
 class Shards(Dataset[tuple[Tensor, int]]):
-    """Samples in tar files, found by an index and decoded when asked; sorted by shard."""
+    """Samples in tar files, found by an index and decoded when asked; sorted by shard.
+
+    mixed: each shard holds the classes in about the shares of all shards.
+    """
 
     files: tuple[Path, ...]
     shard: Tensor  # (N,) index into files
@@ -74,15 +110,20 @@ class Shards(Dataset[tuple[Tensor, int]]):
     labels: Tensor  # (N,) int64
     names: npt.NDArray[np.bytes_]  # (N,) of the image within its file
     transform: Transform
+    mixed: bool = True
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def digest(self) -> str:
+        """Digest over the shards' names and the name, the size in bytes and the label of each sample."""
+        return digest(
+            [*(file.name for file in self.files), *self.names.tolist(), self.shard, self.size, self.labels]
+        )
+
     def __getitem__(self, index: int, /) -> tuple[Tensor, int]:
         path = self.files[int(self.shard[index])]
-        with path.open("rb") as file:
-            file.seek(int(self.offset[index]))
-            content = file.read(int(self.size[index]))
+        content = read_bytes(path, int(self.offset[index]), int(self.size[index]))
         image = read_rgb(content, f"{path}: {self.names[index].decode(errors='replace')}")
         return self.transform(pil_to_tensor(image)), int(self.labels[index])
 
@@ -98,7 +139,14 @@ class Shards(Dataset[tuple[Tensor, int]]):
         )
 
     def plan(self, generator: torch.Generator, batch_size: int) -> list[Tensor]:
-        """The samples at each step of an epoch; the shards are dealt out anew in each."""
+        """The samples at each step of an epoch.
+
+        The shards are shared out to the lanes anew in each epoch. Shards that are not mixed would give batches of
+        few classes: their samples are drawn from all shards at once.
+        """
+        if not self.mixed:
+            order = torch.randperm(len(self), generator=generator)
+            return list(torch.split(order, batch_size)[: len(self) // batch_size])
         counts = torch.bincount(self.shard, minlength=len(self.files)).tolist()
         members = torch.split(torch.arange(len(self)), counts)
         dealt = torch.randperm(len(self.files), generator=generator).tolist()
@@ -121,22 +169,31 @@ class Shards(Dataset[tuple[Tensor, int]]):
 def pack(tree: Tree, folder: Path, prefix: str, samples: int = 1000) -> int:
     """Write the files of a tree, as they are and in random order, to `folder`/`prefix`-000000.tar and so on.
 
-    The order matters: a batch is mixed from a few shards only. Also writes `folder`/classes.txt. Returns the
-    number of shards. Raises `UserError` if there are such shards already.
+    The order matters: a batch is mixed from a few shards only. Also writes `folder`/classes.txt. All shards appear
+    in `folder` at once when they are complete. Returns the number of shards. Raises `UserError` if the folder
+    already has such shards, and for a file that cannot be read or written.
     """
     if any(folder.glob(f"{prefix}-*.tar")):
         raise UserError(f"{folder} holds {prefix}-*.tar already; remove them first or choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
     order = torch.randperm(len(tree.names), generator=generator(0, "pack")).tolist()
-    pattern = str(folder / prefix).replace("%", "%%") + "-%06d.tar"
-    with ShardWriter(pattern, maxcount=samples, verbose=0) as writer:
-        for index in tracked(order, f"packing {tree.folder}"):
-            path = tree.folder / tree.names[index]
-            suffix = path.suffix.lower().replace("jpeg", "jpg")
-            key = f"{index:08}-{path.stem.replace('.', '_')}"
-            writer.write({"__key__": key, suffix[1:]: path.read_bytes(), "cls": int(tree.labels[index])})
-    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in tree.classes))
-    return -(-len(order) // samples)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".packing-") as place:
+            pattern = str(Path(place, prefix)).replace("%", "%%") + "-%06d.tar"
+            with ShardWriter(pattern, maxcount=samples, verbose=0) as writer:
+                for index in tracked(order, f"packing {tree.folder}"):
+                    path = tree.folder / tree.names[index]
+                    suffix = path.suffix.lower().replace("jpeg", "jpg")
+                    key = f"{index:08}-{path.stem.replace('.', '_')}"
+                    writer.write({"__key__": key, suffix[1:]: path.read_bytes(), "cls": int(tree.labels[index])})
+            names = "".join(f"{name}\n" for name in tree.classes)
+            (folder / "classes.txt").write_text(names, encoding="utf-8", errors="surrogateescape")
+            shards = sorted(Path(place).iterdir())
+            for shard in shards:
+                shard.replace(folder / shard.name)
+    except OSError as error:
+        raise UserError(f"{tree.folder} cannot be packed into {folder}: {error}; no shard was written") from error
+    return len(shards)
 
 
 def pack_imagenet(source: Path, folder: Path) -> None:
@@ -146,40 +203,49 @@ def pack_imagenet(source: Path, folder: Path) -> None:
 
 
 def _open(folder: Path, pattern: str, transform: Transform, cache: str | None) -> Shards:
-    files = tuple(sorted(folder.glob(pattern)))
+    found = glob.glob(pattern, root_dir=folder)  # noqa: PTH207 (Path.glob takes no absolute pattern)
+    files = tuple(sorted(folder / name for name in found))
     if not files:
+        if folder.is_dir():
+            scan(folder)  # names the reason where the folder cannot be listed
         raise UserError(
             f"no shards in {folder.absolute()}: {pattern} is looked for. Name their folder by dataset.root=FOLDER, "
             f"or pack them from ImageNet's files by scripts/fetch_data.py imagenet_wds --pack FOLDER. {LICENCE}"
         )
-    index = _index(files, cache)
-    shard, offset, size, labels = (torch.from_numpy(index[key]) for key in COLUMNS[:4])
-    return Shards(files, shard, offset, size, labels, index["name"], transform)
-
-
-def _index(files: tuple[Path, ...], cache: str | None) -> dict[str, npt.NDArray[Any]]:
-    """Arrays with one entry a sample, from the cache if the shards are still the same."""
     resolved = [file.resolve() for file in files]
-    file = cache_file(cache, files[0].parent.resolve().name, *map(str, resolved))
-    state = fingerprint(resolved)
-    try:
-        with file.open("rb") as stream, np.load(stream) as stored:
-            if str(stored["fingerprint"]) == state:
-                return {key: stored[key] for key in COLUMNS}
-    except (OSError, ValueError, EOFError, KeyError, BadZipFile):
-        pass  # never made, or cut short: made anew
+    parent = resolved[0].parent
+    state = file_state(resolved)
+    *columns, names = cached(cache, parent.name, [*map(str, resolved)], state, lambda: _index(files))
+    shard, offset, size, labels = map(torch.from_numpy, columns)
+    return Shards(files, shard, offset, size, labels, names, transform, _are_mixed(shard, labels))
+
+
+def _are_mixed(shard: Tensor, labels: Tensor) -> bool:
+    """Whether the classes are spread over the shards as at random, or nearly so.
+
+    Pearson's chi-square of the table of shards and classes may exceed what chance explains by `UNEVEN` for each
+    sample: by the mean squared relative deviation of a class's share in one shard from its share in all.
+    """
+    shards, classes = torch.bincount(shard), torch.bincount(labels)
+    cells, counts = torch.unique(shard * len(classes) + labels, return_counts=True)  # the table's entries above 0
+    expected = shards[cells // len(classes)].double() * classes[cells % len(classes)] / len(labels)
+    chi_square = float((counts**2 / expected).sum()) - len(labels)
+    freedom = (int((shards > 0).sum()) - 1) * (int((classes > 0).sum()) - 1)
+    return chi_square <= freedom + 5 * math.sqrt(2 * freedom) + UNEVEN * len(labels)
+
+
+def _index(files: tuple[Path, ...]) -> Arrays:
+    """Shard, offset, size, class and name of every sample, an array each."""
     shards = tracked(files, f"listing {files[0].parent}")
     rows = [(number, *sample) for number, shard in enumerate(shards) for sample in _samples(shard)]
-    index: dict[str, Any] = {
-        key: np.array(column) for key, column in zip(COLUMNS, zip(*rows, strict=True), strict=True)
-    }
-    with replacing(file) as temporary, temporary.open("wb") as output:
-        np.savez(output, fingerprint=np.array(state), **index)
-    return index
+    return [np.array(column) for column in zip(*rows, strict=True)]
 
 
 def _samples(file: Path) -> list[tuple[int, int, int, bytes]]:
-    """Offset, size, class and name of each image of a shard. Raises `UserError` for a file that is none."""
+    """Offset, size, class and name of each image of a shard. Raises `UserError` for a file that is no shard.
+
+    Members that have neither an image nor a class beside them (README.md), and hidden ones, are passed over.
+    """
     found: dict[str, dict[str, tarfile.TarInfo]] = {}
     samples = []
     try:
@@ -187,21 +253,33 @@ def _samples(file: Path) -> list[tuple[int, int, int, bytes]]:
             for member in tar:
                 folder, _, name = member.name.rpartition("/")
                 key, _, kind = name.partition(".")
-                if member.isfile():
-                    found.setdefault(f"{folder}/{key}", {})[f".{kind.lower()}"] = member
+                if not member.isfile() or not key:
+                    continue
+                parts = found.setdefault(f"{folder}/{key}".lstrip("/"), {})
+                if f".{kind.lower()}" in parts:
+                    raise UserError(
+                        f"{file} holds {member.name} twice, and one sample would replace the other; "
+                        "pack it again with a key for each sample"
+                    )
+                parts[f".{kind.lower()}"] = member
             for key, parts in found.items():
                 image = next((parts[suffix] for suffix in SUFFIXES if suffix in parts), None)
                 label = tar.extractfile(parts[".cls"]) if ".cls" in parts else None
+                if image is None and label is None:
+                    continue
                 if image is None or label is None:
                     raise UserError(
-                        f"{file}: the sample {key.removeprefix('/')} needs an image ({', '.join(SUFFIXES)}) and "
+                        f"{file}: the sample {key} needs an image ({', '.join(SUFFIXES)}) and "
                         f"its class number (.cls), but has {', '.join(sorted(parts))}"
                     )
-                number = int(label.read())
-                if number < 0:
-                    raise ValueError(f"{parts['.cls'].name} holds the class number {number}")
+                text = label.read()
+                if not text.strip().isdigit() or int(text) >= MOST_CLASSES:
+                    raise UserError(
+                        f"{file}: the class of the sample {key} is {text[:40]!r}; "
+                        f".cls must hold a number from 0 to {MOST_CLASSES - 1}"
+                    )
                 image_name = image.name.encode(errors="surrogateescape")
-                samples.append((image.offset_data, image.size, number, image_name))
+                samples.append((image.offset_data, image.size, int(text), image_name))
     except (tarfile.TarError, OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read as an uncompressed tar file of samples: {error}") from error
     if not samples:

@@ -1,13 +1,12 @@
 """Batches as a pure function of (seed, epoch, step).
 
-The order of the samples and their augmentation are drawn anew for each epoch and step, so that a run can start at
-any step without making the batches before it, and neither the number of worker processes nor the number of ranks
-changes which samples form a batch. A rank takes its slice of the global batch and of its random numbers.
+The random numbers behind order and augmentation depend on seed, epoch and step only. So a run can resume at any
+step without making the batches before it, and the samples of a batch depend neither on the number of worker
+processes nor on the number of ranks. Each rank takes its slice of the global batch and of the random numbers.
 
-A set in memory is kept on the device as uint8, and all of a batch is made there by a few operations on whole
-batches: the images are picked, augmented and normalised. On CUDA that happens on a stream of its own, a batch ahead
-of the step that needs it. On a CPU it takes a two-hundredth of a ResNet-20 step on the same cores (see
-results/benchmarks/data.md), so that a thread for it would only get in the step's way.
+Data sets in memory are kept on the device as uint8; there, a few operations on whole batches select, augment and
+normalise the images. On CUDA this runs on a separate stream, one batch ahead of the training step. On a CPU it
+takes 1/200 of a ResNet-20 step on the same cores (see results/benchmarks/data.md), too little for its own thread.
 """
 
 import signal
@@ -29,12 +28,12 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Loader(Protocol):
-    """An epoch at a time of normalised batches on the device."""
+    """Iterates over epochs of normalised batches on the device."""
 
     batch_size: int  # over all ranks
 
     def __len__(self) -> int:
-        """Batches an epoch."""
+        """Batches per epoch."""
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Batches from step `start` on: (n, 3, H, W) float32, normalised, and (n,) int64, both on the device."""
@@ -42,10 +41,10 @@ class Loader(Protocol):
 
 @runtime_checkable
 class ShardedSplit(Protocol):
-    """A split kept in files of many samples, which are quicker read in an order of its own: it plans its epochs."""
+    """A split in files of many samples that are fastest to read in the order of its own plan."""
 
     def plan(self, generator: torch.Generator, batch_size: int) -> list[Tensor]:
-        """The samples at each step of an epoch: `batch_size` indices, each index at most once an epoch."""
+        """The samples of each step of an epoch: `batch_size` indices, each index at most once per epoch."""
 
 
 def training_loader(
@@ -60,18 +59,20 @@ def training_loader(
     workers: int = 0,
     channels_last: bool = False,
 ) -> Loader:
-    """Random order, augmented; samples that do not fill a last batch are left out of that epoch.
+    """Batches in random order, augmented; an epoch leaves out the samples that would not fill its last batch.
 
     batch_size: over all ranks. workers: processes that decode images; a split in memory needs none.
-    Raises `UserError`, see `check_batch_size`.
+    Raises `UserError` for a single class, and as `check_batch_size`.
     """
     check_batch_size(batch_size, len(split), world_size)
+    if splits.num_classes < 2:
+        raise UserError(f"{splits.label} has one class: every answer would be right; give images of two or more")
     kind = _MemoryLoader if isinstance(split, Images) else _WorkerLoader
     return kind(split, splits, batch_size, seed, torch.device(device), rank, world_size, workers, channels_last)
 
 
 def check_batch_size(batch_size: int, images: int, world_size: int = 1) -> None:
-    """Raise `UserError` unless the images fill one batch and the batch can be shared out evenly."""
+    """Raise `UserError` unless the images fill one batch and the batch divides evenly among the ranks."""
     if not 1 <= batch_size <= images:
         raise UserError(
             f"recipe.batch_size={batch_size}, but there are {images} training images: "
@@ -94,16 +95,16 @@ def evaluation_loader(
     workers: int = 0,
     channels_last: bool = False,
 ) -> Loader:
-    """Every sample once, in order, not augmented.
+    """Batches of every sample once, in order, not augmented.
 
-    The last batch may be smaller; a rank whose slice of it is empty makes no batch of it.
+    The last batch may be smaller; a rank whose slice of it is empty skips it.
     """
     kind = _MemoryLoader if isinstance(split, Images) else _WorkerLoader
     return kind(split, splits, batch_size, None, torch.device(device), rank, world_size, workers, channels_last)
 
 
 class _Loader(ABC):
-    """Which samples make a batch, and what happens to them on the device; subclasses fetch them."""
+    """Plans batches, and augments and normalises them on the device; subclasses fetch the samples."""
 
     def __init__(
         self,
@@ -126,15 +127,14 @@ class _Loader(ABC):
         self.workers = workers
         self.augmentation: Augmentation | None = None if seed is None else splits.augmentation
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        # Of a whole row of pixels, because three numbers at a time would fill no vector register.
+        # Repeated for a whole row of pixels: three numbers at a time would not fill a vector register.
         std = torch.tensor(splits.std)
         self.scale = (1 / (255 * std)).repeat(splits.image_size).to(device)  # (W * 3,)
         self.shift = (-torch.tensor(splits.mean) / std).repeat(splits.image_size).to(device)
 
     @abstractmethod
     def _fetch(self, epoch: int, steps: list[Tensor]) -> Iterator[tuple[Batch, list[int]]]:
-        """The samples at the indices of the steps as uint8 on the device: of one or several steps at a time, with
-        the number of samples of each."""
+        """The samples of the steps as uint8 on the device, one or several steps at a time with the size of each."""
 
     def __len__(self) -> int:
         if self.seed is not None:
@@ -156,7 +156,7 @@ class _Loader(ABC):
             yield from zip(torch.split(self._normalise(images), sizes), torch.split(labels, sizes), strict=True)
 
     def _plan(self, epoch: int) -> list[Tensor]:
-        """The indices of this rank's samples at each step of the epoch."""
+        """The indices of this rank's samples in each step of the epoch."""
         if self.seed is None:
             batches = list(torch.split(torch.arange(len(self.split)), self.batch_size))
         else:
@@ -179,7 +179,7 @@ class _Loader(ABC):
         return slice(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
 
     def _send(self, numbers: Tensor) -> Tensor:
-        """To the device, without the host waiting for it."""
+        """Copy to the device without blocking the host."""
         if self.device.type == "cuda":
             numbers = numbers.pin_memory()
         return numbers.to(self.device, non_blocking=True)
@@ -192,12 +192,12 @@ class _Loader(ABC):
 
     @cached_property
     def _stream(self) -> torch.cuda.Stream | None:
-        """What batches are made on, beside the kernels of the step before."""
+        """The stream on which batches are made while the previous step computes."""
         return torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
 def _made_ahead(batches: Iterator[Batch], stream: torch.cuda.Stream) -> Iterator[Batch]:
-    """The batches, each begun on the stream before the one ahead of it is handed out."""
+    """Yield the batches, each after the next one was launched on the stream."""
 
     def begin() -> tuple[Batch, torch.cuda.Event] | None:
         with torch.cuda.stream(stream):
@@ -235,8 +235,10 @@ class _MemoryLoader(_Loader):
             yield (images, labels.index_select(0, indices)), [len(step) for step in group]
 
     def _steps_at_a_time(self, values: int) -> int:
-        """On CUDA the batches of several steps, of images of so many values, are made at once, so that the host
-        launches fewer kernels; on a CPU one, which stays in its cache."""
+        """Steps whose batches are made at once; values: of one image.
+
+        Several on CUDA, so that the host launches fewer kernels; one on a CPU, where a batch stays in the cache.
+        """
         if self.device.type != "cuda":
             return 1
         batch_bytes = 4 * values * self.batch_size // self.world_size  # float32
@@ -284,8 +286,11 @@ class _WorkerLoader(_Loader):
             raise error
 
     def _workers(self) -> Iterator[Batch | UserError]:
-        """Begin to decode. That a worker was killed is told where a batch is asked for: torch would have the signal
-        of it raise an exception in the middle of whatever the process is at."""
+        """Start decoding, without torch's handler of SIGCHLD.
+
+        It would raise the error of a killed worker in the middle of any other code; without it, the error is raised
+        where the next batch is requested.
+        """
         assert self._loader is not None
         noticing = signal.getsignal(signal.SIGCHLD)
         batches = iter(self._loader)
@@ -297,7 +302,7 @@ _Key = tuple[int, list[int]]  # epoch, indices
 
 
 class _Reader(Dataset[Batch | UserError]):
-    """Runs in the workers: a batch a key, each sample with random numbers of its own."""
+    """Runs in the workers: makes the batch of a key, with a random seed for each sample."""
 
     def __init__(self, split: Split, seed: int | None) -> None:
         self.split = split
@@ -309,25 +314,27 @@ class _Reader(Dataset[Batch | UserError]):
         with torch.random.fork_rng(devices=[]):
             for index in indices:
                 if self.seed is not None:
-                    # The index, not the place in the batch: the same whatever the batch size and the ranks.
+                    # By index, not by place in the batch, so that batch size and ranks do not matter.
                     torch.default_generator.manual_seed(derive_seed(self.seed, "sample", epoch, index))
                 try:
                     samples.append(self.split[index])
                 except UserError as error:
-                    return error  # raised there, it would arrive wrapped in the worker's traceback
+                    return error  # raised here, it would arrive wrapped in the worker's traceback
         images, labels = zip(*samples, strict=True)
         return torch.stack(images), torch.tensor(labels)
 
 
 def worker_ended(failure: RuntimeError) -> str:
-    """In a user's words, what torch says of a worker that was killed."""
+    """Explain torch's error about a killed worker to a user."""
     reason = str(failure).strip().rstrip(".")
     return f"a process that decodes images was ended: {reason}; if memory ran short, take fewer compute.workers"
 
 
 def _serve(_: int) -> None:
-    """A worker outlives neither its process nor the signals by which all of a job's processes are told to leave:
-    the batches under way are still needed for the step that is finished then."""
+    """Set up a worker: it ends with its parent and leaves the signals that end a job to it.
+
+    The parent still needs the batches in progress for the step that it finishes then.
+    """
     end_with_parent()
     leave_signals_to_parent()
 

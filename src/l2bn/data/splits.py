@@ -1,13 +1,15 @@
-"""What every data set returns, and the choices that every data set offers: subset, validation, normalisation.
+"""`Splits`, which every data set returns, and the choices that all offer: subset, validation, normalisation.
 
 Letters: N images, H = W = `image_size` pixels. Pixels are uint8 until the loader normalises them on the device.
 """
 
+import hashlib
+import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Required, Self, TypedDict, Unpack
+from typing import Any, Protocol, Self, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -15,17 +17,28 @@ from torch import Tensor
 from l2bn.errors import UserError
 from l2bn.seeding import generator
 
+log = logging.getLogger(__name__)
+
+# Classes, training and test images of published data sets, by their labels and by the keys of their baselines.
+PUBLISHED = {
+    **dict.fromkeys(("CIFAR-10", "CIFAR-10 (JPEG)", "cifar10"), (10, 50_000, 10_000)),
+    **dict.fromkeys(("CIFAR-100", "cifar100"), (100, 50_000, 10_000)),
+    "Fashion-MNIST": (10, 60_000, 10_000),
+    **dict.fromkeys(("ImageNet", "imagenet"), (1_000, 1_281_167, 50_000)),
+    "Imagenette (128 pixels)": (10, 9_469, 3_925),
+}
+
 # A subset and a validation split are part of the data set, not of a run: every seed trains on the same images.
 SPLIT_SEED = 0
 LARGEST_IMAGE = 4096  # pixels; far above what any network here takes
 
 
 Transform = Callable[[Tensor], Tensor]
-"""Of an image that is decoded when asked: (3, any, any) uint8 -> (3, image_size, image_size) uint8."""
+"""Of an image decoded on access: (3, any, any) uint8 -> (3, image_size, image_size) uint8."""
 
 
 class Split(Protocol):
-    """One part of a data set: `Images` in memory, or a map-style dataset that decodes an image when asked.
+    """One part of a data set: `Images` in memory, or a map-style dataset that decodes images on access.
 
     Such a dataset's `__getitem__(index)` returns ((3, H, W) uint8, class) and draws its randomness, if any, from
     torch's global CPU generator, which the loader seeds for each sample.
@@ -40,7 +53,7 @@ class Split(Protocol):
     def __getitem__(self, index: int, /) -> tuple[Tensor, int]: ...
 
     def select(self, indices: Tensor, like: Any = None) -> Self:
-        """Only the samples at `indices`; `like`: read as that split reads its own (without random crops, say)."""
+        """The samples at `indices`; like: another split to read them like, for example without random crops."""
 
 
 @dataclass(frozen=True)
@@ -71,22 +84,48 @@ class Images:
 
 
 class Augmentation(ABC):
-    """A random change of training images in two halves: numbers for each sample, and a pure function of them.
+    """A random change of training images in two steps: draw numbers for each sample, apply a pure function of them.
 
-    Drawing is apart so that every device sees the same numbers, and so that each of several processes can draw
+    Drawing is separate so that every device gets the same numbers, and so that each of several processes can draw
     for the whole batch and apply its own rows.
     """
 
     @abstractmethod
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Random numbers on the CPU, one row a sample: (count, whatever `apply` needs)."""
+        """Random numbers on the CPU, one row per sample: (count, as many as `apply` needs)."""
 
     @abstractmethod
     def apply(self, images: Tensor, numbers: Tensor) -> Tensor:
-        """(N, 3, H, W) uint8, in any memory format, and its N rows of numbers on the same device -> the like."""
+        """Change images (N, 3, H, W), uint8 in any memory format, by their N rows of numbers on the same device."""
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         return self.apply(images, self.draw(len(images), generator).to(images.device))
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """The images of a data set, before any subset is taken: two runs with equal `files` saw the same images.
+
+    files: digest over name, label and content of each file; the size in bytes stands for the content of images that
+    are decoded when asked. pixels: digest of the decoded uint8 pixels and labels, None for images that are decoded
+    when asked. Another version of a decoder may change the pixels of equal files.
+    """
+
+    files: str
+    pixels: str | None = None
+
+
+def digest(parts: Iterable[str | bytes | Tensor]) -> str:
+    """32 hexadecimal digits over texts, bytes and tensors (type, shape and values), in their order."""
+    total = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            total.update(f"{part.dtype} {tuple(part.shape)} ".encode())
+            content: bytes | memoryview = part.contiguous().numpy().data
+        else:
+            content = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
+        total.update(hashlib.sha256(content).digest())  # of fixed length, so that no part runs into the next
+    return total.hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -97,21 +136,22 @@ class Splits:
     test: Split
     num_classes: int
     image_size: int
-    mean: tuple[float, float, float]  # of the training pixels scaled to [0, 1], a channel each
+    mean: tuple[float, float, float]  # of each channel of the training pixels scaled to [0, 1]
     std: tuple[float, float, float]
     augmentation: Augmentation | None
-    label: str  # what a table calls it
-    baseline: str | None  # the published row that it may be compared with
+    label: str  # its name in tables
+    baseline: str | None  # the row of published accuracies that it may be compared with
+    fingerprint: Fingerprint
     classes: tuple[str, ...] = ()  # names in the order of the labels, if known
 
 
 class Common(TypedDict, total=False):
-    """What every data set's YAML may say."""
+    """The keys that the YAML of every data set may have."""
 
-    label: Required[str]
+    label: str | None  # null where the data set has a name by itself
     baseline: str | None
-    subset: int | None  # that many training images, stratified; a smaller subset lies within a larger one
-    validation: float  # that stratified share of the training images takes the place of the test set
+    subset: int | None  # number of training images, stratified; a larger subset contains each smaller one
+    validation: float  # stratified share of the training images that replaces the test set
     mean: list[float] | None  # null: computed from the training images
     std: list[float] | None
     augmentation: Augmentation | None
@@ -123,19 +163,40 @@ def make_splits(
     num_classes: int,
     image_size: int,
     classes: tuple[str, ...] = (),
+    *,
+    files: str | None = None,
+    whole: tuple[int, int, int] | None = None,
+    intact: bool = True,
+    variant: str = "",
     **common: Unpack[Common],
 ) -> Splits:
     """The data set after its common choices.
 
-    With `validation`, the held-out share is taken first and `subset` from what remains, so that it is the same
-    for every subset. Either choice adds itself to the label and drops the baseline: such an accuracy belongs
-    beside no published one.
+    files: digest over the files that the images come from (`Fingerprint`). Without one, the pixels in memory or the
+    labels stand for them. whole: classes, training and test images of the published data set; None: those of
+    `PUBLISHED`, if the label or the baseline occurs there. intact: False if checksums show that the files are not
+    the published ones. variant: what was done to the images.
+
+    With `validation`, the held-out share is taken first and `subset` from what remains, so that it is the same for
+    every subset. These choices, a variant, and a data set that is not the whole published one are added to the
+    label and drop the baseline: no published accuracy belongs beside theirs.
 
     Raises `UserError` for a choice that the data cannot fulfil.
     """
-    label, baseline = common["label"], common.get("baseline")
+    fingerprint = _fingerprint(train, test, files)
+    label, baseline = common.get("label") or "", common.get("baseline")
     if not label.strip():
         raise UserError("dataset.label is empty: give the name that tables call the data by")
+    whole = whole or PUBLISHED.get(label) or PUBLISHED.get(baseline or "")
+    if whole is not None and not (intact and _is_whole(train, test, num_classes, whole)):
+        log.warning(
+            "%s is not the whole published data set, which has %s training and %s test images in %s classes; here "
+            "are %s and %s in %s. The label says so, and no published accuracy will stand beside the result",
+            *(label, *(f"{number:,}" for number in (*whole[1:], whole[0], len(train), len(test), num_classes))),
+        )
+        label, baseline = f"{label}, {len(train):,} and {len(test):,} images", None
+    if variant:
+        label, baseline = f"{label}, {variant}", None
     subset, validation = common.get("subset"), common.get("validation", 0.0)
     if not 0 <= validation < 1:
         raise UserError(f"dataset.validation={validation}: give a share of the training images, 0 <= share < 1")
@@ -165,8 +226,28 @@ def make_splits(
         augmentation=common.get("augmentation"),
         label=label,
         baseline=None if validation or subset is not None else baseline,
+        fingerprint=fingerprint,
         classes=classes,
     )
+
+
+def _is_whole(train: Split, test: Split, num_classes: int, whole: tuple[int, int, int]) -> bool:
+    """Whether classes and images are as many as in the published data set.
+
+    Where the number of images is a multiple of the number of classes, each class has equally many.
+    """
+    if (num_classes, len(train), len(test)) != whole:
+        return False
+    counts = (torch.bincount(split.labels, minlength=num_classes) for split in (train, test))
+    return all(int(count.sum()) % num_classes or bool((count == count[0]).all()) for count in counts)
+
+
+def _fingerprint(train: Split, test: Split, files: str | None) -> Fingerprint:
+    labels = digest([train.labels, test.labels])
+    pixels = None
+    if isinstance(train, Images) and isinstance(test, Images):
+        pixels = digest([train.images, test.images, labels])
+    return Fingerprint(files or pixels or labels, pixels)
 
 
 def check_image_size(size: int) -> None:
@@ -176,7 +257,7 @@ def check_image_size(size: int) -> None:
 
 
 def _channels_innermost(split: Split) -> Split:
-    """Images in memory as the loader reads them: here, so that it need not keep a copy of its own."""
+    """Images in memory in the layout of the loader, which then needs no copy of its own."""
     if isinstance(split, Images):
         return replace(split, images=split.images.contiguous(memory_format=torch.channels_last))
     return split

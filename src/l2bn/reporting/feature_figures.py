@@ -16,8 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from l2bn.measurements import Sample, read_sample
-from l2bn.records import InvalidRecordError, Problem
+from l2bn.records import InvalidRecordError, Problem, Sample, read_sample
 from l2bn.reporting.comparison import Cell
 from l2bn.reporting.feature_tables import ANGLE_MEAN, WITHIN_SHARE
 from l2bn.reporting.features import INPUT, OUTPUT, PENULTIMATE, Measure, MeasuredArm, MeasuredPair

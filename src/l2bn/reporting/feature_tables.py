@@ -5,7 +5,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from l2bn.measurements import MEASURES
+from l2bn.records import MEASURES
 from l2bn.reporting.comparison import BN, L2BN
 from l2bn.reporting.features import INPUT, OUTPUT, PENULTIMATE, SHRINK, Measure, MeasuredArm, MeasuredPair
 from l2bn.reporting.markup import Table

@@ -11,8 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 
-from l2bn.measurements import SAMPLE, FeatureRow, read_features
-from l2bn.records import InvalidRecordError, Problem, Record
+from l2bn.records import SAMPLE, FeatureRow, InvalidRecordError, Problem, Record, read_features
 from l2bn.reporting.comparison import Arm, Cell, arms_of
 from l2bn.reporting.statistics import Estimate, estimate, paired_differences
 

@@ -4,7 +4,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from l2bn.measurements import FeatureRow
+from l2bn.records import FeatureRow
 from l2bn.reporting.wording import NONE
 
 _COLUMNS: dict[str, tuple[str, str, int]] = {

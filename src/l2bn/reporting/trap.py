@@ -5,8 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from l2bn.measurements import StatisticsRow, read_statistics
-from l2bn.records import InvalidRecordError, Problem, Record
+from l2bn.records import InvalidRecordError, Problem, Record, StatisticsRow, read_statistics
 from l2bn.reporting.comparison import Cell, cell_of, data_set
 from l2bn.reporting.markup import Table
 from l2bn.reporting.wording import NONE

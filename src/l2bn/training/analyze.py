@@ -3,15 +3,25 @@
 import logging
 import math
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from l2bn import measurements
+from l2bn import records
 from l2bn.analysis.probe import Probe
 from l2bn.errors import UserError
-from l2bn.measurements import FEATURES, FeatureRow, Sample
-from l2bn.records import METRICS, SUMMARY, InvalidRecordError, Record, read_metrics, write_lines
-from l2bn.training.identity import Cell
+from l2bn.records import (
+    FEATURES,
+    METRICS,
+    SUMMARY,
+    FeatureRow,
+    InvalidRecordError,
+    Record,
+    Sample,
+    read_metrics,
+    write_lines,
+)
+from l2bn.training.identity import Cell, check_images
 from l2bn.training.interruption import sole_owner
 from l2bn.training.journal import Journal
 from l2bn.training.loop import evaluate
@@ -60,6 +70,7 @@ def _states(run: OpenedRun) -> Iterator[dict[str, Any]]:
 
 
 def _measure(run: OpenedRun, state: dict[str, Any]) -> tuple[FeatureRow, Sample]:
+    check_images(state.get("images"), asdict(run.job.splits.fingerprint), run.job.folder)
     with fitting(run.job.folder):
         run.network.load_state_dict(state["model"])
     classes = run.job.splits.num_classes
@@ -73,14 +84,14 @@ def _measure(run: OpenedRun, state: dict[str, Any]) -> tuple[FeatureRow, Sample]
 def _write(cell: Cell, folder: Path, rows: list[FeatureRow], sample: Sample | None) -> None:
     """Merge the lines into the run's own, and draw them all anew."""
     try:
-        before, _ = measurements.keep(folder, math.inf)
+        before, _ = records.keep_measurements(folder, math.inf)
         metrics = read_metrics(folder / METRICS)
     except InvalidRecordError as error:
         raise UserError(f"{folder}: {error}") from error
     merged = {row["step"]: row for row in [*before, *rows]}
     write_lines(folder / FEATURES, [merged[step] for step in sorted(merged)])
     if sample:
-        measurements.write_sample(folder, sample)
+        records.write_sample(folder, sample)
     journal = Journal(folder, cell, metrics, math.inf)
     if (folder / SUMMARY).exists():
         journal.conclude(Record.read(folder))

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from l2bn.durable import write_durably
 from l2bn.errors import UserError
+from l2bn.records import write_durably
 
 log = logging.getLogger(__name__)
 

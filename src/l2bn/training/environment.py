@@ -1,5 +1,6 @@
 """The facts about machine and software that a record carries: this whitelist and nothing else of either."""
 
+import hashlib
 import json
 import logging
 import platform
@@ -11,11 +12,12 @@ from typing import Any
 
 import torch
 
-from l2bn.durable import write_durably
-from l2bn.records import ENVIRONMENT, THEN
+from l2bn.records import ENVIRONMENT, THEN, write_durably
 
 log = logging.getLogger(__name__)
 
+PACKAGE = Path(__file__).parents[1]
+PROJECT = Path(__file__).parents[3]
 PACKAGES = ("l2bn", "torch", "torchvision", "timm", "lightning-fabric", "hydra-core", "omegaconf", "numpy")
 
 # What two starts of a run must share for their results to agree bit for bit.
@@ -23,11 +25,17 @@ FACTS_BEHIND_BITS = ("packages", "device", "cuda", "cudnn", "cpu_capability", "t
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Commit, versions, device and threads, at this moment."""
+    """Commit, source, versions, device and threads, at this moment.
+
+    commit, dirty: of the checkout that the package runs from, None where it runs from none; dirty also counts
+    untracked files under src/ and configs/. source: digest of the package's own Python files as they are.
+    """
+    commit, dirty = _checkout()
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "commit": commit,
+        "dirty": dirty,
+        "source": _source(),
         "python": platform.python_version(),
         "packages": {name: metadata(name)["Version"] for name in PACKAGES},
         "system": platform.system(),
@@ -42,7 +50,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
 
 
 def note_start(folder: Path, device: torch.device, kernels: str) -> str:
-    """Add this start of a run to `env.json`; say so where it may compute other bits than the one before.
+    """Add this start of a run to `env.json`; warn where it may compute other numbers than the one before.
 
     Returns what all of the run's starts took for kernels, as a record has it (`Record.kernels`).
     """
@@ -50,9 +58,15 @@ def note_start(folder: Path, device: torch.device, kernels: str) -> str:
     starts = _earlier_starts(path) if path.exists() else []
     facts = {**describe_environment(device), "kernels": kernels}
     if starts:
-        changed = [key for key in FACTS_BEHIND_BITS if starts[-1].get(key) != facts[key]]
+        before = starts[-1]
+        changed = [key for key in FACTS_BEHIND_BITS if before.get(key) != facts[key]]
         if changed:
             log.warning("resumed with other %s: equal to an uninterrupted run up to rounding", ", ".join(changed))
+        if any(before.get(key, facts[key]) != facts[key] for key in ("source", "commit")):
+            log.warning(
+                "resumed with other code (commit %s, before %s): the result is of neither alone",
+                *(_name(start) for start in (facts, before)),
+            )
     starts.append(facts)
     write_durably(path, json.dumps({"starts": starts}, indent=2) + "\n")
     return THEN.join(dict.fromkeys(start["kernels"] for start in starts if "kernels" in start))
@@ -66,9 +80,35 @@ def _earlier_starts(path: Path) -> list[dict[str, Any]]:
         return []
 
 
+def _name(start: dict[str, Any]) -> str:
+    return f"{start.get('commit') or 'unknown'}{' with changes' if start.get('dirty') else ''}"
+
+
+def _source() -> str:
+    """32 hexadecimal digits over the names and contents of all Python files of the package."""
+    files = sorted(PACKAGE.rglob("*.py"))
+    lines = [f"{file.relative_to(PACKAGE)} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+
+
+def _checkout() -> tuple[str | None, bool | None]:
+    """Commit of the checkout that holds this package, and whether its files differ from it; None where unknown.
+
+    A repository that merely contains the project, or the environment that it is installed in, is not its checkout.
+    """
+    top, commit = _git("rev-parse", "--show-toplevel"), _git("rev-parse", "HEAD")
+    status = _git("status", "--porcelain", "-z", "--untracked-files=all", "--no-renames")
+    if top is None or Path(top).resolve() != PROJECT.resolve() or commit is None or status is None:
+        return None, None
+    entries = status.rstrip("\0").split("\0") if status else []
+    return commit, any(
+        not entry.startswith("??") or entry[3:].startswith(("src/", "configs/")) for entry in entries
+    )
+
+
 def _git(*arguments: str) -> str | None:
-    """What git says of this source tree, or None where it is not a checkout or git is missing."""
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    """The output of git in the project's folder, None where it is not a checkout or git is missing."""
+    command = ["git", "-C", str(PROJECT), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -5,8 +5,8 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from l2bn.durable import write_durably
 from l2bn.errors import UserError
+from l2bn.records import write_durably
 
 FAILURE = "failure.txt"
 

@@ -2,12 +2,16 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from l2bn.errors import UserError
 from l2bn.records import is_plain_name
+
+log = logging.getLogger(__name__)
 
 Config = Mapping[str, Any]
 
@@ -72,6 +76,23 @@ def differences(one: Config, other: Config) -> list[str]:
         for key in sorted(a.keys() | b.keys())
         if a.get(key, missing) != b.get(key, missing)
     ]
+
+
+def check_images(stored: Mapping[str, Any] | None, present: Mapping[str, Any], place: Path) -> None:
+    """Raise UserError if a run was made on other images than those present; both are fingerprints.
+
+    Equal files that decode to other pixels, as another version of a decoder may make them, are warned of. Runs from
+    before there were fingerprints have None.
+    """
+    if stored is None:
+        log.info("%s says nothing of its images: whether they are those present is not checked", place)
+    elif stored["files"] != present["files"]:
+        raise UserError(
+            f"{place} was made on other images than those present: files, their labels or their contents differ\n"
+            "bring its images back, give these a name of their own by dataset.label=NAME, or move the folder away"
+        )
+    elif stored["pixels"] != present["pixels"]:
+        log.warning("%s was made on the same files decoded to other pixels, by another version of a decoder", place)
 
 
 def _name(choice: str, node: Config, default: Config) -> str:

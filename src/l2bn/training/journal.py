@@ -7,10 +7,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from l2bn import measurements
+from l2bn import records
 from l2bn.errors import UserError
-from l2bn.measurements import FEATURES, SIDES, STATISTICS, FeatureRow, Measures, Sample, StatisticsRow
-from l2bn.records import METRICS, InvalidRecordError, Metrics, Record, as_line, write_lines
+from l2bn.records import (
+    FEATURES,
+    METRICS,
+    SIDES,
+    STATISTICS,
+    FeatureRow,
+    InvalidRecordError,
+    Measures,
+    Metrics,
+    Record,
+    Sample,
+    StatisticsRow,
+    as_line,
+    write_lines,
+)
 from l2bn.training import tensorboard
 from l2bn.training.identity import Cell
 
@@ -28,7 +41,7 @@ class Journal:
         self._folder, self._cell = folder, cell
         write_lines(folder / METRICS, rows)
         try:
-            features, statistics = measurements.keep(folder, step, len(rows))
+            features, statistics = records.keep_measurements(folder, step, len(rows))
         except InvalidRecordError as error:
             raise UserError(f"{folder}: {error}\nmove this file away to go on without it") from error
         self._writer = _open_writer(folder / "tb")
@@ -49,7 +62,7 @@ class Journal:
         """Add the features measured in one epoch, and a sample of them if there is one."""
         _append_durably(self._folder / FEATURES, row)
         if sample:
-            measurements.write_sample(self._folder, sample)
+            records.write_sample(self._folder, sample)
         self._draw_features(row)
 
     def append_statistics(self, row: StatisticsRow) -> None:
@@ -96,7 +109,7 @@ class Journal:
         if mean is None or cv is None:
             return
         counts, images = norms["counts"], sum(norms["counts"])
-        limits = [2 ** ((norms["first"] + i) / measurements.BINS_AN_OCTAVE) for i in range(len(counts) + 1)]
+        limits = [2 ** ((norms["first"] + i) / records.BINS_PER_OCTAVE) for i in range(len(counts) + 1)]
         self._writer.add_histogram_raw(
             tag,
             min=limits[0],

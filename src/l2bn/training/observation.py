@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from l2bn.analysis.probe import Probe, classifier
 from l2bn.data.loader import Loader
 from l2bn.errors import UserError
-from l2bn.measurements import FeatureRow, Sample, StatisticsRow
+from l2bn.records import FeatureRow, Sample, StatisticsRow
 from l2bn.training.journal import Journal
 from l2bn.training.loop import BeforeBatch, Position, evaluate
 

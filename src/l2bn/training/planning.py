@@ -3,6 +3,7 @@
 Light on purpose: neither torch nor a data set is loaded to say which runs a sweep is made of.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -128,7 +129,10 @@ def expand(sweep: DictConfig) -> list[list[str]]:
 
 
 def resolve(config: DictConfig, *, missing: bool = False) -> dict[str, Any]:
-    """The configuration as plain values. Raises UserError for a value that must be given and is not."""
+    """The configuration as plain values; a data set without a label is called by the name of its folder.
+
+    Raises UserError for a value that must be given and is not.
+    """
     try:
         content = OmegaConf.to_container(config, resolve=True, throw_on_missing=not missing)
     except MissingMandatoryValue as error:
@@ -136,6 +140,9 @@ def resolve(config: DictConfig, *, missing: bool = False) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {error.msg}") from None
     assert isinstance(content, dict)
+    dataset = content.get("dataset")
+    if isinstance(dataset, dict) and dataset.get("label", "") is None and dataset.get("root") not in (None, "???"):
+        dataset["label"] = Path(os.path.abspath(dataset["root"])).name  # noqa: PTH100 (a link's own name)
     return {str(key): value for key, value in content.items()}
 
 

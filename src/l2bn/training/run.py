@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from l2bn.data.loader import Loader, check_batch_size
-from l2bn.data.splits import Splits
+from l2bn.data.splits import Fingerprint, Splits
 from l2bn.errors import UserError
 from l2bn.norms.swap import norm_layers, swap_norm
 from l2bn.norms.sync import counterparts
@@ -21,7 +22,7 @@ from l2bn.training.build import Builder, machine_keys
 from l2bn.training.checkpoint import CheckpointPolicy, Checkpoints
 from l2bn.training.compute import Compute, quieten
 from l2bn.training.configuration import Settings, check_complete, make_folder, read_settings
-from l2bn.training.identity import Cell, Config, differences, identity
+from l2bn.training.identity import Cell, Config, check_images, differences, identity
 from l2bn.training.loop import evaluate
 from l2bn.training.observation import AnalysisPolicy, check_observable
 from l2bn.training.optim import Recipe
@@ -42,7 +43,9 @@ def run(config: Config, cell: Cell, files: list[str]) -> Record:
     settings = read_settings(config, builder)
     folder = Path(settings.runs_dir) / cell.path
     record = find_record(folder, config)
-    if record is None:
+    if record is not None:
+        check_ended([(record, config)])
+    else:
         job = make_job(config, settings, cell, folder, builder)
         make_folder(folder)
         launch(job)
@@ -71,6 +74,32 @@ def find_record(folder: Path, config: Config) -> Record | None:
             + "give this one another runs_dir, or move the old folder away"
         )
     return record
+
+
+def check_ended(runs: Iterable[tuple[Record, Config]]) -> None:
+    """Raise UserError if ended runs were made on other images than those that their configurations name now.
+
+    Images that cannot be read are logged, and the runs stand. A data set of several runs is read once.
+    """
+    found: dict[str, Fingerprint | None] = {}
+    for record, config in runs:
+        if record.images is None:
+            continue
+        key = yaml.safe_dump(config["dataset"])
+        if key not in found:
+            found[key] = _fingerprint(config, record.folder)
+        present = found[key]
+        if present is not None:
+            check_images(record.images, asdict(present), record.folder)
+
+
+def _fingerprint(config: Config, folder: Path) -> Fingerprint | None:
+    try:
+        splits: Splits = Builder().build(config["dataset"], "dataset", Splits)
+    except UserError as error:
+        log.warning("%s: its images cannot be compared with those present: %s", folder, error)
+        return None
+    return splits.fingerprint
 
 
 def _stored_identity(path: Path) -> Config | None:
@@ -179,6 +208,7 @@ def evaluate_run(folder: Path, device: str = "auto", root: str | None = None) ->
     state = opened.checkpoints.load(opened.fabric.device)
     if state is None:
         raise UserError(f"{folder} has no checkpoint to evaluate")
+    check_images(state.get("images"), asdict(opened.job.splits.fingerprint), folder)
     with fitting(folder):
         opened.network.load_state_dict(state["model"])
     return evaluate(opened.network, opened.test, opened.job.splits.num_classes, opened.fabric)

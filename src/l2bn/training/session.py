@@ -4,7 +4,7 @@ import contextlib
 import copy
 import functools
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,9 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 
 from l2bn.data.loader import Loader, evaluation_loader, training_loader
 from l2bn.data.splits import Splits, stratified_order
-from l2bn.durable import write_durably
 from l2bn.errors import UserError
 from l2bn.norms.l2bn import warn_if_few_updates
-from l2bn.records import CONFIG, Record
+from l2bn.records import CONFIG, Images, Record, write_durably
 from l2bn.training.agreement import Agreement
 from l2bn.training.checkpoint import CheckpointPolicy
 from l2bn.training.compute import Compute
@@ -120,7 +119,8 @@ def train(fabric: Fabric, job: Job) -> None:
             stack.callback(torch.compiler.reset)
         model, optimizer = fabric.setup(trained, job.recipe.optimizer(network))
 
-        state = State(fabric, job.folder, job.identity, job.checkpoint, network, optimizer)
+        images = asdict(job.splits.fingerprint)
+        state = State(fabric, job.folder, job.identity, images, job.checkpoint, network, optimizer)
         position = state.restore()
         if lead:
             warn_if_few_updates(job.model, epochs * steps)
@@ -241,7 +241,7 @@ def _placing(job: Job, fabric: Fabric) -> dict[str, Any]:
 
 def make_record(job: Job, position: Position, kernels: str, divergence: str | None) -> Record:
     """The record of a run that has ended."""
-    rows = position.rows
+    rows, fingerprint = position.rows, job.splits.fingerprint
     return Record(
         folder=job.folder,
         status="diverged" if divergence else "finished",
@@ -266,4 +266,5 @@ def make_record(job: Job, position: Position, kernels: str, divergence: str | No
         best=max(rows, key=lambda row: row["test/top1"] or 0.0) if rows else {},
         seconds=sum(row["seconds"] or 0.0 for row in rows),
         divergence=divergence,
+        images=Images(files=fingerprint.files, pixels=fingerprint.pixels),
     )

@@ -10,10 +10,10 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
-from l2bn.durable import write_durably
 from l2bn.errors import UserError
+from l2bn.records import write_durably
 from l2bn.training.checkpoint import CheckpointPolicy, Checkpoints
-from l2bn.training.identity import Config, differences
+from l2bn.training.identity import Config, check_images, differences
 from l2bn.training.loop import Position, Totals
 
 log = logging.getLogger(__name__)
@@ -27,11 +27,13 @@ class State:
         fabric: Fabric,
         folder: Path,
         identity: Config,
+        images: dict[str, str | None],
         policy: CheckpointPolicy,
         network: nn.Module,
         optimizer: torch.optim.Optimizer,
     ) -> None:
         self._fabric, self._identity, self._network, self._optimizer = fabric, identity, network, optimizer
+        self._images = images
         self._checkpoints = Checkpoints(folder / "checkpoints", policy.keep_epochs)
 
     def save(self, position: Position) -> None:
@@ -44,6 +46,7 @@ class State:
             return
         state = {
             "identity": self._identity,
+            "images": self._images,
             "model": self._network.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "precision": self._fabric.strategy.precision.state_dict(),
@@ -59,7 +62,7 @@ class State:
     def restore(self) -> Position:
         """Put the newest whole checkpoint back and return its position, or the start of the run.
 
-        Raises UserError for a checkpoint of another run.
+        Raises UserError for a checkpoint of another run or of other images.
         """
         state = self._checkpoints.load(self._fabric.device)
         if state is None:
@@ -72,6 +75,7 @@ class State:
                     + "".join(f"  {line}\n" for line in changed)
                     + "give this one another runs_dir, or move the old folder away"
                 )
+            check_images(state.get("images"), self._images, self._checkpoints.folder.parent)
             self._network.load_state_dict(state["model"])
             self._optimizer.load_state_dict(state["optimizer"])
             self._lay_out_momentum()

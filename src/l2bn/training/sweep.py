@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from rich.console import Console
 
 from l2bn.errors import UserError
+from l2bn.records import Record
 from l2bn.training.configuration import make_folder
 from l2bn.training.failure import describe
 from l2bn.training.interruption import EXIT_CODE, Interruption, is_owned
@@ -44,6 +45,7 @@ def run_sweep(runs: Sequence[PlannedRun], launch: Launch, *, parallel: bool) -> 
     """
     ended_before = {run.folder for run in runs if look(run).ended}
     todo = [run for run in runs if run.folder not in ended_before]
+    _check_images([run for run in runs if run.folder in ended_before])
     _check(todo)
     _make_folders(todo)
     errors: dict[Path, str] = {}
@@ -93,6 +95,15 @@ def _check(runs: Sequence[PlannedRun]) -> None:
             check(run.config, run.files)
         except UserError as error:
             raise UserError(f"{run.cell}: {error}") from error
+
+
+def _check_images(ended: Sequence[PlannedRun]) -> None:
+    """Raise UserError if a run that has ended was made on other images than those present."""
+    if not ended:
+        return
+    from l2bn.training.run import check_ended  # seconds of imports
+
+    check_ended((Record.read(run.folder), run.config) for run in ended)
 
 
 def _make_folders(runs: Sequence[PlannedRun]) -> None:

@@ -1,4 +1,4 @@
-"""Training images decoded once: the pixels of a plain resize, made anew where a file has changed."""
+"""ImageNet's training images decoded once: the pixels of a plain resize, decoded again when a file has changed."""
 
 import os
 from pathlib import Path
@@ -9,11 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from l2bn.data import decoded as module
-from l2bn.data.decoded import decoded
+from l2bn.data import imagenet as module
 from l2bn.data.folder import Tree, list_images
-from l2bn.data.imagenet import imagenet
-from l2bn.data.splits import Splits
+from l2bn.data.imagenet import DecodedImages, decode_once, imagenet
+from l2bn.data.splits import PUBLISHED, Splits
 from l2bn.errors import UserError
 from official_formats import imagenet as write
 
@@ -37,9 +36,9 @@ def read(root: Path, cache: Path, **options: Any) -> Splits:
     return imagenet(str(root), **given)
 
 
-def opened(root: Path, cache: Path) -> tuple[Tree, module.DecodedImages]:
+def opened(root: Path, cache: Path) -> tuple[Tree, DecodedImages]:
     tree = list_images(root / "train")
-    return tree, decoded(tree, SIDE, str(cache), lambda image: image)
+    return tree, decode_once(tree, SIDE, str(cache), lambda image: image)
 
 
 def test_pixels_are_those_of_the_resized_files(root: Path, cache: Path) -> None:
@@ -59,7 +58,7 @@ def test_pixels_are_those_of_the_resized_files(root: Path, cache: Path) -> None:
 
 def test_files_are_decoded_once(root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, first = opened(root, cache)
-    monkeypatch.setattr(module, "_write", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(module, "_write_decoded", lambda *_: pytest.fail("decoded again"))
     _, second = opened(root, cache)
     assert all(torch.equal(first[index][0], second[index][0]) for index in range(len(first)))
 
@@ -75,14 +74,31 @@ def test_a_changed_file_is_decoded_anew(root: Path, cache: Path) -> None:
     assert not torch.equal(after[0][0], pixels)
 
 
-@pytest.mark.parametrize("cut", ["pixels", "index"])
-def test_a_cache_that_was_cut_short_is_made_anew(cut: str, root: Path, cache: Path) -> None:
+@pytest.mark.parametrize("length", [0, 7, 1000, -1, -8, -100])
+def test_a_cache_that_was_cut_short_is_made_again(length: int, root: Path, cache: Path) -> None:
     _, before = opened(root, cache)
     pixels = [before[index][0] for index in range(len(before))]
-    (file,) = (path for path in cache.iterdir() if (path.suffix == ".pixels") == (cut == "pixels"))
-    file.write_bytes(file.read_bytes()[:-7])
+    (file,) = cache.iterdir()
+    file.write_bytes(file.read_bytes()[:length])
     _, after = opened(root, cache)
     assert all(torch.equal(after[index][0], image) for index, image in enumerate(pixels))
+
+
+def test_a_cache_that_is_cut_short_or_removed_during_a_run_is_named(root: Path, cache: Path) -> None:
+    _, images = opened(root, cache)
+    content = images.file.read_bytes()
+    images.file.write_bytes(content[: int(images.offset[-1]) + 1])
+    with pytest.raises(UserError, match="ends within an image"):
+        images[len(images) - 1]
+    images.file.unlink()
+    with pytest.raises(UserError, match="cannot be read any more"):
+        images[0]
+
+
+def test_a_place_without_room_is_named_with_both_ways_out(root: Path, cache: Path) -> None:
+    cache.write_text("a file, where a folder should be")
+    with pytest.raises(UserError, match=r"dataset\.cache=FOLDER .*dataset\.cache_side=null"):
+        opened(root, cache)
 
 
 def test_a_damaged_file_is_named_and_leaves_nothing_behind(root: Path, cache: Path) -> None:
@@ -94,16 +110,17 @@ def test_a_damaged_file_is_named_and_leaves_nothing_behind(root: Path, cache: Pa
 
 def test_training_images_come_from_the_cache_and_test_images_from_their_files(root: Path, cache: Path) -> None:
     kept, plain = read(root, cache), read(root, cache, cache_side=None)
-    assert isinstance(kept.train, module.DecodedImages)
+    assert isinstance(kept.train, DecodedImages)
     assert torch.equal(kept.train.labels, plain.train.labels)
     for index in range(len(plain.test)):
         assert torch.equal(kept.test[index][0], plain.test[index][0])
     assert kept.train[0][0].shape == (3, 16, 16)
 
 
-def test_other_pixels_are_another_data_set(root: Path, cache: Path) -> None:
-    assert (read(root, cache).label, read(root, cache).baseline) == ("ImageNet, decoded at 24 pixels", None)
-    plain = read(root, cache, cache_side=None)
+def test_other_pixels_are_another_data_set(root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PUBLISHED, "ImageNet", (4, 12, 8))
+    kept, plain = read(root, cache), read(root, cache, cache_side=None)
+    assert (kept.label, kept.baseline) == ("ImageNet, decoded at 24 pixels", None)
     assert (plain.label, plain.baseline) == ("ImageNet", "imagenet")
 
 

@@ -1,0 +1,231 @@
+"""The images are part of a run: other images are refused where it is resumed, skipped, evaluated or published."""
+
+import io
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hydra import initialize_config_dir
+from PIL import Image
+
+from conftest import ROOT, AtUpdate, Train, train_in
+from l2bn.data.folder import image_folder
+from l2bn.data.imagenet import imagenet
+from l2bn.data.splits import digest
+from l2bn.errors import UserError
+from l2bn.records import SUMMARY, InvalidRecordError, Record, publish
+from l2bn.training.analyze import analyze
+from l2bn.training.identity import check_images
+from l2bn.training.planning import PlannedRun, compose_sweep, plan_sweep
+from l2bn.training.run import evaluate_run
+from l2bn.training.sweep import run_sweep
+
+GRAY = {"label": "Gray", "mean": [0.5] * 3, "std": [0.5] * 3}
+
+
+def draw(root: Path, parts: tuple[str, str] = ("train", "test"), seed: int = 0) -> Path:
+    """Eight noise images of each of two classes in each part, as bitmaps: all of one size in bytes."""
+    random = np.random.default_rng(seed)
+    for part in parts:
+        for name in ("a", "b"):
+            (root / part / name).mkdir(parents=True, exist_ok=True)
+            for number in range(8):
+                pixels = random.integers(0, 256, (16, 16, 3), np.uint8)
+                Image.fromarray(pixels).save(root / part / name / f"{number}.bmp")
+    return root
+
+
+def swap(one: Path, other: Path) -> None:
+    kept = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(kept)
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "content": lambda folder: swap(folder / "a/0.bmp", folder / "a/1.bmp"),
+    "label": lambda folder: (folder / "a/0.bmp").rename(folder / "b/8.bmp"),
+    "name": lambda folder: (folder / "a/0.bmp").rename(folder / "a/8.bmp"),
+    "one image less": lambda folder: (folder / "a/0.bmp").unlink(),
+    "another size": lambda folder: Image.new("RGB", (16, 16)).convert("L").save(folder / "a/0.bmp"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_folder_in_memory_is_told_by_names_labels_and_contents(tmp_path: Path, part: str, change: str) -> None:
+    def read(root: Path, cache: str) -> object:
+        return image_folder(str(root), cache=str(tmp_path / cache), **GRAY).fingerprint
+
+    root = draw(tmp_path / "root")
+    before = read(root, "cache")
+    assert read(root, "cache") == before  # from the cache
+    root = root.rename(tmp_path / "elsewhere")
+    assert read(root, "another cache") == before
+    CHANGES[change](root / part)
+    assert read(root, "third cache").files != before.files
+
+
+@pytest.mark.parametrize("change", set(CHANGES) - {"content"})
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_images_decoded_when_asked_are_told_by_names_labels_and_sizes(
+    tmp_path: Path, part: str, change: str
+) -> None:
+    root = draw(tmp_path / "root", ("train", "val"))
+    before = imagenet(str(root), image_size=8, **GRAY).fingerprint
+    assert before.pixels is None
+    root = root.rename(tmp_path / "elsewhere")
+    assert imagenet(str(root), image_size=8, **GRAY).fingerprint == before
+    CHANGES[change](root / part)
+    assert imagenet(str(root), image_size=8, **GRAY).fingerprint != before
+
+
+def test_a_subset_is_of_the_same_images(tmp_path: Path) -> None:
+    root = draw(tmp_path / "root")
+    whole, part = (image_folder(str(root), cache=str(tmp_path), subset=n, **GRAY) for n in (None, 4))
+    assert len(part.train) == 4
+    assert part.fingerprint == whole.fingerprint
+
+
+def test_a_digest_knows_where_one_part_ends_and_what_shape_it_has() -> None:
+    zeros = torch.zeros(4, dtype=torch.uint8)
+    parts = [["ab", "c"], ["a", "bc"], ["abc"], [zeros], [zeros.view(2, 2)], [zeros[:2], zeros[2:]], [zeros.bool()]]
+    assert len({digest(part) for part in parts}) == len(parts)
+    assert digest([zeros.view(2, 2).t()]) == digest([zeros.view(2, 2)])
+
+
+def run(root: Path) -> tuple[str, ...]:
+    return (
+        *("dataset=image_folder", f"dataset.root={root}", f"dataset.cache={root.parent}", "dataset.label=noise"),
+        *("recipe.epochs=2", "recipe.batch_size=8", "norm=bn", "progress=false"),
+    )
+
+
+def test_a_run_on_other_images_is_refused_until_its_own_are_back(
+    tmp_path: Path, train: Train, at_update: AtUpdate, caplog: pytest.LogCaptureFixture
+) -> None:
+    own, other = draw(tmp_path / "own"), draw(tmp_path / "other", seed=1)
+    whole = train(*run(own), f"runs_dir={tmp_path / 'whole'}")
+
+    def stop(_: object) -> None:
+        raise KeyboardInterrupt
+
+    at_update(4, stop)  # in the second epoch
+    with pytest.raises(KeyboardInterrupt):
+        train(*run(own))
+    with pytest.raises(UserError, match=r"other images than those present[\s\S]*dataset\.label=NAME"):
+        train(*run(other))
+    record = train(*run(own))
+    assert record.last == whole.last | {key: record.last[key] for key in ("seconds", "images_per_second")} | {
+        "peak_memory_bytes": record.last["peak_memory_bytes"]
+    }
+    assert record.images == whole.images
+
+    for again in (
+        lambda: train(*run(other)),
+        lambda: evaluate_run(record.folder, "cpu", str(other)),
+        lambda: analyze(record.folder, device="cpu", root=str(other)),
+    ):
+        with pytest.raises(UserError, match="other images than those present"):
+            again()
+    assert train(*run(own)) == record
+    shutil.rmtree(own)
+    assert train(*run(own)) == record
+    assert "its images cannot be compared with those present" in caplog.text
+
+
+def test_equal_files_that_decode_to_other_pixels_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    check_images({"files": "a", "pixels": "b"}, {"files": "a", "pixels": "c"}, Path("run"))
+    assert "run was made on the same files decoded to other pixels" in caplog.text
+    with pytest.raises(UserError):
+        check_images({"files": "a", "pixels": "b"}, {"files": "c", "pixels": "b"}, Path("run"))
+    check_images(None, {"files": "a", "pixels": "b"}, Path("run"))
+
+
+def test_a_record_from_before_fingerprints_reads_and_is_written_as_it_was(tmp_path: Path, train: Train) -> None:
+    record = train("dataset.subset=64", "recipe.epochs=1", "norm=bn", "progress=false")
+    assert record.images is not None
+    old = replace(record, images=None)
+    old.write()
+    content = (record.folder / SUMMARY).read_bytes()
+    assert "images" not in json.loads(content)
+    again = Record.read(record.folder)
+    assert again == old
+    again.write()
+    assert (record.folder / SUMMARY).read_bytes() == content
+    for wrong in ("abc", {"files": 1, "pixels": None}, {"files": "a"}):
+        (record.folder / SUMMARY).write_text(json.dumps(json.loads(content) | {"images": wrong}))
+        with pytest.raises(InvalidRecordError, match="images"):
+            Record.read(record.folder)
+
+
+def test_runs_on_other_images_are_not_published_beside_one_another(tmp_path: Path, train: Train) -> None:
+    own, other = draw(tmp_path / "own"), draw(tmp_path / "other", seed=1)
+    first = train(*run(own))
+    publish(first.folder, tmp_path / "records")
+    second = train(*run(other), "seed=1")
+    with pytest.raises(InvalidRecordError, match="other images than"):
+        publish(second.folder, tmp_path / "records")
+    os.utime(own)
+    third = train(*run(own), "seed=2")
+    publish(third.folder, tmp_path / "records")
+
+
+def test_a_sweep_over_other_images_is_refused_before_it_starts(tmp_path: Path) -> None:
+    own, other = draw(tmp_path / "own"), draw(tmp_path / "other", seed=1)
+    runs = tmp_path / "runs"
+    train_in(runs, *run(own))
+
+    def sweep(root: Path) -> list[PlannedRun]:
+        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+            return plan_sweep(compose_sweep([*run(root), "seed=0,1", f"runs_dir={runs}"]))
+
+    with pytest.raises(UserError, match="other images than those present"):
+        run_sweep(sweep(other), pytest.fail, parallel=False)
+    launched = []
+    run_sweep(sweep(own), lambda jobs: launched.extend(jobs) or [], parallel=False)  # type: ignore[func-returns-value]
+    assert len(launched) == 1
+
+
+def test_a_published_set_that_is_not_whole_says_so_and_loses_its_baseline(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = draw(tmp_path / "root")
+
+    def read() -> tuple[str, str | None]:
+        splits = image_folder(str(root), cache=str(tmp_path), counts=[2, 8, 8], baseline="published", **GRAY)
+        return splits.label, splits.baseline
+
+    assert read() == ("Gray", "published")
+    assert not caplog.records
+    (root / "train/a/0.bmp").unlink()
+    assert read() == ("Gray, 15 and 16 images", None)
+    assert "has 16 training and 16 test images in 2 classes; here are 15 and 16 in 2" in caplog.text
+    (root / "train/b/0.bmp").unlink()
+    assert read() == ("Gray, 14 and 16 images", None)
+
+
+@pytest.mark.slow
+def test_constants_of_cifar100(shared_data: Path) -> None:
+    """Those of cifar100.yaml and of cifar100_png.yaml are those of the images: a lossless mosaic a class."""
+    total, squares, pixels = np.zeros(3), np.zeros(3), 0
+    with tarfile.open(shared_data / "cifar100.tar") as tar:
+        for member in tar:
+            if member.name.startswith("cifar100/train/") and member.isfile():
+                mosaic = np.asarray(Image.open(io.BytesIO(tar.extractfile(member).read())), np.float64) / 255  # type: ignore[union-attr]
+                total += mosaic.sum((0, 1))
+                squares += (mosaic**2).sum((0, 1))
+                pixels += mosaic.shape[0] * mosaic.shape[1]
+    assert pixels == 50_000 * 32 * 32
+    mean = total / pixels
+    std = np.sqrt(squares / pixels - mean**2)
+    for name in ("cifar100", "cifar100_png"):
+        node = yaml.safe_load((ROOT / f"configs/dataset/{name}.yaml").read_text())
+        np.testing.assert_allclose([node["mean"], node["std"]], [mean, std], atol=5e-5)
