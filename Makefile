@@ -20,8 +20,8 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup ## BN against L2BN on scikit-learn's digits: 6 runs, a table and a figure, in 2 minutes on 2 cores
 	python scripts/train.py experiment=demo
-	python scripts/tables.py --runs runs/demo
-	python scripts/figures.py --runs runs/demo --out runs/demo/figures
+	python scripts/report.py tables --runs runs/demo
+	python scripts/report.py figures --runs runs/demo --out runs/demo/figures
 	@echo "records       runs/demo"
 	@echo "curves        make tensorboard LOGDIR=runs/demo"
 
@@ -43,15 +43,15 @@ list: setup ## every data set, backbone, norm, recipe and experiment, one line e
 	@python scripts/list.py
 
 tables: setup ## results/tables, mechanism.md and the README's block, from results/records and results/studies
-	python scripts/tables.py
-	python scripts/mechanism.py tables
+	python scripts/report.py tables
+	python scripts/report.py mechanism tables
 
 figures: setup ## results/figures, from results/records and results/studies
-	python scripts/figures.py
-	python scripts/mechanism.py figures
+	python scripts/report.py figures
+	python scripts/report.py mechanism figures
 
 claims: setup ## results/claims.md, from results/records
-	python scripts/claims.py
+	python scripts/report.py claims
 
 BENCH := python scripts/benchmark.py
 MADE  := --json results/benchmarks
@@ -73,8 +73,8 @@ bench-data: setup ## images/s of the data pipelines alone
 	$(BENCH) data $(MADE)/data.json $(ARGS)
 
 LOGDIR ?= runs
-tensorboard: setup ## show the curves of all runs in LOGDIR (runs), to this machine alone
-	tensorboard --host 127.0.0.1 --logdir $(LOGDIR)
+tensorboard: setup ## show the arms and runs of LOGDIR (runs) in TensorBoard, on this machine alone
+	python scripts/report.py tensorboard --runs '$(LOGDIR)'
 
 # make DATASET-BACKBONE-NORM: any names of configs/, and these short ones.
 cifar := cifar10

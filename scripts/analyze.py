@@ -20,7 +20,7 @@ def main() -> None:
     arguments = parser.parse_args()
     from rich.console import Console  # imported here: --help need not wait for torch
 
-    from l2bn.reporting.layers import layers_table
+    from l2bn.reporting.terminal import layers_table
     from l2bn.training.analyze import analyze
 
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)

@@ -43,11 +43,15 @@ def write_run(
     kernels: str | None = None,
     parameters: int = 272474,
     identity: dict[str, object] | None = None,
+    images: dict[str, str | None] | None = None,
+    train_images: int = 50_000,
+    test_images: int = 10_000,
 ) -> Record:
     """One run that ends at `accuracy`; `curve` epochs are written to metrics.jsonl (default: one)."""
     folder = root / dataset / backbone / norm / recipe / f"seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(yaml.safe_dump({"seed": seed}))
+    cell = {"dataset": dataset, "backbone": backbone, "norm": norm, "recipe": recipe, "seed": seed}
+    (folder / CONFIG).write_text(yaml.safe_dump({"seed": seed, "compute": {"precision": precision}, "cell": cell}))
     (folder / ENVIRONMENT).write_text(json.dumps({"packages": {}}))
     rows = list(_epochs(accuracy, curve or 1, seed, norm))
     if curve is None:
@@ -71,14 +75,15 @@ def write_run(
         identity={"recipe": {"epochs": epochs}, "seed": seed} | (identity or {}),
         epochs=epochs,
         updates=epochs * 195,
-        train_images=50_000,
-        test_images=10_000,
+        train_images=train_images,
+        test_images=test_images,
         parameters=parameters,
         norm_layers=19,
         last=last if status == "finished" else {},
         best=last | {"test/top1": accuracy if best is None else best} if status == "finished" else {},
         seconds=100.0,
         divergence=None if status == "finished" else "loss is nan in epoch 1, step 7",
+        images=images,
     )
     with patch("os.fsync"):
         record.write()

@@ -3,22 +3,43 @@
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
-from l2bn.reporting.claims import CLAIMS, claims_markdown
-from l2bn.reporting.comparison import read_checked
-from synthetic_records import write_pairs, write_run
+from l2bn.errors import UserError
+from l2bn.reporting.claims import (
+    ACCURATE,
+    CLAIMS,
+    COMPACT,
+    EQUAL_NORMS,
+    THESE_NETWORKS,
+    RunSet,
+    SetFinding,
+    claims_markdown,
+    judge_set,
+    read_sets,
+    verdict_of_set,
+)
+from l2bn.reporting.comparison import arms_of
+from l2bn.reporting.evidence import Evidence, read_evidence
+from l2bn.reporting.statistics import fixed_estimate, holm
+from synthetic_records import write_features, write_pairs, write_run
 
 ROOT = Path(__file__).parents[1]
+SETS = read_sets(ROOT / "results/reference/sets.yaml")
 VERDICTS = {"supported", "contradicted", "not decided at this n", "not measured"}
 
 
 def verdict(root: Path, number: int) -> tuple[str, str]:
     """Verdict and evidence of a claim for the records under a folder."""
     (claim,) = (claim for claim in CLAIMS if claim.number == number)
-    finding = claim.judge(read_checked(root)[0])
+    finding = claim.judge(arms_of(read_evidence(root, features=True)))
     return finding.verdict, finding.evidence
 
 
@@ -31,14 +52,16 @@ def write_grid(root: Path, shifts: list[float], *, seeds: int = 3, epochs: int =
 
 def test_all_six_claims_are_judged_and_their_rules_stated(tmp_path: Path) -> None:
     write_grid(tmp_path, [0.2, 0.3, 0.4])
-    text = claims_markdown(*read_checked(tmp_path))
-    rows = re.findall(r"^\| (\d) \| (.+?) \| (.+?) \| (.+?) \|$", text, re.MULTILINE)
+    text = claims_markdown(read_evidence(tmp_path), SETS)
+    rows = re.findall(r"^\| (\d) \| (.+?) \| (.+?) \| (.+?) \| (.+?) \|$", text, re.MULTILINE)
     assert [row[0] for row in rows] == list("123456")
-    for number, _, found, evidence in rows:
+    for number, _, found, these, evidence in rows:
         assert found in VERDICTS
+        assert (these == "–") is (number in "46")
         assert re.search(r"\d", evidence), f"claim {number} is judged without a number"
     for claim in CLAIMS:
         assert f"\n{claim.number}. {claim.rule}\n".replace("_", r"\_") in text
+    assert f"\n{THESE_NETWORKS}\n" in text
 
 
 def test_the_tests_that_are_named_as_evidence_are_there() -> None:
@@ -100,9 +123,9 @@ def test_evidence_of_claim_5_holds_its_numbers(tmp_path: Path) -> None:
     assert "3 of 4 rows" in evidence
     assert "+0.30 points, 95 % interval [+0.05, +0.55]" in evidence
     (claim,) = (claim for claim in CLAIMS if claim.number == 5)
-    details = claim.judge(read_checked(tmp_path)[0]).details
+    details = claim.judge(arms_of(read_evidence(tmp_path))).details
     assert details == ("Not counted: CIFAR-10 (JPEG), resnet20, short: +2.00 points, 1 pair of 5 epochs",)
-    assert f"- {details[0]}\n" in claims_markdown(*read_checked(tmp_path))
+    assert f"- {details[0]}\n" in claims_markdown(read_evidence(tmp_path), SETS)
 
 
 def test_many_data_sets_are_not_various_models(tmp_path: Path) -> None:
@@ -119,24 +142,200 @@ def test_models_lost_to_divergence_forbid_support(tmp_path: Path) -> None:
     assert "0 of BN, 1 of L2BN" in evidence
 
 
-def test_a_diverged_run_of_bn_beside_two_kernel_paths_is_one(tmp_path: Path) -> None:
-    write_pairs(tmp_path, [90.0] * 3, [0.1, 0.2, 0.3])
-    write_run(tmp_path, norm="bn", seed=3, status="diverged")
-    write_run(tmp_path / "fused", norm="l2bn", kernels="fused")
-    assert "Diverged of that length: 1 of BN, 0 of L2BN" in verdict(tmp_path, 5)[1]
+# ---- The rule for these networks ---------------------------------------------------------------------------
+
+SET = RunSet(
+    "a set",
+    *("cifar10", "cosine_30", "32-true", ("net0", "net1", "net2"), (0, 1, 2)),
+    more_seeds=(3, 4),
+    control=("l2bn_mean_norm", ("net0", "net1")),
+)
+RUNS = {"recipe": "cosine_30", "epochs": 30}
+SMALL = (0.5, 0.6, 0.4)
+
+
+def write_set(root: Path, *differences: tuple[float, ...]) -> None:
+    """A backbone of the set for each tuple, with these paired differences at seeds 0, 1, ..."""
+    for net, values in enumerate(differences):
+        write_pairs(root, [70.0 + seed for seed in range(len(values))], values, backbone=f"net{net}", **RUNS)
+
+
+def of_accuracy(root: Path) -> SetFinding:
+    return judge_set(ACCURATE, SET, arms_of(read_evidence(root)), SET.seeds)
+
+
+def minus(values: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(-value for value in values)
+
+
+@pytest.mark.parametrize(
+    ("differences", "expected"),
+    [
+        ((SMALL, SMALL, SMALL), "supported"),
+        ((minus(SMALL), minus(SMALL), minus(SMALL)), "contradicted"),
+        (((0.5, -0.6, 0.1), SMALL, minus(SMALL)), "not decided"),
+        (((9.0, 9.1, 8.9), SMALL, minus(SMALL)), "not decided"),  # a cell is significant on the other side
+        ((minus((9.0, 9.1, 8.9)), SMALL, SMALL), "not decided"),
+        (((9.0, 9.1, 8.9), SMALL, (-0.01, 0.1, -0.1)), "supported"),  # one that is not may lie there
+        (((0.5, 0.5, 0.5),) * 3, "not decided"),  # no spread
+    ],
+    ids=str,
+)
+def test_the_interval_and_every_cell_of_the_set_decide(
+    differences: tuple[tuple[float, ...], ...], expected: str, tmp_path: Path
+) -> None:
+    write_set(tmp_path, *differences)
+    finding = of_accuracy(tmp_path)
+    assert (finding.verdict, finding.text) == (expected, f"{expected}, 18 runs")
+
+
+@pytest.mark.parametrize("gain", [1, -1])
+@pytest.mark.parametrize("diverged", ["bn", "l2bn"])
+def test_divergence_counts_for_accuracy_and_is_not_replaced(gain: int, diverged: str, tmp_path: Path) -> None:
+    """A lost run of L2BN forbids support, one of BN forbids contradiction; a fourth seed changes neither."""
+    write_set(tmp_path, *[SMALL if gain > 0 else minus(SMALL)] * 3)
+    write_run(tmp_path, norm=diverged, backbone="net0", seed=2, status="diverged", **RUNS)
+    for norm in ("bn", "l2bn"):
+        write_run(tmp_path, norm=norm, backbone="net0", seed=5, **RUNS)
+    finding = of_accuracy(tmp_path)
+    assert (finding.ended, [one.n for one in finding.estimates]) == (18, [2, 3, 3])
+    assert finding.diverged == ((1, 0) if diverged == "bn" else (0, 1))
+    side = "supported" if gain > 0 else "contradicted"
+    assert finding.verdict == ("not decided" if (gain > 0) is (diverged == "l2bn") else side)
+
+
+def test_a_cell_without_any_pair_leaves_the_set_undecided(tmp_path: Path) -> None:
+    write_set(tmp_path, SMALL, SMALL, SMALL)
+    for seed in range(3):
+        write_run(tmp_path, backbone="net2", seed=seed, status="diverged", **RUNS)
+    assert (of_accuracy(tmp_path).text, of_accuracy(tmp_path).estimates[2].n) == ("not decided, 18 runs", 0)
+    assert "| net2 | – | – | – | – | 0 |" in claims_markdown(read_evidence(tmp_path), [SET])
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        {"backbone": "net9"},
+        {"recipe": "cosine_200"},
+        {"precision": "bf16-mixed"},
+        {"dataset": "digits"},
+        {"seed": 9},
+    ],
+    ids=str,
+)
+def test_a_set_waits_for_each_of_its_runs_and_takes_no_other(missing: dict[str, Any], tmp_path: Path) -> None:
+    assert of_accuracy(tmp_path).text == "not decided, 0 of 18 runs"
+    write_set(tmp_path, SMALL, SMALL, SMALL[:2])
+    write_run(tmp_path, norm="bn", backbone="net2", seed=2, **RUNS)
+    write_run(tmp_path, **{"norm": "l2bn", "backbone": "net2", "seed": 2, **RUNS, **missing})
+    assert of_accuracy(tmp_path).text == "not decided, 17 of 18 runs"
+    assert "### Claim" not in claims_markdown(read_evidence(tmp_path), [SET])
+
+
+def test_later_seeds_give_a_second_estimate_beside_the_first(tmp_path: Path) -> None:
+    write_set(tmp_path, SMALL, SMALL, SMALL)
+    first = of_accuracy(tmp_path)
+    assert "Second estimate" not in claims_markdown(read_evidence(tmp_path), [SET])
+    write_set(tmp_path, *[(*SMALL, -3.0, -3.1)] * 2)
+    text = claims_markdown(read_evidence(tmp_path), [SET])
+    assert "With seeds 3, 4: 26 of 30 runs, no second estimate yet." in text
+    write_set(tmp_path, *[(*SMALL, -3.0, -3.1)] * 3)
+    text = claims_markdown(read_evidence(tmp_path), [SET])
+    assert of_accuracy(tmp_path).overall == first.overall
+    assert "| 5 | L2BN improves the accuracy of various models on image classification. | not decided" in text
+    assert "| supported, 18 runs of a set |" in text
+    _, overall = fixed_estimate([[*SMALL, -3.0, -3.1]] * 3)
+    shown = f"{overall.mean:+.2f} [{overall.low:+.2f}, {overall.high:+.2f}], 15 pairs".replace("-", "−")
+    assert f"Second estimate, with seeds 3, 4, which does not replace the first: {shown}." in text
+
+
+def test_claims_about_features_wait_for_features_and_claim_1_for_its_control(tmp_path: Path) -> None:
+    write_set(tmp_path, SMALL, SMALL, SMALL)
+    arms = arms_of(read_evidence(tmp_path, features=True))
+    assert judge_set(COMPACT, SET, arms, SET.seeds).text == "not decided, 0 of 18 runs"
+    for record in read_evidence(tmp_path).records:
+        better = 0.02 + 0.001 * record.seed if record.norm == "l2bn" else 0.0
+        write_features(record, within_share=0.3 - better)
+    arms = arms_of(read_evidence(tmp_path, features=True))
+    assert judge_set(COMPACT, SET, arms, SET.seeds).text == "supported, 18 runs"
+    assert judge_set(EQUAL_NORMS, SET, arms, SET.seeds).text == "not decided, 18 of 24 runs"
+    for net, seed in product(range(2), range(3)):
+        record = write_run(tmp_path, norm="l2bn_mean_norm", backbone=f"net{net}", seed=seed, **RUNS)
+        write_features(record, within_share=0.1)
+    finding = judge_set(EQUAL_NORMS, SET, arms_of(read_evidence(tmp_path, features=True)), SET.seeds)
+    assert finding.text == "contradicted, 24 runs"
+    assert [row.cell.backbone for row in finding.cells] == ["net0", "net1"]
+
+
+cells = st.lists(
+    st.lists(st.floats(-3, 3).map(lambda x: round(x, 2)), min_size=2, max_size=4), min_size=1, max_size=4
+)
+
+
+@given(cells, st.integers(0, 2), st.integers(0, 2))
+def test_the_rule_is_its_own_mirror_image(values: list[list[float]], bn: int, l2bn: int) -> None:
+    def judged(sign: int, *diverged: int) -> str:
+        estimates, overall = fixed_estimate([[sign * value for value in cell] for cell in values])
+        return verdict_of_set(ACCURATE, estimates, holm([one.p for one in estimates]), overall, *diverged)
+
+    mirror = {"supported": "contradicted", "contradicted": "supported", "not decided": "not decided"}
+    assert judged(-1, l2bn, bn) == mirror[judged(1, bn, l2bn)]
+
+
+def test_the_table_of_a_set_shows_each_cells_own_deviation(tmp_path: Path) -> None:
+    write_set(tmp_path, (0.0, 1.0, 2.0), (0.4, 0.5, 0.6), (1.0, 1.5, 2.0))
+    text = claims_markdown(read_evidence(tmp_path), [SET])
+    section = text.partition("### Claim 5 on a set")[2].partition("##")[0]
+    shown = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if "net" in line]
+    assert [row[4] for row in shown] == ["1.00", "0.10", "0.50"]
+    # s = sqrt((1 + 0.01 + 0.25) / 3) = 0.648, t(6) = 2.447: in a cell 2.447 * 0.648 / sqrt(3), over all / sqrt(9).
+    assert [row[2] for row in shown] == ["[+0.08, +1.92]", "[−0.42, +1.42]", "[+0.58, +2.42]"]
+    assert "| all, each weighing alike | +1.00 | [+0.47, +1.53] | 0.004 | 0.65 | 9 |" in section
+    assert "Diverged: 0 of BN, 0 of L2BN." in section
+
+
+def test_the_first_set_is_that_of_the_cpu_grid() -> None:
+    """24 runs decide claims 2, 3 and 5, and the 9 of the control more claim 1."""
+    params = yaml.safe_load((ROOT / "configs/experiment/cpu_grid.yaml").read_text())["hydra"]["sweeper"]["params"]
+    first = SETS[0]
+    assert (first.dataset, first.recipe) == (params["dataset"], params["recipe"])
+    assert list(first.backbones) == params["backbone"].split(",")
+    assert list(first.seeds) == [int(seed) for seed in params["seed"].split(",")]
+    assert params["norm"] == "bn,l2bn"
+    assert len(first.runs(ACCURATE, first.seeds)) == len(first.runs(COMPACT, first.seeds)) == 24
+    assert len(first.runs(EQUAL_NORMS, first.seeds)) == 33
+    assert [len(one.runs(ACCURATE, one.seeds)) for one in SETS] == [24, 18, 24]
+    for one in SETS:
+        for group, names in (("dataset", [one.dataset]), ("recipe", [one.recipe]), ("backbone", one.backbones)):
+            assert all((ROOT / f"configs/{group}/{name}.yaml").exists() for name in names)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "sets: 1",
+        "sets: [{label: x}]",
+        "sets: [{label: x, dataset: d, recipe: r, setting: s, backbones: [], seeds: [0]}]",
+    ],
+)
+def test_a_file_of_sets_with_a_mistake_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "sets.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"sets\.yaml cannot be used"):
+        read_sets(tmp_path / "sets.yaml")
 
 
 def test_the_committed_claims_are_what_the_records_give() -> None:
     """`make claims` brings them up to date."""
     folder = ROOT / "results/records"
-    records, problems = read_checked(folder) if folder.is_dir() else ([], [])
-    assert (ROOT / "results/claims.md").read_text(encoding="utf-8") == claims_markdown(records, problems)
+    evidence = read_evidence(folder, features=True) if folder.is_dir() else Evidence([])
+    assert (ROOT / "results/claims.md").read_text(encoding="utf-8") == claims_markdown(evidence, SETS)
 
 
 def test_the_script_prints_and_writes(tmp_path: Path) -> None:
     write_grid(tmp_path / "runs", [0.2, 0.3, 0.4])
     out = tmp_path / "claims.md"
-    command = [sys.executable, ROOT / "scripts/claims.py", "--runs", tmp_path / "runs", "--out", out]
+    command = [sys.executable, ROOT / "scripts/report.py", "claims", "--runs", tmp_path / "runs", "--out", out]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert out.read_text() in result.stdout
     assert "| supported |" in result.stdout

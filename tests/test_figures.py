@@ -1,6 +1,6 @@
 """Figures from records: that they are drawn, the same each time, and show what the records hold."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 
@@ -10,27 +10,29 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from l2bn.records import METRICS, Record
-from l2bn.reporting.comparison import grid, pooled, read_checked
-from l2bn.reporting.figures import RC, STYLES, curves, differences, read_curves, write_figures
+from l2bn.records import METRICS
+from l2bn.reporting.claims import RunSet
+from l2bn.reporting.comparison import arms_of, grid, pooled
+from l2bn.reporting.evidence import Evidence, read_evidence
+from l2bn.reporting.figures import RC, STYLES, curves, differences, differences_of_set, read_curves, write_figures
 from synthetic_records import write_pairs, write_run
 
 
 @pytest.fixture
-def records(tmp_path: Path) -> list[Record]:
+def evidence(tmp_path: Path) -> Evidence:
     root = tmp_path / "runs"
     write_pairs(root, [90, 91, 92], [0.1, 0.2, 0.6], curve=12, epochs=12)
     write_pairs(root, [93, 93.2, 93.4], [-0.1, -0.2, -0.6], backbone="vgg16", curve=12, epochs=12)
     write_pairs(root, [70], [1.5], dataset="cifar10_jpeg", recipe="short", label="CIFAR-10 (JPEG)", epochs=1)
     write_run(root, norm="l2bn", seed=7, status="diverged", epochs=12)
     write_run(root, norm="l2bn_rms", epochs=12)
-    return read_checked(root)[0]
+    return read_evidence(root)
 
 
-def draw_curves(records: Sequence[Record], dataset: str) -> Figure:
-    rows = [row for row in grid(records) if row.cell.dataset == dataset and row.arms]
+def draw_curves(evidence: Evidence, dataset: str) -> Figure:
+    rows = [row for row in grid(arms_of(evidence)) if row.cell.dataset == dataset and row.arms]
     with mpl.rc_context(RC):
-        return curves(rows, read_curves(records)[0])
+        return curves(rows, read_curves(evidence.records)[0])
 
 
 def texts(figure: Figure) -> Iterator[str]:
@@ -42,8 +44,8 @@ def texts(figure: Figure) -> Iterator[str]:
         yield from (text.get_text() for text in legend.get_texts()) if legend else ()
 
 
-def test_one_page_a_data_set_as_png_and_svg(tmp_path: Path, records: list[Record]) -> None:
-    paths, problems = write_figures(records, tmp_path / "figures")
+def test_one_page_a_data_set_as_png_and_svg(tmp_path: Path, evidence: Evidence) -> None:
+    paths, problems = write_figures(evidence, tmp_path / "figures")
     assert problems == []
     assert sorted(path.name for path in paths) == [
         "curves-cifar10.png",
@@ -56,19 +58,21 @@ def test_one_page_a_data_set_as_png_and_svg(tmp_path: Path, records: list[Record
     assert all(path.stat().st_size > 5_000 for path in paths)
 
 
-def test_the_same_records_give_the_same_bytes(tmp_path: Path, records: list[Record]) -> None:
-    first, second = (write_figures(records, tmp_path / name)[0] for name in ("first", "second"))
+def test_the_same_records_give_the_same_bytes(tmp_path: Path, evidence: Evidence) -> None:
+    first, second = (write_figures(evidence, tmp_path / name)[0] for name in ("first", "second"))
     assert len(first) == 6
     for a, b in zip(first, second, strict=True):
         assert a.read_bytes() == b.read_bytes(), a.name
         assert b"202" not in a.read_bytes()[:600] or a.suffix == ".png"  # no date in the head of an SVG
 
 
-def test_a_curve_is_the_mean_of_its_runs_with_a_band(records: list[Record]) -> None:
-    figure = draw_curves(records, "cifar10")
+def test_a_curve_is_the_mean_of_its_runs_with_a_band(evidence: Evidence) -> None:
+    figure = draw_curves(evidence, "cifar10")
     panel = figure.axes[0]
     assert panel.get_title(loc="left") == "resnet20"
-    arm = next(row for row in grid(records) if row.cell.backbone == "resnet20" and row.differences).bn
+    arm = next(
+        row for row in grid(arms_of(evidence)) if row.cell.backbone == "resnet20" and row.differences()
+    ).reference
     assert arm
     runs = [[row["test/top1"] for row in record.metrics()] for record in arm.records]
     expected = [sum(column) / 3 for column in zip(*runs, strict=True)]
@@ -80,37 +84,63 @@ def test_a_curve_is_the_mean_of_its_runs_with_a_band(records: list[Record]) -> N
     assert (min(last), max(last)) == pytest.approx((90, 92))  # 91 ± 1
 
 
-def test_legends_tell_n_and_what_diverged(records: list[Record]) -> None:
-    shown = list(texts(draw_curves(records, "cifar10")))
+def test_legends_tell_n_and_what_diverged(evidence: Evidence) -> None:
+    shown = list(texts(draw_curves(evidence, "cifar10")))
     assert "BN  91.00 ± 1.00  (n = 3)" in shown
     assert "L2BN  91.30 ± 1.25  (n = 3)" in shown
     assert "diverged: 1 L2BN" in shown
 
 
-def test_the_last_epochs_are_inside_the_panel(records: list[Record]) -> None:
-    for panel in draw_curves(records, "cifar10").axes:
+def test_the_last_epochs_are_inside_the_panel(evidence: Evidence) -> None:
+    for panel in draw_curves(evidence, "cifar10").axes:
         low, high = panel.get_ylim()
         for line in panel.lines:
             assert low < line.get_ydata()[-1] < high
 
 
-def test_dots_stand_at_the_differences_and_lines_span_the_intervals(records: list[Record]) -> None:
-    rows = [row for row in grid(records) if row.arms]
+def test_dots_stand_at_the_differences_and_lines_span_the_intervals(evidence: Evidence) -> None:
+    rows = [row for row in grid(arms_of(evidence)) if row.arms]
     axes = differences(rows).axes[0]
     drawn = {
         tuple(round(float(x), 9) for x in line.get_xdata())
         for line in axes.lines
         if line.get_marker() in ("None", None)
     }
-    expected = [row.difference for row in rows if row.difference.low is not None] + [pooled(rows)]
+    expected = [row.difference() for row in rows if row.difference().low is not None] + [pooled(rows)]
     assert len(expected) == 3
     assert {(round(e.low, 9), round(e.high, 9)) for e in expected} <= drawn
     hollow = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
     assert [list(line.get_xdata()) for line in hollow] == [[pytest.approx(1.5)]]  # the pair with one seed
     shown = list(texts(axes.figure))
     assert "CIFAR-10 (JPEG)" in shown
-    assert "short, float32, plain kernels" in shown
+    assert "short, float32" in shown
     assert "+1.50" in shown
+
+
+def test_a_set_of_runs_has_a_figure_once_it_has_a_pair_and_both_means_once_complete(tmp_path: Path) -> None:
+    run_set = RunSet("A set", "cifar10", "cosine_30", "32-true", ("net0", "net1"), (0, 1, 2))
+    root, options = tmp_path / "runs", {"recipe": "cosine_30", "epochs": 30, "curve": 30}
+    write_run(root, backbone="net0", **options)
+    assert [path.stem for path in write_figures(read_evidence(root), tmp_path, [run_set])[0]] == [
+        "curves-cifar10"
+    ] * 2
+
+    write_pairs(root, [60, 61, 62], [0.4, 0.5, 0.6], backbone="net0", **options)
+    write_pairs(root, [60], [9.0], backbone="net7", **options)
+    paths, _ = write_figures(read_evidence(root), tmp_path, [run_set])
+    assert paths[-1] == tmp_path / "differences-cifar10-cosine_30.svg"
+    rows = [row for row in grid(arms_of(read_evidence(root))) if run_set.holds(row.cell)]
+    shown = list(texts(differences_of_set(rows, run_set)))
+    assert {"net0", "+0.50", "other networks; n: networks"} <= set(shown)
+    assert not {"net7", "these networks; n: pairs"} & set(shown)
+
+    write_pairs(root, [60, 61, 62], [0.5, 0.6, 0.7], backbone="net1", **options)
+    rows = [row for row in grid(arms_of(read_evidence(root))) if run_set.holds(row.cell)]
+    axes = differences_of_set(rows, run_set).axes[0]
+    assert "these networks; n: pairs" in list(texts(axes.figure))
+    # s = 0.1 over 4 degrees of freedom: 2.776 * 0.1 * sqrt(2 / 3) / 2 = 0.113 around 0.55.
+    drawn = [tuple(line.get_xdata()) for line in axes.lines]
+    assert any(span == pytest.approx((0.437, 0.663), abs=1e-3) for span in drawn if len(span) == 2)
 
 
 def test_nothing_of_the_dot_plot_is_cut_off_or_stands_on_another(tmp_path: Path) -> None:
@@ -118,7 +148,7 @@ def test_nothing_of_the_dot_plot_is_cut_off_or_stands_on_another(tmp_path: Path)
         write_pairs(tmp_path, [90], [-4.7], backbone=backbone, label="A data set of a long name, 12,800 images")
         write_pairs(tmp_path, [90], [0.4], backbone=backbone, recipe="short,batch_size=16,epochs=3,lr=0.02")
     with mpl.rc_context(RC):
-        figure = differences(grid(read_checked(tmp_path)[0]))
+        figure = differences(grid(arms_of(read_evidence(tmp_path))))
     FigureCanvasAgg(figure).draw()
     axes = figure.axes[0]
     boxes = [text.get_window_extent() for text in [*axes.texts, axes.xaxis.label]]
@@ -134,9 +164,9 @@ def test_nothing_of_the_dot_plot_is_cut_off_or_stands_on_another(tmp_path: Path)
 def test_recipes_that_differ_are_told_panel_by_panel(tmp_path: Path) -> None:
     write_pairs(tmp_path, [90], [0.1], epochs=1)
     write_pairs(tmp_path, [90], [0.1], recipe="short,batch_size=16", epochs=1)
-    shown = list(texts(draw_curves(read_checked(tmp_path)[0], "cifar10")))
-    assert "cosine_200, float32, plain kernels" in shown
-    assert "short (batch size 16), float32, plain\nkernels" in shown
+    shown = list(texts(draw_curves(read_evidence(tmp_path), "cifar10")))
+    assert "cosine_200, float32" in shown
+    assert "short (batch size 16), float32" in shown
 
 
 def test_arms_differ_in_more_than_colour() -> None:
@@ -147,14 +177,14 @@ def test_arms_differ_in_more_than_colour() -> None:
     assert light - dark > 0.2  # in greyscale
 
 
-def test_a_run_without_readable_epochs_is_named_and_left_out(tmp_path: Path, records: list[Record]) -> None:
-    broken = next(record for record in records if record.norm == "l2bn" and record.backbone == "vgg16")
+def test_a_run_without_readable_epochs_is_named_and_left_out(tmp_path: Path, evidence: Evidence) -> None:
+    broken = next(record for record in evidence.records if record.norm == "l2bn" and record.backbone == "vgg16")
     (broken.folder / METRICS).write_text('{"epoch": 1')
-    paths, problems = write_figures(records, tmp_path / "figures")
+    paths, problems = write_figures(evidence, tmp_path / "figures")
     assert [problem.folder for problem in problems] == [broken.folder]
     assert len(paths) == 6
 
 
 def test_nothing_is_drawn_without_records(tmp_path: Path) -> None:
-    assert write_figures([], tmp_path / "figures") == ([], [])
+    assert write_figures(Evidence([]), tmp_path / "figures") == ([], [])
     assert not (tmp_path / "figures").exists()

@@ -11,29 +11,45 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 
-from l2bn.records import FEATURES, SAMPLE, STATISTICS, Record, write_lines
+from l2bn.records import FEATURES, SAMPLE, STATISTICS, write_lines
 from l2bn.reporting.claims import CLAIMS
-from l2bn.reporting.comparison import BN, L2BN, read_checked
-from l2bn.reporting.feature_claims import MEAN_NORM
-from l2bn.reporting.feature_figures import feature_map, norms_by_depth, principal_plane, through_training
-from l2bn.reporting.feature_tables import QUANTITIES, WITHIN_SHARE, features_csv, norms_table, pair_table
-from l2bn.reporting.features import INPUT, PENULTIMATE, SHRINK, Measure, measured_arms, measured_pairs, read_all
+from l2bn.reporting.comparison import Arm, Comparison, arms_of
+from l2bn.reporting.evidence import BN, INPUT, L2BN, PENULTIMATE, SHRINK, Evidence, read_evidence
 from l2bn.reporting.figures import RC
-from l2bn.reporting.markup import with_block
 from l2bn.reporting.mechanism import (
-    BEGIN,
-    END,
     EPS,
+    MEAN_NORM,
+    OF_CONTROLS,
     RATES,
+    RMS,
     TRAP,
+    WITHIN_SHARE,
+    eps_table,
+    features_csv,
+    measured_pairs,
     mechanism_documents,
-    read_evidence,
-    readme_block,
+    norms_table,
+    pair_table,
+    parts_table,
+    place_by_eps,
+    place_by_rate,
+    rate_note,
+    rate_table,
+    read_mechanism,
+    studies_of,
+    trap_studies,
+    trap_table,
+)
+from l2bn.reporting.mechanism_figures import (
+    accuracy_over_eps,
+    accuracy_over_rates,
+    accuracy_over_updates,
+    feature_map,
+    norms_by_depth,
+    principal_plane,
+    through_training,
     write_mechanism_figures,
 )
-from l2bn.reporting.studies import RMS, eps_studies, eps_table, parts_table, rate_note, rate_studies, rate_table
-from l2bn.reporting.study_figures import accuracy_over_eps, accuracy_over_rates, accuracy_over_updates
-from l2bn.reporting.trap import trap_studies, trap_table
 from synthetic_records import write_features, write_run
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +66,7 @@ def write_measured(
 
 
 @pytest.fixture
-def records(tmp_path: Path) -> list[Record]:
+def root(tmp_path: Path) -> Path:
     """BN and L2BN with a difference of -0.03 ± 0.01 in within_share, and two controls."""
     root = tmp_path / "records"
     write_measured(root, BN, (0.20, 0.22, 0.24), angles=(60, 61, 62))
@@ -58,47 +74,59 @@ def records(tmp_path: Path) -> list[Record]:
     write_measured(root, MEAN_NORM, (0.21, 0.22, 0.23))
     write_run(root, norm="group_norm", accuracy=70.0)
     write_run(root, norm=L2BN, seed=7, status="diverged")
-    return read_checked(root)[0]
+    return root
+
+
+@pytest.fixture
+def evidence(root: Path) -> Evidence:
+    return read_evidence(root, features=True)
+
+
+def measured(evidence: Evidence) -> list[Arm]:
+    return [arm for arm in arms_of(evidence) if arm.features]
+
+
+def pair_of(evidence: Evidence) -> Comparison:
+    (pair,) = measured_pairs(arms_of(evidence))
+    return pair
 
 
 # ---- Reading ------------------------------------------------------------------------------------------------
 
 
-def test_arms_hold_the_runs_that_were_measured_to_their_end(records: list[Record]) -> None:
-    (unfinished,) = (r for r in records if r.norm == "group_norm")
+def test_arms_hold_the_runs_that_were_measured_to_their_end(root: Path) -> None:
+    (unfinished,) = (r for r in read_evidence(root).records if r.norm == "group_norm")
     write_features(unfinished)
     (unfinished.folder / FEATURES).write_text((unfinished.folder / FEATURES).read_text().replace("200", "100", 1))
-    features, problems = read_all(records)
-    assert problems == []
-    arms = measured_arms(records, features)
-    assert [arm.arm.norm for arm in arms] == [BN, L2BN, MEAN_NORM]
-    assert arms[1].last(WITHIN_SHARE) == {0: 0.18, 1: 0.19, 2: 0.20}
-    assert arms[1].last(Measure("norm_cv", INPUT)) == pytest.approx(
-        dict.fromkeys(range(3), 0.2)
-    )  # of 0.1, 0.2, 0.3
-    assert arms[1].last(Measure("", SHRINK)) == pytest.approx(dict.fromkeys(range(3), 0.95))
-    assert arms[1].epochs == [10, 100, 200]
+    evidence = read_evidence(root, features=True)
+    assert evidence.problems == []
+    arms = measured(evidence)
+    assert [arm.norm for arm in arms] == [BN, L2BN, MEAN_NORM]
+    assert arms[1].of(WITHIN_SHARE) == {0: 0.18, 1: 0.19, 2: 0.20}
+    assert arms[1].of(f"{INPUT}/norm_cv") == pytest.approx(dict.fromkeys(range(3), 0.2))  # of 0.1, 0.2, 0.3
+    assert arms[1].of(SHRINK) == pytest.approx(dict.fromkeys(range(3), 0.95))
+    assert pair_of(evidence).measured_epochs == [10, 100, 200]
 
 
 def test_a_layer_without_a_value_has_no_mean(tmp_path: Path) -> None:
     write_features(write_run(tmp_path, norm="group_norm"), shrink=None)
-    records, _ = read_checked(tmp_path)
-    (arm,) = measured_arms(records, read_all(records)[0])
-    assert arm.last(Measure("", SHRINK)) == {}
+    (arm,) = measured(read_evidence(tmp_path, features=True))
+    assert arm.of(SHRINK) == {}
 
 
-def test_unreadable_features_are_named_and_left_out(records: list[Record]) -> None:
-    (records[0].folder / FEATURES).write_text("{")
-    features, problems = read_all(records)
-    assert [problem.folder for problem in problems] == [records[0].folder]
-    assert records[0].folder not in features
+def test_unreadable_features_are_named_and_left_out(root: Path) -> None:
+    folder = read_evidence(root).records[0].folder
+    (folder / FEATURES).write_text("{")
+    evidence = read_evidence(root, features=True)
+    assert [problem.folder for problem in evidence.problems] == [folder]
+    assert folder not in evidence.features
 
 
 # ---- Tables -------------------------------------------------------------------------------------------------
 
 
-def test_the_table_of_a_pair_holds_means_and_paired_differences(records: list[Record]) -> None:
-    (pair,) = measured_pairs(measured_arms(records, read_all(records)[0]), BN, L2BN)
+def test_the_table_of_a_pair_holds_means_and_paired_differences(evidence: Evidence) -> None:
+    pair = pair_of(evidence)
     rows = {row[0]: row[1:] for row in pair_table(pair).rows}
     assert rows["within share, penultimate"] == (
         *("0.2200 ± 0.0200", "0.1900 ± 0.0100", "−0.0300", "[−0.0548, −0.0052]", "3"),
@@ -107,9 +135,9 @@ def test_the_table_of_a_pair_holds_means_and_paired_differences(records: list[Re
     assert rows["shrink factor of the norm layers"][:2] == ("0.9500 ± 0.0000", "0.9500 ± 0.0000")
 
 
-def test_the_table_of_norms_sets_each_against_bn_and_l2bn_against_each(records: list[Record]) -> None:
-    arms = measured_arms(records, read_all(records)[0])
-    accuracy, share = (norms_table(arms, quantity) for quantity in QUANTITIES[:2])
+def test_the_table_of_norms_sets_each_against_bn_and_l2bn_against_each(evidence: Evidence) -> None:
+    arms = measured(evidence)
+    accuracy, share = (norms_table(arms, quantity) for quantity in OF_CONTROLS[:2])
     assert [row[0] for row in share.rows] == [BN, L2BN, MEAN_NORM]
     control = share.rows[2]
     assert control[1:3] == ("0.2200 ± 0.0100 (3)", "0.0000")
@@ -118,8 +146,8 @@ def test_the_table_of_norms_sets_each_against_bn_and_l2bn_against_each(records: 
     assert accuracy.rows[1][1] == "91.00 ± 1.00 (3; 1 diverged)"
 
 
-def test_the_csv_has_every_measure_of_every_norm(records: list[Record]) -> None:
-    rows = list(csv.DictReader(io.StringIO(features_csv(measured_arms(records, read_all(records)[0])))))
+def test_the_csv_has_every_measure_of_every_norm(evidence: Evidence) -> None:
+    rows = list(csv.DictReader(io.StringIO(features_csv(measured(evidence)))))
     assert len(rows) == 3 * (1 + 3 * 14)
     (row,) = (
         row for row in rows if (row["norm"], row["place"], row["measure"]) == (L2BN, PENULTIMATE, "within_share")
@@ -130,8 +158,8 @@ def test_the_csv_has_every_measure_of_every_norm(records: list[Record]) -> None:
 # ---- Figures ------------------------------------------------------------------------------------------------
 
 
-def test_figures_show_what_the_records_hold(records: list[Record]) -> None:
-    (pair,) = measured_pairs(measured_arms(records, read_all(records)[0]), BN, L2BN)
+def test_figures_show_what_the_records_hold(evidence: Evidence) -> None:
+    pair = pair_of(evidence)
     with mpl.rc_context(RC):
         depth = norms_by_depth(pair).axes[0]
         assert list(depth.lines[0].get_ydata()) == pytest.approx([0.2, 0.4, 0.6])  # BN, input
@@ -154,10 +182,10 @@ def test_the_plane_is_that_of_both_networks_and_turns_no_way_by_chance() -> None
     assert principal_plane(features[::-1])[1] == pytest.approx(plane)
 
 
-def test_the_map_shows_the_same_images_of_both_arms(records: list[Record]) -> None:
+def test_the_map_shows_the_same_images_of_both_arms(evidence: Evidence) -> None:
     from l2bn.records import read_sample
 
-    (pair,) = measured_pairs(measured_arms(records, read_all(records)[0]), BN, L2BN)
+    pair = pair_of(evidence)
     assert pair.sampled is not None
     seed, *folders = pair.sampled
     assert seed == 0
@@ -174,7 +202,7 @@ def test_the_map_shows_the_same_images_of_both_arms(records: list[Record]) -> No
         axes = np.linalg.eigh(centred.T @ centred)[1][:, :-3:-1]  # of the covariance of both
         expected = (sample.features[order] - both.mean(0)) @ axes
         assert np.abs(drawn) == pytest.approx(np.abs(expected), abs=1e-3)
-    (pair.reference.arm.records[0].folder / SAMPLE).unlink()
+    (pair.reference.records[0].folder / SAMPLE).unlink()
     assert pair.sampled[0] == 1
 
 
@@ -183,7 +211,7 @@ def test_the_map_shows_the_same_images_of_both_arms(records: list[Record]) -> No
 
 def verdict(root: Path, number: int) -> tuple[str, str]:
     (claim,) = (claim for claim in CLAIMS if claim.number == number)
-    finding = claim.judge(read_checked(root)[0])
+    finding = claim.judge(arms_of(read_evidence(root, features=True)))
     return finding.verdict, finding.evidence
 
 
@@ -257,14 +285,13 @@ def write_eps_study(root: Path, seeds: int = 3) -> None:
 
 def test_the_eps_tables_split_the_difference_into_norms_and_eps(tmp_path: Path) -> None:
     write_eps_study(tmp_path)
-    records, _ = read_checked(tmp_path)
-    (study,) = eps_studies(records, read_all(records)[0])
-    assert study.values == [1e-12, 1e-5, 1e-3]
+    (study,) = studies_of(read_evidence(tmp_path, features=True, place=place_by_eps))
+    assert study.values == [(1e-12,), (1e-5,), (1e-3,)]
     rows = {row[0]: row for row in eps_table(study).rows}
     assert rows["1e-05"][1:4] == ("91.00 ± 1.00 (3)", "92.10 ± 1.10 (3)", "91.40 ± 1.00 (3)")
     assert rows["1e-05"][4] == "+1.10"
     assert rows["1e-05"][8:] == ("1.000 (1.000)", "0.900 (0.900)", "1.000 (1.000)")
-    assert rows["1e-03"][1] == "– (0; 1 diverged)"
+    assert rows["1e-03"][1] == "1 diverged"
     parts = {row[0]: row for row in parts_table(study).rows}
     whole, norms, eps = list(parts.values())[:3]
     assert (whole[1], norms[1], eps[1]) == ("+1.10", "+0.40", "+0.70")
@@ -291,7 +318,7 @@ def write_rate_study(root: Path) -> None:
 
 def test_the_rate_table_has_a_row_a_setting_and_its_note_counts(tmp_path: Path) -> None:
     write_rate_study(tmp_path)
-    (study,) = rate_studies(read_checked(tmp_path)[0])
+    (study,) = studies_of(read_evidence(tmp_path, place=place_by_rate))
     rows = rate_table(study).rows
     assert [row[:2] for row in rows] == [("8", "0.1"), ("256", "0.1"), ("256", "1")]
     assert rows[0][5:7] == ("+2.00", "[−0.48, +4.48]")
@@ -323,7 +350,7 @@ def write_trap(root: Path, norm: str, lags: Sequence[int]) -> None:
 def test_the_trap_table_says_when_running_statistics_have_caught_up(tmp_path: Path) -> None:
     write_trap(tmp_path, BN, (10, 10, 10))
     write_trap(tmp_path, L2BN, (120, 140, 1000))
-    (study,), problems = trap_studies(read_checked(tmp_path)[0])
+    (study,), problems = trap_studies(read_evidence(tmp_path).records)
     assert problems == []
     rows = trap_table(study).rows
     assert [row[:2] for row in rows] == [
@@ -340,70 +367,75 @@ def test_the_trap_table_says_when_running_statistics_have_caught_up(tmp_path: Pa
 
 
 @pytest.fixture
-def folders(tmp_path: Path, records: list[Record]) -> tuple[Path, Path]:
+def folders(tmp_path: Path, root: Path) -> tuple[Path, Path]:
     studies = tmp_path / "studies"
     write_eps_study(studies / EPS)
     write_rate_study(studies / RATES)
     write_trap(studies / TRAP, L2BN, (120, 140))
-    return tmp_path / "records", studies
+    return root, studies
 
 
 def test_the_document_has_all_sections_and_its_figures_exist(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    evidence = read_evidence(*folders)
-    text = mechanism_documents(evidence, "")["mechanism.md"]
+    mechanism = read_mechanism(*folders)
+    text = mechanism_documents(mechanism, "")["mechanism.md"]
     for title in ("Features of BN and L2BN", "Controls", "How much is eps?", "The running-variance trap"):
         assert f"\n## {title}\n" in text
-    paths, problems = write_mechanism_figures(evidence, tmp_path / "figures")
+    paths, problems = write_mechanism_figures(mechanism, tmp_path / "figures")
     assert problems == []
     names = {path.name for path in paths}
     linked = {part.split(")")[0] for part in text.split("](figures/")[1:]}
     assert linked == {name for name in names if name.endswith(".png")}
     assert len(linked) == 6
-    again, _ = write_mechanism_figures(evidence, tmp_path / "again")
+    again, _ = write_mechanism_figures(mechanism, tmp_path / "again")
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in paths]
 
 
 def test_the_reading_is_labelled_with_the_records_it_was_written_from(folders: tuple[Path, Path]) -> None:
-    evidence = read_evidence(*folders)
-    own = f"<!-- written from the records of digest {evidence.digest} -->\n\nIt is so.\n"
-    assert "which are these" in mechanism_documents(evidence, own)["mechanism.md"]
+    mechanism = read_mechanism(*folders)
+    own = f"<!-- written from the records of digest {mechanism.digest} -->\n\nIt is so.\n"
+    assert "which are these" in mechanism_documents(mechanism, own)["mechanism.md"]
     write_run(folders[1] / RATES, seed=9, identity={"recipe": {"batch_size": 8, "lr": 1.0}})
-    later = read_evidence(*folders)
-    assert later.digest != evidence.digest
+    later = read_mechanism(*folders)
+    assert later.digest != mechanism.digest
     text = mechanism_documents(later, own)["mechanism.md"]
     assert f"**not these** (`{later.digest}`)" in text
     assert "It is so." in text
     assert "## Reading" not in mechanism_documents(later, "")["mechanism.md"]
 
 
-def test_the_readme_has_a_row_a_cell_and_a_figure(folders: tuple[Path, Path]) -> None:
-    block = readme_block(read_evidence(*folders))
+def test_the_overview_has_a_row_for_each_cell(folders: tuple[Path, Path]) -> None:
+    text = mechanism_documents(read_mechanism(*folders), "")["mechanism.md"].partition("## Overview")[2]
     row = "| 0.400 ± 0.000 | 0.200 ± 0.000 | −0.0300 | [−0.0548, −0.0052] | +2.00 | [−2.97, +6.97] | 3 |"
-    assert row in block
-    assert "(results/figures/norms-cifar10-resnet20-cosine_200.png)" in block
+    assert row in text.partition("##")[0]
 
 
 def test_without_records_there_is_a_document_and_no_section(tmp_path: Path) -> None:
     (tmp_path / "records").mkdir()
-    evidence = read_evidence(tmp_path / "records", tmp_path / "studies")
-    assert "##" not in mechanism_documents(evidence, "")["mechanism.md"]
-    assert write_mechanism_figures(evidence, tmp_path / "figures") == ([], [])
+    mechanism = read_mechanism(tmp_path / "records", tmp_path / "studies")
+    assert "##" not in mechanism_documents(mechanism, "")["mechanism.md"]
+    assert write_mechanism_figures(mechanism, tmp_path / "figures") == ([], [])
 
 
 def test_the_committed_documents_are_what_the_records_give() -> None:
     """`make tables` brings them up to date."""
     reading = ROOT / "results/reference/mechanism.md"
-    evidence = read_evidence(ROOT / "results/records", ROOT / "results/studies")
+    mechanism = read_mechanism(ROOT / "results/records", ROOT / "results/studies")
     text = reading.read_text(encoding="utf-8") if reading.exists() else ""
-    for name, content in mechanism_documents(evidence, text).items():
+    for name, content in mechanism_documents(mechanism, text).items():
         assert (ROOT / "results" / name).read_text(encoding="utf-8") == content, name
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert with_block(readme, BEGIN, END, readme_block(evidence)) == readme
 
 
 def test_the_script_writes_all_of_it(folders: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, ROOT / "scripts/mechanism.py", "--runs", folders[0], "--studies", folders[1]]
+    command = [
+        sys.executable,
+        ROOT / "scripts/report.py",
+        "mechanism",
+        "--runs",
+        folders[0],
+        "--studies",
+        folders[1],
+    ]
     printed = subprocess.run([*command, "--out", out], capture_output=True, text=True, check=True).stdout
     for name in ("mechanism.md", "mechanism/features.csv", "mechanism/studies.csv"):
         assert str(out / name) in printed

@@ -10,6 +10,7 @@ from scipy import stats
 
 from l2bn.reporting.statistics import (
     estimate,
+    fixed_estimate,
     holm,
     paired_differences,
     pooled_estimate,
@@ -125,6 +126,66 @@ def test_the_pooled_interval_covers_the_truth_as_often_as_it_says(between: float
         covered += result.low <= 0.1 <= result.high
     # 95 %, give or take four standard errors of the simulation, and a little for cells of unequal size.
     assert 0.93 < covered / runs < 0.975
+
+
+CELLS = [[0.3, 0.5, 0.1], [-0.2, 0.4], [0.6, 0.7, 0.2, 0.9]]
+
+
+def test_the_estimate_of_these_cells_is_that_of_least_squares() -> None:
+    """A regression on one dummy variable per cell, by its normal equations, and the contrast with equal weights."""
+    x = np.repeat(np.eye(3), [len(cell) for cell in CELLS], axis=0)
+    y = np.concatenate(CELLS)
+    means, residual, *_ = np.linalg.lstsq(x, y, rcond=None)
+    df = len(y) - 3
+    covariance = np.linalg.inv(x.T @ x) * residual[0] / df
+    cells, overall = fixed_estimate(CELLS)
+    for contrast, result in [*zip(np.eye(3), cells, strict=True), (np.full(3, 1 / 3), overall)]:
+        mean, error = contrast @ means, sqrt(contrast @ covariance @ contrast)
+        assert result.mean == pytest.approx(mean)
+        assert (result.low, result.high) == pytest.approx(stats.t.interval(0.95, df, mean, error))
+        assert result.p == pytest.approx(2 * stats.t.cdf(-abs(mean) / error, df))
+    assert [one.std for one in cells] == pytest.approx([np.std(cell, ddof=1) for cell in CELLS])
+    assert overall.std == pytest.approx(sqrt(residual[0] / df))
+    assert [one.n for one in (*cells, overall)] == [3, 2, 4, 9]
+
+
+@given(st.lists(finite, min_size=3, max_size=6))
+def test_one_cell_alone_is_students_estimate(values: list[float]) -> None:
+    (cell,), overall = fixed_estimate([values])
+    expected = estimate(values)
+    for result in (cell, overall):
+        assert (result.n, result.mean, result.std) == pytest.approx((expected.n, expected.mean, expected.std))
+        assert (result.low is None) is (expected.low is None)
+        if expected.low is not None:
+            assert (result.low, result.high, result.p) == pytest.approx((expected.low, expected.high, expected.p))
+
+
+@pytest.mark.parametrize("between", [0.0, 2.0])
+@pytest.mark.parametrize("seeds", [(3, 3, 3, 3), (1, 2, 3, 5)])
+def test_the_interval_of_these_cells_covers_their_own_mean(between: float, seeds: tuple[int, ...]) -> None:
+    """As often as it says, however much the cells differ from each other."""
+    rng, covered, each, runs = np.random.default_rng(0), 0, 0, 800
+    for _ in range(runs):
+        truth = 0.1 + between * rng.normal(size=len(seeds))
+        cells, overall = fixed_estimate(
+            [rng.normal(t, 0.25, n).tolist() for t, n in zip(truth, seeds, strict=True)]
+        )
+        assert overall.low is not None
+        assert overall.high is not None
+        covered += overall.low <= truth.mean() <= overall.high
+        each += sum((c.low or 0.0) <= t <= (c.high or 0.0) for c, t in zip(cells, truth, strict=True))
+    # 95 %, give or take four standard errors of the simulation.
+    assert covered / runs == pytest.approx(0.95, abs=4 * sqrt(0.95 * 0.05 / runs))
+    assert each / runs / len(seeds) == pytest.approx(0.95, abs=4 * sqrt(0.95 * 0.05 / runs))
+
+
+@pytest.mark.parametrize("cells", [[], [[1.0], [2.0]], [[0.3, 0.3], [0.1, 0.1]], [[], [1.0, 2.0]]], ids=str)
+def test_without_a_spread_or_with_an_empty_cell_there_is_no_interval_over_all(cells: list[list[float]]) -> None:
+    found, overall = fixed_estimate(cells)
+    assert (overall.low, overall.high, overall.p) == (None, None, None)
+    assert overall.n == sum(map(len, cells))
+    assert (overall.mean is None) is (not cells or not all(cells))
+    assert [one.n for one in found] == list(map(len, cells))
 
 
 def test_the_spread_is_pooled_over_degrees_of_freedom() -> None:

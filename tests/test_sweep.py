@@ -267,8 +267,8 @@ QUICK = ("dataset.subset=64", "dataset.validation=0.05", "recipe.epochs=1", "pro
 
 
 def tables(runs: Path, out: Path) -> dict[str, bytes]:
-    script = ROOT / "scripts/tables.py"
-    subprocess.run([sys.executable, script, "--runs", runs, "--out", out], check=True, capture_output=True)
+    command = [sys.executable, ROOT / "scripts/report.py", "tables", "--runs", runs, "--out", out]
+    subprocess.run(command, check=True, capture_output=True)
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
 

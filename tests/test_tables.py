@@ -5,9 +5,9 @@ import io
 import json
 import random
 import re
+import runpy
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,16 @@ from matplotlib.text import Text
 from rich.console import Console
 
 from l2bn.errors import UserError
-from l2bn.records import SUMMARY, Problem, Record
-from l2bn.reporting.claims import claims_markdown
-from l2bn.reporting.comparison import grid, natural, other_norms, pooled, read_checked
+from l2bn.records import SUMMARY, natural_order
+from l2bn.reporting.claims import RunSet, claims_markdown, read_sets
+from l2bn.reporting.comparison import arms_of, grid, other_norms, pooled
+from l2bn.reporting.evidence import Evidence, read_evidence
 from l2bn.reporting.figures import curves, differences
-from l2bn.reporting.markup import Table, latex, markdown
+from l2bn.reporting.formatting import Table, in_words, latex, markdown
 from l2bn.reporting.published import Reference, read_reference
-from l2bn.reporting.tables import BEGIN, END, documents, readme_with_block
-from l2bn.reporting.terminal import terminal
-from l2bn.reporting.wording import in_words
+from l2bn.reporting.readme import BEGIN, END, readme_with_block
+from l2bn.reporting.tables import documents
+from l2bn.reporting.terminal import norms_table
 from synthetic_records import write_pairs, write_run
 
 ROOT = Path(__file__).parents[1]
@@ -36,18 +37,18 @@ def reference() -> Reference:
     return read_reference(REFERENCE)
 
 
-def rows_of(records: Sequence[Record], reference: Reference, name: str = "grid.csv") -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(documents(records, [], reference)[name])))
+def rows_of(evidence: Evidence, reference: Reference, name: str = "grid.csv") -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(documents(evidence, reference)[name])))
 
 
-def in_terminal(records: Sequence[Record], problems: Sequence[Problem]) -> str:
+def in_terminal(evidence: Evidence) -> str:
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(terminal(records, problems))
+    console.print(norms_table(evidence))
     return console.export_text()
 
 
-def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "scripts" / name, *map(str, arguments)]
+def report(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "scripts/report.py", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -56,7 +57,7 @@ def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess[str
 
 def test_a_row_holds_the_numbers_of_its_records(tmp_path: Path, reference: Reference) -> None:
     write_pairs(tmp_path, [92.0, 92.3, 92.6], [0.1, 0.2, 0.6], baseline="cifar10")
-    (row,) = rows_of(read_checked(tmp_path)[0], reference)
+    (row,) = rows_of(read_evidence(tmp_path), reference)
     assert (row["label"], row["backbone"], row["recipe"]) == ("CIFAR-10", "resnet20", "cosine_200")
     assert (row["bn_n"], row["bn_mean"], row["bn_std"]) == ("3", "92.3000", "0.3000")
     assert (row["l2bn_n"], row["l2bn_mean"]) == ("3", "92.6000")
@@ -87,7 +88,7 @@ def test_a_published_number_stands_beside_its_own_images_net_and_recipe_alone(
 ) -> None:
     record = write_run(tmp_path, **{"baseline": "cifar10", **other})
     paper = Reference(reference.bn, {"cifar10": {"resnet20": {"bn": 91.0}}})
-    (row,) = rows_of([record], paper)
+    (row,) = rows_of(Evidence([record]), paper)
     assert (row["published_bn"], bool(row["distance"])) == (found, bool(found))
     assert bool(row["paper_bn"]) == (bool(found) or "recipe" in other or "parameters" in other)
 
@@ -95,10 +96,10 @@ def test_a_published_number_stands_beside_its_own_images_net_and_recipe_alone(
 def test_the_last_epoch_is_the_result_and_the_best_is_shown_apart(tmp_path: Path, reference: Reference) -> None:
     for norm in ("bn", "l2bn"):
         write_run(tmp_path, norm=norm, accuracy=90.0, best=99.0)
-    records = read_checked(tmp_path)[0]
-    (row,) = rows_of(records, reference)
+    evidence = read_evidence(tmp_path)
+    (row,) = rows_of(evidence, reference)
     assert (row["bn_mean"], row["bn_best_epoch_mean"]) == ("90.0000", "99.0000")
-    main, best = documents(records, [], reference)["grid.md"].split("## Best epoch")
+    main, best = documents(evidence, reference)["grid.md"].split("## Best epoch")
     assert "99.00" not in main
     assert "99.00" in best
     assert "chosen on the test set" in best
@@ -109,7 +110,7 @@ def test_holms_correction_runs_over_the_table(tmp_path: Path, reference: Referen
         write_pairs(
             tmp_path, [90, 91, 92], [0.3 - spread, 0.3, 0.3 + spread], backbone=backbone, baseline="cifar10"
         )
-    rows = rows_of(read_checked(tmp_path)[0], reference)
+    rows = rows_of(read_evidence(tmp_path), reference)
     p = [float(row["p"]) for row in rows]
     assert p == sorted(p)
     assert [float(row["p_holm"]) for row in rows] == pytest.approx([3 * p[0], 2 * p[1], p[2]], abs=2e-4)
@@ -117,7 +118,7 @@ def test_holms_correction_runs_over_the_table(tmp_path: Path, reference: Referen
 
 def test_few_pairs_say_so(tmp_path: Path, reference: Reference) -> None:
     write_pairs(tmp_path, [90.0, 91.0], [0.1, 0.2])
-    table = documents(read_checked(tmp_path)[0], [], reference)["grid.md"]
+    table = documents(read_evidence(tmp_path), reference)["grid.md"]
     assert "| +0.15 | n too small | – |" in table
 
 
@@ -125,8 +126,8 @@ def test_pooled_line_and_seeds_line(tmp_path: Path, reference: Reference) -> Non
     for backbone, shift in (("resnet20", 0.0), ("resnet32", 0.1), ("resnet44", 0.2)):
         write_pairs(tmp_path, [90, 91, 92], [shift, shift + 0.3, shift + 0.6], backbone=backbone)
     write_pairs(tmp_path, [70], [9.0], recipe="short", epochs=5)
-    records = read_checked(tmp_path)[0]
-    table = documents(records, [], reference)["grid.md"]
+    evidence = read_evidence(tmp_path)
+    table = documents(evidence, reference)["grid.md"]
     # Mean 0.4, standard deviation 0.1 over three cells: 4.3027 * 0.1 / sqrt(3) = 0.2484.
     assert "30 epochs and more: +0.40 points over 3 data set × backbone cells" in table
     assert "[+0.15, +0.65]" in table
@@ -138,7 +139,7 @@ def test_pooled_line_and_seeds_line(tmp_path: Path, reference: Reference) -> Non
 def test_a_cell_under_two_recipes_is_pooled_once(tmp_path: Path) -> None:
     for recipe, difference in (("cosine_200", 0.2), ("step_200", 0.4)):
         write_pairs(tmp_path, [90.0], [difference], recipe=recipe)
-    result = pooled(grid(read_checked(tmp_path)[0]))
+    result = pooled(grid(arms_of(read_evidence(tmp_path))))
     assert (result.n, result.mean) == (1, pytest.approx(0.3))
 
 
@@ -157,15 +158,15 @@ def test_what_was_overridden_in_a_data_set_is_told_wherever_it_is_named(
     shown = shown or f"{label} (image size 16)"
     write_pairs(tmp_path, [90.0], [1.0], dataset=dataset, label=label)
     write_run(tmp_path, dataset=dataset, label=label, norm="group_norm")
-    records = read_checked(tmp_path)[0]
-    texts = documents(records, [], reference)
+    evidence = read_evidence(tmp_path)
+    texts = documents(evidence, reference)
     assert f"| {shown} | resnet20 |" in texts["grid.md"]
     assert f"| {shown} | resnet20 |" in texts["norms.md"]
     assert f"\n{shown} & resnet20 &" in texts["grid.tex"]
-    assert rows_of(records, reference)[0]["label"] == shown
-    assert f"{shown} · resnet20 · " in in_terminal(records, [])
-    assert f"{shown}, resnet20, cosine\\_200: +1.00 points" in claims_markdown(records, [])
-    (row,) = grid(records)
+    assert rows_of(evidence, reference)[0]["label"] == shown
+    assert f"{shown} · resnet20 · " in in_terminal(evidence)
+    assert f"{shown}, resnet20, cosine\\_200: +1.00 points" in claims_markdown(evidence, [])
+    (row,) = grid(arms_of(evidence))
     titles = [
         text.get_text() for figure in (curves([row], {}), differences([row])) for text in figure.findobj(Text)
     ]
@@ -182,8 +183,6 @@ def test_what_was_overridden_in_a_data_set_is_told_wherever_it_is_named(
         {"recipe": "step_200"},
         {"recipe": "cosine_200,lr=0.2"},
         {"precision": "bf16-mixed"},
-        {"kernels": "plain+compiled"},
-        {"kernels": "plain then plain+compiled"},
         {"dataset": "cifar10,subset=10000"},
         {"backbone": "resnet20,shortcut=identity"},
         {"identity": {"devices": 2}},
@@ -195,80 +194,141 @@ def test_unequal_conditions_never_share_a_row(
 ) -> None:
     write_run(tmp_path, norm="bn", seed=0)
     write_run(tmp_path, norm="l2bn", seed=0, **other)
-    rows = rows_of(read_checked(tmp_path)[0], reference)
+    rows = rows_of(read_evidence(tmp_path), reference)
     assert len(rows) == 2
     assert all(row["pairs"] == "0" and row["difference"] == "" for row in rows)
 
 
-def test_two_kernel_paths_are_two_rows_against_the_same_bn(tmp_path: Path, reference: Reference) -> None:
-    write_run(tmp_path, norm="bn", accuracy=90.0)
-    write_run(tmp_path / "a", norm="l2bn", kernels="plain", accuracy=91.0)
-    write_run(tmp_path / "b", norm="l2bn", kernels="fused", accuracy=92.0)
-    records = read_checked(tmp_path)[0]
-    rows = rows_of(records, reference)
-    assert [(row["kernels"], row["difference"]) for row in rows] == [("fused", "2.0000"), ("plain", "1.0000")]
-    table = documents(records, [], reference)["grid.md"]
-    assert "| CIFAR-10 | resnet20 | A | 90.00 (1) | 92.00 (1) |" in table
-    assert "| CIFAR-10 | resnet20 | B | 90.00 (1) | 91.00 (1) |" in table
-    assert "A: cosine\\_200, float32, fused kernels; B: cosine\\_200, float32, plain kernels." in table
+@pytest.mark.parametrize(
+    ("kernels", "text"),
+    [
+        (("plain", "plain", "plain"), "plain in 1 row."),
+        (("plain", "fused", "plain"), "fused and plain in 1 row (CIFAR-10, resnet20)."),
+        (("plain then fused", "fused", "fused"), "fused and plain in 1 row (CIFAR-10, resnet20)."),
+        (
+            ("fused+compiled", "fused", "fused then fused+compiled"),
+            "fused, in part compiled in 1 row (CIFAR-10, resnet20).",
+        ),
+    ],
+    ids=str,
+)
+def test_kernel_paths_share_an_arm_and_are_a_note(
+    kernels: tuple[str, ...], text: str, tmp_path: Path, reference: Reference
+) -> None:
+    for seed, path in enumerate(kernels):
+        write_run(tmp_path, norm="bn", seed=seed, accuracy=90.0)
+        write_run(tmp_path, norm="l2bn", seed=seed, accuracy=91.0 + seed, kernels=path)
+    evidence = read_evidence(tmp_path)
+    (row,) = rows_of(evidence, reference)
+    assert (row["pairs"], row["difference"], row["setting"]) == ("3", "2.0000", "32-true")
+    assert text.startswith(f"{row['kernels']} in 1 row")
+    for name in ("grid.md", "grid.tex"):
+        assert (
+            f"equal within rounding, so that runs of all share a row: {text}"
+            in documents(evidence, reference)[name]
+        )
+    assert ("l2bn: kernels" in in_terminal(evidence)) is (len(set(kernels)) > 1)
 
 
-def test_a_run_of_two_kernel_paths_is_mixed_with_none_of_them(tmp_path: Path, reference: Reference) -> None:
-    """Nor are runs that were compiled in part: those stand in a cell of their own, with their BN."""
-    for part, kernels in (("a", "stock"), ("b", "stock+compiled"), ("c", "stock then stock+compiled")):
-        write_run(tmp_path / part, norm="bn", kernels=kernels, accuracy=90.0)
-    paths = (
-        "plain",
-        "fused",
-        "plain then fused",
-        "plain+compiled then fused+compiled",
-        "fused then fused+compiled",
-    )
-    for number, kernels in enumerate(paths):
-        write_run(tmp_path / f"{number}", norm="l2bn", kernels=kernels, accuracy=91.0 + number)
-    rows = rows_of(read_checked(tmp_path)[0], reference)
-    assert [(row["setting"], row["kernels"], row["difference"]) for row in rows] == [
-        ("32-true", "fused", "2.0000"),
-        ("32-true", "plain", "1.0000"),
-        ("32-true", "plain then fused", "3.0000"),
-        ("32-true, compiled", "plain then fused", "4.0000"),
-        ("32-true, eager then compiled", "fused", "5.0000"),
-    ]
+def test_a_compiled_arm_is_compared_with_one_that_was_not(tmp_path: Path, reference: Reference) -> None:
+    write_run(tmp_path, norm="bn", accuracy=90.0, kernels="stock")
+    write_run(tmp_path, norm="l2bn", accuracy=91.0, kernels="fused+compiled")
+    (row,) = rows_of(read_evidence(tmp_path), reference)
+    assert (row["difference"], row["kernels"]) == ("1.0000", "fused, in part compiled")
 
 
-def test_a_run_of_bn_that_two_kernel_paths_miss_is_counted_once(tmp_path: Path, reference: Reference) -> None:
-    write_run(tmp_path, norm="bn", seed=0)
-    for kernels in ("plain", "fused"):
-        write_run(tmp_path / kernels, norm="l2bn", kernels=kernels, seed=1)
-    table = documents(read_checked(tmp_path)[0], [], reference)["grid.md"]
-    assert (
-        "Runs: 3 finished, 0 diverged, 3 missing whose seed the other arm has." in table
-    )  # one of BN, two of L2BN
+def test_one_seed_by_two_kernel_paths_with_other_results_is_an_error(tmp_path: Path) -> None:
+    for kernels, accuracy in (("plain", 91.0), ("fused", 91.1)):
+        write_run(tmp_path / kernels, norm="l2bn", kernels=kernels, accuracy=accuracy)
+    with pytest.raises(UserError, match=r"fused/.*seed0 and .*plain/.*seed0"):
+        read_evidence(tmp_path)
 
 
 def test_a_changed_default_under_an_old_name_is_an_error(tmp_path: Path) -> None:
     write_run(tmp_path, norm="bn", identity={"recipe": {"lr": 0.1, "momentum": 0.9}})
     write_run(tmp_path, norm="l2bn", identity={"recipe": {"lr": 0.2, "new": 1}})
     with pytest.raises(UserError, match=r"recipe\.lr.*bn/cosine_200/seed0 and .*l2bn/cosine_200/seed0"):
-        read_checked(tmp_path)
+        read_evidence(tmp_path)
+
+
+def test_a_value_that_the_first_run_does_not_know_is_compared_among_the_others(tmp_path: Path) -> None:
+    write_run(tmp_path, seed=0, identity={"recipe": {"lr": 0.1}})
+    for seed, mixup in ((1, 0.0), (2, 0.5)):
+        write_run(tmp_path, seed=seed, identity={"recipe": {"lr": 0.1, "mixup": mixup}})
+    with pytest.raises(UserError, match=r"recipe\.mixup: 0\.0 and 0\.5.*seed1 and .*seed2"):
+        read_evidence(tmp_path)
+
+
+def fingerprint(files: str, pixels: str | None = None) -> dict[str, str | None]:
+    return {"files": files, "pixels": pixels}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "named"),
+    [
+        ({"images": fingerprint("a")}, {"images": fingerprint("b")}, "images.files: a and b"),
+        ({"train_images": 50_000}, {"train_images": 49_999}, "train_images: 50000 and 49999"),
+        ({"test_images": 10_000}, {"test_images": 9_999}, "test_images: 10000 and 9999"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("place", [{"norm": "l2bn"}, {"seed": 1}], ids=str)
+def test_runs_on_other_images_are_refused_by_name(
+    one: dict[str, Any], other: dict[str, Any], named: str, place: dict[str, Any], tmp_path: Path
+) -> None:
+    """Whichever is read first, and though a run without a fingerprint is read before both."""
+    if "images" in one:
+        write_run(tmp_path, seed=9, norm="a_norm")
+    first, second = write_run(tmp_path, **one), write_run(tmp_path, **place, **other)
+    with pytest.raises(UserError) as error:
+        read_evidence(tmp_path)
+    for text in (named, str(first.folder), str(second.folder), "dataset.label"):
+        assert text in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("bn", "l2bn", "note"),
+    [
+        (fingerprint("a", "x"), fingerprint("a", "x"), ""),
+        (fingerprint("a", "x"), fingerprint("a"), ""),
+        (fingerprint("a", "x"), fingerprint("a", "y"), "decoded pixels differ in 1 row (CIFAR-10, resnet20)"),
+        (fingerprint("a"), None, "no fingerprint in 1 of 2 runs in 1 row (CIFAR-10, resnet20)"),
+        (None, None, "no fingerprint in 1 row"),
+    ],
+    ids=str,
+)
+def test_images_that_are_not_proven_equal_are_paired_with_a_note(
+    bn: dict[str, str | None] | None,
+    l2bn: dict[str, str | None] | None,
+    note: str,
+    tmp_path: Path,
+    reference: Reference,
+) -> None:
+    write_run(tmp_path, norm="bn", accuracy=90.0, images=bn)
+    write_run(tmp_path, norm="l2bn", accuracy=91.0, images=l2bn)
+    evidence = read_evidence(tmp_path)
+    assert rows_of(evidence, reference)[0]["difference"] == "1.0000"
+    table, shown = documents(evidence, reference)["grid.md"], in_terminal(evidence)
+    assert ("Images not proven equal" in table) is ("images not proven equal" in shown) is bool(note)
+    assert f"fingerprints: {note}." in table or not note
 
 
 def test_seeds_norms_and_new_options_are_no_unequal_conditions(tmp_path: Path) -> None:
     write_run(tmp_path, norm="bn", seed=0, identity={"norm": {"eps": None}})
     write_run(tmp_path, norm="l2bn", seed=1, identity={"norm": {"eps": 0.1}, "recipe": {"mixup": 0.0}})
-    assert len(read_checked(tmp_path)[0]) == 2
+    assert len(read_evidence(tmp_path).records) == 2
 
 
 def test_other_norms_stand_in_a_table_of_their_own(tmp_path: Path, reference: Reference) -> None:
     write_pairs(tmp_path, [90, 91, 92], [0.1, 0.2, 0.3])
     for norm in ("l2bn_rms", "l2bn,eps=0.001", "bn,momentum=0.01"):
         write_run(tmp_path, norm=norm, accuracy=91.0)
-    records = read_checked(tmp_path)[0]
-    assert [row["norm"] for row in rows_of(records, reference)] == ["l2bn"]
-    rows = rows_of(records, reference, "norms.csv")
+    evidence = read_evidence(tmp_path)
+    assert [row["norm"] for row in rows_of(evidence, reference)] == ["l2bn"]
+    rows = rows_of(evidence, reference, "norms.csv")
     assert [row["norm"] for row in rows] == ["bn,momentum=0.01", "l2bn,eps=0.001", "l2bn_rms"]
     assert {row["difference"] for row in rows} == {"1.0000"}
-    assert len(other_norms(records)) == 3
+    assert len(other_norms(arms_of(evidence))) == 3
 
 
 # ---- What is not there -----------------------------------------------------------------------------------
@@ -280,14 +340,14 @@ def test_missing_cells_and_seeds_and_diverged_runs_are_counted(tmp_path: Path, r
     write_run(tmp_path, norm="l2bn", seed=4, status="diverged")
     write_run(tmp_path, backbone="vgg16", norm="bn", accuracy=90.0)
     write_run(tmp_path, dataset="cifar100", backbone="vgg16", norm="l2bn", status="diverged")
-    records = read_checked(tmp_path)[0]
-    table = documents(records, [], reference)["grid.md"].split("## Best")[0]
+    evidence = read_evidence(tmp_path)
+    table = documents(evidence, reference)["grid.md"].split("## Best")[0]
     assert "| CIFAR-10 | resnet20 | 91.00 ± 0.82 (4; 1 missing) " in table
     assert "| 91.20 ± 1.10 (3; 1 diverged, 1 missing) | +0.20 [−0.05, +0.45] |" in table
     assert "| CIFAR-10 | vgg16 | 90.00 (1) | missing | – |" in table
     assert "| CIFAR-100 | vgg16 | missing | 1 diverged | – |" in table
     assert "| CIFAR-100 | resnet20 | missing | missing | – |" in table
-    assert "Recipe of all rows: cosine\\_200, float32, plain kernels." in table
+    assert "Recipe of all rows: cosine\\_200, float32." in table
     assert "Runs: 8 finished, 2 diverged, 4 missing whose seed the other arm has" in table
     assert "1 cell of the grid without any run" in table
 
@@ -295,22 +355,22 @@ def test_missing_cells_and_seeds_and_diverged_runs_are_counted(tmp_path: Path, r
 def test_side_experiments_do_not_widen_the_grid(tmp_path: Path, reference: Reference) -> None:
     write_run(tmp_path, dataset="cifar10", backbone="resnet20")
     write_run(tmp_path, dataset="cifar100,subset=1000", backbone="vgg16,width=2")
-    assert len(rows_of(read_checked(tmp_path)[0], reference)) == 2
+    assert len(rows_of(read_evidence(tmp_path), reference)) == 2
 
 
 def test_labels_of_jpeg_and_subset_data_show(tmp_path: Path, reference: Reference) -> None:
     write_run(tmp_path, dataset="cifar10_jpeg", label="CIFAR-10 (JPEG)")
     write_run(tmp_path, dataset="cifar10,subset=10000", label="CIFAR-10, 10,000 images", baseline=None)
-    table = documents(read_checked(tmp_path)[0], [], reference)["grid.md"]
+    table = documents(read_evidence(tmp_path), reference)["grid.md"]
     assert "| CIFAR-10 (JPEG) |" in table
     assert "| CIFAR-10, 10,000 images |" in table
 
 
 def test_no_records_make_tables_that_say_so(tmp_path: Path, reference: Reference) -> None:
-    texts = documents(*read_checked(tmp_path), reference)
+    texts = documents(read_evidence(tmp_path), reference)
     assert set(texts) == {f"{name}.{kind}" for name in ("grid", "norms") for kind in ("md", "csv", "tex")}
     assert all("No record yet." in text for name, text in texts.items() if not name.endswith("csv"))
-    assert rows_of([], reference) == []
+    assert rows_of(Evidence([]), reference) == []
     assert texts["grid.csv"].startswith("dataset,label,backbone,")
 
 
@@ -347,7 +407,7 @@ def test_published_numbers_stand_only_beside_equal_data_net_and_recipe(
     tmp_path: Path, reference: Reference, cell: dict[str, object], expected: tuple[str, str]
 ) -> None:
     write_run(tmp_path, **({"baseline": "cifar10"} | cell))
-    (row,) = rows_of(read_checked(tmp_path)[0], reference)
+    (row,) = rows_of(read_evidence(tmp_path), reference)
     assert (row["published_bn"], row["published_kind"]) == expected
 
 
@@ -366,8 +426,8 @@ def test_every_reference_names_configs_that_exist() -> None:
 def test_the_papers_numbers_fill_their_column_once_entered(tmp_path: Path, reference: Reference) -> None:
     write_pairs(tmp_path, [92.0], [0.1], baseline="cifar10")
     write_pairs(tmp_path, [92.0], [0.1], baseline="cifar10", recipe="step_200")
-    records = read_checked(tmp_path)[0]
-    assert "No number of the L2BN paper's image tables" in documents(records, [], reference)["grid.md"]
+    evidence = read_evidence(tmp_path)
+    assert "No number of the L2BN paper's image tables" in documents(evidence, reference)["grid.md"]
     text = REFERENCE.read_text()
     for entry, count in (
         ('{bn: 91.11, l2bn: 92.22, where: "v6, table 2"}', 2),
@@ -377,7 +437,7 @@ def test_the_papers_numbers_fill_their_column_once_entered(tmp_path: Path, refer
         path.write_text(
             text.replace("image_classification: {}", f"image_classification: {{cifar10: {{resnet20: {entry}}}}}")
         )
-        table = documents(records, [], read_reference(path))["grid.md"]
+        table = documents(evidence, read_reference(path))["grid.md"]
         assert table.count("| 91.11 / 92.22") == count
         assert "No number of the L2BN paper" not in table
         assert "L2BN paper, v6" in table
@@ -412,7 +472,7 @@ def test_two_results_of_one_cell_and_seed_are_an_error_naming_both(tmp_path: Pat
     write_run(tmp_path / "here", accuracy=92.0)
     write_run(tmp_path / "there", accuracy=92.1)
     with pytest.raises(UserError, match=r"here/.*seed0 and .*there/.*seed0"):
-        read_checked(tmp_path)
+        read_evidence(tmp_path)
 
 
 def test_the_same_run_twice_counts_once(tmp_path: Path) -> None:
@@ -421,7 +481,7 @@ def test_the_same_run_twice_counts_once(tmp_path: Path) -> None:
     content = json.loads((record.folder / SUMMARY).read_text())
     content["last"]["seconds"], content["seconds"] = 77.0, 777.0  # what it cost may differ
     (record.folder / SUMMARY).write_text(json.dumps(content))
-    assert len(read_checked(tmp_path)[0]) == 1
+    assert len(read_evidence(tmp_path).records) == 1
 
 
 def spoil(folder: Path, how: str) -> None:
@@ -446,10 +506,10 @@ def spoil(folder: Path, how: str) -> None:
 def test_bad_records_are_named_counted_and_left_out(tmp_path: Path, how: str) -> None:
     write_pairs(tmp_path, [90, 91, 92], [0.1, 0.2, 0.3])
     spoil(tmp_path / "cifar10/resnet20/l2bn/cosine_200/seed1", how)
-    records, problems = read_checked(tmp_path)
-    assert len(records) == 5
-    assert [problem.folder.name for problem in problems] == ["seed1"]
-    assert "1 unreadable record left out" in documents(records, problems, Reference())["grid.md"]
+    evidence = read_evidence(tmp_path)
+    assert len(evidence.records) == 5
+    assert [problem.folder.name for problem in evidence.problems] == ["seed1"]
+    assert "1 unreadable record left out" in documents(evidence, Reference())["grid.md"]
 
 
 def test_strict_is_for_scripts_that_must_not_miss_a_bad_record(tmp_path: Path) -> None:
@@ -458,21 +518,32 @@ def test_strict_is_for_scripts_that_must_not_miss_a_bad_record(tmp_path: Path) -
     bad = tmp_path / "cifar10/resnet20/l2bn/cosine_200/seed1"
     spoil(bad, "half-written")
     for options, code in (((), 0), (("--strict",), 1)):
-        result = run_script("tables.py", "--runs", tmp_path, "--out", tmp_path / "tables", *options)
+        result = report("tables", "--runs", tmp_path, "--out", tmp_path / "tables", *options)
         assert result.returncode == code
-        assert f"left out: {bad}: " in result.stdout
+        assert f"left out: {bad}: " in result.stderr
         assert "1 record left out" in result.stdout
         assert "91.20 ± 1.56 (2; 1 missing)" in (tmp_path / "tables/grid.md").read_text()
 
 
 def test_the_script_says_what_is_wrong_without_a_traceback(tmp_path: Path) -> None:
-    result = run_script("tables.py", "--runs", tmp_path / "nowhere")
+    result = report("tables", "--runs", tmp_path / "nowhere")
     assert result.returncode == 1
     assert "nowhere is no folder of records" in result.stderr
     assert "Traceback" not in result.stderr
-    empty = run_script("tables.py", "--runs", tmp_path)
+    empty = report("tables", "--runs", tmp_path)
     assert empty.returncode == 0
     assert "No ended run here yet" in empty.stdout
+
+
+def test_every_command_shows_an_example_that_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = runpy.run_path(str(ROOT / "scripts/report.py"))["parser"]()
+    for command in ("tables", "figures", "claims", "mechanism"):
+        with pytest.raises(SystemExit):
+            parser.parse_args([command, "--help"])
+        printed = capsys.readouterr().out
+        (example,) = re.findall(rf"^python scripts/report\.py ({command} .*)$", printed, re.MULTILINE)
+        assert parser.parse_args(example.split()).command.__name__ == command
+        assert {"--runs", "--out", "--strict"} <= set(re.findall(r"--\w+", printed))
 
 
 # ---- How it is written -----------------------------------------------------------------------------------
@@ -482,8 +553,8 @@ def test_the_terminal_table_fits_and_reads(tmp_path: Path) -> None:
     write_pairs(tmp_path, [90, 91, 92], [-0.1, -0.2, -0.3], dataset="digits")
     write_run(tmp_path, dataset="digits", norm="l2bn,eps=0.001,momentum=0.01", accuracy=91.0, seed=7)
     write_run(tmp_path, dataset="digits", norm="l2bn", status="diverged", seed=8)
-    records, problems = read_checked(tmp_path)
-    text = in_terminal(records, problems)
+    evidence = read_evidence(tmp_path)
+    text = in_terminal(evidence)
     assert max(map(len, text.splitlines())) <= 100
     assert "Digits · resnet20 · cosine_200 · float32" in text
     lines = [re.split(r"  +", line.strip()) for line in text.splitlines()]
@@ -496,17 +567,17 @@ def test_the_order_and_place_of_the_records_change_nothing(tmp_path: Path, refer
     for backbone in ("resnet20", "vgg16"):
         write_pairs(tmp_path, [90.1, 91.2, 92.4], [0.1, 0.25, 0.3], backbone=backbone)
     write_run(tmp_path, norm="l2bn_rms", accuracy=91.0)
-    records = read_checked(tmp_path)[0]
-    expected = documents(records, [], reference)
-    random.Random(0).shuffle(records)
-    assert documents(records, [], reference) == expected
+    evidence = read_evidence(tmp_path)
+    expected = documents(evidence, reference)
+    shuffled = random.Random(0).sample(evidence.records, len(evidence.records))
+    assert documents(Evidence(shuffled), reference) == expected
     moved = tmp_path.rename(tmp_path.with_name("moved"))
-    assert documents(read_checked(moved)[0], [], reference) == expected
+    assert documents(read_evidence(moved), reference) == expected
 
 
 def test_rows_are_sorted_as_a_reader_would() -> None:
     names = ["resnet110", "resnet20", "vgg16", "resnet56", "mobilenetv2_x0_5"]
-    assert sorted(names, key=natural) == ["mobilenetv2_x0_5", "resnet20", "resnet56", "resnet110", "vgg16"]
+    assert sorted(names, key=natural_order) == ["mobilenetv2_x0_5", "resnet20", "resnet56", "resnet110", "vgg16"]
 
 
 @pytest.mark.parametrize(
@@ -525,7 +596,7 @@ def test_names_of_folders_are_told_in_words(folder: str, words: str) -> None:
 def test_recipes_have_letters_however_many_there_are(tmp_path: Path, reference: Reference) -> None:
     for epochs in range(1, 30):
         write_run(tmp_path, recipe=f"short,epochs={epochs}", epochs=epochs)
-    table = documents(read_checked(tmp_path)[0], [], reference)["grid.md"]
+    table = documents(read_evidence(tmp_path), reference)["grid.md"]
     assert "| CIFAR-10 | resnet20 | AC | 92.00 (1) |" in table
     assert "; Z: short (epochs 26), float32; AA: short (epochs 27), float32;" in table
 
@@ -542,7 +613,7 @@ def test_markup_keeps_special_characters() -> None:
 
 def test_latex_has_one_cell_a_column(tmp_path: Path, reference: Reference) -> None:
     write_pairs(tmp_path, [90, 91, 92], [0.1, 0.2, 0.3], baseline="cifar10", label="A & B_{50 %}")
-    text = documents(read_checked(tmp_path)[0], [], reference)["grid.tex"]
+    text = documents(read_evidence(tmp_path), reference)["grid.tex"]
     columns = re.search(r"\\begin\{tabular\}\{([lr]+)\}", text)
     assert columns
     rows = [line for line in text.splitlines() if line.endswith(r"\\")]
@@ -553,24 +624,59 @@ def test_latex_has_one_cell_a_column(tmp_path: Path, reference: Reference) -> No
     assert body.isascii()
 
 
-def test_the_readmes_block_is_replaced_and_nothing_else(tmp_path: Path, reference: Reference) -> None:
+# ---- The README ------------------------------------------------------------------------------------------
+
+SET = RunSet("Data at 30 epochs", "cifar10", "cosine_30", "32-true", ("net0", "net1", "net2"), (0, 1, 2))
+
+
+def readme_of(root: Path) -> str:
+    return readme_with_block(f"{BEGIN}\n{END}", read_evidence(root), SET)
+
+
+def test_the_readmes_block_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     write_run(tmp_path)
-    records, problems = read_checked(tmp_path)
-    text = readme_with_block(f"before\n\n{BEGIN}\nold\n{END}\n\nafter\n", records, problems, reference)
-    assert text.startswith(f"before\n\n{BEGIN}\n\n| Data set |")
+    evidence = read_evidence(tmp_path)
+    text = readme_with_block(f"before\n\n{BEGIN}\nold\n{END}\n\nafter\n", evidence, SET)
+    assert text.startswith(f"before\n\n{BEGIN}\n\n**In these 3 networks (net0, net1, net2) on Data at 30 epochs: ")
     assert text.endswith(f"\n{END}\n\nafter\n")
     assert "old" not in text
-    assert readme_with_block(text, records, problems, reference) == text
+    assert readme_with_block(text, evidence, SET) == text
     for bad in ("", BEGIN, END, f"{END}\n{BEGIN}\n", f"{BEGIN}{END}{BEGIN}{END}"):
         with pytest.raises(UserError, match="end of results"):
-            readme_with_block(bad, records, problems, reference)
+            readme_with_block(bad, evidence, SET)
+
+
+def test_the_readme_answers_from_the_first_set_as_its_runs_end(tmp_path: Path) -> None:
+    (tmp_path / "records").mkdir()
+    text = readme_of(tmp_path / "records")
+    assert "not decided, 0 of 18 runs.**" in text
+    assert "there is no interval yet (0 of at least 3 networks with 3 pairs)" in text
+    assert "No record yet." in text
+    assert "![" not in text
+    cell: dict[str, Any] = {"recipe": "cosine_30", "epochs": 30}
+    write_pairs(tmp_path / "records", [70.0, 71.0, 72.0], [0.4, 0.5, 0.6], backbone="net0", **cell)
+    write_pairs(tmp_path / "records", [70.0], [9.9], backbone="net7", **cell)  # not of the set
+    text = readme_of(tmp_path / "records")
+    assert "not decided, 6 of 18 runs.**" in text
+    assert "| CIFAR-10 | net0 | 71.00 ± 1.00 (3) | 71.50 ± 1.10 (3) | +0.50 [+0.25, +0.75] | 0.013 |" in text
+    assert "net7" not in text
+    assert "(results/figures/differences-cifar10-cosine_30.png)" in text
+    for net, gains in (("net1", [0.3, 0.4, 0.5]), ("net2", [0.5, 0.6, 0.7])):
+        write_pairs(tmp_path / "records", [70.0, 71.0, 72.0], gains, backbone=net, **cell)
+    text = readme_of(tmp_path / "records")
+    # s = 0.1 over 6 degrees of freedom: 2.447 * 0.1 / 3 = 0.08.
+    estimate = "L2BN − BN +0.50 points of test top-1, 95 % interval [+0.42, +0.58], n = 9 pairs"
+    assert f"supported; {estimate}, diverged: 0 of BN, 0 of L2BN.**" in text
+    # The means 0.4, 0.5 and 0.6: t(2) * 0.1 / sqrt(3) = 4.303 * 0.0577 = 0.25.
+    beyond = "the 95 % interval of that mean, over 3 networks, is [+0.25, +0.75]"
+    assert f"For other networks like them, {beyond}." in text
 
 
 def test_every_column_is_defined_in_the_results_readme(tmp_path: Path, reference: Reference) -> None:
     text = (ROOT / "results/README.md").read_text()
     defined = set(re.findall(r"`([a-z0-9_*]+)`", text))
     for name, prefix in (("grid.csv", "l2bn"), ("norms.csv", "norm")):
-        header = documents([], [], reference)[name].split("\n")[0].split(",")
+        header = documents(Evidence([]), reference)[name].split("\n")[0].split(",")
         assert len(header) > 30
         for column in header:
             assert defined & {column, re.sub(f"^(bn|{prefix})_", "*_", column)}, column
@@ -582,13 +688,13 @@ def test_every_column_is_defined_in_the_results_readme(tmp_path: Path, reference
 def test_the_committed_tables_and_the_readme_are_what_the_records_give(reference: Reference) -> None:
     """`make tables` brings them up to date."""
     folder = ROOT / "results/records"
-    records, problems = read_checked(folder) if folder.is_dir() else ([], [])
-    assert problems == []
-    expected = documents(records, problems, reference)
+    evidence = read_evidence(folder) if folder.is_dir() else Evidence([])
+    assert evidence.problems == []
+    expected = documents(evidence, reference)
     committed = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "results/tables").iterdir()}
     assert committed == expected
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme == readme_with_block(readme, records, problems, reference)
+    assert readme == readme_with_block(readme, evidence, read_sets(ROOT / "results/reference/sets.yaml")[0])
 
 
 def test_reporting_never_loads_torch() -> None:

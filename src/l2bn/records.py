@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -89,6 +90,11 @@ def is_plain_name(name: object) -> bool:
     if not isinstance(name, str) or not name.isprintable() or "/" in name or name in ("", ".", ".."):
         return False
     return len(name.encode()) <= 255  # bytes that file systems take
+
+
+def natural_order(name: str) -> list[tuple[str, int]]:
+    """A sort key in which the numbers inside a name count as numbers: resnet20 comes before resnet110."""
+    return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", name)]
 
 
 def _finite(value: float) -> float:

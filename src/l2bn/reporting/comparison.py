@@ -1,107 +1,52 @@
-"""Which runs may be compared: cells that are never mixed, the arms in them, and BN against another norm.
+"""The one comparison: a norm against a reference in the same cell, paired by seed, in any quantity of the frame.
 
-    cell        data set x backbone x recipe x setting (precision, devices, compiled or not)
-    arm         one norm in a cell, by one kernel path, over its seeds
-    comparison  the arm of plain BN and another arm of the same cell, paired by seed
+    arm           the runs of one norm in one cell: seed -> value
+    comparison    two arms of one cell; a difference is taken for each seed that both have
 
 The result of a run is its test accuracy after the last epoch. A diverged run has no result: it is counted.
 """
 
-import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
-from typing import Any
+from typing import cast
 
-from l2bn.errors import UserError
-from l2bn.records import COST_KEYS, THEN, Problem, Record, read_records
+import pandas as pd
+
+from l2bn.records import SAMPLE, FeatureRow, Record
+from l2bn.reporting.evidence import BN, L2BN, TOP1, Cell, Evidence, kernels_in_words, label_of
 from l2bn.reporting.statistics import Estimate, estimate, holm, paired_differences, pooled_estimate
-
-BN, L2BN = "bn", "l2bn"
 
 FULL_EPOCHS = 30
 """Shorter runs measure how fast a network starts to learn: shown, but never pooled with longer ones."""
 
 
-@dataclass(frozen=True)
-class Cell:
-    """What two arms must share; the names are those of the run's folder, overrides included."""
-
-    dataset: str
-    recipe: str
-    backbone: str
-    setting: str
-
-    @property
-    def order(self) -> tuple[object, ...]:
-        """Sorts as a reader would: resnet20 before resnet110."""
-        return natural(self.dataset), natural(self.recipe), natural(self.backbone), self.setting
-
-
-def overrides(name: str) -> dict[str, str]:
-    """The values overridden in a part of a run's folder: {"epochs": "3"} for "short,epochs=3".
-
-    Where the name was too long for its folder, the one key is the digest that stands for them.
-    """
-    found: dict[str, str] = {}
-    for part in re.split(r",(?![^\[]*\])", name)[1:]:  # not at a comma within a list
-        key, equals, value = part.partition("=")
-        if found and not equals:  # a comma within a text
-            found[list(found)[-1]] += f",{part}"
-        else:
-            found[key] = value
-    return found
-
-
-def changes_in_words(changes: Mapping[str, str]) -> str:
-    """Overridden values as a text: "batch size 16, epochs 3"."""
-    # What lay below a value that is itself another says nothing more.
-    own = [key for key in changes if not any(key.startswith(f"{above}.") for above in changes)]
-    return ", ".join(f"{key.replace('_', ' ')} {changes[key].replace(',_', ', ')}".strip() for key in own)
-
-
-def data_set(label: str, name: str) -> str:
-    """What a table calls a data set: its label, and the overrides in its name that it does not say."""
-    said = ("label", "baseline", "subset", "validation")
-    changes = {key: value for key, value in overrides(name).items() if key not in said}
-    return f"{label} ({changes_in_words(changes)})" if changes else label
-
-
-def natural(name: str) -> list[tuple[str, int]]:
-    """A sort key in which the numbers inside a name count as numbers."""
-    return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", name)]
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Arm:
-    """The runs of one norm in one cell, one a seed, in the order of the seeds."""
+    """The runs of one norm in one cell, one per seed, in the order of the seeds."""
 
     cell: Cell
     norm: str
-    kernels: str
     records: tuple[Record, ...]
+    values: pd.DataFrame  # seed x quantity; NaN where a run has no value
+    features: Mapping[int, Sequence[FeatureRow]]  # the measured epochs by seed
 
-    @cached_property
-    def accuracies(self) -> dict[int, float]:
-        """Seed to test top-1 after the last epoch, percent, of the runs that finished."""
-        return self._top1("last")
+    def of(self, quantity: str = TOP1) -> dict[int, float]:
+        """Seed to value, of the runs that have one."""
+        if quantity not in self.values:
+            return {}
+        known = self.values[quantity].dropna()
+        return dict(zip(known.index, known.to_list(), strict=True))
 
-    @cached_property
-    def best(self) -> dict[int, float]:
-        """The same for the best epoch: chosen on the test set, so optimistic and never the result."""
-        return self._top1("best")
-
-    def _top1(self, epoch: str) -> dict[int, float]:
-        rows = {record.seed: getattr(record, epoch) for record in self.records if record.status == "finished"}
-        return {seed: row["test/top1"] for seed, row in rows.items()}
+    def estimate(self, quantity: str = TOP1) -> Estimate:
+        return estimate(list(self.of(quantity).values()))
 
     @property
     def label(self) -> str:
-        """What a table calls the data set."""
-        return " / ".join(sorted({data_set(record.label, record.dataset) for record in self.records}))
+        """The data set as tables name it."""
+        return " / ".join(sorted({label_of(record) for record in self.records}))
 
     @property
     def seeds(self) -> set[int]:
@@ -116,19 +61,48 @@ class Arm:
         return min(record.epochs for record in self.records)
 
 
-@dataclass(frozen=True)
+def arms_of(evidence: Evidence) -> list[Arm]:
+    """The runs grouped by cell and norm, sorted."""
+    if evidence.frame.empty:
+        return []
+    records = {(*evidence.place(record), record.seed): record for record in evidence.records}
+    keys = ["cell", "norm"]
+    table = evidence.frame.pivot(index=[*keys, "seed"], columns="quantity", values="value").astype(float)
+    arms = []
+    for key, group in table.groupby(level=keys, sort=False):
+        cell, norm = cast("tuple[Cell, str]", key)
+        values = group.reset_index(keys, drop=True).sort_index()
+        runs = tuple(records[cell, norm, seed] for seed in values.index)
+        rows = {run.seed: evidence.features[run.folder] for run in runs if run.folder in evidence.features}
+        arms.append(Arm(cell, norm, runs, values, rows))
+    return sorted(arms, key=lambda arm: (arm.cell.order, arm.norm))
+
+
+def by_cell(arms: Iterable[Arm]) -> list[tuple[Cell, list[Arm]]]:
+    """The arms of each cell, in the order of the list."""
+    return [(cell, list(group)) for cell, group in groupby(arms, key=lambda arm: arm.cell)]
+
+
+def differences(reference: Arm | None, other: Arm | None, quantity: str = TOP1) -> list[float]:
+    """The other minus the reference, for each seed that has a value in both arms, in the order of the seeds."""
+    if reference is None or other is None or reference is other:
+        return []
+    return paired_differences(reference.of(quantity), other.of(quantity))
+
+
+@dataclass(frozen=True, eq=False)
 class Comparison:
-    """Plain BN and another norm in one cell; an arm without any run is None."""
+    """A norm and its reference in one cell; an arm without any run is None."""
 
     cell: Cell
     norm: str
-    bn: Arm | None
+    reference: Arm | None
     other: Arm | None
     planned: str = ""  # the data set's label, for a cell without any run
 
     @property
     def arms(self) -> tuple[Arm, ...]:
-        return tuple(arm for arm in (self.bn, self.other) if arm)
+        return tuple(arm for arm in (self.reference, self.other) if arm)
 
     @property
     def records(self) -> tuple[Record, ...]:
@@ -136,205 +110,124 @@ class Comparison:
 
     @property
     def label(self) -> str:
-        """What a table calls the data set."""
+        """The data set as tables name it."""
         return " / ".join(sorted({arm.label for arm in self.arms})) or self.planned
 
     @property
     def kernels(self) -> str:
-        """The norm's kernel path, without what the cell says already."""
-        arm = self.other or self.bn
-        return THEN.join(dict.fromkeys(norm for norm, _ in _kernels(arm.kernels))) if arm else ""
+        """The norm's kernel paths, and whether the models of both arms were compiled; empty without a run of it."""
+        paths, _, _ = kernels_in_words(self.other.records if self.other else ()).partition(", ")
+        _, comma, compiled = kernels_in_words(self.records).partition(", ")
+        return paths + comma + compiled if paths else ""
+
+    @property
+    def epochs(self) -> int | None:
+        return min((arm.epochs for arm in self.arms), default=None)
 
     @property
     def full_length(self) -> bool:
         """Whether the runs are long enough to be pooled with those of other recipes."""
-        return bool(self.arms) and min(arm.epochs for arm in self.arms) >= FULL_EPOCHS
+        return (self.epochs or 0) >= FULL_EPOCHS
 
-    @cached_property
-    def differences(self) -> list[float]:
-        """Top-1 of the norm minus that of BN, in points, for each seed that finished in both arms."""
-        return paired_differences(self.bn.accuracies, self.other.accuracies) if self.bn and self.other else []
+    @property
+    def measured(self) -> bool:
+        """Whether features were measured in both arms."""
+        return len(self.arms) == 2 and all(arm.features for arm in self.arms)
 
-    @cached_property
-    def difference(self) -> Estimate:
-        return estimate(self.differences)
+    @property
+    def measured_epochs(self) -> list[int]:
+        """The epochs in which features were measured, if they are the same in all runs and more than one."""
+        lists = [[int(row["epoch"]) for row in rows] for arm in self.arms for rows in arm.features.values()]
+        return lists[0] if lists and len(lists[0]) > 1 and all(one == lists[0] for one in lists) else []
+
+    @property
+    def sampled(self) -> tuple[int, Path, Path] | None:
+        """The lowest seed of which both arms hold a sample of penultimate features, and the two folders."""
+        folders = [{run.seed: run.folder for run in arm.records} for arm in self.arms]
+        for seed in sorted(set[int].intersection(*map(set, folders))) if len(folders) == 2 else ():
+            if all((folder[seed] / SAMPLE).exists() for folder in folders):
+                return seed, folders[0][seed], folders[1][seed]
+        return None
+
+    def differences(self, quantity: str = TOP1) -> list[float]:
+        """The norm minus its reference, seed by seed, in the unit of the quantity."""
+        return differences(self.reference, self.other, quantity)
+
+    def difference(self, quantity: str = TOP1) -> Estimate:
+        return estimate(self.differences(quantity))
 
     def missing_seeds(self, arm: Arm | None) -> set[int]:
-        """The seeds that this comparison has seen in any arm and that are not in this one."""
+        """The seeds that one arm of this comparison has and this one lacks."""
         return {record.seed for record in self.records} - (arm.seeds if arm else set())
 
-    def missing(self, arm: Arm | None) -> int:
-        """How many they are."""
-        return len(self.missing_seeds(arm))
+    def row(self, quantity: str = TOP1, norm: str = "norm") -> dict[str, object]:
+        """All of it as a row of a CSV file; `norm` begins the columns of the norm's arm."""
+        difference = self.difference(quantity)
+        row: dict[str, object] = {
+            **{key: getattr(self.cell, key) for key in ("dataset", "backbone", "recipe", "setting")},
+            "label": self.label,
+            "norm": self.norm,
+            "epochs": self.epochs,
+            "kernels": self.kernels,
+        }
+        for name, arm in (("bn", self.reference), (norm, self.other)):
+            result = arm.estimate(quantity) if arm else Estimate(0)
+            row |= {f"{name}_n": result.n, f"{name}_mean": result.mean, f"{name}_std": result.std}
+            row |= {f"{name}_diverged": arm.diverged if arm else 0, f"{name}_missing": len(self.missing_seeds(arm))}
+        row |= {"pairs": difference.n, "difference": difference.mean, "difference_std": difference.std}
+        return row | {"low": difference.low, "high": difference.high, "p": difference.p}
 
 
-def read_checked(root: Path) -> tuple[list[Record], list[Problem]]:
-    """The records under a folder, one a cell, norm and seed, and what was left out.
-
-    The same run found twice counts once. Raises UserError where the folder is missing, where two records of
-    one cell, norm and seed hold different results, or where runs of one cell were made under unequal
-    conditions.
-    """
-    if not root.is_dir():
-        raise UserError(
-            f"{root} is no folder of records; train a run first (make demo), or name the folder that holds "
-            "runs with --runs"
-        )
-    records, problems = read_records(root)
-    problems += [Problem(record.folder, reason) for record in records if (reason := _unusable(record))]
-    usable = distinct(record for record in records if not _unusable(record))
-    _check_conditions(usable)
-    return usable, problems
+def compare(arms: Sequence[Arm], norms: Iterable[str], reference: str = BN) -> list[Comparison]:
+    """Each arm of these norms with the reference of its cell."""
+    references = {arm.cell: arm for arm in arms if arm.norm == reference}
+    chosen = set(norms)
+    return [Comparison(arm.cell, arm.norm, references.get(arm.cell), arm) for arm in arms if arm.norm in chosen]
 
 
-def _unusable(record: Record) -> str:
-    """Why a finished record has no result that a table could use; empty where it has."""
-    for row in (record.last, record.best) if record.status == "finished" else ():
-        accuracy = row["test/top1"]
-        if accuracy is None or not 0 <= accuracy <= 100:
-            return f"test/top1 of a finished run must be in percent, it is {accuracy}"
-    return ""
-
-
-def distinct(records: Iterable[Record]) -> list[Record]:
-    """One record a cell, norm, kernel path and seed. Raises UserError naming two that contradict."""
-    kept: dict[tuple[Cell, str, str, int], Record] = {}
-    for record in records:
-        first = kept.setdefault((cell_of(record), record.norm, record.kernels, record.seed), record)
-        if _result(first) != _result(record):
-            raise UserError(
-                "two records of one cell and seed hold different results: "
-                f"{first.folder} and {record.folder}; keep one of them"
-            )
-    return list(kept.values())
-
-
-def _result(record: Record) -> tuple[object, ...]:
-    last, best = (
-        {key: value for key, value in row.items() if key not in COST_KEYS} for row in (record.last, record.best)
-    )
-    return record.status, last, best
-
-
-def cell_of(record: Record) -> Cell:
-    """The cell of a run; its setting names the precision, and what else is not the default."""
-    devices = record.identity.get("devices", 1)
-    compiled = THEN.join(dict.fromkeys("compiled" if suffix else "eager" for _, suffix in _kernels(record.kernels)))
-    setting = [
-        record.precision,
-        "" if devices == 1 else f"{devices} devices",
-        "synchronised" if record.identity.get("sync_bn") else "",
-        "" if compiled == "eager" else compiled,
-    ]
-    return Cell(record.dataset, record.recipe, record.backbone, ", ".join(filter(None, setting)))
-
-
-def _kernels(text: str) -> list[tuple[str, str]]:
-    """Of each of a record's kernels: the norm's path, and "compiled" where the model was compiled, else ""."""
-    paths = [kernels.partition("+") for kernels in text.split(THEN)]
-    return [(norm, suffix) for norm, _, suffix in paths]
-
-
-def _check_conditions(records: Iterable[Record]) -> None:
-    """Equal names must mean equal conditions: a default that was edited between two runs may not go unseen.
-
-    Keys that only one of two runs knows are passed over, so that the suite may grow an option.
-    """
-    firsts: dict[object, Record] = {}
-    for record in records:
-        conditions = {key: value for key, value in record.identity.items() if key not in ("norm", "seed")}
-        for key, content in (
-            (cell_of(record), conditions),
-            ((cell_of(record), record.norm), record.identity),
-        ):
-            first = firsts.setdefault(key, record)
-            changed = [name for name in _changed(first.identity, content) if name != "seed"]
-            if changed:
-                raise UserError(
-                    f"two runs of one cell were made under unequal conditions ({', '.join(changed)}): "
-                    f"{first.folder} and {record.folder}; keep one of them, or give the changed config "
-                    "a name of its own"
-                )
-
-
-def _changed(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[str]:
-    """The dotted keys that both have with unequal values."""
-    for key in one.keys() & other.keys():
-        a, b = one[key], other[key]
-        if isinstance(a, dict) and isinstance(b, dict):
-            yield from (f"{key}.{name}" for name in _changed(a, b))
-        elif a != b:
-            yield key
-
-
-def arms_of(records: Iterable[Record]) -> list[Arm]:
-    """The records grouped by cell, norm and kernel path, sorted."""
-    groups: dict[tuple[Cell, str, str], list[Record]] = defaultdict(list)
-    for record in records:
-        groups[cell_of(record), record.norm, record.kernels].append(record)
-    return [
-        Arm(*key, tuple(sorted(group, key=lambda record: record.seed)))
-        for key, group in sorted(groups.items(), key=lambda item: (item[0][0].order, *item[0][1:]))
-    ]
-
-
-def grid(records: Iterable[Record]) -> list[Comparison]:
+def grid(arms: Sequence[Arm]) -> list[Comparison]:
     """BN against L2BN in every cell, sorted; a cell of the grid in which nothing was run has no arms.
 
-    The grid is every data set with every backbone among the runs of one recipe and setting. Names with
-    overrides are side experiments and add only themselves.
+    The grid is every data set with every backbone among the runs of one recipe and setting. Names with overrides
+    are side experiments and add only themselves.
     """
-    arms = [arm for arm in arms_of(records) if arm.norm in (BN, L2BN)]
-    comparisons = _compare(arms, (L2BN,))
-    measured = {comparison.cell for comparison in comparisons}
+    comparisons = compare(arms, [L2BN])
+    alone = {arm.cell: arm for arm in arms if arm.norm == BN}
+    for comparison in comparisons:
+        alone.pop(comparison.cell, None)
+    comparisons += [Comparison(cell, L2BN, arm, None) for cell, arm in alone.items()]
+    run = {comparison.cell for comparison in comparisons}
     labels = {comparison.cell.dataset: comparison.label for comparison in comparisons}
     sweeps: dict[tuple[str, str], list[Cell]] = defaultdict(list)
-    for cell in measured:
+    for cell in run:
         if "," not in cell.dataset + cell.backbone:
             sweeps[cell.recipe, cell.setting].append(cell)
     for (recipe, setting), cells in sweeps.items():
         names = product({cell.dataset for cell in cells}, {cell.backbone for cell in cells})
         planned = {Cell(dataset, recipe, backbone, setting) for dataset, backbone in names}
-        comparisons += [Comparison(cell, L2BN, None, None, labels[cell.dataset]) for cell in planned - measured]
-    return sorted(comparisons, key=lambda comparison: (comparison.cell.order, comparison.kernels))
+        comparisons += [Comparison(cell, L2BN, None, None, labels[cell.dataset]) for cell in planned - run]
+    return sorted(comparisons, key=lambda comparison: comparison.cell.order)
 
 
-def other_norms(records: Iterable[Record]) -> list[Comparison]:
+def other_norms(arms: Sequence[Arm]) -> list[Comparison]:
     """Every norm but L2BN, variants of BN and L2BN among them, against plain BN in its cell."""
-    arms = arms_of(records)
-    return _compare(arms, sorted({arm.norm for arm in arms} - {BN, L2BN}))
-
-
-def _compare(arms: Sequence[Arm], norms: Sequence[str]) -> list[Comparison]:
-    """Each arm of these norms with BN's of its cell; for L2BN also the cells in which only BN was run."""
-    bn = {arm.cell: arm for arm in arms if arm.norm == BN}
-    comparisons = [Comparison(arm.cell, arm.norm, bn.get(arm.cell), arm) for arm in arms if arm.norm in norms]
-    if L2BN in norms:
-        alone = bn.keys() - {comparison.cell for comparison in comparisons}
-        comparisons += [Comparison(cell, L2BN, bn[cell], None) for cell in alone]
-    return comparisons
+    return compare(arms, {arm.norm for arm in arms} - {BN, L2BN})
 
 
 def holm_over(comparisons: Iterable[Comparison]) -> list[float | None]:
     """The p-value of each comparison with Holm's correction over all of them."""
-    return holm([comparison.difference.p for comparison in comparisons])
+    return holm([comparison.difference().p for comparison in comparisons])
 
 
-def pooled_cells(comparisons: Iterable[Comparison], min_pairs: int = 1) -> list[list[float]]:
-    """The paired differences of each data set x backbone, for those with at least `min_pairs` seeds.
+def pooled(comparisons: Iterable[Comparison], quantity: str = TOP1) -> Estimate:
+    """The pooled paired estimate (`statistics.pooled_estimate`) over data set x backbone.
 
-    A pair that was run under several recipes, settings or kernel paths is one observation, not several: its
-    rows' mean differences stand in one cell.
+    A pair that was run under several recipes or settings is one observation, not several: the mean differences of
+    its rows stand in one cell.
     """
     cells: dict[tuple[str, str], list[float]] = defaultdict(list)
     for comparison in comparisons:
-        if len(comparison.differences) >= max(min_pairs, 1):
-            mean = comparison.difference.mean
-            assert mean is not None
+        mean = comparison.difference(quantity).mean
+        if mean is not None:
             cells[comparison.cell.dataset, comparison.cell.backbone].append(mean)
-    return list(cells.values())
-
-
-def pooled(comparisons: Iterable[Comparison], min_pairs: int = 1) -> Estimate:
-    """The pooled paired estimate (`statistics.pooled_estimate`) over data set x backbone, in points."""
-    return pooled_estimate(pooled_cells(comparisons, min_pairs))
+    return pooled_estimate(list(cells.values()))

@@ -1,15 +1,16 @@
 """Figures from records: accuracy curves of BN against L2BN, and the paired differences over the grid.
 
-Made to be read in print without colour and by the colour-blind: the arms differ in lightness, line style and
-marker. The same records give the same bytes.
+Readable in print without colour and by the colour-blind: the arms differ in lightness, line style and marker. The
+same records give the same bytes.
 """
 
 import re
 import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 from matplotlib.transforms import blended_transform_factory
 
 from l2bn.records import InvalidRecordError, Problem, Record
-from l2bn.reporting.comparison import BN, FULL_EPOCHS, L2BN, Arm, Comparison, grid, pooled
+from l2bn.reporting.claims import ACCURATE, RunSet, judge_set
+from l2bn.reporting.comparison import FULL_EPOCHS, Arm, Comparison, arms_of, grid, pooled
+from l2bn.reporting.evidence import BN, L2BN, Evidence
+from l2bn.reporting.formatting import conditions, in_words, mean_std, signed
 from l2bn.reporting.statistics import Estimate, estimate
-from l2bn.reporting.wording import conditions, in_words, mean_std, signed
 
 # Black and the vermilion of Okabe and Ito (2008).
 STYLES: Mapping[str, Mapping[str, Any]] = {
@@ -40,7 +43,7 @@ RC: Any = {
     "axes.titlesize": 9,
     "axes.labelsize": 8,
     "figure.dpi": 100,
-    "font.family": "DejaVu Sans",  # comes with matplotlib, so that every machine draws the same
+    "font.family": "DejaVu Sans",  # part of matplotlib, hence the same on every machine
     "font.size": 8,
     "legend.fontsize": 7.5,
     "legend.frameon": False,
@@ -71,23 +74,30 @@ def read_curves(records: Sequence[Record]) -> tuple[Curves, list[Problem]]:
     return found, problems
 
 
-def write_figures(records: Sequence[Record], folder: Path) -> tuple[list[Path], list[Problem]]:
+def write_figures(
+    evidence: Evidence, folder: Path, sets: Sequence[RunSet] = ()
+) -> tuple[list[Path], list[Problem]]:
     """Draw what the records allow as PNG and SVG: the paths written, and the records left out."""
-    found, problems = read_curves(records)
+    found, problems = read_curves(evidence.records)
     broken = {problem.folder for problem in problems}
-    comparisons = [row for row in grid(r for r in records if r.folder not in broken) if row.arms]
+    readable = replace(evidence, records=[record for record in evidence.records if record.folder not in broken])
+    comparisons = [row for row in grid(arms_of(readable)) if row.arms]
     paths = []
     with mpl.rc_context(RC):
         for name, group in _pages(comparisons).items():
-            if any(arm.accuracies for comparison in group for arm in comparison.arms):
+            if any(arm.of() for comparison in group for arm in comparison.arms):
                 paths += save_figure(curves(group, found), folder, f"curves-{name}")
-        if any(comparison.differences for comparison in comparisons):
+        if any(comparison.differences() for comparison in comparisons):
             paths += save_figure(differences(comparisons), folder, "differences")
+        for run_set in sets:
+            rows = [row for row in comparisons if run_set.holds(row.cell)]
+            if any(row.differences() for row in rows):
+                paths += save_figure(differences_of_set(rows, run_set), folder, run_set.figure)
     return paths, problems
 
 
 def _pages(comparisons: Sequence[Comparison]) -> dict[str, list[Comparison]]:
-    """One page of curves a data set; the key is the end of a file name."""
+    """One page of curves per data set; the key is the end of a file name."""
     pages: dict[str, list[Comparison]] = defaultdict(list)
     for comparison in comparisons:
         pages[re.sub(r"[^\w.]+", "-", comparison.cell.dataset)].append(comparison)
@@ -104,11 +114,27 @@ def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
     return paths
 
 
+def finish(figure: Figure, title: str) -> None:
+    """Horizontal grid lines behind the curves of each panel, and a title above all."""
+    for axes in figure.axes:
+        axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+        axes.set_axisbelow(True)
+    figure.suptitle(title, x=0.01, ha="left").set_fontsize(10)
+
+
+def plot_band(panel: Axes, x: Sequence[float], points: Sequence[Estimate], style: Mapping[str, Any]) -> None:
+    """Means with a band of ± 1 standard deviation, in the style of an arm; a point without a value is a gap."""
+    means = [nan if point.mean is None else point.mean for point in points]
+    low, high = ([m + sign * (p.std or 0.0) for m, p in zip(means, points, strict=True)] for sign in (-1, 1))
+    panel.fill_between(x, low, high, color=style["color"], alpha=0.18, linewidth=0)
+    panel.plot(x, means, **{"linewidth": 1.2, "markersize": 3.5, **style})
+
+
 # ---- Accuracy curves --------------------------------------------------------------------------------------
 
 
 def curves(comparisons: Sequence[Comparison], found: Curves) -> Figure:
-    """A panel a pair: test top-1 over the epochs, mean over the seeds with a band of ± 1 std."""
+    """A panel per pair: test top-1 over the epochs, mean over the seeds with a band of ± 1 std."""
     columns = min(len(comparisons), 2 if len(comparisons) == 4 else 3)
     rows = -(-len(comparisons) // columns)
     shared = {conditions(comparison) for comparison in comparisons}
@@ -130,41 +156,30 @@ def curves(comparisons: Sequence[Comparison], found: Curves) -> Figure:
             panel.set_xlabel("epoch")
     for panel in panels[len(comparisons) :]:
         panel.set_axis_off()
-    title = figure.suptitle(
-        ": ".join([comparisons[0].label, *(shared if len(shared) == 1 else ())]), x=0.01, ha="left"
-    )
-    title.set_fontsize(10)
+    several = any(len(arm.of()) > 1 for comparison in comparisons for arm in comparison.arms)
+    named = ": ".join([comparisons[0].label, *(shared if len(shared) == 1 else ())])
+    finish(figure, named + ("; band: ± std over seeds" if several else ""))
     return figure
 
 
 def _panel(panel: Axes, comparison: Comparison, found: Curves) -> None:
-    visible = []
+    visible: list[float] = []
     for arm in comparison.arms:
         curve = _mean_curve(arm, found)
         if not curve:
             continue
-        style, epochs = STYLES[arm.norm], range(1, len(curve) + 1)
-        means = [point.mean or 0.0 for point in curve]
-        spreads = [point.std or 0.0 for point in curve]
-        low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
-        label = f"{style['label']}  {mean_std(arm.accuracies.values())}  (n = {len(arm.accuracies)})"
-        panel.fill_between(epochs, low, high, color=style["color"], alpha=0.18, linewidth=0)
-        panel.plot(
-            epochs,
-            means,
-            **{**style, "label": label},
-            linewidth=1.2,
-            markersize=3.5,
-            markevery=_marks(len(curve), offset=arm.norm == L2BN),
-        )
-        visible += means
+        style = STYLES[arm.norm]
+        label = f"{style['label']}  {mean_std(arm.of().values())}  (n = {len(arm.of())})"
+        marks = _marks(len(curve), offset=arm.norm == L2BN)
+        plot_band(panel, range(1, len(curve) + 1), curve, {**style, "label": label, "markevery": marks})
+        visible += [point.mean or 0.0 for point in curve]
     if visible:
         panel.set_ylim(*_limits(visible))
         panel.legend(loc="lower right", handlelength=2.6, borderaxespad=0.2)
-    panel.grid(axis="y", color="#DDDDDD", linewidth=0.6)
-    panel.set_axisbelow(True)
     longest = max((arm.epochs for arm in comparison.arms), default=1)
-    panel.xaxis.set_major_locator(MaxNLocator(5, integer=True) if longest > 1 else FixedLocator([1]))
+    panel.xaxis.set_major_locator(
+        MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]) if longest > 1 else FixedLocator([1])
+    )
     lost = [f"{arm.diverged} {STYLES[arm.norm]['label']}" for arm in comparison.arms if arm.diverged]
     if lost:
         panel.set_title(f"diverged: {', '.join(lost)}", loc="right", fontsize=7, color=GREY)
@@ -177,13 +192,13 @@ def _mean_curve(arm: Arm, found: Curves) -> list[Estimate]:
 
 
 def _marks(length: int, *, offset: bool) -> tuple[int, int]:
-    """About eight markers a line, those of the two arms between each other so that both stay visible."""
+    """About eight markers per line, those of the two arms between each other so that both stay visible."""
     step = max(1, length // 8)
     return (step // 2 if offset else 0), step
 
 
 def _limits(values: Sequence[float]) -> tuple[float, float]:
-    """All of the curve but its steep beginning, which would flatten the rest."""
+    """The range of the curve without its steep beginning, which would flatten the rest."""
     ordered = sorted(values)
     low, high = ordered[len(ordered) // 8], ordered[-1]
     reach = max(high - low, 1.0)
@@ -212,18 +227,16 @@ class Line:
 
 
 def differences(comparisons: Sequence[Comparison]) -> Figure:
-    """A row a cell: mean paired difference, its 95 % interval, the seeds behind it; pooled below."""
-    rows = [comparison for comparison in comparisons if comparison.differences]
+    """A row per cell: mean paired difference, its 95 % interval, the seeds behind it; pooled below."""
+    rows = [comparison for comparison in comparisons if comparison.differences()]
     style, lines = STYLES[L2BN], list[Line]()
     label = ""
     for (dataset, made_by), group in groupby(rows, key=lambda row: (row.label, conditions(row))):
         lines += [Line(dataset)] if dataset != label else []
-        lines += [Line(part, note=True) for part in textwrap.wrap(made_by, 46)]
+        lines += [Line(part, note=True) for part in textwrap.wrap(made_by, 60)]
         for row in group:
-            result = row.difference
-            lines.append(
-                Line(in_words(row.cell.backbone), result, row.differences, style["color"], style["marker"])
-            )
+            name, values = in_words(row.cell.backbone), row.differences()
+            lines.append(Line(name, row.difference(), values, style["color"], style["marker"]))
         label = dataset
     lines.append(Line("Pooled, n cells"))
     for full, text in ((True, f"{FULL_EPOCHS} epochs and more"), (False, f"under {FULL_EPOCHS} epochs")):
@@ -233,11 +246,28 @@ def differences(comparisons: Sequence[Comparison]) -> Figure:
     return _dots(lines)
 
 
+def differences_of_set(rows: Sequence[Comparison], run_set: RunSet) -> Figure:
+    """A row per network of a set, and below it the means by both rules, as far as they have one."""
+    style, lines = STYLES[L2BN], [Line(run_set.label)]
+    for row in rows:
+        values = row.differences()
+        if values:
+            name = in_words(row.cell.backbone)
+            lines.append(Line(name, row.difference(), values, style["color"], style["marker"]))
+    arms = [arm for row in rows for arm in row.arms]
+    these, others = judge_set(ACCURATE, run_set, arms, run_set.seeds), pooled(rows)
+    lines.append(Line("Mean over the networks"))
+    if these.overall and these.overall.mean is not None:
+        lines.append(Line("these networks; n: pairs", these.overall))
+    lines.append(Line("other networks; n: networks", others))
+    return _dots(lines)
+
+
 PLOT, BESIDE, ROW, ABOVE, BELOW = 3.6, 0.95, 0.21, 0.3, 0.72  # inches
 
 
 def _dots(lines: Sequence[Line]) -> Figure:
-    """Names to the left of the plot, means and n to its right, so that nothing of them stands in it."""
+    """Names to the left of the plot, means and n to its right, so that no text overlaps it."""
     names = max(_width(line) for line in lines) + 0.3
     width, height = names + PLOT + BESIDE, ABOVE + ROW * len(lines) + BELOW
     figure = Figure(figsize=(width, height))
@@ -252,7 +282,8 @@ def _dots(lines: Sequence[Line]) -> Figure:
         axes.text((0.1 if result is None else 0.2) / width, place, line.text, **row, **line.style)
         if result is None or result.mean is None:
             continue
-        axes.plot(line.values, [place] * len(line.values), "|", color=GREY, markersize=7, markeredgewidth=0.9)
+        if len(line.values) > 1:
+            axes.plot(line.values, [place] * len(line.values), "|", color=GREY, markersize=7, markeredgewidth=0.9)
         if result.low is not None and result.high is not None:
             axes.plot([result.low, result.high], [place, place], color=line.color, linewidth=1.4)
         face = "white" if result.low is None else line.color
@@ -272,7 +303,7 @@ def _dots(lines: Sequence[Line]) -> Figure:
 
 
 def _width(line: Line) -> float:
-    """Inches that a line's text takes up."""
+    """The width of a line's text, inches."""
     style = {"fontsize": RC["font.size"], "fontweight": "normal"} | line.style
     font = FontProperties(family=RC["font.family"], weight=style["fontweight"], size=style["fontsize"])
     return float(TextPath((0, 0), line.text, prop=font).get_extents().width) / 72

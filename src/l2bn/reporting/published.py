@@ -1,4 +1,4 @@
-"""Published accuracies, read from `results/reference/baselines.yaml`, and when one may stand beside ours."""
+"""Published accuracies from `results/reference/baselines.yaml`, shown only beside runs that they match."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,16 +9,16 @@ import yaml
 
 from l2bn.errors import UserError
 from l2bn.records import Record
-from l2bn.reporting.comparison import Comparison, overrides
-from l2bn.reporting.statistics import estimate
+from l2bn.reporting.comparison import Comparison
+from l2bn.reporting.evidence import overrides
 
 EPOCHS = {"last": "last epoch", "paper": "paper", "weights": "published weights", "best": "best epoch"}
-"""The kinds of a published number, the most comparable with ours first, and what a table calls them."""
+"""The kinds of a published number, the most comparable with ours first, and their names in tables."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """A BN accuracy of somebody else, percent."""
+    """A published BN accuracy, percent."""
 
     accuracy: float
     kind: str  # a key of EPOCHS
@@ -28,7 +28,7 @@ class Published:
 
 @dataclass(frozen=True)
 class PaperRow:
-    """What the L2BN paper reports for a pair, percent; None where the user entered nothing."""
+    """The accuracies that the L2BN paper reports for a pair, percent; None where nothing was entered."""
 
     bn: float | None
     l2bn: float | None
@@ -37,17 +37,17 @@ class PaperRow:
 
 @dataclass(frozen=True)
 class Reference:
-    """The published rows. An empty one compares with nothing."""
+    """The published rows; empty ones match no run."""
 
     bn: list[Mapping[str, Any]] = field(default_factory=list)
     images: Mapping[str, Any] = field(default_factory=dict)
     acoustic: Mapping[str, Any] = field(default_factory=dict)
 
     def published(self, comparison: Comparison) -> Published | None:
-        """The BN accuracy whose data set, net (its parameters too, if known) and recipe are our arm's."""
-        if comparison.bn is None:
+        """The BN accuracy with our arm's data set, network (its parameters too, if known) and recipe."""
+        if comparison.reference is None:
             return None
-        record = comparison.bn.records[0]
+        record = comparison.reference.records[0]
         for table in self.bn:
             row = table.get(_baseline(record), {}).get(record.backbone)
             if row and table["recipe"] == record.recipe and _same_net(row, record):
@@ -56,12 +56,10 @@ class Reference:
         return None
 
     def distance(self, comparison: Comparison) -> float | None:
-        """Our BN minus the published one, in points; None where they may not be compared."""
+        """Our BN minus the published one, in points; None where they do not match."""
         found = self.published(comparison)
-        if found is None or comparison.bn is None or not comparison.bn.accuracies:
-            return None
-        ours = estimate(list(comparison.bn.accuracies.values())).mean
-        return None if ours is None else ours - found.accuracy
+        ours = comparison.reference.estimate().mean if comparison.reference else None
+        return None if found is None or ours is None else ours - found.accuracy
 
     def paper(self, comparison: Comparison) -> PaperRow | None:
         """The paper's row of the same data set and backbone, if a user has entered it."""
@@ -75,7 +73,7 @@ class Reference:
 
 
 def _baseline(record: Record) -> str:
-    """The published rows that a record's data set may be compared with; empty where its images are others."""
+    """The published rows that match a record's data set; empty where an override changed its images."""
     changed = overrides(record.dataset).keys() - {"label", "baseline"}
     return "" if changed else record.baseline or ""
 

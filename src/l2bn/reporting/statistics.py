@@ -1,4 +1,4 @@
-"""The numbers behind a table: mean and spread, paired differences, corrections, and how many seeds would do.
+"""Statistics: mean and spread, paired differences, pooled estimates, corrections and sample sizes.
 
 BN and L2BN start from the same weights and see the same batches when they share a seed, so a comparison is
 paired: the difference is taken seed by seed, and its spread, not that of the two arms, decides.
@@ -23,7 +23,7 @@ NO_SPREAD = 1e-9
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with Student's interval; what its n or its spread cannot carry is None.
+    """A mean with an interval and p-value by Student's t, None where n or the spread is too small for them.
 
     `low`, `high` bound the mean at `LEVEL`; `p` is two-sided against a mean of zero. All in the unit of the
     values.
@@ -38,7 +38,7 @@ class Estimate:
 
     @property
     def reason(self) -> str:
-        """Why there is no interval; empty where there is one."""
+        """The reason for a missing interval; empty where there is one."""
         if self.low is not None:
             return ""
         if self.n < MIN_PAIRS:
@@ -125,6 +125,39 @@ def pooled_spread(cells: Sequence[Sequence[float]]) -> Spread | None:
     squares = sum((len(cell) - 1) * stdev(cell) ** 2 for cell in cells if len(cell) > 1)
     low, high = stats.chi2.ppf([(1 + LEVEL) / 2, (1 - LEVEL) / 2], degrees)
     return Spread(sqrt(squares / degrees), degrees, sqrt(squares / low), sqrt(squares / high))
+
+
+def fixed_estimate(cells: Sequence[Sequence[float]]) -> tuple[list[Estimate], Estimate]:
+    """Estimates about these cells alone: the mean difference of each, and the mean over all, each weighing alike.
+
+    The model: one spread within all cells, estimated over them together: s^2 = sum (d - cell mean)^2 / df with
+    df = sum (n - 1). A cell's mean has the interval +- t(df) s / sqrt(n), the mean of the k cell means
+    +- t(df) s sqrt(sum 1/n) / k (a fixed-effects analysis of variance). Unlike `pooled_estimate` it does not speak
+    about other cells. In the estimates of cells, `std` is the cell's own; the last one's is the pooled s, its n the
+    number of all pairs. No intervals without a spread; no mean over all where a cell is empty.
+    """
+    spread = pooled_spread(cells)
+    critical = float(stats.t.ppf((1 + LEVEL) / 2, spread.degrees)) if spread else 0.0
+
+    def judged(n: int, mean: float, std: float | None, root: float) -> Estimate:
+        """With interval and p-value where there is a spread; `root` is the mean's error in units of s."""
+        if spread is None or spread.std < NO_SPREAD:
+            return Estimate(n, mean, std)
+        error = spread.std * root
+        p = 2 * float(stats.t.sf(abs(mean) / error, spread.degrees))
+        return Estimate(n, mean, std, mean - critical * error, mean + critical * error, p)
+
+    found = [
+        judged(len(cell), fmean(cell), stdev(cell) if len(cell) > 1 else None, sqrt(1 / len(cell)))
+        if cell
+        else Estimate(0)
+        for cell in cells
+    ]
+    n = sum(len(cell) for cell in cells)
+    if not cells or not all(cells):
+        return found, Estimate(n)
+    root = sqrt(sum(1 / len(cell) for cell in cells)) / len(cells)
+    return found, judged(n, fmean(map(fmean, cells)), spread.std if spread else None, root)
 
 
 def power(n: int, std: float, difference: float) -> float:

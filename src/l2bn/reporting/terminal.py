@@ -1,23 +1,34 @@
-"""The comparison for the terminal: the norms of each cell under each other."""
+"""Tables for the terminal, made for 100 columns: the norms of each cell, and the features of one run."""
 
 from collections.abc import Sequence
-from itertools import groupby
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from l2bn.records import Problem, Record
-from l2bn.reporting.comparison import BN, L2BN, Arm, Cell, Comparison, arms_of
-from l2bn.reporting.wording import cell_setting, in_words, interval, lost, mean_std, plural, signed
+from l2bn.records import FeatureRow
+from l2bn.reporting.comparison import Arm, Comparison, arms_of, by_cell
+from l2bn.reporting.evidence import (
+    BN,
+    INPUT,
+    L2BN,
+    OUTPUT,
+    PENULTIMATE,
+    SHRINK,
+    Cell,
+    Evidence,
+    images_in_words,
+    kernels_in_words,
+)
+from l2bn.reporting.formatting import NONE, interval, lost, mean_std, names_of, plural, setting, signed
 
 
-def terminal(records: Sequence[Record], problems: Sequence[Problem]) -> RenderableType:
-    """All cells, and what was left out; made for 100 columns."""
+def norms_table(evidence: Evidence) -> RenderableType:
+    """All cells, the norms of each below each other, and the number of records left out."""
     parts: list[RenderableType] = []
-    for cell, arms in groupby(arms_of(records), key=lambda arm: arm.cell):
-        parts += [*_cell(cell, list(arms)), Text("")]
-    if records:
+    for cell, arms in by_cell(arms_of(evidence)):
+        parts += [*_cell(cell, arms), Text("")]
+    if evidence.records:
         parts.append(
             Text(
                 "accuracy    test top-1 in percent after the last epoch, mean ± std over the seeds\n"
@@ -27,17 +38,13 @@ def terminal(records: Sequence[Record], problems: Sequence[Problem]) -> Renderab
         )
     else:
         parts.append(Text("No ended run here yet: nothing to compare."))
-    for problem in problems:
-        told = f"left out: {problem.folder}: {problem.reason}"
-        parts.append(Text(told, style="red", no_wrap=True, overflow="ignore"))  # a path is copied from here
-    if problems:
-        parts.append(Text(f"{plural('record', len(problems))} left out", style="bold red"))
+    if evidence.problems:
+        parts.append(Text(f"{plural('record', len(evidence.problems))} left out", style="bold red"))
     return Group(*parts)
 
 
-def _cell(cell: Cell, arms: list[Arm]) -> list[RenderableType]:
+def _cell(cell: Cell, arms: Sequence[Arm]) -> list[RenderableType]:
     """A line that names the cell, and a row for each norm, BN first."""
-    names = [arms[0].label, in_words(cell.backbone), in_words(cell.recipe), cell_setting(cell)]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("norm", width=24, overflow="fold")
     for header, width in (("accuracy", 13), ("difference", 10), ("95 % interval", 16)):
@@ -46,15 +53,19 @@ def _cell(cell: Cell, arms: list[Arm]) -> list[RenderableType]:
     seeds = set[int]().union(*(arm.seeds for arm in arms))
     bn = next((arm for arm in arms if arm.norm == BN), None)
     for arm in sorted(arms, key=lambda arm: (arm.norm != BN, arm.norm != L2BN)):
-        kernels = "" if [a.norm for a in arms].count(arm.norm) == 1 else f" ({arm.kernels})"
-        other = lost(arm, len(seeds - arm.seeds))
-        table.add_row(
-            arm.norm + kernels,
-            mean_std(arm.accuracies.values()),
-            *_difference(bn, arm),
-            f"{len(arm.accuracies)}{'; ' + other if other else ''}",
-        )
-    return [Text(" · ".join(names), style="bold"), table]
+        values, rest = arm.of().values(), lost(arm, len(seeds - arm.seeds))
+        runs = f"{len(values)}{'; ' + rest if rest else ''}"
+        table.add_row(arm.norm, mean_std(values), *_difference(bn, arm), runs)
+    kernels = {arm.norm: kernels_in_words(arm.records) for arm in arms}
+    lines = [
+        f"{norm}: kernels {text}, which agree within rounding"
+        for norm, text in kernels.items()
+        if " and " in text or "in part" in text
+    ]
+    images = images_in_words([run for arm in arms for run in arm.records])
+    lines += [f"images not proven equal: {images}"] if images else []
+    notes = [Text(line, style="dim") for line in lines]
+    return [Text(" · ".join((*names_of(arms[0].label, cell), setting(cell))), style="bold"), table, *notes]
 
 
 def _difference(bn: Arm | None, arm: Arm) -> tuple[str, str]:
@@ -62,5 +73,47 @@ def _difference(bn: Arm | None, arm: Arm) -> tuple[str, str]:
         return "", ""
     if bn is None:
         return "", "no BN run"
-    difference = Comparison(arm.cell, arm.norm, bn, arm).difference
+    difference = Comparison(arm.cell, arm.norm, bn, arm).difference()
     return signed(difference.mean), interval(difference)
+
+
+# ---- The features of one run ----------------------------------------------------------------------------------
+
+_COLUMNS: dict[str, tuple[str, str, int]] = {
+    "norm cv": (INPUT, "norm_cv", 3),
+    "within": (INPUT, "norm_cv_within", 3),
+    "between": (INPUT, "norm_cv_between", 3),
+    "after": (OUTPUT, "norm_cv", 3),
+    "cosine": (OUTPUT, "class_cosine", 3),
+    "within share": (OUTPUT, "within_share", 3),
+    "angle": (OUTPUT, "angle_mean", 1),
+    "distance": (OUTPUT, "distance", 2),
+    "cdnv": (OUTPUT, "cdnv", 3),
+}
+"""Header to side, measure and decimals."""
+
+
+def layers_table(title: str, row: FeatureRow) -> RenderableType:
+    """The features of one run after one epoch: a line per norm layer, one for the penultimate, and a legend."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("layer", overflow="fold", max_width=24)
+    for header in (*_COLUMNS, SHRINK):
+        table.add_column(header, justify="right", no_wrap=True)
+    for layer in row["layers"]:
+        values = [_number(layer[side][name], digits) for side, name, digits in _COLUMNS.values()]
+        table.add_row(layer["name"], *values, _number(layer[SHRINK], 3))
+    last = row[PENULTIMATE]
+    values = [_number(last[name], digits) if side == OUTPUT else "" for side, name, digits in _COLUMNS.values()]
+    table.add_row(PENULTIMATE, *values, "", style="bold")
+    head = f"{title}, epoch {row['epoch']}, {row['images']:,} test images"
+    return Group(Text(head, style="bold"), table, Text(_LEGEND, style="dim"))
+
+
+_LEGEND = """\
+norm cv   std / mean of the images' l2 norms at the layer's input, within and between classes; after the layer
+cosine    and on: compactness and separation at the layer's output; shrink: what eps leaves of its deviation
+"""
+
+
+def _number(value: float | None, digits: int) -> str:
+    return NONE if value is None else f"{value:.{digits}f}"

@@ -11,6 +11,7 @@ import yaml
 from rich.text import Text
 from torch import nn
 
+from l2bn.records import natural_order
 from l2bn.training.build import CONFIGS, Builder
 
 GROUPS = ("dataset", "backbone", "norm", "recipe", "experiment")
@@ -28,7 +29,7 @@ class Choice:
 
 def choices(group: str) -> list[Choice]:
     """All choices of a group, in the order in which a reader would count: resnet20 before resnet110."""
-    paths = sorted((CONFIGS / group).glob("*.yaml"), key=lambda path: _natural(path.stem))
+    paths = sorted((CONFIGS / group).glob("*.yaml"), key=lambda path: natural_order(path.stem))
     counted = group == "backbone"
     return [Choice(path.stem, summary(path), count_parameters(path) if counted else None) for path in paths]
 
@@ -75,8 +76,3 @@ def overview(groups: Sequence[str] = GROUPS, width: int = 110) -> Text:
         text.append("\n")
     text.rstrip()
     return text
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """A sorting key with numbers in their own order."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

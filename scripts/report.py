@@ -1,0 +1,190 @@
+"""Make tables, figures and verdicts from the records of runs.
+
+Without --runs, each command reads the published records in results/records and writes to results/. With --runs DIR
+it reads the runs under DIR and leaves results/ as it is.
+
+python scripts/report.py tables --runs runs    compare the norms of your runs in the terminal
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from l2bn.errors import told_plainly
+from l2bn.records import Problem
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
+RECORDS = RESULTS / "records"
+SETS = RESULTS / "reference/sets.yaml"
+
+Command = Callable[[argparse.Namespace], Sequence[Problem]]
+"""Runs a sub-command; returns the records that had to be left out."""
+
+
+def tables(arguments: argparse.Namespace) -> Sequence[Problem]:
+    """Compare the norms of all runs: in the terminal, and as Markdown, CSV and LaTeX."""
+    from rich.console import Console
+
+    from l2bn.reporting.claims import read_sets
+    from l2bn.reporting.evidence import read_evidence
+    from l2bn.reporting.published import read_reference
+    from l2bn.reporting.readme import readme_with_block
+    from l2bn.reporting.tables import documents, write_documents
+    from l2bn.reporting.terminal import norms_table
+
+    published = arguments.runs.resolve() == RECORDS and arguments.out is None
+    out = RESULTS / "tables" if published else arguments.out
+    readme = arguments.readme or (ROOT / "README.md" if published else None)
+    evidence, reference = read_evidence(arguments.runs), read_reference(arguments.reference)
+    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+    console.print(norms_table(evidence), crop=False)
+    if readme:
+        text = readme.read_text(encoding="utf-8")
+        readme.write_text(readme_with_block(text, evidence, read_sets(SETS)[0]), encoding="utf-8")
+    if out:
+        _print_paths(write_documents(documents(evidence, reference), out))
+    return evidence.problems
+
+
+def figures(arguments: argparse.Namespace) -> Sequence[Problem]:
+    """Draw accuracy curves and paired differences of BN and L2BN, as PNG and SVG."""
+    from l2bn.reporting.claims import read_sets
+    from l2bn.reporting.evidence import read_evidence
+    from l2bn.reporting.figures import write_figures
+
+    out = arguments.out or (RESULTS if arguments.runs.resolve() == RECORDS else arguments.runs) / "figures"
+    evidence = read_evidence(arguments.runs)
+    paths, broken = write_figures(evidence, out, read_sets(SETS))
+    _print_paths(paths, "nothing to draw: no finished run of bn or l2bn here yet")
+    return [*evidence.problems, *broken]
+
+
+def claims(arguments: argparse.Namespace) -> Sequence[Problem]:
+    """Judge the paper's claims by the records."""
+    from l2bn.reporting.claims import claims_markdown, read_sets
+    from l2bn.reporting.evidence import read_evidence
+
+    out = arguments.out or (RESULTS / "claims.md" if arguments.runs.resolve() == RECORDS else None)
+    evidence = read_evidence(arguments.runs, features=True)
+    text = claims_markdown(evidence, read_sets(SETS))
+    print(text)
+    if out:
+        out.write_text(text, encoding="utf-8")
+        print(out)
+    return evidence.problems
+
+
+def mechanism(arguments: argparse.Namespace) -> Sequence[Problem]:
+    """Compare features, controls and the studies of eps, running statistics and learning rate."""
+    from l2bn.reporting.mechanism import mechanism_documents, read_mechanism
+    from l2bn.reporting.mechanism_figures import write_mechanism_figures
+    from l2bn.reporting.tables import write_documents
+
+    published = arguments.runs.resolve() == RECORDS
+    out = arguments.out or (RESULTS if published else arguments.runs / "mechanism")
+    reading = RESULTS / "reference/mechanism.md"
+    found = read_mechanism(arguments.runs, arguments.studies)
+    problems = list(found.problems)
+    if arguments.what != "figures":
+        text = reading.read_text(encoding="utf-8") if published and reading.exists() else ""
+        _print_paths(write_documents(mechanism_documents(found, text), out))
+    if arguments.what != "tables":
+        paths, broken = write_mechanism_figures(found, out / "figures")
+        _print_paths(paths, "nothing to draw: no features measured of both bn and l2bn")
+        problems += broken
+    return problems
+
+
+def tensorboard(arguments: argparse.Namespace) -> Sequence[Problem]:
+    """Show the mean curve of each norm and cell in TensorBoard, renewed every 30 seconds until Ctrl-C."""
+    import signal
+    import subprocess
+    import time
+
+    from l2bn.reporting.tensorboard import Board
+
+    out = arguments.out or arguments.runs / "arms"
+    board = Board(arguments.runs, out)
+    board.update()
+    if arguments.write_only:
+        print(out)
+        return []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # runs the `finally` below, as Ctrl-C does
+    place = ["--host", "127.0.0.1", "--port", str(arguments.port)]
+    server = subprocess.Popen([sys.executable, "-m", "tensorboard.main", "--logdir", str(arguments.runs), *place])
+    try:
+        while server.poll() is None:
+            time.sleep(30)
+            board.update()
+    finally:
+        server.terminate()
+        server.wait()
+    return []
+
+
+def _print_paths(paths: Sequence[Path], nothing: str = "") -> None:
+    print("\n".join(map(str, paths)) or nothing)
+
+
+EXAMPLES = {
+    tables: "python scripts/report.py tables --runs runs --out runs/tables",
+    figures: "python scripts/report.py figures --runs runs",
+    claims: "python scripts/report.py claims --runs runs",
+    mechanism: "python scripts/report.py mechanism tables --runs runs",
+    tensorboard: "python scripts/report.py tensorboard --runs runs",
+}
+
+OUT = {
+    tables: "folder for the files (default: results/tables; with --runs only the terminal)",
+    figures: "folder for the figures (default: results/figures; with --runs DIR/figures)",
+    claims: "file to write (default: results/claims.md; with --runs only the terminal)",
+    mechanism: "folder for documents and figures (default: results; with --runs DIR/mechanism)",
+    tensorboard: "folder for the arms' events (default: DIR/arms, beside the runs that --runs DIR names)",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    whole = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = whole.add_subparsers(metavar="COMMAND", required=True)
+    for command, example in EXAMPLES.items():
+        one = commands.add_parser(
+            command.__name__,
+            help=command.__doc__,
+            description=f"{command.__doc__}\n\n{example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        one.set_defaults(command=command)
+        if command is mechanism:
+            one.add_argument("what", nargs="?", choices=["tables", "figures"], help="only these (default: both)")
+        one.add_argument("--runs", metavar="DIR", type=Path, default=RECORDS, help="folder of runs or records")
+        one.add_argument("--out", metavar="PATH", type=Path, help=OUT[command])
+        if command is tables:
+            one.add_argument("--readme", metavar="FILE", type=Path, help="file whose block of results is replaced")
+            reference = RESULTS / "reference/baselines.yaml"
+            one.add_argument(
+                "--reference", metavar="FILE", type=Path, default=reference, help="published accuracies"
+            )
+        if command is tensorboard:
+            one.add_argument("--port", type=int, default=6006, help="of TensorBoard, on this machine alone")
+            one.add_argument("--write-only", action="store_true", help="write the events and leave")
+        if command is mechanism:
+            studies = RESULTS / "studies"
+            one.add_argument("--studies", metavar="DIR", type=Path, default=studies, help="records of the studies")
+        one.add_argument("--strict", action="store_true", help="exit with 1 if a record had to be left out")
+    return whole
+
+
+def main() -> None:
+    arguments = parser().parse_args()
+    problems = arguments.command(arguments)
+    for problem in problems:
+        print(f"left out: {problem.folder}: {problem.reason}", file=sys.stderr)
+    if problems and arguments.strict:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    with told_plainly():
+        main()

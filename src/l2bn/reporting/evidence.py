@@ -1,0 +1,268 @@
+"""The evidence: the runs under a folder as one frame of values, checked before anything is compared.
+
+    cell     data set x backbone x recipe x setting (precision, devices): what compared runs share
+    frame    a row per run and quantity: cell, norm, seed, quantity, value, status
+
+Quantities are TOP1 and BEST, and of a run with measured features the measures after its last epoch, named by place
+and measure: "penultimate/within_share"; at norm layers ("input/norm_cv", "output/norm_cv", "shrink") the mean over
+all of them. A diverged run has no values and counts by its status.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pandas as pd
+
+from l2bn.errors import UserError
+from l2bn.records import (
+    COST_KEYS,
+    MEASURES,
+    THEN,
+    FeatureRow,
+    InvalidRecordError,
+    Problem,
+    Record,
+    natural_order,
+    read_features,
+    read_records,
+)
+
+BN, L2BN = "bn", "l2bn"
+
+TOP1, BEST = "top1", "best_top1"
+"""Test top-1 in percent after the last epoch, the result of a run; and after the best epoch, which is chosen on the
+test set, hence optimistic and never the result."""
+
+PENULTIMATE, INPUT, OUTPUT, SHRINK = "penultimate", "input", "output", "shrink"
+FEATURES = (SHRINK, *(f"{place}/{name}" for place in (INPUT, OUTPUT, PENULTIMATE) for name in MEASURES))
+
+
+# ---- Cells and their names ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What two runs must share to be compared; the names are those of the run's folder, overrides included."""
+
+    dataset: str
+    recipe: str
+    backbone: str
+    setting: str
+    value: tuple[float, ...] = ()  # what a study varies: eps, or batch size and learning rate
+
+    @property
+    def order(self) -> tuple[object, ...]:
+        """A sort key."""
+        names = (self.dataset, self.recipe, self.backbone)
+        return *map(natural_order, names), self.setting, self.value
+
+    @property
+    def whole(self) -> "Cell":
+        """The cell without the value that a study varies."""
+        return replace(self, value=())
+
+
+def cell_of(record: Record) -> Cell:
+    """The cell of a run; its setting names the precision, and what else is not the default."""
+    devices = record.identity.get("devices", 1)
+    setting = [
+        record.precision,
+        "" if devices == 1 else f"{devices} devices",
+        "synchronised" if record.identity.get("sync_bn") else "",
+    ]
+    return Cell(record.dataset, record.recipe, record.backbone, ", ".join(filter(None, setting)))
+
+
+def kernels_in_words(records: Iterable[Record]) -> str:
+    """The norm's kernel paths in these runs, and whether their models were compiled: "fused and plain, compiled".
+
+    Kernel paths agree within rounding, so they are a note to a comparison and do not separate runs.
+    """
+    used = [kernels.partition("+") for record in records for kernels in record.kernels.split(THEN)]
+    compiled = {suffix == "compiled" for _, _, suffix in used}
+    suffix = {1: ", compiled" if True in compiled else "", 2: ", in part compiled"}.get(len(compiled), "")
+    return " and ".join(sorted({path for path, _, _ in used})) + suffix
+
+
+def overrides(name: str) -> dict[str, str]:
+    """The values overridden in a part of a run's folder: {"epochs": "3"} for "short,epochs=3".
+
+    Where the name was too long for its folder, the one key is the digest that stands for them.
+    """
+    found: dict[str, str] = {}
+    for part in re.split(r",(?![^\[]*\])", name)[1:]:  # not at a comma within a list
+        key, equals, value = part.partition("=")
+        if found and not equals:  # a comma within a text
+            found[list(found)[-1]] += f",{part}"
+        else:
+            found[key] = value
+    return found
+
+
+def changes_in_words(changes: Mapping[str, str]) -> str:
+    """Overridden values as a text: "batch size 16, epochs 3"."""
+    # A value below another overridden one adds nothing.
+    own = [key for key in changes if not any(key.startswith(f"{above}.") for above in changes)]
+    return ", ".join(f"{key.replace('_', ' ')} {changes[key].replace(',_', ', ')}".strip() for key in own)
+
+
+def label_of(record: Record) -> str:
+    """The data set as tables name it: the record's label, and the overrides that the label does not say."""
+    said = ("label", "baseline", "subset", "validation")
+    changes = {key: value for key, value in overrides(record.dataset).items() if key not in said}
+    return f"{record.label} ({changes_in_words(changes)})" if changes else record.label
+
+
+# ---- Reading and checking -----------------------------------------------------------------------------------
+
+Place = Callable[[Record], tuple[Cell, str]]
+"""A record to the cell and the norm under which it is compared."""
+
+
+def cell_and_norm(record: Record) -> tuple[Cell, str]:
+    return cell_of(record), record.norm
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """The records under a folder, the features measured in their runs by folder, and what was left out."""
+
+    records: Sequence[Record]
+    problems: Sequence[Problem] = ()
+    features: Mapping[Path, Sequence[FeatureRow]] = field(default_factory=dict)
+    place: Place = cell_and_norm
+
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """A row per run and quantity."""
+        rows = []
+        for record in self.records:
+            names = (*self.place(record), record.seed)
+            for quantity, value in _values(record, self.features.get(record.folder, ())).items():
+                rows.append((*names, quantity, value, record.status))
+        columns = ["cell", "norm", "seed", "quantity", "value", "status"]
+        return pd.DataFrame(rows, columns=columns)
+
+
+def _values(record: Record, rows: Sequence[FeatureRow]) -> dict[str, float | None]:
+    """Quantity to value for one run."""
+    if record.status != "finished":
+        return {TOP1: None}
+    measured = {quantity: measure(rows[-1], quantity) for quantity in FEATURES} if rows else {}
+    return {TOP1: record.last["test/top1"], BEST: record.best["test/top1"], **measured}
+
+
+def measure(row: FeatureRow, quantity: str) -> float | None:
+    """The value of a feature quantity in one measured epoch; None where a layer has none."""
+    place, _, name = quantity.partition("/")
+    values = [row[place][name]] if place == PENULTIMATE else by_layer(row, quantity)
+    known = [value for value in values if value is not None]
+    return fmean(known) if known and len(known) == len(values) else None
+
+
+def by_layer(row: FeatureRow, quantity: str) -> list[float | None]:
+    """The values of a feature quantity at each norm layer, in the order in which the layers run."""
+    place, _, name = quantity.partition("/")
+    return [layer[place][name] if name else layer[place] for layer in row["layers"]]
+
+
+def read_evidence(root: Path, *, features: bool = False, place: Place = cell_and_norm) -> Evidence:
+    """The records under a folder, one per cell, norm and seed, on request with their measured features.
+
+    The same run found twice counts once. `place` gives a record's cell and norm if a study groups them otherwise.
+    Raises UserError where the folder is missing, where two records of one cell, norm and seed hold different
+    results, or where runs of one cell were made under unequal conditions.
+    """
+    if not root.is_dir():
+        raise UserError(
+            f"{root} is no folder of records; train a run first (make demo), or name the folder that holds runs "
+            "with --runs"
+        )
+    records, problems = read_records(root)
+    records = _distinct(records)
+    _check_conditions(records)
+    found: dict[Path, Sequence[FeatureRow]] = {}
+    for record in records if features else ():
+        try:
+            rows = read_features(record.folder) if record.status == "finished" else []
+        except InvalidRecordError as error:
+            problems.append(Problem(record.folder, str(error)))
+            continue
+        if rows and rows[-1]["epoch"] == record.epochs:
+            found[record.folder] = rows
+    return Evidence(records, problems, found, place)
+
+
+def _distinct(records: Iterable[Record]) -> list[Record]:
+    """One record per cell, norm and seed. Raises UserError naming two that contradict."""
+    kept: dict[tuple[Cell, str, int], Record] = {}
+    for record in records:
+        first = kept.setdefault((cell_of(record), record.norm, record.seed), record)
+        if _result(first) != _result(record):
+            raise UserError(
+                "two records of one cell and seed hold different results: "
+                f"{first.folder} and {record.folder}; keep one of them"
+            )
+    return list(kept.values())
+
+
+def _result(record: Record) -> tuple[object, ...]:
+    """Status, last and best epoch, without what the epochs cost."""
+    rows = ({key: row[key] for key in row.keys() - set(COST_KEYS)} for row in (record.last, record.best))
+    return record.status, *rows
+
+
+def _check_conditions(records: Iterable[Record]) -> None:
+    """Raise UserError where runs of one cell differ in a value that both know, or in their images.
+
+    So a default edited between two runs, or a changed folder of images, is not overlooked. A key that only one of
+    two runs knows is passed over, so that the suite may grow an option; so is a missing fingerprint.
+    """
+    known: dict[tuple[object, str], tuple[object, Path]] = {}
+    for record in records:
+        cell = cell_of(record)
+        own = {name: value for name, value in _flat(record.identity) if name != "seed"}
+        images = {"train_images": record.train_images, "test_images": record.test_images}
+        files = {"images.files": record.images["files"]} if record.images else {}
+        for name, value in (own | images | files).items():
+            place = (cell, record.norm) if name.startswith("norm.") else cell
+            if name == "norm":
+                continue
+            first, folder = known.setdefault((place, name), (value, record.folder))
+            if first == value:
+                continue
+            remedy = "keep one of them, or give the changed config a name of its own"
+            if name in images | files:
+                remedy = "keep the runs on one set of images, or give the other a name of its own by dataset.label"
+            raise UserError(
+                f"two runs of one cell were made under unequal conditions ({name}: {first} and {value}): "
+                f"{folder} and {record.folder}; {remedy}"
+            )
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Dotted key and value of everything in a nested mapping; {} for a mapping itself."""
+    for key, value in node.items():
+        yield f"{prefix}{key}", {} if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+
+
+def images_in_words(records: Sequence[Record]) -> str:
+    """What the fingerprints of the images leave open in a comparison of these runs; empty where they are equal.
+
+    Differing files are an error; pixels can also differ by the decoder, and older records have no fingerprint.
+    """
+    found = [record.images for record in records]
+    missing, pixels = found.count(None), {images["pixels"] for images in found if images and images["pixels"]}
+    notes = ["decoded pixels differ"] if len(pixels) > 1 else []
+    if missing:
+        notes.append(
+            "no fingerprint" if missing == len(found) else f"no fingerprint in {missing} of {len(found)} runs"
+        )
+    return ", ".join(notes)

@@ -1,0 +1,217 @@
+"""Texts that tables, figures and claims share: numbers, names, and a table as Markdown, LaTeX or CSV."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from l2bn.errors import UserError
+from l2bn.reporting.comparison import Arm, Comparison
+from l2bn.reporting.evidence import TOP1, Cell, changes_in_words, overrides
+from l2bn.reporting.statistics import Estimate, estimate
+
+NONE = "–"
+
+
+# ---- Numbers ------------------------------------------------------------------------------------------------
+
+
+def signed(value: float | None, digits: int = 2) -> str:
+    """A number with its sign, the minus a real one."""
+    if value is None:
+        return NONE
+    text = f"{value:+.{digits}f}"
+    return text[1:] if float(text) == 0 else text.replace("-", "−")
+
+
+def interval(result: Estimate, digits: int = 2) -> str:
+    """`[low, high]`, or why there is none."""
+    if result.low is None:
+        return result.reason if result.n else NONE
+    return f"[{signed(result.low, digits)}, {signed(result.high, digits)}]"
+
+
+def probability(p: float | None, result: Estimate) -> str:
+    """A p-value, corrected or not, or why its estimate has none."""
+    if p is None:
+        return result.reason if result.n else NONE
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def mean_std(values: Iterable[float], digits: int = 2) -> str:
+    """`mean ± std`, without the spread where there is only one value."""
+    result = estimate(list(values))
+    if result.mean is None:
+        return NONE
+    spread = "" if result.std is None else f" ± {result.std:.{digits}f}"
+    return f"{result.mean:.{digits}f}{spread}"
+
+
+def mean_std_n(arm: Arm | None, quantity: str = TOP1, digits: int = 2, missing: int = 0) -> str:
+    """`mean ± std (n)` over the runs of an arm, with the number of diverged and missing ones."""
+    if arm is None:
+        return NONE
+    values, rest = arm.of(quantity).values(), lost(arm, missing)
+    if not values and rest:
+        return rest
+    return f"{mean_std(values, digits)} ({len(values)}{'; ' + rest if rest else ''})"
+
+
+def lost(arm: Arm, missing: int) -> str:
+    """The number of diverged and of missing runs; empty where there are none."""
+    counts = {"diverged": arm.diverged, "missing": missing}
+    return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+
+
+def plural(noun: str, count: int) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+# ---- Names --------------------------------------------------------------------------------------------------
+
+PRECISIONS = {"32-true": "float32", "bf16-mixed": "mixed bfloat16", "16-mixed": "mixed float16"}
+
+
+def in_words(folder: str) -> str:
+    """A part of a run's folder in words: "short (batch size 16, epochs 3)" for "short,batch_size=16,epochs=3"."""
+    choice, changes = folder.partition(",")[0], overrides(folder)
+    return f"{choice} ({changes_in_words(changes)})" if changes else choice
+
+
+def conditions(comparison: Comparison) -> str:
+    """The recipe and the setting of a comparison's runs."""
+    return f"{in_words(comparison.cell.recipe)}, {setting(comparison.cell)}"
+
+
+def setting(cell: Cell) -> str:
+    """Precision, and what else is not the default."""
+    precision, *others = cell.setting.split(", ")
+    return ", ".join([PRECISIONS.get(precision, precision), *others])
+
+
+def names_of(label: str, cell: Cell) -> tuple[str, str, str]:
+    """Data set, backbone and recipe in words."""
+    return label, in_words(cell.backbone), in_words(cell.recipe)
+
+
+def title(label: str, cell: Cell) -> str:
+    """All that a cell's runs share: "CIFAR-10, resnet20, short (epochs 7), float32"."""
+    return ", ".join((*names_of(label, cell), setting(cell)))
+
+
+def file_name(cell: Cell) -> str:
+    """A cell as part of a file's name."""
+    setting = "" if cell.setting == "32-true" else cell.setting
+    parts = (cell.dataset, cell.backbone, cell.recipe, setting)
+    return re.sub(r"[^\w.=-]+", "-", "-".join(filter(None, parts)))
+
+
+# ---- Tables -------------------------------------------------------------------------------------------------
+
+LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        "&": r"\&",
+        "%": r"\%",
+        "$": r"\$",
+        "#": r"\#",
+        "_": r"\_",
+        "{": r"\{",
+        "}": r"\}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": r"$<$",
+        ">": r"$>$",
+        "±": r"$\pm$",
+        "−": r"$-$",
+        "×": r"$\times$",
+        "–": "--",
+    }
+    | {mark: rf"\textsuperscript{{{digit}}}" for digit, mark in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
+)
+
+SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells are plain text, `numeric` columns flush right; the notes stand under the table."""
+
+    title: str
+    columns: tuple[str, ...]
+    numeric: frozenset[str]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+
+def mark(number: int) -> str:
+    """The number of a footnote as superscript."""
+    return str(number).translate(SUPERSCRIPT)
+
+
+def markdown(table: Table) -> str:
+    """The table and its notes in GitHub's Markdown, without the title."""
+    rules = tuple("---:" if column in table.numeric else "---" for column in table.columns)
+    lines = [
+        "| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |"
+        for row in (table.columns, rules, *table.rows)
+    ]
+    body = "\n".join(lines) if table.rows else "No record yet."
+    return "\n\n".join([body, *map(escape_markdown, table.notes)]) + "\n"
+
+
+def escape_markdown(text: str) -> str:
+    """The text with its underscores, asterisks and angle brackets as they stand."""
+    return text.replace("*", r"\*").replace("_", r"\_").replace("<", "&lt;")
+
+
+def latex(table: Table) -> str:
+    """A `tabular` with the rules of booktabs, and its notes, for a document's own `table`."""
+    columns = "".join("r" if column in table.numeric else "l" for column in table.columns)
+    rows = [" & ".join(cell.translate(LATEX) for cell in row) + r" \\" for row in table.rows]
+    head = " & ".join(column.translate(LATEX) for column in table.columns) + r" \\"
+    empty = rf"\multicolumn{{{len(table.columns)}}}{{l}}{{No record yet.}} \\"
+    notes = [note.translate(LATEX) + r"\par" for note in table.notes]
+    return "\n".join(
+        [
+            f"% {table.title}. Generated by make tables; needs \\usepackage{{booktabs}}.",
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+            head,
+            r"\midrule",
+            *(rows or [empty]),
+            r"\bottomrule",
+            r"\end{tabular}",
+            *([r"\par\smallskip", r"{\footnotesize", *notes, "}"] if notes else []),
+            "",
+        ]
+    )
+
+
+def csv_text(rows: Iterable[Mapping[str, object]], columns: Sequence[str], float_format: str) -> str:
+    """The rows as CSV, None as an empty cell.
+
+    Floats are rounded, so that the last bits of another machine's sums change nothing.
+    """
+
+    def text(value: object) -> str:
+        if value is None:
+            return ""
+        return format(value, float_format) if isinstance(value, float) else str(value)
+
+    cells = [[text(row[column]) for column in columns] for row in rows]
+    return pd.DataFrame(cells, columns=list(columns)).to_csv(index=False, lineterminator="\n")
+
+
+def with_block(text: str, begin: str, end: str, content: str) -> str:
+    """A text with the lines between two markers replaced.
+
+    Raises UserError unless both markers are there once, in this order.
+    """
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed or begin in after or end in after:
+        raise UserError(f"the README must hold the lines {begin} and {end} once, in this order")
+    return f"{before}{begin}\n\n{content}\n{end}{after}"

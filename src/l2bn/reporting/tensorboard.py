@@ -1,0 +1,139 @@
+"""Arms in TensorBoard: the mean curve of each norm in each cell over its seeds, and the paired difference as text.
+
+TensorBoard draws a chart per tag and gives each of its runs one color. So a norm is one TensorBoard run, and a cell
+is a group of tags: every chart compares the norms of one cell, in the same colors throughout. The custom scalars
+tab adds the spread over the seeds. Curves contain runs that have not ended; differences are of finished runs alone.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import yaml
+
+from l2bn.records import CONFIG, METRICS, InvalidRecordError, read_features, read_metrics
+from l2bn.reporting.comparison import arms_of, by_cell, compare
+from l2bn.reporting.evidence import BN, Cell, Evidence, measure, natural, read_evidence
+from l2bn.reporting.formatting import interval, mean_std_n, signed
+
+QUANTITIES = {
+    "test/top1": "test top-1, percent",
+    "train/loss": "training loss",
+    "penultimate/within_share": "within share",
+    "penultimate/angle_mean": "mean angle, degrees",
+}
+"""The curves of an arm and their names: accuracy, loss, and the measures that decide claims 2 and 3."""
+
+SPREAD = "Mean ± standard deviation over the seeds"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has finished an epoch; `curves` holds quantity -> epoch -> value."""
+
+    cell: str
+    norm: str
+    seed: int
+    curves: Mapping[str, Mapping[int, float]]
+
+
+def find_runs(root: Path) -> Iterator[Run]:
+    """Every run under a folder that has finished an epoch; folders that hold none are passed over."""
+    for path in sorted(root.rglob(METRICS)):
+        try:
+            config = yaml.safe_load((path.parent / CONFIG).read_text())
+            names, precision = config["cell"], config["compute"]["precision"]
+            rows: list[dict[str, Any]] = [*read_metrics(path)]
+            features = read_features(path.parent)
+        except (OSError, InvalidRecordError, yaml.YAMLError, KeyError, TypeError):
+            continue  # also while a run is writing a line
+        curves: dict[str, dict[int, float]] = defaultdict(dict)
+        for quantity in QUANTITIES:
+            for row in features if quantity.startswith("penultimate") else rows:
+                value = measure(row, quantity) if quantity.startswith("penultimate") else row[quantity]
+                if value is not None:
+                    curves[quantity][row["epoch"]] = value
+        if rows:
+            cell = title(Cell(names["dataset"], names["recipe"], names["backbone"], precision))
+            yield Run(cell, names["norm"], names["seed"], curves)
+
+
+def title(cell: Cell) -> str:
+    """A cell as the name of a group of charts; the setting only if it is not the default.
+
+    The custom scalars tab takes tags for regular expressions, so no character that means more than itself is left.
+    """
+    names = (cell.dataset, cell.backbone, cell.recipe, cell.setting.removeprefix("32-true").removeprefix(", "))
+    return re.sub(r"[^\w ,.=-]", "_", ", ".join(filter(None, names)))
+
+
+def curves_of(runs: Iterable[Run]) -> dict[tuple[str, str, str], dict[int, list[float]]]:
+    """(norm, cell, quantity) -> epoch -> the values of all seeds, of the epochs that each of them has finished."""
+    seeds: dict[tuple[str, str, str], list[Mapping[int, float]]] = defaultdict(list)
+    for run in sorted(runs, key=lambda run: (natural(run.cell), run.norm, run.seed)):
+        for quantity, curve in run.curves.items():
+            seeds[run.norm, run.cell, quantity].append(curve)
+    return {
+        key: {epoch: [c[epoch] for c in curves] for epoch in sorted(set[int].intersection(*map(set, curves)))}
+        for key, curves in seeds.items()
+    }
+
+
+def texts_of(evidence: Evidence) -> dict[tuple[str, str], str]:
+    """(norm, cell) -> the paired difference of a norm to BN as Markdown."""
+    found = {}
+    for cell, arms in by_cell(arms_of(evidence)):
+        for one in compare(arms, {arm.norm for arm in arms} - {BN}):
+            difference = one.difference()
+            found[one.norm, title(cell)] = (
+                f"**{one.norm} − bn: {signed(difference.mean)} points {interval(difference)}**, "
+                f"{difference.n} pairs of equal seed, Student's 95 % interval  \n"
+                f"test top-1 in percent after the last epoch: bn {mean_std_n(one.reference)}, "
+                f"{one.norm} {mean_std_n(one.other)}"
+            )
+    return found
+
+
+class Board:
+    """The arms of the runs under `root`, as TensorBoard's events in `out`, a folder for nothing else."""
+
+    def __init__(self, root: Path, out: Path) -> None:
+        self._root, self._out = root, out
+        self._written: object = None
+
+    def update(self) -> bool:
+        """Write all arms if they have changed; whether they had. Raises UserError for contradicting records."""
+        curves, texts = curves_of(find_runs(self._root)), texts_of(read_evidence(self._root))
+        if self._written == (curves, texts):
+            return False
+        for norm in dict.fromkeys(norm for norm, _, _ in curves):
+            self._write(
+                norm,
+                {(cell, quantity): curve for (one, cell, quantity), curve in curves.items() if one == norm},
+                {cell: text for (one, cell), text in texts.items() if one == norm},
+            )
+        self._written = curves, texts
+        return True
+
+    def _write(self, norm: str, curves: Mapping[tuple[str, str], Mapping[int, list[float]]], texts: Any) -> None:
+        """Write one arm of all cells to a new file, which purges what earlier files hold."""
+        from torch.utils.tensorboard import SummaryWriter  # takes seconds
+
+        writer: Any = SummaryWriter(str(self._out / norm), purge_step=0)
+        charts = {}
+        for (cell, quantity), curve in curves.items():
+            tag = f"{cell}/{QUANTITIES[quantity]}"
+            bounds = [tag, f"spread/{tag}, low", f"spread/{tag}, high"]
+            charts[f"{cell}: {QUANTITIES[quantity]}"] = ["Margin", bounds]
+            for epoch, values in curve.items():
+                mean, std = fmean(values), stdev(values) if len(values) > 1 else 0.0
+                for name, value in zip(bounds, (mean, mean - std, mean + std), strict=True):
+                    writer.add_scalar(name, value, epoch)
+        writer.add_custom_scalars({SPREAD: charts})
+        for cell, text in texts.items():
+            writer.add_text(f"{cell}/difference to bn", text)
+        writer.close()

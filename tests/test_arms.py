@@ -1,0 +1,190 @@
+"""Arms in TensorBoard: one curve per norm and cell, the spread over seeds, and the paired difference."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import pytest
+
+from conftest import ROOT, require
+from l2bn.records import CONFIG, METRICS, SUMMARY, read_metrics, write_lines
+from l2bn.reporting.tensorboard import SPREAD, Board
+from local_slurm import free_port
+from synthetic_records import write_run
+
+CELL = "cifar10, resnet20, short"
+TAG = f"{CELL}/test top-1, percent"
+ACCURACIES = {"bn": (90.0, 91.0, 92.5), "l2bn": (91.0, 91.5, 94.0)}
+
+
+def pairs(root: Path, **options: Any) -> None:
+    for norm, accuracies in ACCURACIES.items():
+        for seed, accuracy in enumerate(accuracies):
+            write_run(
+                root, norm=norm, seed=seed, accuracy=accuracy, epochs=5, curve=5, **{"recipe": "short", **options}
+            )
+
+
+def drawn(arm: Path) -> tuple[dict[str, dict[int, float]], dict[str, str]]:
+    """The scalars and the texts that TensorBoard reads of an arm, by tag."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events: Any = EventAccumulator(str(arm))
+    events.Reload()
+    scalars = {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    texts = {
+        tag: events.Tensors(tag)[-1].tensor_proto.string_val[0].decode(errors="ignore")
+        for tag in events.Tags()["tensors"]
+    }
+    return scalars, texts
+
+
+def test_an_arm_is_the_mean_and_spread_of_its_seeds_at_each_epoch(tmp_path: Path) -> None:
+    pairs(tmp_path / "runs")
+    Board(tmp_path / "runs", tmp_path / "arms").update()
+    for norm in ACCURACIES:
+        scalars, _ = drawn(tmp_path / "arms" / norm)
+        rows = [read_metrics(path) for path in sorted((tmp_path / "runs").rglob(f"{norm}/short/*/{METRICS}"))]
+        for epoch in range(5):
+            values = [run[epoch]["test/top1"] or 0.0 for run in rows]
+            mean, std = fmean(values), stdev(values)
+            assert scalars[TAG][epoch + 1] == pytest.approx(mean)
+            assert scalars[f"spread/{TAG}, low"][epoch + 1] == pytest.approx(mean - std)
+            assert scalars[f"spread/{TAG}, high"][epoch + 1] == pytest.approx(mean + std)
+
+
+def test_the_difference_is_the_paired_one_with_its_interval(tmp_path: Path) -> None:
+    pairs(tmp_path / "runs")
+    Board(tmp_path / "runs", tmp_path / "arms").update()
+    _, texts = drawn(tmp_path / "arms/l2bn")
+    text = texts[f"{CELL}/difference to bn/text_summary"]
+    assert "l2bn − bn: +1.00 points [−0.24, +2.24]" in text  # 1, 0.5, 1.5: 4.303 x 0.5 / sqrt(3)
+    assert "3 pairs" in text
+    assert not any("difference" in tag for tag in drawn(tmp_path / "arms/bn")[1])
+
+
+def test_cells_have_charts_of_their_own_in_one_layout(tmp_path: Path) -> None:
+    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+
+    for options in ({}, {"recipe": "short,epochs=2"}, {"precision": "bf16-mixed"}, {"backbone": "vgg11"}):
+        pairs(tmp_path / "runs", **options)
+    pairs(tmp_path / "runs", dataset="cifar10,mean=[0.5, 0.5]")
+    Board(tmp_path / "runs", tmp_path / "arms").update()
+    scalars, texts = drawn(tmp_path / "arms/l2bn")
+    charts = {tag for tag in scalars if tag.endswith("/test top-1, percent") and not tag.startswith("spread")}
+    assert charts == {
+        f"{cell}/test top-1, percent"
+        for cell in (
+            "cifar10, resnet20, short,epochs=2",
+            "cifar10, resnet20, short, bf16-mixed",
+            "cifar10, vgg11, short",
+            "cifar10,mean=_0.5, 0.5_, resnet20, short",
+        )
+    }  # the run of bf16-mixed has taken the place of the first one's folder
+    events = texts["custom_scalars__config__"]
+    assert SPREAD in events
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator: Any = EventAccumulator(str(tmp_path / "arms/l2bn"))
+    accumulator.Reload()
+    proto = accumulator.Tensors("custom_scalars__config__")[0].tensor_proto
+    ((category,),) = (Layout.FromString(proto.string_val[0]).category,)
+    for chart in category.chart:
+        (series,) = chart.margin.series
+        assert {series.value, series.lower, series.upper} <= scalars.keys()
+
+
+def test_what_changes_is_written_anew_and_runs_that_have_not_ended_count(tmp_path: Path) -> None:
+    pairs(tmp_path / "runs")
+    board = Board(tmp_path / "runs", tmp_path / "arms")
+    assert board.update()
+    assert not board.update()
+    time.sleep(1.1)  # names of event files hold seconds
+    late = write_run(tmp_path / "runs", recipe="short", seed=3, accuracy=10.0, epochs=5, curve=5).folder
+    rows = read_metrics(late / METRICS)
+    (late / SUMMARY).unlink()
+    write_lines(late / METRICS, rows[:2])
+    assert board.update()
+    scalars, _ = drawn(tmp_path / "arms/bn")
+    assert list(scalars[TAG]) == [1, 2]  # the epochs that all four runs have
+    _, texts = drawn(tmp_path / "arms/l2bn")
+    assert "3 pairs" in texts[f"{CELL}/difference to bn/text_summary"]
+    (late / CONFIG).write_text("{")  # no run's folder
+    assert board.update()
+
+
+def test_a_folder_without_runs_is_named(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts/report.py"), "tensorboard", "--runs", str(tmp_path / "nowhere")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "nowhere is no folder of records" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# In a browser.
+
+
+@pytest.fixture
+def page() -> Iterator[Any]:
+    """A page of headless Chromium."""
+    browser = shutil.which("chromium")
+    require("a browser (Debian's chromium)", [] if browser else ["chromium"])
+    from playwright.sync_api import sync_playwright
+
+    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with (
+        sync_playwright() as playwright,
+        playwright.chromium.launch(executable_path=browser, args=arguments) as chromium,
+    ):
+        page = chromium.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(120_000)
+        yield page
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> Iterator[str]:
+    """The address of the TensorBoard that `report.py tensorboard` starts."""
+    pairs(tmp_path / "runs")
+    port = free_port()
+    command = [sys.executable, str(ROOT / "scripts/report.py"), "tensorboard", "--runs", str(tmp_path / "runs")]
+    process = subprocess.Popen([*command, "--port", str(port)], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            assert time.monotonic() < deadline
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/data/runs", timeout=10) as answer:
+                    if b"arms/l2bn" in answer.read():
+                        break
+            except OSError:
+                pass
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+        with pytest.raises(OSError, match="refused"):  # the server has ended with the command
+            urllib.request.urlopen(f"http://127.0.0.1:{port}")
+
+
+@pytest.mark.services
+@pytest.mark.slow
+def test_a_browser_shows_both_arms_apart_and_their_difference(page: Any, address: str) -> None:
+    page.goto(f"{address}/#timeseries")
+    for norm in ACCURACIES:
+        page.get_by_text(f"arms/{norm}").first.wait_for()
+    page.get_by_title(TAG).first.wait_for()
+    page.goto(f"{address}/#custom_scalars")
+    page.reload()
+    page.get_by_text(f"{CELL}: test top-1, percent").wait_for()
+    page.get_by_text("Matches (2)").first.wait_for()
+    page.goto(f"{address}/#text")
+    page.reload()
+    page.get_by_text("l2bn − bn: +1.00 points [−0.24, +2.24]").first.wait_for()
