@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from l2bn.kernels.formulas import normalized, sample_scale, widened
+from l2bn.kernels.formulas import differentiable_scale, normalized, widened
 
 Scale = Literal["unit", "rms"]
 
@@ -40,4 +40,4 @@ def factors(x: Tensor, axes: tuple[int, ...], length: float) -> Tensor:
     An all-zero slice passes no gradient.
     """
     norm2 = x.square().sum(axes, keepdim=True) if axes else x.square()
-    return sample_scale(norm2, length**2)
+    return differentiable_scale(norm2, length**2)
