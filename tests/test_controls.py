@@ -1,6 +1,7 @@
 """The controls of L2BN: each differs from it in the one point that it names."""
 
 import copy
+import functools
 import importlib
 import math
 import pickle
@@ -207,7 +208,7 @@ def test_in_a_model_of_timm_everything_but_the_norm_stays(path: Path, name: str)
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=5)
     stock = copy.deepcopy(model)
-    assert swap_norm(model, lambda bn: convert(bn, **options)) == {"mobilenetv2_050": 52, "resnet18": 20}[name]
+    assert swap_norm(model, functools.partial(convert, **options)) == {"mobilenetv2_050": 52, "resnet18": 20}[name]
     activations = [[type(m) for m in net.modules() if "ReLU" in type(m).__name__] for net in (stock, model)]
     assert activations[0] == activations[1]
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in stock.named_parameters()]

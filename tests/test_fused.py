@@ -26,8 +26,8 @@ from torch.utils.checkpoint import checkpoint
 
 from l2bn import L2BatchNorm1d, L2BatchNorm2d, L2BatchNorm3d, l2_normalize, swap_norm
 from l2bn.benchmarks.measure import peak_memory
-from l2bn.norms import fused, kernels, selection
-from l2bn.norms.selection import select_kernels
+from l2bn.kernels import autograd, compiler
+from l2bn.kernels.compiler import select_kernels
 
 LAYERS = {2: L2BatchNorm1d, 3: L2BatchNorm1d, 4: L2BatchNorm2d, 5: L2BatchNorm3d}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -86,15 +86,15 @@ def assert_exact(x: Tensor, **options: object) -> None:
 
 
 def uncompiled(
-    function: Callable[..., object], tensors: tuple[Tensor | None, ...], *constants: object
+    function: Callable[..., object], tensors: tuple[Tensor | None, ...], *constants: object, strict: bool
 ) -> list[Tensor]:
-    return kernels.listed(function(*tensors, *constants))
+    return compiler.listed(function(*tensors, *constants))
 
 
 @contextlib.contextmanager
 def for_any_size() -> Iterator[None]:
     """Kernels compiled once for sizes left open, as the fifth and later kinds of one channel count are."""
-    with mock.patch.object(kernels, "STATIC_KINDS", 0):
+    with mock.patch.object(compiler, "STATIC_KINDS", 0):
         yield
 
 
@@ -130,7 +130,7 @@ def test_formulas_are_exact(
     x = (torch.randn(shape) * torch.logspace(-1, 1, shape[0]).view(-1, *[1] * (len(shape) - 1))).to(dtype)
     if channels_last and len(shape) in FORMATS:
         x = x.contiguous(memory_format=FORMATS[len(shape)])
-    with mock.patch.object(fused, "run_kernel", uncompiled):
+    with mock.patch.object(autograd, "run_kernel", uncompiled):
         assert_exact(x, **options)
 
 
@@ -172,7 +172,7 @@ def far_from_zero(layout: str, side: int) -> Tensor:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("side", [16, 4, 2])
 def test_a_mean_a_thousand_times_the_spread(options: dict[str, object], layout: str, side: int) -> None:
-    with mock.patch.object(fused, "run_kernel", uncompiled):
+    with mock.patch.object(autograd, "run_kernel", uncompiled):
         assert_exact(far_from_zero(layout, side), **options)
 
 
@@ -184,7 +184,7 @@ def test_a_mean_a_thousand_times_the_spread_compiled(side: int) -> None:
 def test_large_values_in_float16() -> None:
     torch.manual_seed(0)
     x = (torch.randn(8, 4, 6, 6) * 1e4).half()
-    with mock.patch.object(fused, "run_kernel", uncompiled):
+    with mock.patch.object(autograd, "run_kernel", uncompiled):
         assert_exact(x)
         assert_exact(x, scale="rms")
 
@@ -240,7 +240,7 @@ def test_inputs_of_any_strides() -> None:
     torch.manual_seed(0)
     base = torch.randn(6, 4, 5, 6)
     for x in (base[..., ::2], base.transpose(2, 3)[:, :, ::2], base[:, :1].expand(6, 4, 5, 6)[..., :3]):
-        with mock.patch.object(fused, "run_kernel", uncompiled):
+        with mock.patch.object(autograd, "run_kernel", uncompiled):
             ours = L2BatchNorm2d(x.shape[1], fused="on")(x)
         torch.testing.assert_close(ours, L2BatchNorm2d(x.shape[1], fused="off")(x))
 
@@ -253,7 +253,7 @@ def test_autocast(dtype: torch.dtype) -> None:
     outputs = []
     for path in ("on", "off"):
         layer = L2BatchNorm2d(4, fused=path)
-        with torch.autocast("cpu", dtype=dtype), mock.patch.object(fused, "run_kernel", uncompiled):
+        with torch.autocast("cpu", dtype=dtype), mock.patch.object(autograd, "run_kernel", uncompiled):
             y = layer(conv(x))
         assert y.dtype == dtype
         assert layer.running_var.dtype == torch.float32
@@ -445,9 +445,13 @@ def test_many_kinds_of_map_all_have_kernels() -> None:
         function: Callable[..., object], tensors: object, constants: tuple[object, ...], sizes: str
     ) -> object:
         compiled.append(sizes)
-        return lambda *present: uncompiled(function, (present[0], None, None, *present[1:]), *constants)
+        return compiler._with_absent(function, tensors, constants)
 
-    with mock.patch.object(kernels, "_compile", count), mock.patch.object(kernels, "_kernels", {}), torch.no_grad():
+    with (
+        mock.patch.object(compiler, "_compile", count),
+        mock.patch.object(compiler, "_kernels", {}),
+        torch.no_grad(),
+    ):
         for channels in range(1, 41):
             layer = L2BatchNorm2d(channels, affine=False, fused="on").eval()
             for _ in range(2):
@@ -456,7 +460,64 @@ def test_many_kinds_of_map_all_have_kernels() -> None:
         compiled.clear()
         for size in range(17, 30):
             layer(torch.ones(3, 40, size, 1))
-        assert compiled == ["fake"] * kernels.STATIC_KINDS + ["symbolic"]
+        assert compiled == ["fake"] * compiler.STATIC_KINDS + ["symbolic"]
+
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The functions for which a kernel was built; none is compiled."""
+    built: list[object] = []
+
+    def build(function: Any, tensors: Any, constants: Any, _: str) -> Any:
+        built.append(function)
+        return compiler._with_absent(function, tensors, constants)
+
+    monkeypatch.setattr(compiler, "_compile", build)
+    monkeypatch.setattr(compiler, "_kernels", {})
+    return built
+
+
+def test_a_momentum_and_eps_that_change_each_step_compile_nothing_again(compilations: list[object]) -> None:
+    """As where batch norm's statistics are estimated anew, or adapted at test time."""
+    torch.manual_seed(0)
+    layers = [L2BatchNorm2d(4, fused=path) for path in ("on", "off")]
+    for step in range(1, 6):
+        x, g = torch.randn(2, 6, 4, 5, 5)
+        results = []
+        for layer in layers:
+            layer.momentum, layer.eps = 1 / step, 1e-3 / step
+            leaf = x.clone().requires_grad_()
+            y = layer.train()(leaf)
+            y.backward(g)
+            with torch.no_grad():
+                results.append([y, leaf.grad, layer.running_mean, layer.running_var, layer.eval()(x)])
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    assert compilations == [autograd.forward_kernel, autograd.backward_kernel, autograd.evaluation_kernel]
+
+
+def test_a_later_failure_to_compile_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The disk is full or the compiler gone: the formulas go on uncompiled, in backward too, after one warning."""
+
+    def fail(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(compiler, "_compile", fail)
+    monkeypatch.setattr(compiler, "_kernels", {})
+    monkeypatch.setattr("l2bn.norms.l2bn.compiler_works", lambda _: True)
+    compiler._warn_once.cache_clear()
+    x = torch.randn(6, 4, 5, 5)
+    outcomes = [outcome(L2BatchNorm2d(4, fused=path), x, x.cos()) for path in ("auto", "off")]
+    for key, value in outcomes[1].items():
+        torch.testing.assert_close(outcomes[0][key], value, rtol=1e-4, atol=1e-5)
+    outcome(L2BatchNorm2d(4), x[:5], x[:5])
+    assert [record.message for record in caplog.records] == [
+        "a kernel of L2BN can't be compiled (No space left on device): its formulas are computed uncompiled, more "
+        "slowly"
+    ]
+    with pytest.raises(OSError, match="No space left"):
+        L2BatchNorm2d(4, fused="on")(x)
 
 
 def test_threads_that_meet_a_kind_at_once_compile_it_once() -> None:
@@ -469,11 +530,11 @@ def test_threads_that_meet_a_kind_at_once_compile_it_once() -> None:
 
     x = torch.ones(2, 3)
     with (
-        mock.patch.object(kernels, "_compile", count),
-        mock.patch.object(kernels, "_kernels", {}),
+        mock.patch.object(compiler, "_compile", count),
+        mock.patch.object(compiler, "_kernels", {}),
         ThreadPoolExecutor(4) as pool,
     ):
-        results = list(pool.map(lambda _: kernels.run_kernel(torch.neg, (x,)), range(4)))
+        results = list(pool.map(lambda _: compiler.run_kernel(torch.neg, (x,)), range(4)))
     assert compiled == [torch.neg]
     assert all(torch.equal(y, -x) for (y,) in results)
 
@@ -481,7 +542,7 @@ def test_threads_that_meet_a_kind_at_once_compile_it_once() -> None:
 def test_selection_of_kernels(caplog: pytest.LogCaptureFixture) -> None:
     assert select_kernels(nn.Sequential(nn.BatchNorm2d(3)), "cpu", 10**6) == "stock"
     for updates, works, expected, reason in [
-        (3, True, "plain", "3 updates do not earn back"),
+        (3, True, "plain", "3 updates do not repay"),
         (10**6, True, "fused", "fused kernels in 2 layers"),
         (10**6, False, "plain", ""),
     ]:
@@ -489,13 +550,14 @@ def test_selection_of_kernels(caplog: pytest.LogCaptureFixture) -> None:
         swap_norm(model, "l2bn")
         caplog.clear()
         with (
-            caplog.at_level(logging.INFO, logger="l2bn.norms.selection"),
-            mock.patch.object(selection, "compiler_works", lambda _, works=works: works),
+            caplog.at_level(logging.INFO, logger="l2bn.kernels.compiler"),
+            mock.patch.object(compiler, "compiler_works", lambda _, works=works: works),
         ):
             assert select_kernels(model, "cpu", updates) == expected
         assert reason in caplog.text
         assert len(caplog.records) <= 1
-        assert all(f"kernels={expected}" in repr(layer) for layer in model)
+        left = "auto" if expected == "fused" else "plain"  # "auto": a later failure to compile ends nothing
+        assert all(f"kernels={left}" in repr(layer) for layer in model)
     decided = nn.Sequential(L2BatchNorm2d(3, fused="off"))
     assert select_kernels(decided, "cpu", 10**6) == "plain"
     wished = nn.Sequential(L2BatchNorm2d(3, fused="on"))
@@ -510,7 +572,7 @@ logging.basicConfig(stream=sys.stdout)
 import torch
 from torch import nn
 from l2bn import L2BatchNorm2d
-from l2bn.norms.selection import select_kernels
+from l2bn.kernels.compiler import select_kernels
 layer = L2BatchNorm2d(3)
 x = torch.randn(4, 3, 5, 5)
 assert torch.equal(layer(x), L2BatchNorm2d(3, fused="off")(x))

@@ -112,7 +112,7 @@ def test_swap_changes_the_norm_and_nothing_else(library: str, name: str, layers:
 
     assert swap_norm(model, plain) == layers
     assert torch.equal(torch.get_rng_state(), random_state), "the swap drew random numbers"
-    after = {n: (m.eps, m.momentum) for n, m in model.named_modules() if isinstance(m, l2bn._L2BatchNorm)}
+    after = {n: (m.epsilon, m.momentum) for n, m in model.named_modules() if isinstance(m, l2bn._L2BatchNorm)}
     assert after == before
     assert kinds(model) == kinds(stock)
     assert all(p is parameters[n] for n, p in model.named_parameters())

@@ -3,8 +3,10 @@
 The formula here is written anew, from the definition: neither `torch.nn.functional.normalize` nor `batch_norm`.
 """
 
+import itertools
 import logging
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -38,7 +40,7 @@ def definition(x: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     shape = [1, -1] + [1] * (x.ndim - 2)
     mean = z.mean(axes)
     variance = ((z - mean.view(shape)) ** 2).mean(axes)
-    y = (z - mean.view(shape)) / (variance + layer.eps).sqrt().view(shape)
+    y = (z - mean.view(shape)) / (variance + layer.epsilon).sqrt().view(shape)
     if layer.weight is not None:
         y = y * layer.weight.double().view(shape) + layer.bias.double().view(shape)
     return y, mean, variance
@@ -66,7 +68,7 @@ def test_training_and_evaluation_follow_the_definition(
     before = {key: value.clone() for key, value in layer.state_dict().items()}
     wide = [1, -1] + [1] * (x.ndim - 2)
     centred = normalized(x, scale) - layer.running_mean.double().view(wide)
-    expected = centred / (layer.running_var.double() + layer.eps).sqrt().view(wide)
+    expected = centred / (layer.running_var.double() + layer.epsilon).sqrt().view(wide)
     expected = expected * layer.weight.double().view(wide) + layer.bias.double().view(wide)
     torch.testing.assert_close(layer(x).double(), expected, rtol=1e-4, atol=1e-5)
     for key, value in layer.state_dict().items():
@@ -177,6 +179,84 @@ def test_gradients_are_those_of_the_function(scale: str, training: bool) -> None
     bias = torch.randn(3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(function, (x, weight, bias))
     assert torch.autograd.gradgradcheck(function, (x, weight, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", SCALES)
+def test_second_derivatives_are_finite_wherever_the_first_are(scale: str, dtype: torch.dtype) -> None:
+    """At all-zero samples, and at samples too small to be divided by their norm."""
+    torch.manual_seed(0)
+    x = torch.randn(5, 3, 2, 2, dtype=dtype)
+    x[1] = 0
+    x[2] *= 1e-9
+    x[3] *= 1e-14
+    x.requires_grad_()
+    layer = L2BatchNorm2d(3, scale=scale, fused="off", dtype=dtype)
+    derivative = layer(x).sin().sum()
+    for _ in range(2):  # torch has no third derivative of batch norm
+        (dx,) = torch.autograd.grad(derivative, x, create_graph=True)
+        assert dx[[0, 1, 4]].isfinite().all()
+        assert dx[1].eq(0).all(), "an all-zero sample passes no gradient"
+        derivative = dx[[0, 1, 4]].square().sum()
+
+
+def zero_eps(layer: nn.Module) -> None:
+    layer.eps = 0.0
+
+
+def negative_eps(layer: nn.Module) -> None:
+    layer.eps = -1.0
+
+
+def one_weight(layer: nn.Module) -> None:
+    layer.weight = nn.Parameter(torch.ones(1))
+
+
+def one_bias(layer: nn.Module) -> None:
+    layer.bias = nn.Parameter(torch.ones(1))
+
+
+def one_statistic(layer: nn.Module) -> None:
+    layer.running_mean, layer.running_var = torch.zeros(1), torch.ones(1)
+
+
+def no_variance(layer: nn.Module) -> None:
+    layer.running_var = None
+
+
+@pytest.mark.parametrize("fused", ["off", "on"])
+@pytest.mark.parametrize(
+    ("change", "training"),
+    [
+        (zero_eps, True),
+        (negative_eps, True),
+        *itertools.product([one_weight, one_bias, one_statistic], [True, False]),
+        *itertools.product([no_variance], [True, False]),
+    ],
+)
+def test_states_that_batch_norm_refuses_are_refused_alike(
+    change: Callable[[nn.Module], None], training: bool, fused: str
+) -> None:
+    x = torch.randn(2, 4, 6, 6)
+    bn, layer = nn.BatchNorm2d(4), L2BatchNorm2d(4, fused=fused)
+    control = l2bn_detached.convert(nn.BatchNorm2d(4))
+    for each in (bn, layer, control):
+        change(each.train(training))
+    with torch.no_grad(), pytest.raises((ValueError, RuntimeError)) as refused:
+        bn(x)
+    for each in (layer, control):
+        with torch.no_grad(), pytest.raises(refused.type):
+            each(x)
+    assert layer.num_batches_tracked == 0, "a refused call counts as no update"
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.complex64])
+def test_input_that_is_not_of_floating_point_is_refused(dtype: torch.dtype) -> None:
+    """Batch norm refuses it too; the result in x's own type would be cut down to whole numbers."""
+    x = torch.ones(4, 3, 8, 8).to(dtype)
+    for layer in (L2BatchNorm2d(3), L2BatchNorm2d(3, fused="off"), l2bn_position.convert(nn.BatchNorm2d(3))):
+        with pytest.raises(NotImplementedError, match='"batch_norm" not implemented for'):
+            layer(x)
 
 
 def test_bad_options_are_named() -> None:

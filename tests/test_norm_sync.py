@@ -1,4 +1,4 @@
-"""Two gloo processes: joint batch statistics equal one process with the joint batch, and DDP trains the layer."""
+"""Two gloo processes: joint batch statistics equal one process with the joint batch; DDP and FSDP2 train it."""
 
 import copy
 import itertools
@@ -10,16 +10,19 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from l2bn import L2BatchNorm1d, L2BatchNorm2d, L2BatchNorm3d
+from l2bn.norms import l2bn_detached
 from l2bn.norms.l2bn import L2BatchNormAct2d, convert
 from l2bn.norms.sync import convert_sync
 
-SHARES = 5, 7  # samples of the two ranks: unequal, so that means must be weighted
+SHARES = [(5, 7), (1, 11), (0, 12)]  # samples of the two ranks: unequal, so that means must be weighted
 CASES = [
-    *itertools.product(["bn", "unit", "rms"], ["off"], ["contiguous", "channels_last"]),
-    ("unit", "on", "channels_last"),
+    *itertools.product(["bn", "unit", "rms"], ["off"], ["contiguous", "channels_last"], SHARES),
+    ("unit", "on", "channels_last", (0, 12)),
 ]
 
 
@@ -33,7 +36,7 @@ def layer_of(kind: str, fused: str) -> nn.Module:
 
 def joint_batch(layout: str) -> tuple[Tensor, Tensor]:
     torch.manual_seed(2)
-    x, g = torch.randn(2, sum(SHARES), 4, 5, 3) * torch.linspace(0.1, 5, sum(SHARES)).view(-1, 1, 1, 1)
+    x, g = torch.randn(2, 12, 4, 5, 3) * torch.linspace(0.1, 5, 12).view(-1, 1, 1, 1)
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     return x.contiguous(memory_format=memory_format), g
 
@@ -44,6 +47,34 @@ def outcome(layer: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
     y.backward(g)
     state = {key: value.clone() for key, value in layer.state_dict().items() if "running" in key}
     return {"y": y.detach(), "x": x.grad, "weight": layer.weight.grad, "bias": layer.bias.grad, **state}
+
+
+def second_derivatives(layer: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """Of a penalty on the gradient, as in R1 or in sharpness-aware training."""
+    x = x.clone().requires_grad_()
+    (dx,) = torch.autograd.grad((layer(x).sin() * g).sum(), x, create_graph=True)
+    dx.square().sum().backward()
+    return {"x": x.grad, "weight": layer.weight.grad, "bias": layer.bias.grad}
+
+
+REFUSED = [
+    (nn.BatchNorm2d, {"num_features": 3, "eps": 0.0}),
+    (L2BatchNorm2d, {"num_features": 3, "eps": 0.0}),
+    (L2BatchNorm2d, {"num_features": 3, "eps": -1.0}),
+    (L2BatchNorm2d, {"num_features": 1, "track_running_stats": False}),
+    (nn.BatchNorm2d, {"num_features": 1, "track_running_stats": False}),
+]
+
+
+def refusal(cls: type[nn.Module], options: dict[str, object]) -> tuple[str, str]:
+    """The errors of the layer alone and of its synchronised form."""
+    layer, errors = cls(**options), []
+    for _ in range(2):
+        with pytest.raises((ValueError, RuntimeError)) as raised:
+            layer(torch.randn(4, 3, 5, 5))
+        errors.append(str(raised.value))
+        convert_sync(layer)
+    return errors[0], errors[1]
 
 
 def small_net() -> nn.Module:
@@ -60,14 +91,30 @@ def rank(rank: int, folder: str) -> None:
     for case in CASES:
         layer = layer_of(*case[:2])
         assert convert_sync(layer) == 1
-        x, g = (t.split(SHARES)[rank] for t in joint_batch(case[2]))
+        x, g = (t.split(case[3])[rank] for t in joint_batch(case[2]))
         results[case] = outcome(layer, x, g)
+    for kind, shares in itertools.product(["bn", "unit"], SHARES):
+        layer = layer_of(kind, "off").double()
+        convert_sync(layer)
+        x, g = (t.double().split(shares)[rank] for t in joint_batch("contiguous"))
+        results["second", kind, shares] = second_derivatives(layer, x, g)
+    positions = L2BatchNorm2d(4, fused="off")
+    convert_sync(positions)
+    results["one value a channel"] = positions(torch.randn(1, 4, 1, 1)).isfinite().all()
+    results["refused"] = [refusal(*case) for case in REFUSED]
     model = DistributedDataParallel(small_net())
     x, _ = joint_batch("contiguous")
     for _ in range(2):
         model.zero_grad()
         model(x[rank * 4 : rank * 4 + 4]).square().mean().backward()
     results["ddp"] = {name: p.grad for name, p in model.module.named_parameters()}
+    net = small_net()
+    for part in (net[1], net[4], net):
+        fully_shard(part, mesh=init_device_mesh("cpu", (2,)))
+    for _ in range(2):
+        net.zero_grad()
+        net(x[rank * 4 : rank * 4 + 4]).square().mean().backward()
+    results["fsdp"] = {name: p.grad.full_tensor() for name, p in net.named_parameters()}
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -79,9 +126,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     return [torch.load(Path(folder, f"{r}.pt")) for r in range(2)]
 
 
-@pytest.mark.parametrize("case", CASES, ids="-".join)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_joint_statistics_equal_one_process_with_the_joint_batch(ranks: list[dict], case: tuple) -> None:
-    kind, _, layout = case
+    kind, _, layout, shares = case
     expected = outcome(layer_of(kind, "off").double(), *(t.double() for t in joint_batch(layout)))
     first, second = (r[case] for r in ranks)
     for key, value in expected.items():
@@ -94,19 +141,42 @@ def test_joint_statistics_equal_one_process_with_the_joint_batch(ranks: list[dic
             ours = first[key] + second[key]
         error = (ours.double() - value).norm() / value.norm()
         assert error < 2e-6, f"{key} is off by {error:.1e}"
-    if layout == "channels_last":
+    if layout == "channels_last" and shares[0] > 0:
         assert first["y"].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_ddp_averages_the_ranks_gradients(ranks: list[dict]) -> None:
+@pytest.mark.parametrize("shares", SHARES, ids=str)
+@pytest.mark.parametrize("kind", ["bn", "unit"])
+def test_second_derivatives_equal_one_process_with_the_joint_batch(
+    ranks: list[dict], kind: str, shares: tuple[int, int]
+) -> None:
+    layer = layer_of(kind, "off").double()
+    expected = second_derivatives(layer, *(t.double() for t in joint_batch("contiguous")))
+    first, second = (r["second", kind, shares] for r in ranks)
+    torch.testing.assert_close(torch.cat([first["x"], second["x"]]), expected["x"])
+    for name in ("weight", "bias"):
+        torch.testing.assert_close(first[name] + second[name], expected[name])
+
+
+def test_one_value_a_channel_is_enough_where_other_ranks_have_values(ranks: list[dict]) -> None:
+    assert all(r["one value a channel"] for r in ranks)
+
+
+def test_what_the_layer_refuses_its_synchronised_form_refuses(ranks: list[dict]) -> None:
+    for alone, joint in ranks[0]["refused"]:
+        assert joint == alone
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_data_parallel_training_averages_the_ranks_gradients(ranks: list[dict], kind: str) -> None:
     x, _ = joint_batch("contiguous")
     single = [small_net(), small_net()]
     for r, net in enumerate(single):
         net(x[r * 4 : r * 4 + 4]).square().mean().backward()
     for name, parameter in single[0].named_parameters():
         average = (parameter.grad + dict(single[1].named_parameters())[name].grad) / 2
-        assert torch.equal(ranks[0]["ddp"][name], ranks[1]["ddp"][name])
-        torch.testing.assert_close(ranks[0]["ddp"][name], average, rtol=1e-4, atol=1e-6)
+        assert torch.equal(ranks[0][kind][name], ranks[1][kind][name])
+        torch.testing.assert_close(ranks[0][kind][name], average, rtol=1e-4, atol=1e-6)
 
 
 def test_conversion_keeps_layers_and_names_and_changes_nothing_alone() -> None:
@@ -133,9 +203,12 @@ def test_conversion_keeps_layers_and_names_and_changes_nothing_alone() -> None:
 
 def test_a_layer_of_its_own_kind_is_refused() -> None:
     class Odd(nn.BatchNorm2d):
-        pass
+        def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - BN's own name
+            return 2 * super().forward(input)
 
     model = nn.Sequential(nn.BatchNorm2d(3), Odd(3))
-    with pytest.raises(TypeError, match=r"no synchronised form of .*Odd"):
+    with pytest.raises(TypeError, match=r"no synchronised form: .*Odd"):
         convert_sync(model)
     assert type(model[0]) is nn.BatchNorm2d
+    with pytest.raises(TypeError, match="no synchronised form of SteppedBatchNorm2d"):
+        convert_sync(nn.Sequential(l2bn_detached.convert(nn.BatchNorm2d(3))))

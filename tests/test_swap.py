@@ -1,18 +1,26 @@
 """Norms put into models: what is changed, what is kept, what is refused."""
 
 import copy
+import functools
 import importlib
 import logging
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from torch import nn
+from torch.nn.utils import parametrizations, prune, spectral_norm
 
 from l2bn import L2BatchNorm1d, L2BatchNorm2d, L2BatchNorm3d, swap_norm
+from l2bn.backbones.mobilenetv2 import mobilenetv2
+from l2bn.backbones.resnet import cifar_resnet
+from l2bn.backbones.vgg import vgg
+from l2bn.norms import l2bn_but_last
 from l2bn.norms.l2bn import convert
+from l2bn.norms.swap import norm_layers
 
 NORMS = sorted(path for path in (Path(__file__).parents[1] / "configs" / "norm").glob("*.yaml"))
 
@@ -48,7 +56,7 @@ def test_every_norm_keeps_parameters_and_learns(path: Path) -> None:
     model = small()
     before, parameters = dict(model.state_dict(keep_vars=True)), dict(model.named_parameters())
     random_state = torch.get_rng_state()
-    assert swap_norm(model, lambda bn: norm(bn, **options)) == 3
+    assert swap_norm(model, functools.partial(norm, **options)) == 3
     assert torch.equal(torch.get_rng_state(), random_state), "the swap drew random numbers"
     after = model.state_dict(keep_vars=True)
     assert (list(after) == list(before)) is getattr(importlib.import_module(module), "BN_SHAPED", True)
@@ -75,7 +83,7 @@ def test_layers_keep_what_the_backbone_set() -> None:
     first, second, third = model[1], model[3][0], model[3][3]
     assert type(first) is L2BatchNorm2d
     assert type(third) is L2BatchNorm1d
-    assert (first.eps, first.momentum) == (1e-3, 0.03)
+    assert (first.epsilon, first.momentum) == (1e-3, 0.03)
     assert third.weight.eq(0).all()
     assert second.weight is None
     assert (first.training, second.training) == (False, True)
@@ -84,9 +92,31 @@ def test_layers_keep_what_the_backbone_set() -> None:
 
 def test_options_replace_eps_and_momentum() -> None:
     for name, model in {"bn": small(), "l2bn": small()}.items():
-        module = __import__(f"l2bn.norms.{name}", fromlist=["convert"])
-        swap_norm(model, lambda bn, module=module: module.convert(bn, eps=1e-7, momentum=0.5))
-        assert (model[1].eps, model[1].momentum) == (1e-7, 0.5)
+        module = importlib.import_module(f"l2bn.norms.{name}")
+        swap_norm(model, functools.partial(module.convert, eps=1e-7, momentum=0.5))
+        assert "eps=1e-07, momentum=0.5" in repr(model[1])
+
+
+def test_all_but_the_last_layer_are_l2bn() -> None:
+    """The swap decides which is the last; a call that can't know it is refused."""
+    norm = functools.partial(l2bn_but_last.convert, fused="off", eps=1e-4)
+    for given in ("l2bn_but_last", norm):
+        model = small()
+        last = model[3][3]
+        assert swap_norm(model, given) == 3
+        assert [type(m) for m in (model[1], model[3][0])] == [L2BatchNorm2d, L2BatchNorm2d]
+        assert model[3][3] is last
+    assert last.eps == 1e-4
+    for backbone, name in ((cifar_resnet(10, 20), "layer3.2.bn2"), (mobilenetv2(10), None), (vgg(10, 16), None)):
+        names = norm_layers(backbone)
+        assert name in (names[-1], None)
+        swap_norm(backbone, norm)
+        assert type(backbone.get_submodule(names[-1])) is nn.BatchNorm2d
+        assert sum(isinstance(m, L2BatchNorm2d) for m in backbone.modules()) == len(names) - 1
+    with pytest.raises(ValueError, match="needs to know whether a layer is the network's last"):
+        swap_norm(small(), lambda bn: l2bn_but_last.convert(bn))
+    with pytest.raises(ValueError, match="last can't be set"):
+        swap_norm(small(), functools.partial(norm, last=True))
 
 
 def test_batch_norm_is_the_identity(caplog: pytest.LogCaptureFixture) -> None:
@@ -130,24 +160,94 @@ def test_what_cannot_be_swapped_is_refused_and_left_alone() -> None:
             return super().forward(input) * 2
 
     model = nn.Sequential(nn.BatchNorm2d(3), Odd(3))
-    with pytest.raises(TypeError, match=r"L2BN cannot stand for .*Odd"):
+    with pytest.raises(TypeError, match=r"no norm can stand for .*Odd"):
         swap_norm(model, "l2bn")
     assert type(model[0]) is nn.BatchNorm2d, "a refused swap changed the model"
     for layer, reason in [
         (nn.SyncBatchNorm(3), "after the swap, by l2bn.norms.sync.convert_sync"),
         (nn.LazyBatchNorm2d(), "run the model once"),
-        (L2BatchNorm2d(3), "L2BN already"),
+        (L2BatchNorm2d(3), "already: swap the norm of a model once"),
     ]:
         with pytest.raises(TypeError, match=reason):
             swap_norm(nn.Sequential(layer), "l2bn")
 
 
-def test_the_stock_synchronised_conversion_is_refused() -> None:
-    """It would turn the layer into plain BN, and a training run would not notice."""
-    model = small()
-    swap_norm(model, "l2bn")
-    with pytest.raises(TypeError, match=r"l2bn\.norms\.sync\.convert_sync"):
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    timm_layers = pytest.importorskip("timm.layers")
-    with pytest.raises(TypeError, match=r"l2bn\.norms\.sync\.convert_sync"):
-        timm_layers.convert_sync_batchnorm(model)
+NORM_NAMES = [path.stem for path in NORMS if path.stem not in ("bn", "l2bn_rms")]  # l2bn_rms is an option of l2bn
+
+
+@pytest.mark.parametrize("name", NORM_NAMES)
+def test_what_hangs_on_a_layer_is_carried_over(name: str) -> None:
+    """Hooks and their handles, buffers and their persistence, attributes, weights that a hook computes."""
+    log: list[str] = []
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3))
+    bn = model[0]
+    bn.register_forward_pre_hook(lambda *_: log.append("before"))
+    handle = bn.register_forward_hook(lambda *_: log.append("after"))
+    bn.register_full_backward_hook(lambda *_: log.append("backward"))
+    bn.register_buffer("mask", torch.ones(3), persistent=False)
+    bn.note = "a user's own"
+    prune.l1_unstructured(bn, "weight", amount=1)
+    spectral_norm(model[1], "weight", dim=0)
+    keys = set(model.state_dict())
+    swap_norm(model, name)
+    layer = model[0]
+    assert layer is not bn
+    assert keys >= {key for key in model.state_dict() if "step" not in key}
+    assert "0.mask" not in model.state_dict()
+    assert layer.mask is bn.mask
+    assert layer.note == "a user's own"
+    for module in model:
+        if hasattr(module, "fused"):
+            module.fused = "off"
+    model(torch.randn(4, 3, 6, 6, requires_grad=True)).sum().backward()
+    assert log == ["before", "after", "backward"]
+    assert layer.weight_orig.grad is not None
+    handle.remove()
+    model(torch.randn(4, 3, 6, 6))
+    assert log == ["before", "after", "backward", "before"]
+
+
+class AnyRank(nn.BatchNorm2d):
+    def _check_input_dim(self, input: torch.Tensor) -> None:  # noqa: A002 - BN's own name
+        pass
+
+
+def patched() -> nn.Module:
+    bn = nn.BatchNorm2d(3)
+    bn.forward = lambda input: input * 7  # noqa: A006 - BN's own name
+    return bn
+
+
+def parametrized() -> nn.Module:
+    return parametrizations.weight_norm(nn.BatchNorm2d(3))
+
+
+def compiled() -> nn.Module:
+    bn = nn.BatchNorm2d(3)
+    bn.compile()
+    return bn
+
+
+def with_loading_hook() -> nn.Module:
+    bn = nn.BatchNorm2d(3)
+    bn.register_load_state_dict_pre_hook(lambda *_: None)
+    return bn
+
+
+@pytest.mark.parametrize("name", NORM_NAMES)
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: AnyRank(3), "its class has _check_input_dim of its own"),
+        (patched, "its forward was replaced"),
+        (parametrized, "parametrized; swap the norm first"),
+        (compiled, "compiled by itself"),
+        (with_loading_hook, "load_state_dict pre-hook"),
+    ],
+)
+def test_behaviour_that_would_be_lost_is_refused(name: str, make: Callable[[], nn.Module], reason: str) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), make(), nn.BatchNorm2d(3))
+    before = list(model)
+    with pytest.raises(TypeError, match=reason):
+        swap_norm(model, name)
+    assert all(a is b for a, b in zip(model, before, strict=True)), "a refused swap changed the model"

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from l2bn.norms.l2_step import TINY, Scale, target_norm
+from l2bn.kernels.formulas import TINY
+from l2bn.norms.l2_step import Scale, target_norm
 from l2bn.norms.stepped import put_before
 
 BN_SHAPED = False
@@ -24,7 +25,7 @@ BN_SHAPED = False
 def convert(
     bn: _BatchNorm, eps: float | None = None, momentum: float | None = None, scale: Scale = "unit"
 ) -> nn.Module:
-    """The layer that stands in the place of `bn`, on the same parameters, and with two buffers more.
+    """Return the layer that takes the place of `bn`, on the same parameters, and with two buffers more.
 
     `momentum` is also that of the running mean of norms. `scale` is that of L2BN, for the sample whose norm is
     the mean: "unit" (l2 norm 1) or "rms" (root mean square 1).

@@ -19,7 +19,7 @@ from l2bn.norms.stepped import put_before
 def convert(
     bn: _BatchNorm, eps: float | None = None, momentum: float | None = None, scale: Scale = "unit"
 ) -> nn.Module:
-    """The layer that stands in the place of `bn`, on the same parameters and buffers.
+    """Return the layer that takes the place of `bn`, on the same parameters and buffers.
 
     `scale` is that of L2BN: each sample gets l2 norm 1 ("unit") or root mean square 1 ("rms").
     """

@@ -1,74 +1,199 @@
-"""Batch norm layers that first change their input: what the controls of L2BN are made of.
+"""Batch norm layers that first change their input by a step: L2BN and its controls.
 
-A control differs from L2BN in one point of the l2 step alone, so that what it changes can be told from what comes
-along. It is computed plainly, by a function of its own and then BN itself; it has no fused kernels and no form with
-statistics that are joint across ranks.
+They subclass batch norm. Three designs were weighed by what they break silently:
+
+- Composition, `Sequential(step, bn)`: the state dict gets other keys, and folding, freezing or synchronising the
+  inner BN is right. But every weight file, `layer.weight` and timm's fused activations would need a translation.
+- A subclass of torch's `_NormBase` alone, which no `isinstance(..., _BatchNorm)` matches: `update_bn` would leave
+  the running statistics stale, `SyncBatchNorm.convert_sync_batchnorm` would leave the batch statistics local, and a
+  check that refuses layers which mix samples would accept it, each without a word.
+- A subclass of batch norm, as here: these work or refuse, and so do weight-decay groups, state dicts, averages of
+  weights and swaps. Code that takes the layer for batch norm alone and rebuilds or folds it would drop the step.
+
+What all such code needs, and code that moves, saves, averages or re-estimates a layer does not, is eps. So the
+layer keeps it as `epsilon`, and reading `eps` raises an error that says why. Its type is TypeError, as for a wrong
+layer, and AttributeError, so that `hasattr` and `inspect.getmembers` go on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.fx.proxy import Proxy, TraceError
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from l2bn.norms.l2_step import Scale, widened
-from l2bn.norms.swap import stock_class
+from l2bn.kernels.formulas import batch_norm, widened
+from l2bn.norms.bn import check_options
+from l2bn.norms.l2_step import Scale, is_rms
+from l2bn.norms.swap import in_place_of, stock_name
 
 Step = Callable[[Tensor, Scale], Tensor]
 """(N, C, ...), float32 at least, and L2BN's scale to the same shape and type. A module may hold buffers."""
 
 
-class _Stepped(_BatchNorm):
-    """What the layers share."""
+class NotBatchNormError(TypeError, AttributeError):
+    """A conversion took the layer for batch norm alone."""
+
+
+class SteppedBatchNorm(_BatchNorm):
+    """y = BN(step(x)); the base of L2BN and of the controls' layers."""
 
     step: Step
     scale: Scale
+    epsilon: float
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - BN's own name
+    def _set_eps(self, value: float) -> None:
+        self.epsilon = value
+
+    eps = property(fset=_set_eps)
+    __constants__ = ["track_running_stats", "momentum", "epsilon", "num_features", "affine"]  # noqa: RUF012
+    __jit_unused_properties__ = ("eps",)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "eps":
+            raise NotBatchNormError(
+                f"{type(self).__name__} is not batch normalization alone: a conversion that reads its eps, to fold "
+                "it, freeze it or make another layer of it, would drop the step before it. For statistics that are "
+                "joint across ranks use l2bn.norms.sync.convert_sync; to read the value use `epsilon`"
+            )
+        return super().__getattr__(name)
+
+    def forward(self, input: Any) -> Any:  # noqa: A002 - BN's own name
+        """(N, C, ...) to the same shape, type and memory format; statistics are float32 at least."""
+        if isinstance(input, Proxy):
+            return _as_leaf(self, input)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        wide = widened(input)
-        own = next((t.dtype for t in (self.weight, self.running_mean) if t is not None), wide.dtype)
-        return super().forward(self.step(wide, self.scale).to(own)).to(input.dtype)
+        check_call(self, input, self.epsilon, joint=self._shares_batch())
+        return self._activated(self._normalized(input))
+
+    def _normalized(self, x: Tensor) -> Tensor:
+        """Compute the definition itself."""
+        mean, var, factor = self._statistics()
+        z = self.step(widened(x), self.scale)
+        momentum = 0.0 if factor is None else float(factor)
+        batch = takes_batch_statistics(self)
+        return batch_norm(z, self.weight, self.bias, mean, var, self.epsilon, momentum, batch).to(x.dtype)
+
+    def _statistics(self) -> tuple[Tensor | None, Tensor | None, float | Tensor | None]:
+        """Return the running statistics to use or move, and the share of this batch in them; count the batch."""
+        if not self.training:
+            return self.running_mean, self.running_var, None
+        if not self.track_running_stats:
+            return None, None, None
+        factor: float | Tensor | None = self.momentum
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            factor = 1.0 / self.num_batches_tracked if self.momentum is None else self.momentum
+        return self.running_mean, self.running_var, factor
+
+    def _activated(self, y: Tensor) -> Tensor:
+        return y
+
+    def _shares_batch(self) -> bool:
+        """Return whether the batch statistics are taken over more than this process's samples."""
+        return False
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_features}, eps={self.epsilon}, momentum={self.momentum}, affine={self.affine}, "
+            f"track_running_stats={self.track_running_stats}, scale={self.scale}"
+        )
 
 
-class SteppedBatchNorm1d(_Stepped, nn.BatchNorm1d): ...
-
-
-class SteppedBatchNorm2d(_Stepped, nn.BatchNorm2d): ...
-
-
-class SteppedBatchNorm3d(_Stepped, nn.BatchNorm3d): ...
-
-
-class SteppedBatchNormAct2d(SteppedBatchNorm2d):
-    """In place of timm's `BatchNormAct2d`, whose dropout and activation it takes over."""
+class Activated:
+    """Dropout and activation behind a norm, in place of timm's `BatchNormAct2d`, whose modules the layer holds."""
 
     drop: nn.Module
     act: nn.Module
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - BN's own name
-        return self.act(self.drop(super().forward(input)))
+    def _activated(self, y: Tensor) -> Tensor:
+        return self.act(self.drop(y))
 
 
-_COUNTERPARTS: dict[type[_BatchNorm], type[_Stepped]] = {
-    nn.BatchNorm1d: SteppedBatchNorm1d,
-    nn.BatchNorm2d: SteppedBatchNorm2d,
-    nn.BatchNorm3d: SteppedBatchNorm3d,
+def takes_batch_statistics(layer: _BatchNorm) -> bool:
+    return layer.training or layer.running_mean is None
+
+
+def check_call(layer: _BatchNorm, x: Tensor, eps: float, *, joint: bool = False) -> None:
+    """Raise what batch norm raises for such an input, eps, weights or statistics; the kernels check nothing.
+
+    With `joint` other ranks have values too, so that one value a channel is enough here.
+    """
+    if not x.is_floating_point() or x.layout is not torch.strided:
+        raise NotImplementedError(f'"batch_norm" not implemented for {x.dtype} in layout {x.layout}')
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return  # sizes are tensors there; batch norm itself checks them
+    tensors = {name: getattr(layer, name) for name in ("running_mean", "running_var", "weight", "bias")}
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.numel() != x.shape[1]:
+            raise RuntimeError(f"{name} should contain {x.shape[1]} elements not {tensor.numel()}")
+    if (tensors["running_mean"] is None) != (tensors["running_var"] is None):
+        raised = ValueError if layer.training else RuntimeError
+        raise raised("running_mean and running_var must be given together or not at all")
+    if takes_batch_statistics(layer):
+        if not eps > 0:
+            raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+        if x.numel() == x.shape[1] and not joint:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+
+
+def _as_leaf(layer: nn.Module, x: Proxy) -> Any:
+    """Record the layer in a graph of torch.fx as one node, as its tracer does with torch's own layers."""
+    path = x.tracer.path_of_module(layer)  # type: ignore[attr-defined]
+    if not path:
+        raise TraceError(f"{type(layer).__name__} is one node of a graph: trace a module that holds it")
+    return x.tracer.create_proxy("call_module", path, (x,), {})
+
+
+class SteppedBatchNorm1d(SteppedBatchNorm, nn.BatchNorm1d): ...
+
+
+class SteppedBatchNorm2d(SteppedBatchNorm, nn.BatchNorm2d): ...
+
+
+class SteppedBatchNorm3d(SteppedBatchNorm, nn.BatchNorm3d): ...
+
+
+class SteppedBatchNormAct2d(Activated, SteppedBatchNorm2d): ...
+
+
+COUNTERPARTS: dict[str, type[SteppedBatchNorm]] = {
+    "BatchNorm1d": SteppedBatchNorm1d,
+    "BatchNorm2d": SteppedBatchNorm2d,
+    "BatchNorm3d": SteppedBatchNorm3d,
+    "BatchNormAct2d": SteppedBatchNormAct2d,
 }
+
+
+def stepped(
+    bn: _BatchNorm,
+    counterparts: Mapping[str, type[SteppedBatchNorm]],
+    scale: Scale,
+    eps: float | None,
+    momentum: float | None,
+) -> Any:
+    """Return bn's counterpart, on everything bn holds. `eps` and `momentum` keep bn's own when None.
+
+    Raises TypeError for a layer that the counterparts can't stand for, ValueError for an unknown scale or an eps or
+    momentum out of range.
+    """
+    check_options(eps, momentum)
+    is_rms(scale)
+    if isinstance(bn, SteppedBatchNorm):
+        raise TypeError(f"{type(bn).__name__} is L2BN or a control already: swap the norm of a model once")
+    layer = in_place_of(bn, counterparts[stock_name(bn)])
+    own = vars(layer).pop("eps")
+    layer.eps = own if eps is None else eps
+    layer.momentum = bn.momentum if momentum is None else momentum
+    layer.scale = scale
+    return layer
 
 
 def put_before(
     bn: _BatchNorm, step: Step, scale: Scale, eps: float | None = None, momentum: float | None = None
 ) -> nn.Module:
-    """A layer on bn's own parameters and buffers that takes `step` of its input first.
-
-    `eps` and `momentum` keep bn's own when None. Raises TypeError for a layer that it cannot stand for.
-    """
-    cls = _COUNTERPARTS.get(stock_class(bn), SteppedBatchNormAct2d)
-    layer = cls(bn.num_features, bn.eps, bn.momentum, bn.affine, bn.track_running_stats, device="meta")
-    layer._parameters.update(bn._parameters)
-    layer._buffers.update(bn._buffers)
-    layer._modules.update(bn._modules)
-    layer.eps = bn.eps if eps is None else eps
-    layer.momentum = bn.momentum if momentum is None else momentum
-    layer.step, layer.scale = step, scale
-    return layer.train(bn.training)
+    """Return a layer on everything bn holds that takes `step` of its input first; raises as `stepped`."""
+    layer = stepped(bn, COUNTERPARTS, scale, eps, momentum)
+    layer.step = step
+    return layer

@@ -1,32 +1,43 @@
-"""Put a norm where a model's batch normalization stood, without touching anything else.
+"""Put a norm where a model's batch normalization stood, and leave everything else as it is.
 
 The layers are replaced after the model is built, so that any model will do, and so that one seed gives the
 same parameters and the same random state with every norm: a comparison of two norms is paired.
 """
 
+import copy
+import functools
+import inspect
 import logging
 from collections import Counter
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from pkgutil import iter_modules
+from typing import TypeVar
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 
-Norm = Callable[[nn.Module], nn.Module]
+Norm = Callable[..., nn.Module]
+Layer = TypeVar("Layer", bound=nn.Module)
 logger = logging.getLogger(__name__)
+
+STOCK = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def swap_norm(model: nn.Module, norm: str | Norm) -> int:
-    """Replace, in place, each batch norm layer of `model`, and return (and log) how many there were.
+    """Replace, in place, each batch norm layer of `model`, and return (and log) their number.
 
-    `norm` is a name such as "l2bn", resolved to `l2bn.norms.<name>.convert`, or a callable that is given the
-    layer and returns what stands in its place. A layer used in several places stays one layer.
+    `norm` is a name such as "l2bn", resolved to `l2bn.norms.<name>.convert`, or a callable that takes the layer and
+    returns its replacement. If the callable has a parameter `last`, it gets `last=True` for the last of the layers
+    in the order of `model.modules()`, which is the order of construction, and `last=False` for the others. A layer
+    used in several places stays one layer.
 
     Raises:
-        ValueError: no norm has this name, or the model has no batch norm layer to replace. Nothing is changed
-            then, nor when the norm refuses one of the layers.
+        ValueError: no norm has this name, the model has no batch norm layer to replace, or `last` is already bound.
+        TypeError: the norm can't stand for one of the layers.
+        In both cases nothing is changed.
     """
     convert = _named(norm) if isinstance(norm, str) else norm
     layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
@@ -37,7 +48,12 @@ def swap_norm(model: nn.Module, norm: str | Norm) -> int:
         )
     if model in layers:
         raise ValueError(f"the model is itself a {type(model).__name__}, which nothing holds: convert it")
-    replacements = {layer: convert(layer) for layer in layers}
+    if "last" in inspect.signature(convert).parameters:
+        if isinstance(convert, functools.partial) and "last" in convert.keywords:
+            raise ValueError("last can't be set: the swap finds the last batch norm layer; leave it out")
+        replacements = {layer: convert(layer, last=layer is layers[-1]) for layer in layers}
+    else:
+        replacements = {layer: convert(layer) for layer in layers}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child in replacements:
@@ -52,26 +68,68 @@ def swap_norm(model: nn.Module, norm: str | Norm) -> int:
 
 
 def norm_layers(model: nn.Module) -> tuple[str, ...]:
-    """The names of the batch norm layers of `model`; after a swap those of what stands in their places."""
+    """Return the names of the batch norm layers of `model`; after a swap those of their replacements."""
     return tuple(name for name, layer in model.named_modules() if isinstance(layer, _BatchNorm))
 
 
-def stock_class(bn: nn.Module) -> type[_BatchNorm]:
-    """What a norm has to stand for: nn.BatchNorm1d, 2d or 3d, or timm's BatchNormAct2d.
+def stock_name(bn: nn.Module) -> str:
+    """Classify a layer: "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", or "BatchNormAct2d", which is timm's.
 
-    Raises TypeError for anything else, a batch norm layer with a `forward` of its own too.
+    Raises TypeError for any other layer, and for one with behaviour that a replacement would lose.
     """
-    for stock in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+    name = f"{type(bn).__module__}.{type(bn).__qualname__}"
+    if isinstance(bn, nn.modules.lazy.LazyModuleMixin):
+        raise TypeError(f"{name} has no shape yet: run the model once, then swap its norm")
+    stock: type[nn.Module]
+    for stock in STOCK:
         if isinstance(bn, stock) and type(bn).forward is stock.forward:
-            return stock
-    from timm.layers.norm_act import BatchNormAct2d  # here, for a slow import that few models need
+            break
+    else:
+        from timm.layers.norm_act import BatchNormAct2d  # here, for a slow import that few models need
 
-    if type(bn) is BatchNormAct2d:
-        return BatchNormAct2d
-    raise TypeError(
-        f"no norm can stand for {type(bn).__module__}.{type(bn).__qualname__}: accepted are nn.BatchNorm1d, 2d and "
-        "3d, subclasses that keep their forward, and timm's BatchNormAct2d"
-    )
+        stock = BatchNormAct2d
+        if not isinstance(bn, stock):
+            raise TypeError(
+                f"no norm can stand for {name}: accepted are nn.BatchNorm1d, 2d and 3d, timm's BatchNormAct2d, and "
+                "subclasses that override nothing. Give swap_norm a callable that handles this layer. Statistics "
+                "joint across ranks come after the swap, by l2bn.norms.sync.convert_sync"
+            )
+    if reason := _behaviour_to_lose(bn, stock):
+        raise TypeError(f"no norm can stand for {name}: {reason}")
+    return stock.__name__
+
+
+def _behaviour_to_lose(bn: nn.Module, stock: type[nn.Module]) -> str | None:
+    """Say why a layer of another class would not behave as `bn` does, or return None."""
+    if is_parametrized(bn):
+        return "its parameters are parametrized; swap the norm first, then parametrize"
+    added = [cls for cls in type(bn).__mro__ if cls not in stock.__mro__]
+    defined = {n for cls in added for n, value in vars(cls).items() if not n.startswith("__") or callable(value)}
+    if own := sorted(defined - {"__init__", "__annotate__", "__annotate_func__", "extra_repr"}):
+        return f"its class has {', '.join(own)} of its own, which the replacement would not have"
+    if own := sorted(name for name in vars(bn) if callable(getattr(stock, name, None))):
+        return f"its {', '.join(own)} was replaced on this layer; swap the norm first, then replace it"
+    if bn._compiled_call_impl is not None:
+        return "it was compiled by itself; swap the norm first, then compile"
+    if any(getattr(hook, "with_module", False) for hook in bn._load_state_dict_pre_hooks.values()):
+        return (
+            "it has a load_state_dict pre-hook, which is bound to it; swap the norm first, then register the hook"
+        )
+    return None
+
+
+def in_place_of(bn: nn.Module, cls: type[Layer]) -> Layer:
+    """Return a layer of class `cls` that holds everything `bn` holds.
+
+    Parameters, buffers and inner modules are the same objects; hooks, mode, persistence of buffers and a user's own
+    attributes are carried over too. `bn` is not changed.
+    """
+    layer = cls.__new__(cls)
+    layer.__dict__.update(vars(bn))
+    for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        layer.__dict__[name] = copy.copy(getattr(bn, name))
+    # Hooks stay in the same dictionaries, so that their handles can still remove them.
+    return layer
 
 
 def _named(name: str) -> Norm:
@@ -87,7 +145,7 @@ def _named(name: str) -> Norm:
 
 
 def _norms_in(model: nn.Module) -> str:
-    """What the model normalises with instead, for the error message."""
+    """Describe the norm layers that the model has instead, for the error message."""
     names = (type(layer).__name__ for layer in model.modules())
     found = Counter(name for name in names if "norm" in name.lower())
     return "it has " + (", ".join(f"{n} {name}" for name, n in found.items()) or "no norm layer at all")

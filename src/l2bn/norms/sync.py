@@ -1,8 +1,11 @@
 """Batch statistics that are joint across the ranks of a data-parallel run, for BN and for L2BN, on CPU and CUDA.
 
 Only sums over samples and positions, a few numbers a channel, pass between the ranks; the l2 step is local to a
-sample. The formulas are those of rows.py with the collectives between them, and BN is their case s = 1. The stock
-`SyncBatchNorm` refuses CPU tensors, and its conversion would drop the l2 step.
+sample. Ranks may have different numbers of samples, or none. The stock `SyncBatchNorm` refuses CPU tensors, and its
+conversion is refused by L2BN.
+
+The definition sums with a differentiable all-reduce, so derivatives of any order are right. L2BN's kernels use the
+formulas of rows.py with the collectives between them; their second derivatives are those of the definition.
 """
 
 import logging
@@ -11,26 +14,70 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from l2bn.norms import rows
-from l2bn.norms.fused import update_running
-from l2bn.norms.kernels import compiler_works, listed, run_kernel
-from l2bn.norms.l2bn import (
-    L2BatchNorm1d,
-    L2BatchNorm2d,
-    L2BatchNorm3d,
-    L2BatchNormAct2d,
-    _L2BatchNorm,
+from l2bn.kernels import rows
+from l2bn.kernels.compiler import Fused, compiler_works, listed, run_kernel
+from l2bn.kernels.formulas import (
+    as_map,
+    as_rows,
+    dense,
+    normalized,
+    position_axis,
+    positions_of,
+    update_running,
+    widened,
 )
-from l2bn.norms.layout import as_map, as_rows, dense, position_axis, positions_of
+from l2bn.norms.l2bn import L2BatchNorm1d, L2BatchNorm2d, L2BatchNorm3d, L2BatchNormAct2d, _L2BatchNorm
+from l2bn.norms.stepped import Activated, SteppedBatchNorm, check_call
+from l2bn.norms.swap import stock_name
 
 logger = logging.getLogger(__name__)
 
+Group = dist.ProcessGroup | None
+Joint = tuple[Tensor, Tensor, Tensor, Tensor]
+"""y, and over the samples of all ranks mean, biased variance and number of values of a channel."""
 
-class _JointNorm(torch.autograd.Function):
-    """y, and over the samples of all ranks the mean, the biased variance and the number of values."""
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over the ranks; so is the sum's gradient, since every rank's result depends on it."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        total = t.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return _SumOverRanks.apply(g.contiguous(), ctx.group), None
+
+
+def joint_batch_norm(z: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: Group) -> Joint:
+    """Return batch norm of z (N, C, ...), float32 at least, by statistics over the samples of all ranks."""
+    axes, shape = [d for d in range(z.ndim) if d != 1], (1, -1, *[1] * (z.ndim - 2))
+    own = z.new_tensor([z.numel() / z.shape[1]], dtype=torch.float64)
+    sums = _SumOverRanks.apply(torch.cat([z.sum(axes, dtype=torch.float64), own]), group)
+    count = sums[-1].detach()
+    mean = sums[:-1] / count
+    centred = z - mean.to(z.dtype).view(shape)
+    squares = torch.stack([centred.square().sum(axes, dtype=torch.float64), centred.sum(axes, dtype=torch.float64)])
+    variance, rest = _SumOverRanks.apply(squares, group) / count  # the rest is the rounding of the mean
+    inverse = (variance - rest.square() + eps).rsqrt()
+    y = (centred - rest.to(z.dtype).view(shape)) * inverse.to(z.dtype).view(shape)
+    if weight is not None:
+        y = y * weight.view(shape)
+    if bias is not None:
+        y = y + bias.view(shape)
+    return y, (mean + rest).detach(), (variance - rest.square()).detach(), count
+
+
+class _JointL2BN(torch.autograd.Function):
+    """L2BN by statistics over the samples of all ranks.
+
+    Every rank calls the same collectives, whether or not its own passes are compiled.
+    """
 
     @staticmethod
     def forward(
@@ -38,40 +85,42 @@ class _JointNorm(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        rms: bool | None,
+        rms: bool,
         eps: float,
-        group: dist.ProcessGroup | None,
-        compiled: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        group: Group,
+        fused: Fused,
+    ) -> Joint:
         axis = position_axis(x)
         x_rows = as_rows(dense(x, axis), axis)
-        taken = rows.Moments(*_run(compiled, rows.moments, (x_rows,), axis))
+        taken = rows.Moments(*_run(rows.moments, (x_rows,), axis, fused))
         own = rows.features(x_rows, taken, rms, axis)
         sent = torch.cat([own.mu, own.v, own.mu.new_tensor([x.numel() / x.shape[1]])])
         gathered = sent.new_empty(dist.get_world_size(group) * len(sent))
         dist.all_gather_into_tensor(gathered, sent, group=group)
         mus, vs, counts = gathered.view(-1, len(sent)).tensor_split((len(own.mu), len(sent) - 1), dim=1)
+        mus, vs = (torch.where(counts > 0, t, 0.0) for t in (mus, vs))  # a rank without samples has no mean
         count = counts.sum()
         mu = (mus * counts).sum(0) / count
         v = ((vs + (mus - mu).square()) * counts).sum(0) / count
         z = own._replace(zc=own.zc + (own.mu - mu), mu=mu, v=v)
 
         slope, shift, inv = rows.line(taken, z, weight, bias, eps)
-        (y,) = _run(compiled, rows.apply_line, (x_rows, slope, shift), axis)
+        (y,) = _run(rows.apply_line, (x_rows, slope, shift), axis, fused)
         ctx.save_for_backward(x, weight, slope, inv, count, taken.x0, taken.var, *z)
-        ctx.axis, ctx.group, ctx.compiled, ctx.has_bias = axis, group, compiled, bias is not None
+        ctx.axis, ctx.group, ctx.fused, ctx.bias, ctx.rms, ctx.eps = axis, group, fused, bias, rms, eps
         ctx.mark_non_differentiable(mu, v, count)
-        # `.data`, because autograd forbids an in-place ReLU on what a Function returns as a view.
+        # `.data`, because autograd forbids an in-place ReLU on a view that a Function returns.
         return as_map(y, x, axis).data, mu, v, count
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> Any:
         x, weight, slope, inv, count, x0, var, *statistics = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *_differentiable_gradients(ctx, g, x, weight), *[None] * 4
         z = rows.Features(*statistics)
-        axis, compiled = ctx.axis, ctx.compiled
+        axis, fused = ctx.axis, ctx.fused
         x_rows, g_rows = (as_rows(dense(t, axis), axis) for t in (x, g))
-        sg, sgx, m = _run(compiled, rows.gradient_sums, (g_rows, x_rows, x0), axis)
+        sg, sgx, m = _run(rows.gradient_sums, (g_rows, x_rows, x0), axis, fused)
         taken = rows.Moments(x0, m, var)
         gw, gb = rows.parameter_gradients(sg, sgx, z, inv)
         joint = torch.cat([gw, gb])
@@ -80,79 +129,113 @@ class _JointNorm(torch.autograd.Function):
         e, f = rows.input_gradient_terms(
             sg, sgx, joint_gw, joint_gb, taken, z, inv, weight, count, positions_of(x_rows, axis)
         )
-        (dx,) = _run(compiled, rows.apply_gradient, (g_rows, x_rows, x0, slope, e, f), axis)
+        (dx,) = _run(rows.apply_gradient, (g_rows, x_rows, x0, slope, e, f), axis, fused)
         return (
             as_map(dx, x, axis),
             None if weight is None else gw.to(weight.dtype),
-            gb.to(x.dtype if weight is None else weight.dtype) if ctx.has_bias else None,
+            None if ctx.bias is None else gb.to(ctx.bias.dtype),
             *[None] * 4,
         )
 
 
-def _run(compiled: bool, function: Any, tensors: tuple[Tensor, ...], axis: int) -> list[Tensor]:
-    return run_kernel(function, tensors, axis) if compiled else listed(function(*tensors, axis))
+def _differentiable_gradients(ctx: Any, g: Tensor, x: Tensor, weight: Tensor | None) -> list[Tensor | None]:
+    """Return the gradients of x, weight and bias as functions of them and of g."""
+    inputs = [x, weight, ctx.bias]
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    z = normalized(widened(x), ctx.rms)
+    y = joint_batch_norm(z, weight, ctx.bias, ctx.eps, ctx.group)[0].to(x.dtype)
+    gradients = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
+    return [next(gradients) if t is not None and t.requires_grad else None for t in inputs]
+
+
+def _run(function: Any, tensors: tuple[Tensor, ...], axis: int, fused: Fused) -> list[Tensor]:
+    """Run a pass over this rank's samples, compiled unless there are none."""
+    if fused == "off" or tensors[0].numel() == 0:
+        return listed(function(*tensors, axis))
+    return run_kernel(function, tensors, axis, strict=fused == "on")
 
 
 class _Sync(_BatchNorm):
-    """In training with several ranks, batch statistics over all of them; else what the layer does anyway."""
+    """The base of layers whose batch statistics in training are those of all ranks, if there are several."""
 
-    process_group: dist.ProcessGroup | None
+    process_group: Group
 
+    def _is_joint(self) -> bool:
+        return self.training and dist.is_initialized() and dist.get_world_size(self.process_group) > 1
+
+    def _moved(self, joint: Joint) -> Tensor:
+        """Move the running statistics, and return y."""
+        y, mu, v, count = joint
+        if self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            step = 1.0 / self.num_batches_tracked if self.momentum is None else self.momentum
+            if self.running_mean is not None and self.running_var is not None:
+                with torch.no_grad():
+                    update_running(self.running_mean, self.running_var, mu, v, step, count)
+        return y
+
+
+class _SyncBatchNorm(_Sync):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - BN's own name
-        alone = not dist.is_initialized() or dist.get_world_size(self.process_group) == 1
-        return super().forward(input) if alone or not self.training else self._joint(input)
+        return self._activated(self._joint(input) if self._is_joint() else super().forward(input))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _joint(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)  # type: ignore[no-untyped-call]
-        rms, compiled = None, False
-        if isinstance(self, _L2BatchNorm):
-            rms = self.scale == "rms"
-            compiled = self.fused == "on" or (self.fused == "auto" and compiler_works(x.device.type))
-        y, mu, v, count = _JointNorm.apply(x, self.weight, self.bias, rms, self.eps, self.process_group, compiled)
-        if self.track_running_stats and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            momentum = 1.0 / self.num_batches_tracked if self.momentum is None else self.momentum
-            with torch.no_grad():
-                update_running(self.running_mean, self.running_var, mu, v, momentum, count)
+        check_call(self, x, self.eps, joint=True)
+        joint = joint_batch_norm(widened(x), self.weight, self.bias, self.eps, self.process_group)
+        return self._moved(joint).to(x.dtype)
+
+    def _activated(self, y: Tensor) -> Tensor:
         return y
 
 
-class SyncBatchNorm1d(_Sync, nn.BatchNorm1d): ...
+class _SyncL2BatchNorm(_Sync, _L2BatchNorm):
+    def _normalized(self, x: Tensor) -> Tensor:
+        return self._joint(x) if self._is_joint() else super()._normalized(x)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _joint(self, x: Tensor) -> Tensor:
+        compiled = self.fused == "on" or (self.fused == "auto" and compiler_works(x.device.type))
+        fused = self.fused if compiled else "off"
+        options = self.scale == "rms", self.epsilon, self.process_group, fused
+        return self._moved(_JointL2BN.apply(x, self.weight, self.bias, *options))
+
+    def _shares_batch(self) -> bool:
+        return self._is_joint()
 
 
-class SyncBatchNorm2d(_Sync, nn.BatchNorm2d): ...
+class SyncBatchNorm1d(_SyncBatchNorm, nn.BatchNorm1d): ...
 
 
-class SyncBatchNorm3d(_Sync, nn.BatchNorm3d): ...
+class SyncBatchNorm2d(_SyncBatchNorm, nn.BatchNorm2d): ...
 
 
-class SyncL2BatchNorm1d(_Sync, L2BatchNorm1d): ...
+class SyncBatchNorm3d(_SyncBatchNorm, nn.BatchNorm3d): ...
 
 
-class SyncL2BatchNorm2d(_Sync, L2BatchNorm2d): ...
+class SyncBatchNormAct2d(Activated, SyncBatchNorm2d): ...
 
 
-class SyncL2BatchNorm3d(_Sync, L2BatchNorm3d): ...
+class SyncL2BatchNorm1d(_SyncL2BatchNorm, L2BatchNorm1d): ...
 
 
-class SyncL2BatchNormAct2d(L2BatchNormAct2d, SyncL2BatchNorm2d): ...
+class SyncL2BatchNorm2d(_SyncL2BatchNorm, L2BatchNorm2d): ...
 
 
-class SyncBatchNormAct2d(SyncBatchNorm2d):
-    """timm's `BatchNormAct2d`: the norm, then dropout and activation."""
-
-    drop: nn.Module
-    act: nn.Module
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - BN's own name
-        return self.act(self.drop(super().forward(input)))
+class SyncL2BatchNorm3d(_SyncL2BatchNorm, L2BatchNorm3d): ...
 
 
-COUNTERPARTS: dict[type[nn.Module], type[_Sync]] = {
-    nn.BatchNorm1d: SyncBatchNorm1d,
-    nn.BatchNorm2d: SyncBatchNorm2d,
-    nn.BatchNorm3d: SyncBatchNorm3d,
+class SyncL2BatchNormAct2d(SyncL2BatchNorm2d, L2BatchNormAct2d): ...
+
+
+OF_BATCH_NORM: dict[str, type[_Sync]] = {
+    "BatchNorm1d": SyncBatchNorm1d,
+    "BatchNorm2d": SyncBatchNorm2d,
+    "BatchNorm3d": SyncBatchNorm3d,
+    "BatchNormAct2d": SyncBatchNormAct2d,
+}
+OF_L2BN: dict[type[nn.Module], type[_Sync]] = {
     L2BatchNorm1d: SyncL2BatchNorm1d,
     L2BatchNorm2d: SyncL2BatchNorm2d,
     L2BatchNorm3d: SyncL2BatchNorm3d,
@@ -160,14 +243,14 @@ COUNTERPARTS: dict[type[nn.Module], type[_Sync]] = {
 }
 
 
-def convert_sync(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> int:
+def convert_sync(model: nn.Module, process_group: Group = None) -> int:
     """Make the batch statistics of each BN and L2BN layer joint across a group's ranks (None: all ranks).
 
-    In place: the layers keep their identity, parameters and state-dict keys, and change their class. Returns
-    their number; a model that has none is left as it is.
+    In place: the layers keep their identity, parameters, hooks and state-dict keys, and change their class. Returns
+    their number; a model without such layers is left as it is.
 
     Raises:
-        TypeError: a batch norm layer has a `forward` of its own. Nothing is changed then.
+        TypeError: a batch norm layer is neither, or has behaviour of its own. Nothing is changed then.
     """
     layers = counterparts(model)
     for layer, cls in layers.items():
@@ -178,19 +261,17 @@ def convert_sync(model: nn.Module, process_group: dist.ProcessGroup | None = Non
 
 
 def counterparts(model: nn.Module) -> dict[_BatchNorm, type[_Sync]]:
-    """What `convert_sync` would make of each layer. Raises TypeError for one that has no synchronised form."""
+    """Return the class that `convert_sync` would give each layer. Raises TypeError as it does."""
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and not isinstance(m, _Sync)]
     return {layer: _counterpart(layer) for layer in layers}
 
 
 def _counterpart(layer: _BatchNorm) -> type[_Sync]:
-    if type(layer) in COUNTERPARTS:
-        return COUNTERPARTS[type(layer)]
-    from timm.layers.norm_act import BatchNormAct2d  # here, for a slow import that few models need
-
-    if type(layer) is BatchNormAct2d:
-        return SyncBatchNormAct2d
-    raise TypeError(
-        f"no synchronised form of {type(layer).__module__}.{type(layer).__qualname__} is known: accepted are "
-        "nn.BatchNorm1d, 2d and 3d, their L2BN counterparts and timm's BatchNormAct2d"
-    )
+    if type(layer) in OF_L2BN:
+        return OF_L2BN[type(layer)]
+    if isinstance(layer, SteppedBatchNorm):
+        raise TypeError(f"no synchronised form of {type(layer).__name__} is known: controls compute locally")
+    try:
+        return OF_BATCH_NORM[stock_name(layer)]
+    except TypeError as error:
+        raise TypeError(f"no synchronised form: {error}") from error

@@ -16,8 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from l2bn.errors import UserError
-from l2bn.norms.kernels import DEVICES, compiler_works
-from l2bn.norms.selection import select_kernels
+from l2bn.kernels.compiler import DEVICES, compiler_works, select_kernels
 from l2bn.norms.sync import convert_sync
 
 log = logging.getLogger(__name__)

@@ -1,9 +1,8 @@
-"""L2BN at batch norm's price: what a layer calls, in eager code and inside a model that is itself compiled.
+"""L2BN at batch norm's cost: the calls of a layer, as autograd functions over the formulas.
 
-For the definition (Wang et al., arXiv:2207.02625) see l2bn.py. Two ways of summing serve two kinds of map, rows.py
-and columns.py; which one is taken is a matter of speed alone. Called from eager code, forward and backward are each
-one kernel that is compiled for the kind of map at hand (kernels.py). Inside a compiled model the same formulas are
-traced into the model's graph.
+Two ways of summing serve two kinds of map, rows.py and columns.py; the choice between them is for speed alone.
+Called from eager code, forward and backward are each one kernel, compiled for the kind of map at hand
+(compiler.py). Inside a compiled model the same formulas are traced into the model's graph.
 """
 
 from types import ModuleType
@@ -11,12 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from l2bn.norms import columns, rows
-from l2bn.norms.kernels import run_kernel
-from l2bn.norms.l2_step import sample_scale, squared_target, widened
-from l2bn.norms.layout import as_map, as_rows, dense, position_axis, positions_of
+from l2bn.kernels import columns, rows
+from l2bn.kernels.compiler import operators_must_be_seen, run_kernel, scalar
+from l2bn.kernels.formulas import (
+    Scalar,
+    as_map,
+    as_rows,
+    definition,
+    dense,
+    position_axis,
+    positions_of,
+    update_running,
+)
 
 FEW_POSITIONS = 16
 """Up to so many, columns.py is faster: for 128 x 512 x 2 x 2 it takes 0.25 (channels_last: 0.65) of the time of
@@ -28,15 +34,6 @@ def formulas_for(positions: int) -> ModuleType:
     return columns if positions <= FEW_POSITIONS else rows
 
 
-def update_running(
-    mean: Tensor | None, var: Tensor | None, mu: Tensor, v: Tensor, momentum: float | Tensor, count: float
-) -> None:
-    """Batch norm's rule, in place: towards the mean and the unbiased variance."""
-    if mean is not None and var is not None:
-        mean.copy_(mean + momentum * (mu - mean))
-        var.copy_(var + momentum * (v * (count / (count - 1)) - var))
-
-
 # ------------------------------------------------------------------------------------------ for eager callers
 
 
@@ -46,16 +43,14 @@ def forward_kernel(
     bias: Tensor | None,
     mean: Tensor | None,
     var: Tensor | None,
-    tracked: Tensor | None,
+    step: Tensor | None,
+    eps: Tensor,
     formulas: ModuleType,
     rms: bool,
-    eps: float,
-    momentum: float | None,
     axis: int,
 ) -> tuple[Tensor, ...]:
     y, mu, v, saved = formulas.forward(as_rows(x, axis), weight, bias, rms, eps, axis)
-    step = momentum if tracked is None else 1.0 / tracked
-    if step is not None:
+    if mean is not None and var is not None and step is not None:
         update_running(mean, var, mu, v, step, x.numel() / x.shape[1])
     return as_map(y, x, axis), *saved
 
@@ -72,16 +67,16 @@ def evaluation_kernel(
     bias: Tensor | None,
     mean: Tensor,
     var: Tensor,
+    eps: Scalar,
     formulas: ModuleType,
     rms: bool,
-    eps: float,
     axis: int,
 ) -> Tensor:
     return as_map(formulas.evaluate(as_rows(x, axis), weight, bias, mean, var, rms, eps, axis), x, axis)
 
 
 class _Training(torch.autograd.Function):
-    """Batch statistics, by compiled kernels."""
+    """L2BN by batch statistics, in compiled kernels."""
 
     @staticmethod
     def forward(
@@ -91,25 +86,25 @@ class _Training(torch.autograd.Function):
         bias: Tensor | None,
         mean: Tensor | None,
         var: Tensor | None,
-        tracked: Tensor | None,
+        step: Tensor | None,
         rms: bool,
         eps: float,
-        momentum: float | None,
+        strict: bool,
     ) -> Tensor:
-        ctx.axis, ctx.rms, ctx.eps, ctx.bias = position_axis(x), rms, eps, bias
+        ctx.axis, ctx.rms, ctx.eps, ctx.bias, ctx.strict = position_axis(x), rms, eps, bias, strict
         ctx.formulas = formulas_for(x.shape[2:].numel())
-        tensors = dense(x, ctx.axis), weight, bias, mean, var, tracked
-        y, *saved = run_kernel(forward_kernel, tensors, ctx.formulas, rms, eps, momentum, ctx.axis)
+        tensors = dense(x, ctx.axis), weight, bias, mean, var, step, scalar(eps)
+        y, *saved = run_kernel(forward_kernel, tensors, ctx.formulas, rms, ctx.axis, strict=strict)
         ctx.save_for_backward(x, weight, *saved)
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         x, weight, *saved = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph: the definition has the further derivatives
-            return *_graph_of_gradients(g, x, weight, ctx.bias, ctx.rms, ctx.eps), *[None] * 6
+        if torch.is_grad_enabled() or operators_must_be_seen(g):
+            return *gradients_of_definition(g, x, weight, ctx.bias, ctx.rms, ctx.eps), *[None] * 6
         tensors = dense(g, ctx.axis), dense(x, ctx.axis), weight, *saved
-        dx, gw, gb = run_kernel(backward_kernel, tensors, ctx.formulas, ctx.rms, ctx.axis)
+        dx, gw, gb = run_kernel(backward_kernel, tensors, ctx.formulas, ctx.rms, ctx.axis, strict=ctx.strict)
         return (
             dx,
             None if weight is None else gw.to(weight.dtype),
@@ -118,22 +113,22 @@ class _Training(torch.autograd.Function):
         )
 
 
-def _graph_of_gradients(
+def gradients_of_definition(
     g: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, rms: bool, eps: float
 ) -> list[Tensor | None]:
+    """Return the gradients of x, weight and bias by operators, so that they can be differentiated and
+    transformed."""
     inputs = [x, weight, bias]
     wanted = [t for t in inputs if t is not None and t.requires_grad]
-    axes = tuple(range(1, x.ndim))
-    wide = widened(x)
-    s = sample_scale(wide.square().sum(axes, keepdim=True), squared_target(x, rms))
-    w, b = (None if t is None else widened(t) for t in (weight, bias))
-    y = F.batch_norm(wide * s, None, None, w, b, training=True, eps=eps).to(x.dtype)
-    gradients = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
+    higher = torch.is_grad_enabled()
+    with torch.enable_grad():
+        y = definition(x, weight, bias, None, None, rms, eps, momentum=0.0, training=True)
+        gradients = iter(torch.autograd.grad(y, wanted, g, create_graph=higher))
     return [next(gradients) if t is not None and t.requires_grad else None for t in inputs]
 
 
 class _TracedTraining(torch.autograd.Function):
-    """Batch statistics of rows, by formulas that a compiled model takes into its graph."""
+    """L2BN of rows by batch statistics, as formulas that a compiled model takes into its graph."""
 
     @staticmethod
     def forward(
@@ -161,7 +156,7 @@ class _TracedTraining(torch.autograd.Function):
         )
 
 
-# --------------------------------------------------------------------------------------- what the layer calls
+# ---------------------------------------------------------------------------------------- the calls of a layer
 
 
 def train(
@@ -170,30 +165,38 @@ def train(
     bias: Tensor | None,
     mean: Tensor | None,
     var: Tensor | None,
-    tracked: Tensor | None,
+    step: Scalar | None,
     rms: bool,
     eps: float,
-    momentum: float | None,
+    strict: bool,
 ) -> Tensor:
-    """L2BN by the batch's statistics, with the running ones moved; `tracked` takes momentum's place if given."""
+    """Return L2BN by the batch's statistics, and move the running ones by `step`: momentum, or 1 / updates."""
     if not torch.compiler.is_compiling():
-        return _Training.apply(x, weight, bias, mean, var, tracked, rms, eps, momentum)
+        step = scalar(step) if isinstance(step, (int, float)) else step
+        return _Training.apply(x, weight, bias, mean, var, step, rms, eps, strict)
     axis = position_axis(x)
-    # Rows are made out here: inside, Dynamo would have the gradient of a channels_last map copied to (N, C, P).
+    # Rows are made out here: inside, Dynamo would copy the gradient of a channels_last map to (N, C, P).
     y, mu, v = _TracedTraining.apply(as_rows(x, axis), weight, bias, rms, eps, axis)
-    step = momentum if tracked is None else 1.0 / tracked
-    if step is not None:
+    if mean is not None and var is not None and step is not None:
         with torch.no_grad():
             update_running(mean, var, mu, v, step, x.numel() / x.shape[1])
     return as_map(y, x, axis)
 
 
 def evaluate(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, rms: bool, eps: float
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    rms: bool,
+    eps: float,
+    strict: bool,
 ) -> Tensor:
-    """L2BN by the running statistics; in eager code without gradients."""
+    """Return L2BN by the running statistics; in eager code without gradients."""
     axis = position_axis(x)
-    constants = formulas_for(x.shape[2:].numel()), rms, eps, axis
+    constants = formulas_for(x.shape[2:].numel()), rms, axis
     if torch.compiler.is_compiling():
-        return evaluation_kernel(x, weight, bias, mean, var, *constants)
-    return run_kernel(evaluation_kernel, (dense(x, axis), weight, bias, mean, var), *constants)[0]
+        return evaluation_kernel(x, weight, bias, mean, var, eps, *constants)
+    tensors = dense(x, axis), weight, bias, mean, var, scalar(eps)
+    return run_kernel(evaluation_kernel, tensors, *constants, strict=strict)[0]

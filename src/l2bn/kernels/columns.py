@@ -1,8 +1,8 @@
-"""The formulas for maps of few positions, whose (N, C) moments would be as large as the map and their sums short.
+"""The formulas for maps of few positions, whose (N, C) moments would be as large as the map.
 
-The rows (N, C, ...) or (N, P, C), see layout.py, are read as a table of adjacent columns: a column for each channel
-and position, or for channels_last each channel. Every sum runs along the columns, for a sample, or down them, for a
-batch statistic: over adjacent memory in both cases. Such a map stays in the cache, so a pass more is cheap.
+The rows (N, C, ...) or (N, P, C), see formulas.py, are read as a table: a column for each channel and position, or
+in channels_last for each channel. A sum for a sample runs along the table's row, a sum for a batch statistic down
+its columns, in both cases over adjacent memory. Such a map stays in the cache, so one more pass is cheap.
 
     s = a / ||x_n||                                                                                 of a sample
     r = s x in the first row;  d = s x - r;  m = mean d;  q = mean d^2 - m^2                        of a column
@@ -13,51 +13,58 @@ batch statistic: over adjacent memory in both cases. Such a map stays in the cac
     gb = sum g;  gr = sum g (z - mu);  gw = gr inv
     dz = k (g - gb / M - (z - mu) inv^2 gr / M);  dx = s (dz - z <dz, z> / a^2), the product over a sample
 
-The distance from r keeps the digits of a spread far below the mean, and so do sums down the columns in float64, and
-the distance of z from `near`, mu in the map's precision: what mu has beyond it enters with the small terms.
+Three steps keep the digits of a spread far below the mean: the distance from r, sums down the columns in float64,
+and the distance of z from `near`, which is mu in the map's precision; the rest of mu enters with the small terms.
 """
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from l2bn.norms.kernels import computed_once
-from l2bn.norms.l2_step import TINY, sample_scale, squared_target, widened
-from l2bn.norms.layout import at_positions
-
-Saved = tuple[Tensor, ...]
+from l2bn.kernels.formulas import (
+    TINY,
+    Saved,
+    Scalar,
+    at_positions,
+    computed_once,
+    sample_scale,
+    squared_target,
+    widened,
+)
 
 
 def over_columns(channels: Tensor, rows: Tensor, axis: int) -> Tensor:
-    """(C,), to broadcast with rows."""
+    """Give channels (C,) the axes that broadcast with rows."""
     if axis == 2 and not torch.compiler.is_compiling():  # a model's layout is not known before it is compiled
         return computed_once(at_positions(channels, rows, axis).expand(rows.shape[1:]).contiguous())
     return at_positions(computed_once(channels), rows, axis)
 
 
 def by_channel(columns: Tensor) -> Tensor:
-    """(C, J / C)."""
+    """View columns (J,) as (C, J / C)."""
     return columns.reshape(columns.shape[0], -1)
 
 
 def along(rows: Tensor) -> Tensor:
-    """(N, 1, ...): sums over a sample."""
+    """Sum over each sample, to (N, 1, ...)."""
     return rows.sum(tuple(range(1, rows.ndim)), keepdim=True)
 
 
 def down(rows: Tensor, axis: int) -> Tensor:
-    """(C, ...) or (C,): sums down the columns, in float64 but for groups of a few samples.
+    """Sum down the columns, to (C, ...) or (C,), in float64 but for groups of a few samples.
 
-    A group is summed along the memory; the sums of all groups, which have to be read across it, are fewer.
+    A group is summed along the memory; the sums of the groups, which are read across it, are fewer.
     """
     n = rows.shape[0]
-    # A kernel for any size has a SymInt here, of which nothing is known.
-    group = next(k for k in (16, 8, 4, 2, 1) if n % k == 0) if isinstance(n, int) else 1
+    # Of a size left open nothing is known, and nothing is asked: the answer would compile a graph for each kind of
+    # it.
+    group = next((k for k in (16, 8, 4, 2) if statically_known_true(n % k == 0)), 1)
     groups = rows.view(n // group, group, *rows.shape[1:]).sum((1, 2) if axis == 1 else 1)
     return computed_once(groups).sum(0, dtype=torch.float64)
 
 
 def statistics(z: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance (C,), float64."""
+    """Return mean and biased variance (C,), in float64."""
     r = z[0, 0] if axis == 1 else z[0]
     d = z - r
     count = z.shape[0] * (z.shape[1] if axis == 1 else 1)
@@ -69,10 +76,12 @@ def statistics(z: Tensor, axis: int) -> tuple[Tensor, Tensor]:
 
 
 def forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, rms: bool, eps: float, axis: int
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, rms: bool, eps: Scalar, axis: int
 ) -> tuple[Tensor, Tensor, Tensor, Saved]:
-    """y like x; mean and biased variance (C,) of the normalized features; what backward needs besides x."""
-    # Before the first sum, as in rows.py: else an activation's backward has a map more stored in a compiled model.
+    """Return y like x, mean and biased variance (C,) of the normalized features, and what backward saves besides
+    x."""
+    # Before the first sum, as in rows.py: otherwise a compiled model stores one more map for an activation's
+    # backward.
     back, wide = -widened(x), widened(x)
     norm2 = along(wide * wide)
     s = computed_once(sample_scale(norm2, squared_target(x, rms)))
@@ -89,7 +98,7 @@ def forward(
 def backward(
     g: Tensor, x: Tensor, weight: Tensor | None, saved: Saved, rms: bool, axis: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias."""
+    """Return the gradients of x, weight and bias."""
     norm2, mu, inv = saved
     wide_g, a2 = widened(g), squared_target(x, rms)
     s = computed_once(sample_scale(norm2, a2))
@@ -118,10 +127,10 @@ def evaluate(
     mean: Tensor,
     var: Tensor,
     rms: bool,
-    eps: float,
+    eps: Scalar,
     axis: int,
 ) -> Tensor:
-    """y by the running statistics."""
+    """Return y by the running statistics."""
     wide = widened(x)
     s = computed_once(sample_scale(along(wide * wide), squared_target(x, rms)))
     inv = 1 / (widened(var) + eps).sqrt()

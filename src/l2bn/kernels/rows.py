@@ -1,8 +1,8 @@
-"""The formulas for maps of many positions: what lies between two passes over the map is small.
+"""The formulas for maps of many positions, in batch norm's own memory traffic.
 
-With the per-sample, per-channel moments of x the batch statistics of the normalized features follow without another
-look at the map, so that forward is one reading pass and one read-write pass, batch norm's own traffic. Letters: N
-batch, C channels, P positions, M = N*P. Rows are (N, C, ...) or (N, P, C), see layout.py.
+The batch statistics of the normalized features follow from the per-sample, per-channel moments of x, so forward is
+one reading pass and one read-write pass over the map. Between the passes all tensors are (N, C) or smaller.
+Letters: N batch, C channels, P positions, M = N*P. Rows are (N, C, ...) or (N, P, C), see formulas.py.
 
     x0 = the first position of x;  d = x - x0;  m = mean_p d;  var = mean_p (d - m)^2           (N, C)
     ||x_n||^2 = P sum_c (var + (x0 + m)^2);  s = a / ||x_n||                                    (N, 1)
@@ -15,10 +15,10 @@ batch, C channels, P positions, M = N*P. Rows are (N, C, ...) or (N, P, C), see 
     r = sum_c (k (sgx + (x0 + m) sg) + P (c0 (x0 + m) + c1 s var)) / ||x_n||^2;  e = s (c1 s - r)
     dx = g A + d e + f,  f = s (c0 - r (x0 + m)) - m e
 
-A mean far above the spread would cancel the digits of the spread away. So x enters as its distance from x0, near to
-which the mean is: in forward the first position, which costs no pass over x; in backward the mean as far as x's own
-precision goes, and m what it lacks. Then an element of dx needs x at its own place alone, and a compiled model puts
-it there. What is small, (N, C) and below, is computed in float64.
+With a mean far above the spread, mean_p x^2 - (mean_p x)^2 would lose the digits of the spread. So x enters as its
+distance from a nearby x0: in forward the first position, which costs no pass over x; in backward the mean rounded
+to x's own precision, with the rest in m. Then an element of dx needs x at its own place alone, and a compiled model
+writes dx over x. Tensors of (N, C) and smaller are computed in float64.
 """
 
 from typing import NamedTuple
@@ -26,34 +26,42 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from l2bn.norms.kernels import computed_once
-from l2bn.norms.l2_step import TINY, sample_scale, squared_target, widened
-from l2bn.norms.layout import at_positions, first_position, over_positions, positions_of
-
-Saved = tuple[Tensor, ...]
+from l2bn.kernels.formulas import (
+    TINY,
+    Saved,
+    Scalar,
+    at_positions,
+    computed_once,
+    first_position,
+    over_positions,
+    positions_of,
+    sample_scale,
+    squared_target,
+    widened,
+)
 
 
 class Moments(NamedTuple):
-    """What the first pass leaves of x."""
+    """The moments of x, from the first pass."""
 
-    x0: Tensor  # (N, C) what x is a distance from
+    x0: Tensor  # (N, C) the origin from which distances are taken
     m: Tensor  # (N, C) mean of that distance over the positions
     var: Tensor  # (N, C) biased variance over the positions
 
 
 class Features(NamedTuple):
-    """The normalized features z, as the batch statistics see them; in float64."""
+    """The statistics of the normalized features z, in float64."""
 
     mean: Tensor  # (N, C) of x over the positions
-    norm2: Tensor  # (N, 1) the sample's squared l2 norm; 0 where no norm is taken, in BN
-    s: Tensor  # (N, 1) what the sample is multiplied with
+    norm2: Tensor  # (N, 1) the sample's squared l2 norm
+    s: Tensor  # (N, 1) the sample's factor
     zc: Tensor  # (N, C) mean of z over the positions, centred over the samples
     mu: Tensor  # (C,) mean of z over samples and positions
     v: Tensor  # (C,) biased variance of z over samples and positions
 
 
 class Line(NamedTuple):
-    """y = d A + B, and the inverse deviation that both hold."""
+    """The coefficients of y = d A + B, and the inverse deviation in both."""
 
     slope: Tensor  # (N, C)
     shift: Tensor  # (N, C)
@@ -61,50 +69,46 @@ class Line(NamedTuple):
 
 
 def origin(x: Tensor, axis: int) -> Tensor:
-    """x0 of forward, (N, C)."""
+    """Return x0 of forward, (N, C)."""
     return widened(first_position(x, axis))
 
 
 def middle(x: Tensor, axis: int) -> Tensor:
-    """x0 of backward, (N, C)."""
+    """Return x0 of backward, (N, C)."""
     return over_positions(widened(x), axis) / positions_of(x, axis)
 
 
 def distance(x: Tensor, x0: Tensor, axis: int) -> Tensor:
-    """d, in the shape of x."""
+    """Return d, in the shape of x."""
     return widened(x) - at_positions(x0, x, axis)
 
 
 def distance_back(x: Tensor, axis: int) -> Tensor:
-    """-d, by a subtraction of its own, so that it is not the d of `moments` to a compiler."""
+    """Return -d by a subtraction of its own, which a compiler doesn't merge with the d of `moments`."""
     return at_positions(origin(x, axis), x, axis) - widened(x)
 
 
 def moments(x: Tensor, axis: int) -> Moments:
-    """The reading pass."""
+    """Read x once, for its moments."""
     x0, positions = origin(x, axis), positions_of(x, axis)
     d = distance(x, x0, axis)
     m = over_positions(d, axis) / positions
     return Moments(x0, m, (over_positions(d * d, axis) / positions - m * m).clamp_min(0))
 
 
-def features(x: Tensor, taken: Moments, rms: bool | None, axis: int) -> Features:
-    """Statistics of z = s x; with `rms` None the sample's norm is left as it is, which is BN."""
+def features(x: Tensor, taken: Moments, rms: bool, axis: int) -> Features:
+    """Return the statistics of z = s x, from the moments of x."""
     var = taken.var.double()
     mean = taken.x0.double() + taken.m
     norm2 = positions_of(x, axis) * (var + mean * mean).sum(1, keepdim=True)
-    if rms is None:
-        norm2 = torch.zeros_like(norm2)
-        s = torch.ones_like(norm2)
-    else:
-        s = sample_scale(norm2, squared_target(x, rms))
+    s = sample_scale(norm2, squared_target(x, rms))
     mu = (s * mean).mean(0)
     zc = s * mean - mu
     return Features(mean, norm2, s, zc, mu, (s * s * var + zc * zc).mean(0))
 
 
-def line(taken: Moments, z: Features, weight: Tensor | None, bias: Tensor | None, eps: float) -> Line:
-    """What the second pass multiplies with and adds."""
+def line(taken: Moments, z: Features, weight: Tensor | None, bias: Tensor | None, eps: Scalar) -> Line:
+    """Return the coefficients of the second pass."""
     m = taken.m
     inv = 1 / (z.v + eps).sqrt()
     k = inv if weight is None else inv * weight
@@ -113,21 +117,21 @@ def line(taken: Moments, z: Features, weight: Tensor | None, bias: Tensor | None
 
 
 def apply_line(x: Tensor, slope: Tensor, shift: Tensor, axis: int, back: Tensor | None = None) -> Tensor:
-    """The read-write pass; `back` is -d, if taken already."""
+    """Read x and write y; `back` is -d, if it is there already."""
     slope, shift = computed_once(slope), computed_once(shift)
     back = distance_back(x, axis) if back is None else back
     return (at_positions(shift, x, axis) - back * at_positions(slope, x, axis)).to(x.dtype)
 
 
 def gradient_sums(g: Tensor, x: Tensor, x0: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The reading pass of backward: sg, sgx and m, (N, C)."""
+    """Read g and x once, for sg, sgx and m of backward, (N, C)."""
     wide, d = widened(g), distance(x, x0, axis)
     sg, m = over_positions(wide, axis), over_positions(d, axis) / positions_of(x, axis)
     return sg, over_positions(wide * d, axis) - m * sg, m
 
 
 def parameter_gradients(sg: Tensor, sgx: Tensor, z: Features, inv: Tensor) -> tuple[Tensor, Tensor]:
-    """Of weight and bias, (C,)."""
+    """Return the gradients of weight and bias, (C,)."""
     return ((z.s * sgx + z.zc * sg) * inv).sum(0), sg.double().sum(0)
 
 
@@ -143,7 +147,7 @@ def input_gradient_terms(
     count: float | Tensor,
     positions: int,
 ) -> tuple[Tensor, Tensor]:
-    """e and f of dx, (N, C). `count` is M, over which the statistics were taken."""
+    """Return e and f of dx, (N, C). `count` is M, the number of values in a channel's statistics."""
     m, var = taken.m, taken.var
     k = inv if weight is None else inv * weight
     c1 = -k * gw * inv / count
@@ -156,17 +160,18 @@ def input_gradient_terms(
 
 
 def apply_gradient(g: Tensor, x: Tensor, x0: Tensor, slope: Tensor, e: Tensor, f: Tensor, axis: int) -> Tensor:
-    """The read-write pass of backward."""
+    """Read g and x and write dx."""
     slope, e, f = [at_positions(computed_once(t), x, axis) for t in (slope, e, f)]
     return (widened(g) * slope + distance(x, x0, axis) * e + f).to(x.dtype)
 
 
 def forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, rms: bool, eps: float, axis: int
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, rms: bool, eps: Scalar, axis: int
 ) -> tuple[Tensor, Tensor, Tensor, Saved]:
-    """y like x; mean and biased variance (C,) of the normalized features; what backward needs besides x."""
-    # Before the first sum: where an activation needs y in backward, a compiled model computes it anew only if no
-    # sum has read any of it. Else it stores y, or for ReLU6 where y is cut off, which takes longer than all of BN.
+    """Return y like x, mean and biased variance (C,) of the normalized features, and what backward saves besides
+    x."""
+    # Before the first sum: where an activation needs y in backward, a compiled model computes y again only if no
+    # sum has read any part of it. Otherwise it stores y, or ReLU6's mask, which takes longer than all of BN.
     back = distance_back(x, axis)
     taken = moments(x, axis)
     z = features(x, taken, rms, axis)
@@ -177,7 +182,7 @@ def forward(
 def backward(
     g: Tensor, x: Tensor, weight: Tensor | None, saved: Saved, rms: bool, axis: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias."""
+    """Return the gradients of x, weight and bias."""
     inv, x0, var = saved
     sg, sgx, m = gradient_sums(g, x, x0, axis)
     taken = Moments(x0, m, var)
@@ -196,10 +201,10 @@ def evaluate(
     mean: Tensor,
     var: Tensor,
     rms: bool,
-    eps: float,
+    eps: Scalar,
     axis: int,
 ) -> Tensor:
-    """y by the running statistics: only the samples' norms have to be read from x before the second pass."""
+    """Return y by the running statistics; the first pass reads the samples' norms alone."""
     wide = widened(x)
     s = sample_scale(over_positions(wide * wide, axis).sum(1, keepdim=True), squared_target(x, rms))
     inv = 1 / (widened(var) + eps).sqrt()

@@ -1,0 +1,152 @@
+"""The definition of L2BN as one function, and what both ways of summing it share: the factor and the memory layout.
+
+    s_n = a / max(||x_n||_2, tiny);  z_n = s_n x_n;  y = BN(z)          (Wang et al., arXiv:2207.02625)
+
+Letters: N batch, C channels, P positions, D = C*P the size of one sample's feature. The kernels read a feature map
+(N, C, ...) as rows of memory, without a copy: (N, C, P), or (N, P, C) for channels_last. `axis` is the axis of the
+positions P in the rows: 2, or 1 if the channels lie innermost. Inside a compiled model rows keep the axes of the
+map (N, C, ...), because the compiler may store them in channels_last all the same.
+"""
+
+import math
+
+import torch
+import torch._inductor.inductor_prims  # registers the operator that `computed_once` calls
+from torch import Tensor
+from torch.nn import functional as F
+
+Saved = tuple[Tensor, ...]
+Scalar = float | Tensor
+"""A number; a tensor () in a kernel, which then serves any value of it."""
+
+TINY = 1e-12  # as in torch.nn.functional.normalize; its square is above 0 in float32
+
+
+# ---------------------------------------------------------------------------------------------- the definition
+
+
+def widened(t: Tensor) -> Tensor:
+    """Return t in float32 at least: a sum of squares overflows float16 at values of a few hundred."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def squared_target(x: Tensor, rms: bool) -> int:
+    """Return a^2, the squared norm that each sample of x (N, ...) gets: 1, or D for a root mean square of 1."""
+    return math.prod(x.shape[1:]) if rms else 1  # from the shape, so that one kernel serves any size
+
+
+def sample_scale(norm2: Tensor, a2: float) -> Tensor:
+    """Return the factor a / sqrt(norm2): 0 where norm2 is 0, NaN where it is not finite.
+
+    For the kernels, whose backward is written by hand: a compiler computes this form in half a kernel's time.
+    """
+    s = (a2 / norm2.clamp_min(TINY**2)).sqrt()
+    return torch.where(norm2 == 0, 0.0, torch.where(norm2 < math.inf, s, math.nan))
+
+
+def differentiable_scale(norm2: Tensor, a2: float) -> Tensor:
+    """Return `sample_scale` in a form for autograd.
+
+    An all-zero sample passes no gradient: the slope a/tiny of the definition would overflow float16. The square
+    root never sees a number below tiny^2, so that derivatives of any order are finite.
+    """
+    tiny = norm2 < TINY**2
+    s = (torch.where(tiny, 1.0, norm2) / a2).rsqrt() * torch.where(tiny, 1 / TINY, 1.0)
+    return torch.where(norm2 == 0, 0.0, torch.where(norm2 < math.inf, s, math.nan))
+
+
+def normalized(x: Tensor, rms: bool) -> Tensor:
+    """Return z of x (N, ...), which is float32 at least."""
+    axes = tuple(range(1, x.ndim))
+    norm2 = x.square().sum(axes, keepdim=True) if axes else x.square()
+    return x * differentiable_scale(norm2, squared_target(x, rms))
+
+
+def definition(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    rms: bool,
+    eps: float,
+    momentum: float,
+    training: bool,
+) -> Tensor:
+    """Return L2BN of x (N, C, ...) by operators that every transform knows; training moves `mean` and `var`."""
+    return batch_norm(normalized(widened(x), rms), weight, bias, mean, var, eps, momentum, training).to(x.dtype)
+
+
+def batch_norm(
+    z: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    momentum: float,
+    training: bool,
+) -> Tensor:
+    """Return batch norm of z, in the type of its parameters or statistics where it has any."""
+    own = next((t.dtype for t in (weight, mean) if t is not None), z.dtype)
+    return F.batch_norm(z.to(own), mean, var, weight, bias, training, momentum, eps)
+
+
+def update_running(mean: Tensor, var: Tensor, mu: Tensor, v: Tensor, step: Scalar, count: Scalar) -> None:
+    """Move the running statistics in place, as batch norm does: towards the mean and the unbiased variance."""
+    mean.copy_(mean + step * (mu - mean))
+    var.copy_(var + step * (v * (count / (count - 1)) - var))
+
+
+# ------------------------------------------------------------------------------------------------- the layout
+
+
+def computed_once(t: Tensor) -> Tensor:
+    """Return t; inductor stores it here instead of computing it again for each element of the next pass."""
+    return torch.ops.prims.inductor_force_stride_order(t, t.stride())
+
+
+def position_axis(x: Tensor) -> int:
+    """Return the axis of P when the map x is seen as rows without a copy: 1 if the channels lie innermost."""
+    if x.shape[2:].numel() == 1:
+        return 1
+    return 1 if x.stride(1) == 1 and x.shape[1] > 1 else 2
+
+
+def dense(x: Tensor, axis: int) -> Tensor:
+    """Return x (N, C, ...) itself if its memory is that of dense rows, else a copy that is."""
+    if axis == 2:
+        return x.contiguous()
+    channels_innermost = x.movedim(1, -1)
+    return x if channels_innermost.is_contiguous() else channels_innermost.contiguous().movedim(-1, 1)
+
+
+def as_rows(x: Tensor, axis: int) -> Tensor:
+    if axis == 1:
+        return x.movedim(1, -1).reshape(x.shape[0], math.prod(x.shape[2:]), x.shape[1])
+    return x if torch.compiler.is_compiling() else x.flatten(2)
+
+
+def as_map(rows: Tensor, like: Tensor, axis: int) -> Tensor:
+    if axis == 2 or like.stride(-1) == 1:  # the latter: one position, where both formats have the same strides
+        return rows.reshape(like.shape)
+    return rows.reshape(like.movedim(1, -1).shape).movedim(-1, 1)
+
+
+def positions_of(rows: Tensor, axis: int) -> int:
+    return rows.shape[1] if axis == 1 else math.prod(rows.shape[2:])  # numel() would make a size a constant
+
+
+def over_positions(rows: Tensor, axis: int) -> Tensor:
+    """Sum over the positions, to (N, C)."""
+    return rows.sum(1 if axis == 1 else tuple(range(2, rows.ndim)))
+
+
+def first_position(rows: Tensor, axis: int) -> Tensor:
+    """Return the first position, (N, C)."""
+    return rows[:, 0] if axis == 1 else rows.flatten(2)[:, :, 0]
+
+
+def at_positions(t: Tensor, rows: Tensor, axis: int) -> Tensor:
+    """Give t (N, C) or (C,) the axes that broadcast with rows."""
+    return t.unsqueeze(-2) if axis == 1 else t.view(*t.shape, *[1] * (rows.ndim - 2))
