@@ -111,7 +111,7 @@ def test_another_identity_in_the_same_folder_is_refused(train: Train) -> None:
 def test_a_damaged_configuration_is_named(content: str, stopped: Path, train: Train) -> None:
     path = stopped / "config.yaml"
     path.write_text(content)
-    with pytest.raises(UserError, match=r"config\.yaml is damaged[^$]*\nremove this file to go on"):
+    with pytest.raises(UserError, match=r"config\.yaml is damaged[^$]*\nremove this file to continue"):
         train("recipe.epochs=3", *TINY)
     path.unlink()
     assert train("recipe.epochs=3", *TINY).status == "finished"
