@@ -27,7 +27,9 @@ import test_data_imagenet_wds
 import test_data_loader
 import test_data_splits
 import test_divergence
+import test_environment
 import test_faults
+import test_fingerprint
 import test_interruption
 import test_journal
 import test_kill
@@ -220,6 +222,17 @@ PROMISES: dict[str, list[Callable[..., Any]]] = {
     "an image is damaged or gone in the middle of training": [
         test_faults.test_an_image_that_is_damaged_under_the_run
     ],
+    "the images of a run are other ones than at its start": [
+        test_fingerprint.test_a_run_on_other_images_is_refused_until_its_own_are_back,
+        test_fingerprint.test_a_sweep_over_other_images_is_refused_before_it_starts,
+        test_fingerprint.test_equal_files_that_decode_to_other_pixels_are_warned_of,
+        test_fingerprint.test_runs_on_other_images_are_not_published_beside_one_another,
+    ],
+    "the code changes between two starts of a run": [
+        test_environment.test_a_run_that_goes_on_with_other_code_is_warned_of,
+        test_environment.test_changed_files_and_untracked_source_are_dirty,
+        test_environment.test_nothing_is_said_of_a_commit_where_none_is_known,
+    ],
     "a folder of images holds hidden or system folders, links or other files": [
         test_data_folder.test_what_systems_leave_behind_is_passed_over_at_every_depth,
         test_data_folder.test_links_that_lead_back_multiply_nothing,
@@ -302,6 +315,19 @@ PROMISES: dict[str, list[Callable[..., Any]]] = {
 
 def section(title: str) -> str:
     return (ROOT / "README.md").read_text().partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+
+def test_the_readmes_notebook_block_pairs_and_plots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    (tmp_path / "results").symlink_to(ROOT / "results")
+    (block,) = re.findall(r"```python\n(.*?)```", section("From a sweep to tables, figures and claims"), re.DOTALL)
+    assert len(block.splitlines()) <= 25
+    exec(block, {})
+    assert "cifar10_jpeg" in capsys.readouterr().out
+    assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
 def test_the_readme_shows_every_file_that_figures_writes() -> None:
