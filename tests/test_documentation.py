@@ -97,7 +97,7 @@ def documented() -> dict[tuple[str, str], str]:
     for path in SOURCES:
         text = re.sub(r"\\\n#?\s*", "", path.read_text())
         for script, line in re.findall(r"python scripts/(\w+)\.py([^`\n]*)", text):
-            arguments = re.split(r" {3}| #| \(| \||\.?\"\"\"|\.$|, |: |\$", line)[0].strip()
+            arguments = re.split(r" {3}| #| \(| \||\.?\"|\.$|, |: |\$", line)[0].strip()
             # The block of the README that makes the folder "mine" has a test below; make fills in $(...).
             if "--config-dir mine" not in arguments and "$(" not in line:
                 found[script, arguments] = path.relative_to(ROOT).as_posix()

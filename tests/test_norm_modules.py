@@ -21,6 +21,8 @@ except ImportError as error:
     common_modules, missing = None, str(error)
 else:
     missing = ""
+    # Its import freezes torch's global flags, which runs in the same process have to set.
+    torch.backends.__allow_nonbracketed_mutation_flag = True
 
 COUNTERPARTS = {nn.BatchNorm1d: L2BatchNorm1d, nn.BatchNorm2d: L2BatchNorm2d, nn.BatchNorm3d: L2BatchNorm3d}
 KINDS = list(COUNTERPARTS)

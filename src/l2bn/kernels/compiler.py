@@ -6,7 +6,7 @@ Dynamo takes no part, so no call checks guards and no recompile limit applies.
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, lru_cache
 from typing import Any, Literal
 
@@ -134,16 +134,29 @@ def _compile(
     from torch.fx.experimental.proxy_tensor import make_fx
 
     present = [t.detach() for t in tensors if t is not None]
+    called = _with_absent(function, tensors, constants)
+    if sizes == "symbolic":
+        present, called = _vectors(present), _of_vectors(called, [t.ndim == 0 for t in present])
     with (
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast(present[0].device.type, enabled=False),
         open_sizes.patch(use_duck_shape=False),  # type: ignore[attr-defined] # sizes equal by chance may differ later
     ):
-        graph = make_fx(_with_absent(function, tensors, constants), tracing_mode=sizes)(*present)
+        graph = make_fx(called, tracing_mode=sizes)(*present)
         inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
         compiled: Kernel = compile_graph(graph, inputs)
-        return compiled
+    return compiled if sizes == "fake" else lambda *tensors: compiled(*_vectors(tensors))
+
+
+def _vectors(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """View tensors () as (1,): with symbolic sizes a tensor () would be traced as a number, and fail to compile."""
+    return [t.view(1) if t.ndim == 0 else t for t in tensors]
+
+
+def _of_vectors(kernel: Kernel, scalars: list[bool]) -> Kernel:
+    """Return the kernel for arguments as `_vectors` makes them; `scalars` says which of them were tensors ()."""
+    return lambda *tensors: kernel(*(t.view(()) if s else t for t, s in zip(tensors, scalars, strict=True)))
 
 
 def listed(result: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
