@@ -2,8 +2,9 @@
 
 import functools
 import os
+import shutil
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +116,20 @@ def at_update(monkeypatch: pytest.MonkeyPatch) -> AtUpdate:
         monkeypatch.setattr(Trainer, "forward", spied)
 
     return arrange
+
+
+@pytest.fixture
+def page() -> Iterator[Any]:
+    """A page of headless Chromium."""
+    browser = shutil.which("chromium")
+    require("a browser (Debian's chromium)", [] if browser else ["chromium"])
+    from playwright.sync_api import sync_playwright
+
+    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with (
+        sync_playwright() as playwright,
+        playwright.chromium.launch(executable_path=browser, args=arguments) as chromium,
+    ):
+        page = chromium.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(120_000)
+        yield page

@@ -1,7 +1,5 @@
 """Arms in TensorBoard: one curve per norm and cell, the spread over seeds, and the paired difference."""
 
-import os
-import shutil
 import subprocess
 import sys
 import time
@@ -13,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from conftest import ROOT, require
+from conftest import ROOT
 from l2bn.records import CONFIG, METRICS, SUMMARY, read_metrics, write_lines
 from l2bn.reporting.tensorboard import SPREAD, Board
 from local_slurm import free_port
@@ -129,23 +127,6 @@ def test_a_folder_without_runs_is_named(tmp_path: Path) -> None:
 
 
 # In a browser.
-
-
-@pytest.fixture
-def page() -> Iterator[Any]:
-    """A page of headless Chromium."""
-    browser = shutil.which("chromium")
-    require("a browser (Debian's chromium)", [] if browser else ["chromium"])
-    from playwright.sync_api import sync_playwright
-
-    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
-    with (
-        sync_playwright() as playwright,
-        playwright.chromium.launch(executable_path=browser, args=arguments) as chromium,
-    ):
-        page = chromium.new_page(viewport={"width": 1280, "height": 900})
-        page.set_default_timeout(120_000)
-        yield page
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """Runs compared in TensorBoard: the events they write, and what a browser shows."""
 
-import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -14,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from conftest import TINY, Train, require
+from conftest import TINY, Train
 from l2bn.records import Record
 from l2bn.training.journal import TITLE, comparison, layout
 from l2bn.training.plan import Cell
@@ -92,23 +90,6 @@ def test_a_diverged_run_has_no_final_accuracy(train: Train) -> None:
 
 
 # In a browser.
-
-
-@pytest.fixture
-def page() -> Iterator[Any]:
-    """A page of headless Chromium."""
-    browser = shutil.which("chromium")
-    require("a browser (Debian's chromium)", [] if browser else ["chromium"])
-    from playwright.sync_api import sync_playwright
-
-    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
-    with (
-        sync_playwright() as playwright,
-        playwright.chromium.launch(executable_path=browser, args=arguments) as chromium,
-    ):
-        page = chromium.new_page(viewport={"width": 1280, "height": 900})
-        page.set_default_timeout(120_000)
-        yield page
 
 
 @pytest.fixture

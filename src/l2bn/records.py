@@ -81,12 +81,12 @@ class Problem(NamedTuple):
 
 
 def is_finite_number(value: object) -> bool:
-    """Whether a value is a number that a float can hold."""
+    """Tell whether a value is a number that a float can hold."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether a name can be that of a folder, and leads to no other place than its parent."""
+    """Tell whether a name can be that of a folder, and leads to no other place than its parent."""
     if not isinstance(name, str) or not name.isprintable() or "/" in name or name in ("", ".", ".."):
         return False
     return len(name.encode()) <= 255  # bytes that file systems take

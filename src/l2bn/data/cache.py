@@ -104,7 +104,7 @@ def write_arrays(stream: BinaryIO, state: str, arrays: Arrays) -> None:
 
 
 def read_arrays(stream: BinaryIO, state: str) -> Arrays | None:
-    """What `write_arrays` wrote for this state; None for another state and for a file that is damaged."""
+    """Read the arrays that `write_arrays` wrote for this state; None for another state or a damaged file."""
     try:
         found, count = read_array(stream, allow_pickle=False)
         return [read_array(stream, allow_pickle=False) for _ in range(int(count))] if found == state else None

@@ -113,14 +113,14 @@ _rebuild: Any = np.empty(0).__reduce__()[0]
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """How Python 3 writes bytes by the protocols of Python 2."""
+    """Rebuild bytes as Python 3 writes them by the protocols of Python 2."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"it asks for the encoding {encoding}")
     return text.encode(encoding)
 
 
 def _from_buffer(content: bytes, dtype: Any, shape: tuple[int, ...], order: Any) -> npt.NDArray[Any]:
-    """How numpy rebuilds an array of protocol 5."""
+    """Rebuild an array of protocol 5, as numpy does."""
     return np.frombuffer(content, dtype).reshape(shape, order=order)
 
 

@@ -82,7 +82,7 @@ def _too_dim() -> ValueError:
 
 
 def read_all(paths: list[Path], read: Callable[[Path], T], text: str) -> Generator[T, None, None]:
-    """What `read` returns for each path, in order, computed in parallel with a progress bar.
+    """Yield the result of `read` for each path, in order, computed in parallel with a progress bar.
 
     By processes, because most of the time spent on a small image is spent in Python. Close it to cancel the rest.
     """

@@ -203,7 +203,7 @@ def list_images(folder: Path) -> Tree:
 
 
 def _place(folder: Path) -> tuple[int, int]:
-    """What is equal for all links to a folder."""
+    """The identity of a folder, equal for all links to it."""
     status = folder.stat()
     return status.st_dev, status.st_ino
 

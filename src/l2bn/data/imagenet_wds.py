@@ -221,7 +221,7 @@ def _open(folder: Path, pattern: str, transform: Transform, cache: str | None) -
 
 
 def _are_mixed(shard: Tensor, labels: Tensor) -> bool:
-    """Whether the classes are spread over the shards as at random, or nearly so.
+    """Tell whether the classes are spread over the shards as at random, or nearly so.
 
     Pearson's chi-square of the table of shards and classes may exceed what chance explains by `UNEVEN` for each
     sample: by the mean squared relative deviation of a class's share in one shard from its share in all.

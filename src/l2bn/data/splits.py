@@ -232,7 +232,7 @@ def make_splits(
 
 
 def _is_whole(train: Split, test: Split, num_classes: int, whole: tuple[int, int, int]) -> bool:
-    """Whether classes and images are as many as in the published data set.
+    """Tell whether classes and images are as many as in the published data set.
 
     Where the number of images is a multiple of the number of classes, each class has equally many.
     """

@@ -343,7 +343,7 @@ def judge_set(question: Question, run_set: RunSet, arms: Sequence[Arm], seeds: S
 
 
 def _has_ended(arm: Arm | None, seed: int, quantity: str) -> bool:
-    """Whether a run has the quantity, or diverged."""
+    """Tell whether a run has the quantity, or diverged."""
     status = {run.seed: run.status for run in arm.records} if arm else {}
     return status.get(seed) == "diverged" or (arm is not None and seed in arm.of(quantity))
 

@@ -126,12 +126,12 @@ class Comparison:
 
     @property
     def full_length(self) -> bool:
-        """Whether the runs are long enough to be pooled with those of other recipes."""
+        """True if the runs are long enough to be pooled with those of other recipes."""
         return (self.epochs or 0) >= FULL_EPOCHS
 
     @property
     def measured(self) -> bool:
-        """Whether features were measured in both arms."""
+        """True if features were measured in both arms."""
         return len(self.arms) == 2 and all(arm.features for arm in self.arms)
 
     @property

@@ -47,7 +47,7 @@ FEATURES = (SHRINK, *(f"{place}/{name}" for place in (INPUT, OUTPUT, PENULTIMATE
 
 @dataclass(frozen=True)
 class Cell:
-    """What two runs must share to be compared; the names are those of the run's folder, overrides included."""
+    """The names that two runs must share to be compared: those of the run's folder, overrides included."""
 
     dataset: str
     recipe: str
@@ -254,7 +254,7 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, obje
 
 
 def images_in_words(records: Sequence[Record]) -> str:
-    """What the fingerprints of the images leave open in a comparison of these runs; empty where they are equal.
+    """Doubts that the fingerprints of the images leave in a comparison of these runs; empty where they are equal.
 
     Differing files are an error; pixels can also differ by the decoder, and older records have no fingerprint.
     """

@@ -202,7 +202,7 @@ def _points(panel: Axes, runs: Sequence[tuple[float, Arm | None]], style: Mappin
 
 
 def _count(runs: Sequence[Arm | None]) -> str:
-    """How many runs each value of an axis has, of those that finished: "n = 3", or "n = 2 to 3"."""
+    """The number of finished runs at each value of an axis: "n = 3", or "n = 2 to 3"."""
     counts = [len(arm.of()) if arm else 0 for arm in runs]
     return f"n = {min(counts)}" + (f" to {max(counts)}" if len(set(counts)) > 1 else "")
 

@@ -1,4 +1,4 @@
-"""How a run computes: devices, precision, compilation, CPU memory."""
+"""Settings of the computation: devices, precision, compilation, CPU memory."""
 
 import ctypes
 import inspect

@@ -165,7 +165,7 @@ def machine_keys(file: str, folders: Sequence[Path]) -> dict[str, Any]:
 
 
 def is_hidden(path: Path) -> bool:
-    """Whether a path within a folder of YAML files is hidden, as the `._x.yaml` that macOS leaves with `x.yaml`."""
+    """Tell whether a path is hidden, as the `._x.yaml` that macOS leaves with `x.yaml`; relative to the group."""
     return any(part.startswith(".") for part in path.parts)
 
 
@@ -211,7 +211,7 @@ def _find_targets(value: object, place: str) -> Iterator[tuple[str, str]]:
 
 
 def _sets(folder: Path, file: str, place: str) -> bool:
-    """Whether a file sets a key of its own group, or of the whole configuration."""
+    """Tell whether a file sets a key of its own group, or of the whole configuration."""
     group, *rest = place.split(".")
     own, whole = file.startswith((f"{group}/", f"{group}_for/")), file.startswith(("train.yaml", "experiment/"))
     content = _yaml_files(folder).get(file) if own or whole else None
@@ -259,7 +259,7 @@ _WORDS = {
 
 
 def _fits(value: object, hint: Any) -> bool:
-    """Whether a value of the configuration, or the object made of it, is of a type."""
+    """Tell whether a value of the configuration, or the object made of it, is of a type."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, UnionType):
         return any(_fits(value, option) for option in arguments)

@@ -22,7 +22,7 @@ Standing = Literal["finished", "diverged", "running", "interrupted", "failed", "
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run stands: after `epoch` epochs of `pace` seconds each (None before the first)."""
+    """The state of a run: after `epoch` epochs of `pace` seconds each (None before the first)."""
 
     standing: Standing
     epoch: int = 0
