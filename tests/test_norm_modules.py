@@ -6,6 +6,7 @@ The module that holds them is private to PyTorch. The kernels' formulas run unco
 import copy
 import pickle
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,13 +17,13 @@ from l2bn import L2BatchNorm1d, L2BatchNorm2d, L2BatchNorm3d
 from l2bn.kernels import autograd, compiler
 
 try:
-    from torch.testing._internal import common_modules
+    # The import freezes torch's global flags, which runs in the same process have to set.
+    with mock.patch.object(torch.backends, "disable_global_flags"):
+        from torch.testing._internal import common_modules
 except ImportError as error:
     common_modules, missing = None, str(error)
 else:
     missing = ""
-    # Its import freezes torch's global flags, which runs in the same process have to set.
-    torch.backends.__allow_nonbracketed_mutation_flag = True
 
 COUNTERPARTS = {nn.BatchNorm1d: L2BatchNorm1d, nn.BatchNorm2d: L2BatchNorm2d, nn.BatchNorm3d: L2BatchNorm3d}
 KINDS = list(COUNTERPARTS)
