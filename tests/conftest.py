@@ -3,6 +3,7 @@
 import functools
 import os
 import shutil
+import signal
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,12 @@ settings.load_profile("fixed")
 
 # Eight updates an epoch on real digits: enough to see an epoch end, and quick.
 TINY = ("dataset.subset=256", "progress=false", "compute.workers=0")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _default_signals() -> None:
+    """Processes inherit ignored signals: tests started by nohup would pass theirs on to the runs."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True, scope="session")
