@@ -138,7 +138,8 @@ def shrink(layer: nn.Module) -> float | None:
     The factor by which eps shrinks the deviation of the normalized output. In L2BN v is the variance of the
     l2-normalized features. Early in a run v still contains BN's initial 1.
     """
-    variance, eps = getattr(layer, "running_var", None), getattr(layer, "eps", None)
+    variance = getattr(layer, "running_var", None)
+    eps = getattr(layer, "epsilon", getattr(layer, "eps", None))  # L2BN does not have the attribute of batch norm
     if not isinstance(variance, Tensor) or eps is None or not variance.isfinite().all():
         return None
     v = variance.double().clamp_min(0)
