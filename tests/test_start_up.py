@@ -19,7 +19,7 @@ def processor_seconds(*arguments: str) -> float:
 
 
 def test_help_comes_at_once() -> None:
-    assert processor_seconds("--help") < 2
+    assert processor_seconds("--help") < 4  # about 2 on two slow cores
 
 
 def test_the_first_steps_come_soon(tmp_path: Path) -> None:
