@@ -1,4 +1,4 @@
-"""What a record says of the code that made it is true, or null where it is not known."""
+"""Provenance: the code that a record names is the code that made it, or null where it is not known."""
 
 import subprocess
 from pathlib import Path

@@ -31,12 +31,12 @@ class Outcome:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing is left to do: a diverged run is a result."""
+        """True if nothing is left to do: a diverged run is a result."""
         return self.standing in ("finished", "diverged")
 
 
 def look(run: PlannedRun) -> Outcome:
-    """How a planned run stands, by its folder alone."""
+    """The state of a planned run, read from its folder alone."""
     folder = run.folder
     if not folder.is_dir():
         return Outcome("missing")
