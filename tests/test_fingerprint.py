@@ -186,9 +186,9 @@ def test_a_sweep_over_other_images_is_refused_before_it_starts(tmp_path: Path) -
             return plan_sweep(compose_sweep([*run(root), "seed=0,1", f"runs_dir={runs}"]))
 
     with pytest.raises(UserError, match="other images than those present"):
-        run_sweep(sweep(other), pytest.fail, parallel=False)
+        run_sweep(sweep(other), pytest.fail)
     launched = []
-    run_sweep(sweep(own), lambda jobs: launched.extend(jobs) or [], parallel=False)  # type: ignore[func-returns-value]
+    run_sweep(sweep(own), lambda jobs: launched.extend(jobs) or [])  # type: ignore[func-returns-value]
     assert len(launched) == 1
 
 

@@ -19,7 +19,7 @@ import yaml
 
 from conftest import ROOT, TINY, Train
 from l2bn.errors import UserError
-from l2bn.records import FILES, InvalidRecordError, publish
+from l2bn.records import FILES, SUMMARY, InvalidRecordError, publish
 from l2bn.training.run import replay
 from test_records import written
 
@@ -119,8 +119,10 @@ def test_a_record_cannot_lead_out_of_its_data_sets_folder(key: str, run: Path, t
 @pytest.mark.parametrize("name", ["../../elsewhere", "/elsewhere", "a/b", "..", "", "a\0b", "a\ud800b", 256 * "a"])
 @pytest.mark.parametrize("group", ["dataset", "recipe"])
 def test_a_record_cannot_say_where_it_is_published(group: str, name: str, tmp_path: Path) -> None:
-    written(tmp_path / "run", **{group: name})
-    with pytest.raises(InvalidRecordError, match=f"{group} is .* no plain name"):
+    written(tmp_path / "run")
+    path = tmp_path / "run" / SUMMARY
+    path.write_text(json.dumps({**json.loads(path.read_text()), group: name}))
+    with pytest.raises(InvalidRecordError, match=f"{group}: must be a plain name"):
         publish(tmp_path / "run", tmp_path / "deep" / "records")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 

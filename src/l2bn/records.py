@@ -99,13 +99,13 @@ def natural_order(name: str) -> list[tuple[str, int]]:
 
 def _finite(value: float) -> float:
     if not is_finite_number(value):
-        raise ValueError("not a finite number")
+        raise ValueError("must be a finite number")
     return value
 
 
 def _plain(name: str) -> str:
     if not is_plain_name(name):
-        raise ValueError("not a plain name")
+        raise ValueError("must be a plain name")
     return name
 
 
@@ -228,7 +228,10 @@ def _first(error: ValidationError) -> str:
     """The first fault that pydantic found: its place, the reason, the value."""
     fault = error.errors(include_url=False)[0]
     place = ".".join(map(str, fault["loc"]))
-    return f"{place}: {fault['msg']}, not {repr(fault['input'])[:60]}" if place else fault["msg"]
+    reason = fault["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    if fault["type"] == "missing":
+        return f"{place} is missing"
+    return f"{place}: {reason}, not {repr(fault['input'])[:60]}" if place else reason
 
 
 def read_records(root: Path) -> tuple[list[Record], list[Problem]]:
