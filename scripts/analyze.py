@@ -8,7 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from l2bn.errors import UserError, told_plainly
+from l2bn.errors import UserError
+from l2bn.failures import told_plainly
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ python scripts/benchmark.py floor --json results/benchmarks/floor.json      the 
 import argparse
 
 from l2bn.benchmarks import accuracy, data, evaluation, floor, norm, step, train
-from l2bn.errors import told_plainly
+from l2bn.failures import told_plainly
 
 BENCHMARKS = {
     "norm": norm,

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from l2bn.errors import told_plainly
+from l2bn.failures import told_plainly
 
 
 def main() -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from l2bn.errors import UserError, told_plainly
+from l2bn.errors import UserError
+from l2bn.failures import told_plainly
 from l2bn.training.catalogue import GROUPS, overview
 from l2bn.training.instantiate import CONFIGS
 

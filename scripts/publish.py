@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from l2bn.errors import told_plainly
+from l2bn.failures import told_plainly
 from l2bn.records import InvalidRecordError, publish
 
 

@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from l2bn.errors import optional_output, told_plainly
+from l2bn.errors import optional_output
+from l2bn.failures import told_plainly
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from l2bn.errors import told_plainly
+from l2bn.failures import told_plainly
 from l2bn.records import Problem
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from l2bn.errors import told_plainly
+from l2bn.failures import told_plainly
 
 
 def main() -> None:

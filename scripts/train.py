@@ -8,7 +8,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from l2bn.errors import optional_output, told_plainly
+from l2bn.errors import optional_output
+from l2bn.failures import told_plainly
 
 OURS = {"overrides", "run", "multirun", "config_dir"}
 

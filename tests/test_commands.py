@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from conftest import ROOT, TINY, train_in
-from l2bn.errors import UserError, told_plainly
+from l2bn.errors import UserError
+from l2bn.failures import told_plainly
 from l2bn.records import read_metrics
 
 RUN = "runs/digits,subset=256/resnet20/bn/short,epochs=1/seed0"
@@ -150,7 +151,7 @@ def test_ctrl_c_before_the_run_is_no_traceback() -> None:
 
 def test_a_reader_may_stop_reading() -> None:
     """As in `claims.py | head`."""
-    code = "from l2bn.errors import told_plainly\nwith told_plainly():\n    print('much', *range({}))"
+    code = "from l2bn.failures import told_plainly\nwith told_plainly():\n    print('much', *range({}))"
     for size in (1, 100_000):  # written at the end, and before
         reader, writer = os.pipe()
         os.close(reader)

@@ -21,8 +21,8 @@ from PIL import Image
 
 from conftest import ROOT, TINY, AtUpdate, Train, decoding, require
 from l2bn.errors import UserError
+from l2bn.failures import explained
 from l2bn.records import SUMMARY, read_records
-from l2bn.training.failures import explained
 from test_training import EPOCHS, drawn, equal, results, weights
 
 EXHAUSTED = [

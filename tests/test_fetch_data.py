@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from l2bn.errors import told_plainly
+from l2bn.failures import told_plainly
 from official_formats import imagenet, write
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "fetch_data.py"

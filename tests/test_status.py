@@ -16,8 +16,8 @@ from hydra import initialize_config_dir
 from rich.console import Console
 
 from conftest import ROOT
+from l2bn.failures import note_failure
 from l2bn.records import CONFIG, METRICS, SUMMARY, Record
-from l2bn.training.failures import note_failure
 from l2bn.training.interruption import LOCK, sole_owner
 from l2bn.training.plan import PlannedRun, compose_sweep, composing, find_runs, plan_sweep
 from l2bn.training.status import duration, look, overview

@@ -20,9 +20,9 @@ from joblib import cpu_count
 
 from conftest import ROOT, TINY
 from l2bn.errors import UserError
+from l2bn.failures import FAILURE
 from l2bn.records import ENVIRONMENT, SUMMARY, read_records
 from l2bn.training import session, sweep
-from l2bn.training.failures import FAILURE
 from l2bn.training.interruption import EXIT_CODE, LOCK, is_owned, sole_owner
 from l2bn.training.plan import compose_sweep, plan_sweep
 from test_training import stop_after

@@ -20,8 +20,8 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from l2bn.errors import UserError
+from l2bn.failures import fitting
 from l2bn.records import write_durably
-from l2bn.training.failures import fitting
 from l2bn.training.loop import Position, Totals
 from l2bn.training.plan import Config, check_images, differences
 

@@ -31,13 +31,14 @@ from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import env_override
-from hydra.errors import CompactHydraException, ConfigCompositionException, HydraException
+from hydra.errors import CompactHydraException, ConfigCompositionException
 from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from l2bn.errors import UserError
+from l2bn.failures import explain, explained_overrides
 from l2bn.records import CONFIG, is_plain_name
 from l2bn.training.instantiate import CONFIGS, Builder, check_mapping, is_hidden
 
@@ -246,7 +247,7 @@ class _Loader(ConfigLoaderImpl):
         from_shell: bool = True,
         validate_sweep_overrides: bool = True,
     ) -> DictConfig:
-        with _explained(overrides):
+        with explained_overrides(overrides):
             values: dict[str | None, Override] = {}
             if run_mode == RunMode.MULTIRUN:
                 found = self.compute_defaults_list(config_name, overrides, run_mode).config_overrides
@@ -263,19 +264,6 @@ class _Loader(ConfigLoaderImpl):
                 parsed = OverridesParser.create().parse_overrides(overrides)
                 config.hydra.overrides.task = [o.input_line for o in parsed if not o.is_hydra_override()]
             return config
-
-
-@contextlib.contextmanager
-def _explained(overrides: Sequence[str]) -> Iterator[None]:
-    """Turn what Hydra and OmegaConf raise on a user's mistake in the overrides into UserError."""
-    try:
-        yield
-    except CompactHydraException:
-        raise
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        remedy = "\na group takes the name of one of its choices; scripts/list.py prints them"
-        given = f"{error}\ngiven: {' '.join(overrides)}"
-        raise UserError(f"{given}{remedy if 'Config group' in str(error) else ''}") from error
 
 
 @contextlib.contextmanager
@@ -448,14 +436,13 @@ class _Planner:
                 with _as_in_job(full):
                     run = self.plan(config, full.hydra.runtime.choices, job)
             except CompactHydraException as error:
-                cause = f"\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
-                raise UserError(f"{error}{cause}\nin the run {' '.join(job)}") from error
+                raise UserError(f"{explain(error)}\nin the run {' '.join(job)}") from error
             yield run
 
     def _jobs(self, overrides: list[str]) -> list[list[str]]:
         """The overrides of each job, as Hydra's own sweeper makes them."""
         parser = OverridesParser.create(config_loader=self._loader)
-        with _explained(overrides):
+        with explained_overrides(overrides):
             parsed = [_listed(override, parser) for override in parser.parse_overrides(overrides)]
             (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
         return jobs

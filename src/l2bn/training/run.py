@@ -20,6 +20,7 @@ from l2bn.analysis.probe import Probe
 from l2bn.data.loader import Loader, check_batch_size
 from l2bn.data.splits import Fingerprint, Splits
 from l2bn.errors import UserError
+from l2bn.failures import describe, fitting, note_failure
 from l2bn.norms.swap import norm_layers, swap_norm
 from l2bn.norms.sync import counterparts
 from l2bn.records import (
@@ -38,7 +39,6 @@ from l2bn.records import (
 from l2bn.seeding import derive_seed
 from l2bn.training.checkpoint import CheckpointPolicy, Checkpoints
 from l2bn.training.compute import Compute, quieten
-from l2bn.training.failures import describe, fitting, note_failure
 from l2bn.training.instantiate import CONFIGS, Builder, machine_keys
 from l2bn.training.interruption import is_owned, sole_owner
 from l2bn.training.journal import Journal

@@ -16,12 +16,12 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 from l2bn.data.loader import Loader, evaluation_loader, training_loader
 from l2bn.data.splits import Splits, stratified_order
 from l2bn.errors import UserError, optional_output
+from l2bn.failures import RESUMES, explained, noted
 from l2bn.norms.l2bn import warn_if_few_updates
 from l2bn.records import CONFIG, SUMMARY, Images, Record, write_durably
 from l2bn.training.checkpoint import CheckpointPolicy, State
 from l2bn.training.compute import Compute
 from l2bn.training.environment import note_start
-from l2bn.training.failures import RESUMES, explained, noted
 from l2bn.training.interruption import EXIT_CODE, Interruption, follow_parent, sole_owner
 from l2bn.training.journal import Journal
 from l2bn.training.loop import DelayedMin, DivergedError, Position, Trainer

@@ -12,8 +12,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from l2bn.failures import read_failure
 from l2bn.records import CONFIG, METRICS, SUMMARY, InvalidRecordError, Record
-from l2bn.training.failures import read_failure
 from l2bn.training.interruption import is_owned
 from l2bn.training.plan import PlannedRun, differences, identity, read_config
 

@@ -18,9 +18,9 @@ from hydra.core.utils import JobReturn, JobStatus, env_override
 from rich.console import Console
 
 from l2bn.errors import UserError
+from l2bn.failures import describe
 from l2bn.processes import SIGNALS
 from l2bn.records import Record
-from l2bn.training.failures import describe
 from l2bn.training.interruption import EXIT_CODE, Interruption, follow_parent
 from l2bn.training.plan import PlannedRun, make_folder
 from l2bn.training.progress import NAMED

@@ -1,0 +1,186 @@
+"""Failures: what an exception means to a user, how a command ends on one, and the note of it in a run's folder."""
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import yaml
+from hydra.errors import CompactHydraException, HydraException, OverrideParseException
+from omegaconf.errors import OmegaConfBaseException
+
+from l2bn.errors import UserError
+from l2bn.records import write_durably
+
+FAILURE = "failure.txt"
+RESUMES = "the same command resumes from the last checkpoint"
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+
+
+# Commands.
+
+
+@contextlib.contextmanager
+def told_plainly() -> Iterator[None]:
+    """End a command on a user's mistake with one message and exit code 1, on Ctrl-C with 130.
+
+    A command that prints into a pipe without a reader (`| head`) ends silently, as `cat` does.
+
+    A mistake is a `UserError`, an error of the system with a file's name (a folder that cannot be written), and an
+    error that a library raises before any code of this package has run (invalid YAML). Other errors keep their
+    traceback; with HYDRA_FULL_ERROR=1 in the environment all errors do.
+    """
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        yield
+        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise exceptions that it would print and swallow
+    try:
+        yield
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _is_closed(sys.stdout.fileno()):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would flush it again at exit
+            sys.exit(128 + signal.SIGPIPE)
+        message = explain(error)
+        if message is None:
+            raise
+        sys.exit(message)
+    finally:
+        del os.environ["HYDRA_FULL_ERROR"]
+
+
+def _is_closed(descriptor: int) -> bool:
+    """Tell whether the other end of a pipe is closed, the only event that is waited for here."""
+    output = select.poll()
+    output.register(descriptor, 0)
+    return bool(output.poll(0))
+
+
+def explain(error: Exception) -> str | None:
+    """Return the message for a user's mistake, None for another error."""
+    if isinstance(error, OverrideParseException):
+        key, _, value = error.override.partition("=")
+        quoted = value.replace('"', '\\"')
+        return (
+            f"{error.override} cannot be read: a value with blanks, or with signs other than ASCII letters, digits "
+            f"and / . - _ : % + @, needs quotes, and another pair for the shell, as in '{key}=\"{quoted}\"'"
+        )
+    if isinstance(error, CompactHydraException):
+        cause = error.__cause__
+        return f"{error}\n{cause}" if isinstance(cause, OmegaConfBaseException) else str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}; name another place, or make room for it there"
+    if isinstance(error, yaml.YAMLError):
+        return f"{error}\ncorrect this file: it is not valid YAML"
+    return None if _passed_through_us(error) else _about(error, sys.argv[1:])
+
+
+def _passed_through_us(error: Exception) -> bool:
+    """Return whether the traceback of an error has code of this package outside this file."""
+    files = {frame.filename for frame in traceback.extract_tb(error.__traceback__)} - {__file__}
+    return any(Path(file).is_relative_to(Path(__file__).parent) for file in files)
+
+
+def _about(error: Exception, given: Sequence[str]) -> str:
+    """Return what a library says about the values of a command, with the remedy."""
+    remedy = ""
+    if isinstance(error, UnicodeDecodeError):
+        remedy = "\none of the files named here is not UTF-8 text"
+    elif "Config group" in str(error):
+        remedy = "\na group takes the name of one of its choices; scripts/list.py prints them"
+    return f"{error}\ngiven: {' '.join(given)}{remedy}"
+
+
+@contextlib.contextmanager
+def explained_overrides(overrides: Sequence[str]) -> Iterator[None]:
+    """Turn what Hydra and OmegaConf raise on a user's mistake in the overrides into UserError."""
+    try:
+        yield
+    except CompactHydraException:
+        raise
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise UserError(_about(error, overrides)) from error
+
+
+# Runs.
+
+
+@contextlib.contextmanager
+def explained(run: object, folder: Path) -> Iterator[None]:
+    """Turn disk-full and out-of-memory errors, and missing deterministic kernels, of a run into UserError."""
+    try:
+        yield
+    except OSError as error:
+        place = os.fsdecode(error.filename) if error.filename else f"in {folder}"
+        raise UserError(
+            f"{run}: cannot write {place}: {error.strerror or error}; once that is corrected, {RESUMES}"
+        ) from error
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        reason = str(error)
+        if isinstance(error, MemoryError) or any(words in reason for words in OUT_OF_MEMORY):
+            raise UserError(
+                f"{run}: out of memory: {reason.partition('. ')[0] or type(error).__name__}; take a smaller "
+                "recipe.batch_size, more compute.devices or compute.precision=bf16-mixed"
+            ) from error
+        if "deterministic" in reason:
+            raise UserError(f"{run}: {reason}\ntake compute.deterministic=false or another backbone") from error
+        raise
+
+
+@contextlib.contextmanager
+def fitting(folder: Path) -> Iterator[None]:
+    """Raise UserError for a checkpoint that is intact but incompatible with this network or version."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"the checkpoint in {folder} does not fit this network and this version of the suite: {reason}\n"
+            "env.json names the commit that wrote it; check that out, or move the run's folder away to start anew"
+        ) from error
+
+
+def describe(error: BaseException) -> str:
+    """Return the message of an exception, without a traceback."""
+    return str(error).strip() if isinstance(error, UserError) else f"{type(error).__name__}: {error}".strip()
+
+
+# The note in a run's folder.
+
+
+@contextlib.contextmanager
+def noted(folder: Path) -> Iterator[None]:
+    """Note a failure in a run's folder; the note of an earlier attempt is removed first."""
+    (folder / FAILURE).unlink(missing_ok=True)
+    try:
+        yield
+    except Exception as error:
+        note_failure(folder, error)
+        raise
+
+
+def note_failure(folder: Path, error: Exception) -> None:
+    """Write the message of an exception, followed by its traceback unless it is a UserError.
+
+    Writes nothing where the folder cannot be written, which may be the failure itself.
+    """
+    text = describe(error) + "\n"
+    if not isinstance(error, UserError):
+        text += "\n" + "".join(traceback.format_exception(error))
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_durably(folder / FAILURE, text)
+
+
+def read_failure(folder: Path) -> str | None:
+    """Return the message noted in a run's folder, or None if there is none."""
+    try:
+        return (folder / FAILURE).read_text(encoding="utf-8").partition("\n\n")[0].strip()
+    except (OSError, UnicodeDecodeError):
+        return None
