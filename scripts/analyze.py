@@ -25,7 +25,7 @@ def main() -> None:
     from rich.console import Console  # imported here: --help need not wait for torch
 
     from l2bn.reporting.terminal import layers_table
-    from l2bn.training.run import analyze
+    from l2bn.training.existing import analyze
 
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
     failures = 0

@@ -15,7 +15,7 @@ def main() -> None:
     )
     parser.add_argument("--root", help="the folder of the data set, if it has moved since training")
     arguments = parser.parse_args()
-    from l2bn.training.run import evaluate_run  # imported here: --help need not wait for torch
+    from l2bn.training.existing import evaluate_run  # imported here: --help need not wait for torch
 
     loss, top1, top5 = evaluate_run(arguments.run, arguments.device, arguments.root, arguments.config_dir)
     print(f"test loss {loss:.4f}  top-1 {top1:.2f} %" + (f"  top-5 {top5:.2f} %" if top5 is not None else ""))

@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with composing([f"dataset={options.dataset}", *options.overrides], options.config_dir) as (_, overrides):
-        config, folders = compose(ROOT, overrides), own_folders()
+        config, folders = compose(ROOT, overrides), list(own_folders())
     node = resolve(config)["dataset"]
     if options.pack is not None:
         if options.dataset != "imagenet_wds":

@@ -16,8 +16,8 @@ def main() -> None:
     )
     parser.add_argument("--root", help="the folder of the data set, if it is not the one of its YAML file")
     arguments = parser.parse_args()
+    from l2bn.training.existing import replay  # imported here: --help need not wait for torch
     from l2bn.training.interruption import refuse_copies
-    from l2bn.training.run import replay  # imported here: --help need not wait for torch
 
     refuse_copies()
     with optional_output():

@@ -34,7 +34,7 @@ def main() -> None:
     else:
         runs = find_runs(Path(arguments.runs or "runs"))
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    console.print(overview([(run, look(run)) for run in runs], console.width))
+    console.print(overview([look(run) for run in runs], console.width))
 
 
 def quoted(text: str) -> str:

@@ -124,7 +124,7 @@ def test_both_norms_decide_alike(name: str, device: torch.device) -> None:
 @pytest.mark.slow
 def test_a_compiled_run_is_recorded_as_such_and_can_be_looked_into(train: Train) -> None:
     """What is evaluated and observed is the network itself."""
-    from l2bn.training.run import evaluate_run
+    from l2bn.training.existing import evaluate_run
 
     record = train("norm=bn", "recipe.epochs=1", "compute.compile=true", "analysis=on", *TINY)
     assert record.kernels == "stock+compiled"

@@ -22,8 +22,8 @@ from l2bn.data.imagenet import imagenet
 from l2bn.data.splits import digest
 from l2bn.errors import UserError
 from l2bn.records import SUMMARY, InvalidRecordError, Record, publish
+from l2bn.training.existing import analyze, evaluate_run
 from l2bn.training.plan import PlannedRun, check_images, compose_sweep, plan_sweep
-from l2bn.training.run import analyze, evaluate_run
 from l2bn.training.sweep import run_sweep
 
 GRAY = {"label": "Gray", "mean": [0.5] * 3, "std": [0.5] * 3}

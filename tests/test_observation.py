@@ -22,10 +22,10 @@ from l2bn.errors import UserError
 from l2bn.norms.swap import norm_layers, swap_norm
 from l2bn.records import FEATURES, SAMPLE, STATISTICS, Record, read_features, read_sample, read_statistics
 from l2bn.training.checkpoint import Checkpoints
+from l2bn.training.existing import analyze
 from l2bn.training.journal import Journal
 from l2bn.training.loop import Trainer
 from l2bn.training.observation import AnalysisPolicy, Network, compare_statistics
-from l2bn.training.run import analyze
 from test_training import EPOCHS, equal, results, stop_after, weights
 
 STATISTICS_OFTEN = ("analysis=statistics", "analysis.statistics_every=4")

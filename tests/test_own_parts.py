@@ -11,8 +11,9 @@ import yaml
 
 from conftest import ROOT
 from l2bn.errors import UserError
+from l2bn.training.existing import evaluate_run, replay
 from l2bn.training.plan import compose_sweep, composing, plan_sweep
-from l2bn.training.run import check, evaluate_run, replay
+from l2bn.training.run import check
 
 MODULE = """
 from torch import nn

@@ -10,7 +10,7 @@ import yaml
 from conftest import TINY, Train
 from l2bn.errors import UserError
 from l2bn.records import publish
-from l2bn.training.run import evaluate_run, replay
+from l2bn.training.existing import evaluate_run, replay
 from test_training import results
 
 Change = Callable[[dict[str, Any]], Any]

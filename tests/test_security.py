@@ -20,7 +20,7 @@ import yaml
 from conftest import ROOT, TINY, Train
 from l2bn.errors import UserError
 from l2bn.records import FILES, SUMMARY, InvalidRecordError, publish
-from l2bn.training.run import replay
+from l2bn.training.existing import replay
 from test_records import written
 
 SECRET = "correct-horse-battery-staple"

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 import subprocess
 import sys
@@ -56,7 +57,7 @@ def end(root: Path, run: PlannedRun, status: str = "finished", identity: str | N
 
 def shown(runs: Sequence[PlannedRun], width: int = 120) -> str:
     console = Console(file=io.StringIO(), width=width, record=True, highlight=False)
-    console.print(overview([(run, look(run)) for run in runs], width))
+    console.print(overview([look(run) for run in runs], width))
     return console.export_text()
 
 
@@ -125,7 +126,7 @@ def test_colour_says_nothing_that_a_word_does_not(runs: dict[str, PlannedRun], t
     end(tmp_path, runs["resnet20/bn/0"])
     console = Console(width=120, force_terminal=True, color_system="standard", highlight=False)
     with console.capture() as captured:
-        console.print(overview([(run, look(run)) for run in runs.values()], 120))
+        console.print(overview([look(run) for run in runs.values()], 120))
     assert re.search(r"\x1b\[32mdone *\x1b\[0m", captured.get())
     assert "\x1b" not in shown(list(runs.values()))
 
@@ -156,9 +157,16 @@ def test_a_damaged_record_is_no_result(runs: dict[str, PlannedRun], tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [(None, "?"), (42.2, "42 s"), (61, "1 min"), (3599, "1 h 00 min"), (11100, "3 h 05 min"), (190000, "2 d 4 h")],
+    [
+        (math.nan, "?"),
+        (42.2, "42 s"),
+        (61, "1 min"),
+        (3599, "1 h 00 min"),
+        (11100, "3 h 05 min"),
+        (190000, "2 d 4 h"),
+    ],
 )
-def test_durations_are_in_words(seconds: float | None, words: str) -> None:
+def test_durations_are_in_words(seconds: float, words: str) -> None:
     assert duration(seconds) == words
 
 

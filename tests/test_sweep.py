@@ -141,7 +141,7 @@ def test_a_failing_run_stops_no_other_and_is_reported(
     record = session.make_record
 
     def fail(job: session.Job, *arguments: Any) -> Any:
-        if job.seed == 1:
+        if job.run.cell.seed == 1:
             raise ZeroDivisionError("one of these days\nand a second line")
         return record(job, *arguments)
 

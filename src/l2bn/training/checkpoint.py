@@ -23,10 +23,11 @@ from l2bn.errors import UserError
 from l2bn.failures import fitting
 from l2bn.records import write_durably
 from l2bn.training.loop import Position, Totals
-from l2bn.training.plan import Config, check_images, differences
+from l2bn.training.plan import PlannedRun, check_identity, check_images
 
 log = logging.getLogger(__name__)
 
+CHECKPOINTS = "checkpoints"  # the folder in that of a run
 _NAME = re.compile(r"epoch(?P<epoch>\d+)-step(?P<step>\d+)\.(?P<digest>[0-9a-f]{16})\.pt")
 
 
@@ -149,16 +150,15 @@ class State:
     def __init__(
         self,
         fabric: Fabric,
-        folder: Path,
-        identity: Config,
+        run: PlannedRun,
         images: dict[str, str | None],
         policy: CheckpointPolicy,
         network: nn.Module,
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        self._fabric, self._identity, self._network, self._optimizer = fabric, identity, network, optimizer
-        self._images = images
-        self._checkpoints = Checkpoints(folder / "checkpoints", policy.keep_epochs)
+        self._fabric, self._run, self._images = fabric, run, images
+        self._network, self._optimizer = network, optimizer
+        self._checkpoints = Checkpoints(run.folder / CHECKPOINTS, policy.keep_epochs)
 
     def save(self, position: Position) -> None:
         """Write a checkpoint at a position. All processes call it; rank 0 writes."""
@@ -169,7 +169,7 @@ class State:
         if not self._fabric.is_global_zero:
             return
         state = {
-            "identity": self._identity,
+            "identity": self._run.identity,
             "images": self._images,
             "model": self._network.state_dict(),
             "optimizer": self._optimizer.state_dict(),
@@ -191,18 +191,16 @@ class State:
         state = self._checkpoints.load(self._fabric.device)
         if state is None:
             return Position()
-        with fitting(self._checkpoints.folder):
-            changed = differences(state["identity"], self._identity)
-            if changed:
-                raise UserError(
-                    f"{self._checkpoints.folder} is of another run, which differs (there against here) in\n"
-                    + "".join(f"  {line}\n" for line in changed)
-                    + "give this one another runs_dir, or move the old folder away"
-                )
-            check_images(state.get("images"), self._images, self._checkpoints.folder.parent)
+        folder = self._run.folder
+        with fitting(folder):
+            check_identity(state["identity"], self._run.identity, folder)
+            check_images(state.get("images"), self._images, folder)
             self._network.load_state_dict(state["model"])
             self._optimizer.load_state_dict(state["optimizer"])
-            self._match_memory_format()
+            for parameter, kept in self._optimizer.state.items():
+                # In the memory format of the parameters, which may have changed since it was saved.
+                if kept.get("momentum_buffer") is not None:
+                    kept["momentum_buffer"] = torch.empty_like(parameter).copy_(kept["momentum_buffer"])
             self._fabric.strategy.precision.load_state_dict(state["precision"])
             position = Position(**state["position"])
             if position.totals is not None:
@@ -211,9 +209,3 @@ class State:
         if self._fabric.is_global_zero:
             log.info("resumed after epoch %d, step %d", position.epoch, position.step)
         return position
-
-    def _match_memory_format(self) -> None:
-        """Store momentum in the memory format of the parameters, which may have changed since it was saved."""
-        for parameter, kept in self._optimizer.state.items():
-            if kept.get("momentum_buffer") is not None:
-                kept["momentum_buffer"] = torch.empty_like(parameter).copy_(kept["momentum_buffer"])

@@ -25,7 +25,7 @@ FACTS_BEHIND_BITS = ("packages", "device", "cuda", "cudnn", "cpu_capability", "t
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Commit, source, versions, device and threads, at this moment.
+    """Return commit, source, versions, device and threads, at this moment.
 
     commit, dirty: of the checkout that the package runs from, None where it runs from none; dirty also counts
     untracked files under src/ and configs/. source: digest of the package's own Python files as they are.
@@ -50,9 +50,9 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
 
 
 def note_start(folder: Path, device: torch.device, kernels: str) -> str:
-    """Add this start of a run to `env.json`; warn where it may compute other numbers than the one before.
+    """Add this start of a run to `env.json`; warn if it may compute other numbers than the last one.
 
-    Returns what all of the run's starts took for kernels, as a record has it (`Record.kernels`).
+    Returns the kernels of all starts of the run, as in `Record.kernels`.
     """
     path = folder / ENVIRONMENT
     starts = _earlier_starts(path) if path.exists() else []
@@ -85,14 +85,14 @@ def _name(start: dict[str, Any]) -> str:
 
 
 def _source() -> str:
-    """32 hexadecimal digits over the names and contents of all Python files of the package."""
+    """Return 32 hexadecimal digits over the names and contents of all Python files of the package."""
     files = sorted(PACKAGE.rglob("*.py"))
     lines = [f"{file.relative_to(PACKAGE)} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
 
 
 def _checkout() -> tuple[str | None, bool | None]:
-    """Commit of the checkout that holds this package, and whether its files differ from it; None where unknown.
+    """Return the commit of the checkout that holds this package, and whether its files differ; None if unknown.
 
     A repository that merely contains the project, or the environment that it is installed in, is not its checkout.
     """
@@ -107,7 +107,7 @@ def _checkout() -> tuple[str | None, bool | None]:
 
 
 def _git(*arguments: str) -> str | None:
-    """The output of git in the project's folder, None where it is not a checkout or git is missing."""
+    """Return the output of git in the project's folder, None where it is not a checkout or git is missing."""
     command = ["git", "-C", str(PROJECT), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -116,7 +116,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def _processor() -> str:
-    """The processor's model name, which Linux tells in /proc and `platform` does not."""
+    """Return the processor's model name, which on Linux only /proc has."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -24,7 +24,7 @@ from l2bn.records import MACHINE_PATHS, is_finite_number
 
 
 def _find_configs() -> Path:
-    """The folder of configurations: of the checkout whose script is running, else of this package."""
+    """Return the folder of configurations: of the checkout whose script is running, else of this package."""
     package = Path("src", "l2bn", "configs")
     checkout = Path(sys.argv[0]).resolve().parent.parent
     own = checkout / package if (checkout / package).is_dir() else Path(__file__).parents[1] / package.name
@@ -56,7 +56,10 @@ class Builder:
         object is not of the `kind` that is needed.
         """
         target, partial, arguments = self._split(node, path)
-        built = self.call(target, arguments, path, partial=partial)
+        if partial:
+            built = functools.partial(target, **self.fit(target, arguments, path, partial=True))
+        else:
+            built = self.call(target, arguments, path)
         if not isinstance(built, kind):
             raise UserError(
                 f"{path}._target_: {node['_target_']} makes a {type(built).__name__}, "
@@ -64,30 +67,30 @@ class Builder:
             )
         return built
 
-    def call(self, target: Callable[..., Any], arguments: Node, path: str, *, partial: bool = False) -> Any:
+    def call(self, target: Callable[..., Any], arguments: Node, path: str) -> Any:
         """Call a target with the arguments of a node, once their names and types fit the target's signature."""
-        built = self._fit(target, arguments, path, partial=partial)
-        if partial:
-            return functools.partial(target, **built)
+        built = self.fit(target, arguments, path)
         try:
             return target(**built)
         except ValueError as error:
-            raise UserError(f"{path}: {error}" if path else str(error)) from error
+            raise UserError(f"{path}: {error}") from error
 
-    def check(self, node: Node, path: str, target: Callable[..., Any] | None = None) -> None:
-        """Check a node's names and types against its `_target_`, or a given target, without calling it.
-
-        Raises UserError.
-        """
-        found, partial, arguments = self._split(node, path) if target is None else (target, False, node)
-        self._fit(found, arguments, path, partial=partial)
+    def check(self, node: Node, path: str) -> None:
+        """Check a node's names and types against its `_target_`, without calling it. Raises UserError."""
+        target, partial, arguments = self._split(node, path)
+        self.fit(target, arguments, path, partial=partial)
 
     def check_keys(self, given: Node, accepted: Collection[str], path: str) -> None:
         """Raise UserError for a key that is not accepted, with its file and the nearest key that is accepted."""
         for key in given:
             if key not in accepted:
                 place = _join(path, key)
-                files = self._files_that_set(place)
+                files = [
+                    f"{_shown(folder)}/{file}"
+                    for file in self.files
+                    for folder in self.folders or ()
+                    if _sets(folder, file, place)
+                ]
                 near = difflib.get_close_matches(key, accepted, n=1)
                 raise UserError(
                     f"unknown key {place}"
@@ -96,8 +99,10 @@ class Builder:
                     + f"\naccepted here: {', '.join(sorted(accepted)) or 'nothing'}"
                 )
 
-    def _fit(self, target: Callable[..., Any], arguments: Node, path: str, *, partial: bool) -> dict[str, Any]:
-        """The arguments, the nodes among them instantiated, once they fit the target's signature."""
+    def fit(
+        self, target: Callable[..., Any], arguments: Node, path: str, *, partial: bool = False
+    ) -> dict[str, Any]:
+        """Return the arguments, the nodes among them instantiated, once they fit the target's signature."""
         check_mapping(arguments, path)
         accepted, open_ended = _parameters(target)
         if partial and accepted:  # the caller passes the first parameter
@@ -107,22 +112,20 @@ class Builder:
         missing = [_join(path, key) for key, (_, need) in accepted.items() if need and key not in arguments]
         if missing:
             raise UserError(f"missing {', '.join(missing)}: give each a value")
-        built = {key: self._build_nested(value, _join(path, key)) for key, value in arguments.items()}
-        for key, value in built.items():
+        built = {}
+        for key, value in arguments.items():
+            place = _join(path, key)
+            is_node = isinstance(value, Mapping) and "_target_" in value
+            built[key] = self.build(value, place) if is_node else value
             hint, _ = accepted.get(key, (Any, False))
-            if not _fits(value, hint):
-                raise UserError(f"{_join(path, key)} must be {_describe(hint)}, not {value!r}")
+            check_type(built[key], hint, place)
         return built
 
-    def _build_nested(self, value: Any, path: str) -> Any:
-        return self.build(value, path) if isinstance(value, Mapping) and "_target_" in value else value
-
     def _split(self, node: Node, path: str) -> tuple[Callable[..., Any], bool, dict[str, Any]]:
-        """A node's target, whether the target is only to be bound, and its arguments."""
+        """Return a node's target, whether it is only to be bound, and its arguments."""
         check_mapping(node, path)
         partial = node.get("_partial_", False)
-        if not isinstance(partial, bool):
-            raise UserError(f"{path}._partial_ must be true or false, not {partial!r}")
+        check_type(partial, bool, f"{path}._partial_")
         arguments = {key: value for key, value in node.items() if key not in ("_target_", "_partial_")}
         return self._import(node.get("_target_"), path), partial, arguments
 
@@ -143,13 +146,6 @@ class Builder:
             raise UserError(f"{path}._target_: {name} is neither a class nor a function")
         return target
 
-    def _files_that_set(self, place: str) -> list[str]:
-        """The YAML files, of those that the configuration was composed of, that set a key."""
-        found = [
-            (folder, file) for file in self.files for folder in self.folders or () if _sets(folder, file, place)
-        ]
-        return [f"{_shown(folder)}/{file}" for folder, file in found]
-
 
 def check_mapping(node: object, path: str) -> None:
     """Raise UserError for a value where a node is needed."""
@@ -157,8 +153,17 @@ def check_mapping(node: object, path: str) -> None:
         raise UserError(f"{path} must be a node of keys and values, not {node!r}")
 
 
+def check_type(value: object, hint: Any, path: str) -> None:
+    """Raise UserError unless a value, or the object built in its place, is of the type of a hint."""
+    if not _fits(value, hint):
+        raise UserError(f"{path} must be {_describe(hint)}, not {value!r}")
+
+
+# YAML files.
+
+
 def machine_keys(file: str, folders: Sequence[Path]) -> dict[str, Any]:
-    """The keys of a YAML file that name places on this machine."""
+    """Return the keys of a YAML file that name places on this machine."""
     content = next((files[file] for files in map(_yaml_files, folders) if file in files), None)
     content = content if isinstance(content, dict) else {}
     return {key: value for key, value in content.items() if key in MACHINE_PATHS and value != "???"}
@@ -174,13 +179,13 @@ def _join(path: str, key: str) -> str:
 
 
 def _shown(folder: Path) -> str:
-    """A folder of configurations as messages name it."""
+    """Return the name of a folder of configurations in messages."""
     return folder.name if folder == CONFIGS else str(folder)
 
 
 @functools.cache
 def _yaml_files(folder: Path) -> dict[str, Any]:
-    """The content of every YAML file of a folder, by its path there, without the files that cannot be read."""
+    """Return the content of every YAML file of a folder, by its path there, without those that cannot be read."""
     contents = {}
     for path in sorted(folder.rglob("*.yaml")):
         if is_hidden(path.relative_to(folder)):
@@ -192,42 +197,45 @@ def _yaml_files(folder: Path) -> dict[str, Any]:
     return contents
 
 
+def flatten(tree: object, place: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values in nested nodes by their dotted keys, in the order of the keys; an empty node has none."""
+    if not isinstance(tree, Mapping):
+        yield place, tree
+        return
+    for key, value in sorted(tree.items(), key=lambda item: str(item[0])):
+        yield from flatten(value, _join(place, str(key)))
+
+
 @functools.cache
 def _targets(folder: Path) -> frozenset[tuple[str, str]]:
-    """Every `_target_` of a folder's files with its place: in the node of the file's group, and as it stands."""
-    found: set[tuple[str, str]] = set()
+    """Return every `_target_` of a folder's files with its place: in the node of the file's group, and as is."""
+    found = set()
     for file, content in _yaml_files(folder).items():
-        for group in (file.partition("/")[0].removesuffix("_for"), ""):
-            found.update(_find_targets(content, group))
+        group = file.partition("/")[0].removesuffix("_for")
+        for key, value in flatten(content):
+            place, _, last = key.rpartition(".")
+            if last == "_target_" and isinstance(value, str):
+                found |= {(place, value), (f"{group}.{place}".rstrip("."), value)}
     return frozenset(found)
-
-
-def _find_targets(value: object, place: str) -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict):
-        if isinstance(value.get("_target_"), str):
-            yield place, value["_target_"]
-        for key, child in value.items():
-            yield from _find_targets(child, _join(place, str(key)))
 
 
 def _sets(folder: Path, file: str, place: str) -> bool:
     """Tell whether a file sets a key of its own group, or of the whole configuration."""
-    group, *rest = place.split(".")
-    own, whole = file.startswith((f"{group}/", f"{group}_for/")), file.startswith(("train.yaml", "experiment/"))
-    content = _yaml_files(folder).get(file) if own or whole else None
-    if content is None:
+    group, _, key = place.partition(".")
+    if file.startswith(("train.yaml", "experiment/")):
+        key = place
+    elif not file.startswith((f"{group}/", f"{group}_for/")):
         return False
-    for key in rest if own else [group, *rest]:
-        if not isinstance(content, dict) or key not in content:
-            return False
-        content = content[key]
-    return True
+    return any(f"{found}.".startswith(f"{key}.") for found, _ in flatten(_yaml_files(folder).get(file)))
+
+
+# Types.
 
 
 def _parameters(target: Callable[..., Any]) -> tuple[dict[str, tuple[Any, bool]], bool]:
-    """The keyword parameters of a signature, and whether it takes any others.
+    """Return the keyword parameters of a signature, and whether it takes any others.
 
-    Of each parameter the type hint, and whether a value is required.
+    Each parameter has its type hint, and whether a value is required.
     """
     try:
         hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
@@ -278,6 +286,7 @@ def _fits(value: object, hint: Any) -> bool:
 
 
 def _describe(hint: Any) -> str:
+    """Return what a type accepts, in words for messages."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, UnionType):
         return " or ".join(_describe(option) for option in arguments)

@@ -6,14 +6,13 @@ YAML file does not reach a sweep that has begun. The module imports neither torc
 """
 
 import contextlib
-import copy
 import hashlib
 import importlib.resources
 import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,19 +33,20 @@ from hydra.core.utils import env_override
 from hydra.errors import CompactHydraException, ConfigCompositionException
 from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from l2bn.errors import UserError
 from l2bn.failures import explain, explained_overrides
 from l2bn.records import CONFIG, is_plain_name
-from l2bn.training.instantiate import CONFIGS, Builder, check_mapping, is_hidden
+from l2bn.training.instantiate import CONFIGS, Builder, check_mapping, check_type, flatten, is_hidden
 
 log = logging.getLogger(__name__)
 
 ROOT = "train"  # the YAML file that every run is composed from
 GROUPS = ("dataset", "backbone", "norm", "recipe")
 NODES = (*GROUPS, "compute", "checkpoint", "analysis")
+SETTINGS = {"seed": int, "runs_dir": str, "progress": bool}  # the keys of a configuration besides its nodes
 COMPUTE_KEYS = ("precision", "devices", "sync_bn")  # the keys of `compute` that are part of a run's identity
 
 Config = Mapping[str, Any]
@@ -55,24 +55,9 @@ Config = Mapping[str, Any]
 # Settings.
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The keys of a configuration besides its nodes."""
-
-    seed: int
-    runs_dir: str
-    progress: bool
-
-    def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"seed must be 0 or more, not {self.seed}")
-        if not self.runs_dir:
-            raise ValueError("runs_dir is empty: name a folder, '.' for this one")
-
-
-def check_complete(config: Config) -> None:
-    """Raise UserError unless a configuration has all that names a run and tells its length."""
-    needed = (*NODES, *Settings.__dataclass_fields__)
+def check_settings(config: Config) -> None:
+    """Raise UserError for a key that a configuration lacks, or a wrong value of one that this module reads."""
+    needed = (*NODES, *SETTINGS)
     missing = [key for key in needed if key not in config]
     if not missing:
         for name in NODES:
@@ -81,12 +66,18 @@ def check_complete(config: Config) -> None:
         missing = [f"{node}.{key}" for node, key in below if key not in config[node]]
     if missing:
         raise UserError(f"missing {', '.join(missing)}: a configuration has {', '.join(needed)}")
+    for key, kind in SETTINGS.items():
+        check_type(config[key], kind, key)
+    check_type(config["recipe"]["epochs"], int, "recipe.epochs")
+    if config["seed"] < 0:
+        raise UserError(f"seed must be 0 or more, not {config['seed']}")
+    if not config["runs_dir"]:
+        raise UserError("runs_dir is empty: name a folder, '.' for this one")
 
 
-def read_settings(config: Config, builder: Builder) -> Settings:
-    """The keys of a configuration besides its nodes. Raises UserError, also for an unknown key."""
-    known = [*NODES, *Settings.__dataclass_fields__]
-    for key in config.keys() - known:
+def check_keys(config: Config, builder: Builder) -> None:
+    """Raise UserError for an unknown key beside the nodes of a configuration."""
+    for key in config.keys() - {*NODES, *SETTINGS}:
         if key == "experiment":
             raise UserError(
                 f'{key} is not a key: the file of an experiment begins with the line "# @package _global_"'
@@ -94,9 +85,7 @@ def read_settings(config: Config, builder: Builder) -> Settings:
         for node in NODES:
             if key in config[node]:
                 raise UserError(f"unknown key {key}; did you mean {node}.{key}?")
-    builder.check_keys(config, known, "")
-    settings: Settings = builder.call(Settings, {k: v for k, v in config.items() if k not in NODES}, "")
-    return settings
+    builder.check_keys(config, [*NODES, *SETTINGS], "")
 
 
 def make_folder(folder: Path) -> None:
@@ -144,32 +133,42 @@ class Cell:
 
 
 def name_cell(config: Config, defaults: Config, choices: Mapping[str, str]) -> Cell:
-    """The cell of a configuration; `defaults` is the configuration that the choices alone compose to."""
+    """Return the cell of a configuration; `defaults` is the configuration that the choices alone compose to."""
     names = {group: _name(choices[group], config[group], defaults[group]) for group in GROUPS}
     return Cell(**names, seed=config["seed"])
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """The part of a configuration that can change the result."""
+    """Return the part of a configuration that can change the result."""
     compute = {key: config["compute"][key] for key in COMPUTE_KEYS}
     return {**{group: _without_machine_keys(config[group]) for group in GROUPS}, **compute, "seed": config["seed"]}
 
 
 def hash_identity(content: Config) -> str:
-    """16 hexadecimal digits; 1 and 1.0 have the same hash."""
-    text = json.dumps(list(_flatten(content)), default=str)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    """Return 16 hexadecimal digits; 1 and 1.0 have the same hash."""
+    return _digest(json.dumps(list(_values(content).items()), default=str))
 
 
 def differences(one: Config, other: Config) -> list[str]:
-    """A line for each key in which two identities differ, with both values."""
-    a, b = dict(_flatten(one)), dict(_flatten(other))
+    """Return a line for each key in which two identities differ, with both values."""
+    a, b = _values(one), _values(other)
     missing = "not there"
     return [
         f"{key}: {a.get(key, missing)} against {b.get(key, missing)}"
         for key in sorted(a.keys() | b.keys())
         if a.get(key, missing) != b.get(key, missing)
     ]
+
+
+def check_identity(stored: Config, own: Config, place: Path) -> None:
+    """Raise UserError if a folder holds a run of another identity: it is neither overwritten nor mixed."""
+    changed = differences(stored, own)
+    if changed:
+        raise UserError(
+            f"{place} holds another run, which differs (there against here) in\n"
+            + "".join(f"  {line}\n" for line in changed)
+            + "give this one another runs_dir, or move the old folder away"
+        )
 
 
 def check_images(stored: Mapping[str, Any] | None, present: Mapping[str, Any], place: Path) -> None:
@@ -190,28 +189,28 @@ def check_images(stored: Mapping[str, Any] | None, present: Mapping[str, Any], p
 
 
 def _name(choice: str, node: Config, default: Config) -> str:
-    """A choice and the values overridden in it: "l2bn,eps=0.001"."""
-    a, b = (dict(_flatten(_without_machine_keys(tree))) for tree in (node, default))
+    """Return a choice and the values overridden in it: "l2bn,eps=0.001"."""
+    a, b = (_values(_without_machine_keys(tree)) for tree in (node, default))
     changed = [f"{key}={a.get(key)}" for key in sorted(a.keys() | b.keys()) if a.get(key, ...) != b.get(key, ...)]
     name = ",".join([choice, *changed])
     name = "".join("_" if letter in "/ " or not letter.isprintable() else letter for letter in name)
-    if len(name.encode()) > LONGEST_NAME:
-        digest = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
-        name = f"{choice},{digest}"
-    return name
+    return name if len(name.encode()) <= LONGEST_NAME else f"{choice},{_digest(name)}"
 
 
 def _without_machine_keys(node: Config) -> dict[str, Any]:
     return {key: value for key, value in node.items() if key not in MACHINE_KEYS}
 
 
-def _flatten(tree: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and their values, in a fixed order, with whole floats as integers."""
-    for key, value in sorted(tree.items(), key=lambda item: str(item[0])):
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", int(value) if isinstance(value, float) and value.is_integer() else value
+def _values(tree: Config) -> dict[str, Any]:
+    """Return the values of a tree by their dotted keys, in a fixed order, with whole floats as integers."""
+    return {
+        key: int(value) if isinstance(value, float) and value.is_integer() else value
+        for key, value in flatten(tree)
+    }
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 # Composition.
@@ -266,15 +265,20 @@ class _Loader(ConfigLoaderImpl):
             return config
 
 
+def check_folders(folders: Sequence[Path]) -> None:
+    """Raise UserError for a folder of YAML files that does not exist."""
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"--config-dir: there is no folder {folder}")
+
+
 @contextlib.contextmanager
 def composing(overrides: Sequence[str] = (), folders: Sequence[Path] = ()) -> Iterator[tuple[Hydra, list[str]]]:
     """Have Hydra compose from `configs/` and from a user's own folders, those of `hydra.searchpath` among them.
 
     Yields Hydra and the other overrides. Raises UserError for a folder that does not exist.
     """
-    for folder in folders:
-        if not folder.is_dir():
-            raise UserError(f"--config-dir: there is no folder {folder}")
+    check_folders(folders)
     with initialize_config_dir(str(CONFIGS), job_name="l2bn", version_base="1.3"):
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None
@@ -282,50 +286,40 @@ def composing(overrides: Sequence[str] = (), folders: Sequence[Path] = ()) -> It
         own = [f"file://{folder.resolve()}" for folder in folders]
         rest = []
         for override in OverridesParser.create().parse_overrides(list(overrides)):
-            if override.key_or_group == "hydra.searchpath":
-                value = override.value()
-                if not isinstance(value, list) or not all(isinstance(path, str) for path in value):
-                    raise UserError(f"hydra.searchpath must be a list of folders, [file://FOLDER], not {value!r}")
-                own += value
-            else:
+            if override.key_or_group != "hydra.searchpath":
                 rest.append(str(override.input_line))
+                continue
+            value = override.value()
+            if not isinstance(value, list) or not all(isinstance(path, str) for path in value):
+                raise UserError(f"hydra.searchpath must be a list of folders, [file://FOLDER], not {value!r}")
+            own += value
         for path in own:
             search_path.prepend("command-line", path, SearchPathQuery(provider="schema"))
-        loader = _Loader(search_path)
-        for source in loader.get_sources():
+        hydra.config_loader = _Loader(search_path)
+        for source in hydra.config_loader.get_sources():
             if not source.available():
                 raise UserError(f"hydra.searchpath: there is no folder {source.full_path()}")
-        hydra.config_loader = loader
         yield hydra, rest
 
 
-def _own_sources() -> list[ConfigSource]:
-    """The sources of YAML files on Hydra's search path, without Hydra's own."""
-    sources = GlobalHydra.instance().config_loader().get_sources()
-    return [source for source in sources if source.provider in ("main", "command-line")]
-
-
-def _folder(source: ConfigSource) -> Path:
-    """The folder of a source of YAML files."""
-    if source.scheme() == "pkg":
-        return Path(str(importlib.resources.files(source.path)))
-    return Path(source.path).resolve()
-
-
-def own_folders() -> list[Path]:
-    """`configs/` and the user's own folders of YAML files."""
-    return [_folder(source) for source in _own_sources()]
+def own_folders() -> dict[Path, ConfigSource]:
+    """Return `configs/` and the user's own folders of YAML files, each with Hydra's source of it."""
+    folders = {}
+    for source in GlobalHydra.instance().config_loader().get_sources():
+        if source.provider in ("main", "command-line"):
+            path = importlib.resources.files(source.path) if source.scheme() == "pkg" else source.path
+            folders[Path(str(path)).resolve()] = source
+    return folders
 
 
 def compose_sweep(overrides: Sequence[str]) -> DictConfig:
-    """The configuration of a whole sweep, as the command `train.py -m` composes it."""
-    hydra = GlobalHydra.instance().hydra
-    assert hydra is not None
-    return hydra.compose_config(ROOT, [*overrides, "hydra.mode=MULTIRUN"], run_mode=RunMode.MULTIRUN)
+    """Return the configuration of a whole sweep, as the command `train.py -m` composes it."""
+    loader = GlobalHydra.instance().config_loader()
+    return loader.load_configuration(ROOT, [*overrides, "hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
 
 
 def resolve(config: DictConfig, *, missing: bool = False) -> dict[str, Any]:
-    """A configuration as plain values; the label of a data set that has none is the name of its folder.
+    """Return a configuration as plain values; a data set without a label is called by the name of its folder.
 
     Raises UserError for a value that is required and missing.
     """
@@ -362,11 +356,15 @@ class PlannedRun:
     files: Sequence[str] = ()
     folders: Sequence[Path] | None = (CONFIGS,)
     overrides: Sequence[str] = ()
-    deferred: Mapping[str, Any] | None = None
+    deferred: Config | None = None
 
     @property
     def folder(self) -> Path:
         return Path(self.config["runs_dir"]) / self.cell.path
+
+    def as_yaml(self) -> str:
+        """Return the content of the run's `config.yaml`."""
+        return yaml.safe_dump({**self.config, "cell": asdict(self.cell)}, sort_keys=False)
 
     @property
     def builder(self) -> Builder:
@@ -382,19 +380,20 @@ class PlannedRun:
 
 
 def plan_run(config: DictConfig, hydra: Any) -> PlannedRun:
-    """The run of a configuration that Hydra composed, given with its `hydra` node. Raises UserError."""
+    """Return the run of a configuration that Hydra composed, given with its `hydra` node. Raises UserError."""
     return _Planner().plan(config, hydra.runtime.choices, ())
 
 
 def plan_sweep(sweep: DictConfig) -> list[PlannedRun]:
-    """Every run of a sweep, in order, given the configuration that Hydra composed for the whole sweep.
+    """Return every run of a sweep, in order, given the configuration that Hydra composed for the whole sweep.
 
     Every run is composed, so that a wrong name or key in any of them is found here. Raises UserError, also where
     two runs would have one folder.
     """
+    arguments = OmegaConf.to_container(sweep.hydra.overrides.task, resolve=False)
+    assert isinstance(arguments, list)
     runs: dict[Path, PlannedRun] = {}
-    for run in _Planner().expand(sweep):
-        _check_names(run.config)
+    for run in _Planner().expand(sweep, _parameters(sweep), arguments):
         first = runs.setdefault(run.folder, run)
         changed = differences(first.identity, run.identity)
         if changed:
@@ -411,22 +410,17 @@ class _Planner:
 
     def __init__(self) -> None:
         self._loader = GlobalHydra.instance().config_loader()
-        self._sources = _own_sources()
+        self._folders = own_folders()
         self._composed: dict[tuple[str, ...], DictConfig] = {}
         self._defaults: dict[tuple[str, ...], Config] = {}
 
-    def expand(self, sweep: DictConfig) -> Iterator[PlannedRun]:
-        """The runs of a sweep: the product of all that it goes over, the experiment's parameters first."""
-        arguments = OmegaConf.to_container(sweep.hydra.overrides.task, resolve=False)
-        assert isinstance(arguments, list)
-        yield from self._expand(sweep, _parameters(sweep), arguments)
-
-    def _expand(self, sweep: DictConfig, parameters: list[str], arguments: list[str]) -> Iterator[PlannedRun]:
+    def expand(self, sweep: DictConfig, parameters: list[str], arguments: list[str]) -> Iterator[PlannedRun]:
+        """Yield the runs of a sweep: the product of all that it goes over, the experiment's parameters first."""
         for job in self._jobs([*parameters, *arguments]):
             try:
                 full, seed = self._compose(sweep, job)
                 if (own := _parameters(full)) != parameters:  # of an experiment that is swept over
-                    yield from self._expand(sweep, own, job)
+                    yield from self.expand(sweep, own, job)
                     continue
                 if _plain(full.hydra.launcher) != _plain(sweep.hydra.launcher):
                     raise UserError("a sweep has one launcher: choose it on the command line, launcher=NAME")
@@ -440,7 +434,7 @@ class _Planner:
             yield run
 
     def _jobs(self, overrides: list[str]) -> list[list[str]]:
-        """The overrides of each job, as Hydra's own sweeper makes them."""
+        """Return the overrides of each job, as Hydra's own sweeper makes them."""
         parser = OverridesParser.create(config_loader=self._loader)
         with explained_overrides(overrides):
             parsed = [_listed(override, parser) for override in parser.parse_overrides(overrides)]
@@ -448,7 +442,7 @@ class _Planner:
         return jobs
 
     def _compose(self, sweep: DictConfig, job: list[str]) -> tuple[DictConfig, object]:
-        """The configuration of a job, and the seed that is to be set in it."""
+        """Return the configuration of a job, and the seed that is to be set in it."""
         # A seed changes no other value, so that it can be set afterwards.
         others = tuple(override for override in job if not override.startswith("seed="))
         if others not in self._composed:
@@ -457,40 +451,47 @@ class _Planner:
         return self._composed[others], seeds[0].value() if seeds else None
 
     def plan(self, config: DictConfig, choices: Mapping[str, str | None], overrides: Sequence[str]) -> PlannedRun:
+        """Return the run of a configuration and its choices, with its settings checked and its cell named."""
         resolved = resolve(config)
-        check_complete(resolved)
-        if isinstance(resolved["runs_dir"], str):
-            resolved["runs_dir"] = str(Path(resolved["runs_dir"]).expanduser()) if resolved["runs_dir"] else ""
-        chosen = {group: _one_choice(group, choices.get(group)) for group in GROUPS}
+        check_settings(resolved)
+        resolved["runs_dir"] = str(Path(resolved["runs_dir"]).expanduser())
+        chosen = {}
+        for group in GROUPS:
+            choice = choices.get(group)
+            if not isinstance(choice, str):  # a list, or a group that was taken out
+                raise UserError(
+                    f"{group} takes one choice, as in {group}=NAME; several are a sweep: -m {group}=ONE,OTHER"
+                )
+            chosen[group] = choice
         key = tuple(f"{group}={choice}" for group, choice in chosen.items())
         if key not in self._defaults:
             self._defaults[key] = resolve(compose(ROOT, list(key)), missing=True)
-        deferred = OmegaConf.to_container(config.compute, resolve=False)
-        assert isinstance(deferred, dict)
-        return PlannedRun(
+        deferred = {key: value for key, value in _plain(config.compute).items() if key not in COMPUTE_KEYS}
+        run = PlannedRun(
             cell=name_cell(resolved, self._defaults[key], chosen),
             config=resolved,
             files=[f"{ROOT}.yaml", *self._files(choices)],
-            folders=own_folders(),
+            folders=list(self._folders),
             overrides=overrides,
-            deferred={str(key): value for key, value in deferred.items() if key not in COMPUTE_KEYS},
+            deferred=deferred,
         )
+        check_keys(run.config, run.builder)
+        return run
 
     def _files(self, choices: Mapping[str, str | None]) -> Iterator[str]:
-        """The YAML file of each choice. Raises UserError where a user's file has the name of another."""
+        """Yield the YAML file of each choice. Raises UserError where a user's file has the name of another."""
         for group, choice in choices.items():
             if not isinstance(choice, str) or group.startswith("hydra/"):
                 continue
-            folders = [_folder(source) for source in self._sources if source.is_config(f"{group}/{choice}")]
+            name = f"{group}/{choice}"
+            folders = [str(folder) for folder, source in self._folders.items() if source.is_config(name)]
             if len(folders) > 1:
-                raise UserError(
-                    f"{group}/{choice}.yaml is in {' and in '.join(map(str, folders))}; give your own another name"
-                )
-            yield f"{group}/{choice}.yaml"
+                raise UserError(f"{name}.yaml is in {' and in '.join(folders)}; give your own another name")
+            yield f"{name}.yaml"
 
 
 def _parameters(config: DictConfig) -> list[str]:
-    """The values that a configuration says to sweep over, as overrides."""
+    """Return the values that a configuration says to sweep over, as overrides."""
     return [f"{key}={value}" for key, value in (_plain(config.hydra.sweeper).get("params") or {}).items()]
 
 
@@ -501,7 +502,7 @@ def _plain(node: DictConfig) -> dict[str, Any]:
 
 
 def _listed(override: Override, parser: OverridesParser) -> Override:
-    """A range as the list of its values: 0.3, not 0.30000000000000004. Raises UserError for an interval."""
+    """Return a range as the list of its values: 0.3, not 0.30000000000000004. Raises UserError for an interval."""
     if override.is_interval_sweep():
         raise UserError(
             f"{override.input_line}: an interval has no values to go over; list them, or use range(...)"
@@ -524,55 +525,40 @@ def _as_in_job(full: DictConfig) -> Iterator[None]:
         HydraConfig.instance().cfg = before
 
 
-def _one_choice(group: str, choice: object) -> str:
-    if not isinstance(choice, str):  # a list, or a group that was taken out
-        raise UserError(f"{group} takes one choice, as in {group}=NAME; several are a sweep: -m {group}=ONE,OTHER")
-    return choice
+# Runs read from their folders, and handed to jobs.
 
 
-def _check_names(config: Config) -> None:
-    """Raise UserError unless the values that name a run and tell its length are there."""
-    for key, value, kind, word in (
-        ("seed", config["seed"], int, "a whole number"),
-        ("recipe.epochs", config["recipe"]["epochs"], int, "a whole number"),
-        ("runs_dir", config["runs_dir"], str, "a text"),
-    ):
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise UserError(f"{key} must be {word}, not {value!r}")
-
-
-def read_config(path: Path) -> tuple[dict[str, Any], Cell]:
-    """The configuration and the cell of a run, from its `config.yaml`.
+def read_config(folder: Path) -> PlannedRun:
+    """Return the run whose `config.yaml` is in a folder.
 
     Raises OSError, and ValueError if the file is not the configuration of a run.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(str(error)) from error
     names = content.pop("cell", None) if isinstance(content, dict) else None
     if not isinstance(names, dict) or names.keys() != Cell.__dataclass_fields__.keys():
         raise ValueError(f"missing cell, with {', '.join(Cell.__dataclass_fields__)}")
-    cell = Cell(**names)
     # A published record has no runs_dir, and a record from before there was an analysis no such node.
-    config = {"runs_dir": "runs", "analysis": {}, **content}
+    run = PlannedRun(Cell(**names), {"runs_dir": "runs", "analysis": {}, **content})
     try:
-        check_complete(config)
+        check_settings(run.config)
     except UserError as error:
         raise ValueError(str(error)) from error
-    if cell.seed != config["seed"]:
-        raise ValueError(f"the cell's seed is {cell.seed!r}, the configuration's {config['seed']!r}")
-    return config, cell
+    if run.cell.seed != run.config["seed"]:
+        raise ValueError(f"the cell's seed is {run.cell.seed!r}, the configuration's {run.config['seed']!r}")
+    return run
 
 
 def find_runs(root: Path) -> list[PlannedRun]:
-    """Every run that has begun under a folder; a file that is not the configuration of a run is passed over."""
+    """Return every run that has begun under a folder; files that are no run's configuration are passed over."""
     runs = []
     for path in sorted(root.rglob(CONFIG)):
-        with contextlib.suppress(OSError, ValueError, UserError):
-            config, cell = read_config(path)
-            _check_names(config)
-            runs.append(PlannedRun(cell, {**config, "runs_dir": str(path.parents[len(cell.path.parts)])}))
+        with contextlib.suppress(OSError, ValueError, IndexError):  # IndexError: too few folders for a cell
+            run = read_config(path.parent)
+            place = path.parents[len(run.cell.path.parts)]
+            runs.append(replace(run, config={**run.config, "runs_dir": str(place)}))
     return runs
 
 
@@ -581,28 +567,20 @@ class PlannedJobs(ConfigLoaderImpl):
 
     def __init__(self, runs: Sequence[PlannedRun]) -> None:
         super().__init__(GlobalHydra.instance().config_loader().get_search_path())
-        self._jobs = {
-            tuple(run.overrides): {
-                **run.config,
-                "compute": {**run.config["compute"], **(run.deferred or {})},
-                "cell": asdict(run.cell),
-            }
-            for run in runs
-        }
+        self._runs = {tuple(run.overrides): run for run in runs}
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
-        config = copy.deepcopy(master_config)
-        with open_dict(config):
-            for key in [key for key in config if key != "hydra"]:
-                del config[key]
-            for key, value in self._jobs[tuple(sweep_overrides)].items():
-                config[key] = value
-            config.hydra.overrides.task = list(sweep_overrides)
-            config.hydra.job.chdir = False  # relative paths are those of the place where the command was given
+        run = self._runs[tuple(sweep_overrides)]
+        compute = {**run.config["compute"], **(run.deferred or {})}
+        config = OmegaConf.masked_copy(master_config, ["hydra"])
+        OmegaConf.copy_cache(from_config=master_config, to_config=config)
+        config.update({**run.config, "compute": compute, "cell": asdict(run.cell)})
+        config.hydra.overrides.task = list(sweep_overrides)
+        config.hydra.job.chdir = False  # relative paths are those of the place where the command was given
         return config
 
 
 def read_planned(config: DictConfig) -> PlannedRun:
-    """The run of a configuration that `PlannedJobs` handed over; its `_target_`s have been checked."""
+    """Return the run of a configuration that `PlannedJobs` handed over; its `_target_`s have been checked."""
     content = resolve(config)
     return PlannedRun(Cell(**content.pop("cell")), content, folders=None)

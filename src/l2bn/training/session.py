@@ -5,7 +5,6 @@ import copy
 import functools
 import logging
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from lightning_fabric import Fabric
 from torch import nn
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
+from l2bn.backbones.cost import count_parameters
 from l2bn.data.loader import Loader, evaluation_loader, training_loader
 from l2bn.data.splits import Splits, stratified_order
 from l2bn.errors import UserError, optional_output
@@ -27,7 +27,7 @@ from l2bn.training.journal import Journal
 from l2bn.training.loop import DelayedMin, DivergedError, Position, Trainer
 from l2bn.training.observation import AnalysisPolicy, Network, Observer
 from l2bn.training.optim import Recipe
-from l2bn.training.plan import Cell, hash_identity
+from l2bn.training.plan import PlannedRun
 from l2bn.training.progress import ProgressDisplay
 
 log = logging.getLogger(__name__)
@@ -41,11 +41,7 @@ AGREE_EVERY = 10  # steps between two exchanges among several processes on wheth
 class Job:
     """A run to be trained, in plain objects."""
 
-    cell: Cell
-    folder: Path
-    config: str  # the content of config.yaml
-    identity: dict[str, Any]
-    seed: int
+    run: PlannedRun
     splits: Splits
     model: nn.Module
     norm_layers: tuple[str, ...]  # their names
@@ -53,7 +49,6 @@ class Job:
     compute: Compute
     checkpoint: CheckpointPolicy
     analysis: AnalysisPolicy
-    progress: bool
 
 
 def launch(job: Job) -> None:
@@ -61,43 +56,42 @@ def launch(job: Job) -> None:
 
     Raises UserError; ends the process with `interruption.EXIT_CODE` after a request to stop.
     """
-    fabric = job.compute.fabric()
-    with explained(job.cell, job.folder), sole_owner(job.folder), noted(job.folder):
-        if (job.folder / SUMMARY).exists():
+    folder, fabric = job.run.folder, job.compute.fabric()
+    with explained(job.run.cell, folder), sole_owner(folder), noted(folder):
+        if (folder / SUMMARY).exists():
             return
-        write_durably(job.folder / CONFIG, job.config)
+        write_durably(folder / CONFIG, job.run.as_yaml())
         if job.compute.devices == 1:
             fabric.launch(functools.partial(train, job=job))
-            return
-        with Interruption() as interruption:
-            try:
-                fabric.launch(functools.partial(train, job=job))
-            except ProcessRaisedException as error:
-                message = _user_error(error.msg)
-                if message is None:
-                    raise
-                raise UserError(message) from error
-            except ProcessExitedException as error:
-                # A request to stop ends processes that cannot handle it yet.
-                if error.exit_code == EXIT_CODE or interruption.signal is not None:
-                    interruption.leave()
-                    raise SystemExit(EXIT_CODE) from error
-                raise UserError(
-                    f"{job.cell}: the process of device {error.error_index} was ended "
-                    f"({error.signal_name or f'exit code {error.exit_code}'}); {RESUMES}"
-                ) from error
+        else:
+            _launch_processes(fabric, job)
 
 
-def _user_error(traceback: str) -> str | None:
-    """Return the message of a UserError in another process, from its traceback; None for another exception."""
+def _launch_processes(fabric: Fabric, job: Job) -> None:
+    """Train a job in a process per device, and turn how one of them has ended into an error of this process."""
     own = f"{UserError.__module__}.{UserError.__qualname__}: "
-    return traceback.rpartition(own)[2].strip() if own in traceback else None
+    with Interruption() as interruption:
+        try:
+            fabric.launch(functools.partial(train, job=job))
+        except ProcessRaisedException as error:
+            if own not in error.msg:  # the traceback there
+                raise
+            raise UserError(error.msg.rpartition(own)[2].strip()) from error
+        except ProcessExitedException as error:
+            # A request to stop ends processes that cannot handle it yet.
+            if error.exit_code == EXIT_CODE or interruption.signal is not None:
+                interruption.leave()
+                raise SystemExit(EXIT_CODE) from error
+            raise UserError(
+                f"{job.run.cell}: the process of device {error.error_index} was ended "
+                f"({error.signal_name or f'exit code {error.exit_code}'}); {RESUMES}"
+            ) from error
 
 
 def train(fabric: Fabric, job: Job) -> None:
     """Train a job in this process, which with several devices is one of several."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(explained(job.cell, job.folder))
+        stack.enter_context(explained(job.run.cell, job.run.folder))
         interruption = stack.enter_context(Interruption())
         if fabric.world_size > 1:
             stack.enter_context(optional_output())
@@ -112,7 +106,7 @@ class Session:
         """`stack` closes what the session opens."""
         self.fabric, self.job, self.interruption = fabric, job, interruption
         self.leaving = DelayedMin()
-        lead = fabric.is_global_zero
+        run, lead = job.run, fabric.is_global_zero
         job.compute.set_up()
         self.train_loader, self.test_loader = make_loaders(job, fabric)
         self.steps, self.epochs = len(self.train_loader), job.recipe.epochs
@@ -125,14 +119,14 @@ class Session:
         self.model, self.optimizer = fabric.setup(trained, job.recipe.optimizer(self.network))
 
         images = asdict(job.splits.fingerprint)
-        self.state = State(fabric, job.folder, job.identity, images, job.checkpoint, self.network, self.optimizer)
+        self.state = State(fabric, run, images, job.checkpoint, self.network, self.optimizer)
         self.position = self.state.restore()
         self.journal: Journal | None = None
         if lead:
             warn_if_few_updates(job.model, self.epochs * self.steps)
-            self.kernels = note_start(job.folder, fabric.device, kernels)
+            self.kernels = note_start(run.folder, fabric.device, kernels)
             step = self.position.epoch * self.steps + self.position.step
-            self.journal = Journal(job.folder, job.cell, self.position.rows, step)
+            self.journal = Journal(run.folder, run.cell, self.position.rows, step)
             stack.callback(self.journal.close)
         self.observer = Observer(
             policy=job.analysis,
@@ -144,11 +138,11 @@ class Session:
             journal=self.journal,
         )
         display = ProgressDisplay(
-            str(job.cell),
+            str(run.cell),
             epochs=self.epochs,
             steps=self.steps,
             batch_size=job.recipe.batch_size,
-            shown=lead and job.progress,
+            shown=lead and run.config["progress"],
         )
         self.display = stack.enter_context(display)
 
@@ -164,7 +158,7 @@ class Session:
             train=self.train_loader,
             test=self.test_loader,
             classes=self.job.splits.num_classes,
-            seed=self.job.seed,
+            seed=self.job.run.cell.seed,
             after_step=self.after_step,
             after_epoch=self.after_epoch,
             watch=self.observer.watch,
@@ -174,9 +168,9 @@ class Session:
             trainer.fit(self.position)
         except DivergedError as error:
             divergence = str(error)
-            log.error("%s: %s; recorded as diverged", self.job.cell, error)
+            log.error("%s: %s; recorded as diverged", self.job.run.cell, error)
         if self.journal is not None:
-            self.state.save_weights(self.job.folder / WEIGHTS)
+            self.state.save_weights(self.job.run.folder / WEIGHTS)
             record = make_record(self.job, self.position, self.kernels, divergence)
             self.journal.conclude(record)
             record.write()
@@ -216,7 +210,7 @@ def make_loaders(job: Job, fabric: Fabric) -> tuple[Loader, Loader]:
     placing = _placing(job, fabric)
     batch_size = evaluation_batch(job.recipe.batch_size, job.splits.image_size)
     return (
-        training_loader(job.splits.train, batch_size=job.recipe.batch_size, seed=job.seed, **placing),
+        training_loader(job.splits.train, batch_size=job.recipe.batch_size, seed=job.run.cell.seed, **placing),
         evaluation_loader(job.splits.test, batch_size=batch_size, **placing),
     )
 
@@ -251,30 +245,26 @@ def _placing(job: Job, fabric: Fabric) -> dict[str, Any]:
 
 def make_record(job: Job, position: Position, kernels: str, divergence: str | None) -> Record:
     """Return the record of a run that has ended."""
-    rows, fingerprint = position.rows, job.splits.fingerprint
+    run, splits, rows = job.run, job.splits, position.rows
     return Record(
-        folder=job.folder,
+        **asdict(run.cell),
+        folder=run.folder,
         status="diverged" if divergence else "finished",
-        dataset=job.cell.dataset,
-        backbone=job.cell.backbone,
-        norm=job.cell.norm,
-        recipe=job.cell.recipe,
-        seed=job.cell.seed,
-        label=job.splits.label,
-        baseline=job.splits.baseline,
+        label=splits.label,
+        baseline=splits.baseline,
         precision=job.compute.precision,
         kernels=kernels,
-        hash=hash_identity(job.identity),
-        identity=job.identity,
+        hash=run.hash,
+        identity=run.identity,
         epochs=job.recipe.epochs,
         updates=int(rows[-1]["step"] or 0) if rows else 0,
-        train_images=len(job.splits.train),
-        test_images=len(job.splits.test),
-        parameters=sum(p.numel() for p in job.model.parameters()),
+        train_images=len(splits.train),
+        test_images=len(splits.test),
+        parameters=count_parameters(job.model),
         norm_layers=len(job.norm_layers),
         last=rows[-1] if rows else {},
         best=max(rows, key=lambda row: row["test/top1"] or 0.0) if rows else {},
         seconds=sum(row["seconds"] or 0.0 for row in rows),
         divergence=divergence,
-        images=Images(files=fingerprint.files, pixels=fingerprint.pixels),
+        images=Images(files=splits.fingerprint.files, pixels=splits.fingerprint.pixels),
     )

@@ -9,22 +9,24 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import takewhile
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from hydra.core.utils import JobReturn, JobStatus, env_override
+from joblib import cpu_count
 from rich.console import Console
 
 from l2bn.errors import UserError
-from l2bn.failures import describe
+from l2bn.failures import RESUMES, describe
 from l2bn.processes import SIGNALS
 from l2bn.records import Record
 from l2bn.training.interruption import EXIT_CODE, Interruption, follow_parent
 from l2bn.training.plan import PlannedRun, make_folder
 from l2bn.training.progress import NAMED
-from l2bn.training.status import Outcome, look, summary
+from l2bn.training.status import Status, look, summary
 
 log = logging.getLogger(__name__)
 
@@ -41,65 +43,43 @@ def run_sweep(runs: Sequence[PlannedRun], launch: Launch) -> int:
     It is 0 if all have ended, `interruption.EXIT_CODE` if the sweep was asked to stop, else 1. Raises UserError,
     before anything is launched, for a wrong configuration or a folder that cannot be made.
     """
-    ended_before = {run.folder for run in runs if look(run).ended}
+    from l2bn.training.run import check, check_ended  # here: a process of `run_processes` need not wait for torch
+
+    before = [look(run) for run in runs]
+    ended_before = {status.run.folder for status in before if status.ended}
     todo = [run for run in runs if run.folder not in ended_before]
-    _check_images([run for run in runs if run.folder in ended_before])
-    _check(todo)
+    check_ended((Record.read(status.run.folder), status.run) for status in before if status.ended)
+    for run in todo:
+        try:
+            check(run)
+        except UserError as error:
+            raise UserError(f"{run.cell}: {error}") from error
     for folder in dict.fromkeys(Path(run.config["runs_dir"]) for run in todo):
         make_folder(folder)
     errors: dict[Path, str] = {}
     code = 1
     try:
-        errors = _launch(todo, launch)
+        returns = launch([run.overrides for run in todo]) if todo else []
+        for run, done in zip(todo, returns, strict=True):
+            if done.status == JobStatus.FAILED:
+                errors[run.folder] = describe(done._return_value)
     except (SystemExit, KeyboardInterrupt):
         code = EXIT_CODE
     except UserError:
         raise
     except Exception as error:
         log.error("the launcher stopped: %s", describe(error).partition("\n")[0])
-    outcomes = [(run, _judge(run, errors)) for run in runs]
-    Console(highlight=False, soft_wrap=True).print(summary(outcomes, ended_before))
-    return 0 if all(outcome.ended for _, outcome in outcomes) else code
+    after = [_judge(run, errors.get(run.folder)) for run in runs]
+    Console(highlight=False, soft_wrap=True).print(summary(after, ended_before))
+    return 0 if all(status.ended for status in after) else code
 
 
-def _check(runs: Sequence[PlannedRun]) -> None:
-    """Raise UserError if one of these configurations is wrong."""
-    if not runs:
-        return
-    from l2bn.training.run import check  # here, because it takes seconds, and a sweep may have nothing to do
-
-    for run in runs:
-        try:
-            check(run)
-        except UserError as error:
-            raise UserError(f"{run.cell}: {error}") from error
-
-
-def _check_images(ended: Sequence[PlannedRun]) -> None:
-    """Raise UserError if a run that has ended was made on other images than those present."""
-    if not ended:
-        return
-    from l2bn.training.run import check_ended  # here, because it takes seconds
-
-    check_ended((Record.read(run.folder), run) for run in ended)
-
-
-def _launch(runs: Sequence[PlannedRun], launch: Launch) -> dict[Path, str]:
-    """Launch these runs; return the errors of the failed ones by folder."""
-    returns = launch([run.overrides for run in runs]) if runs else []
-    return {
-        run.folder: describe(done._return_value)
-        for run, done in zip(runs, returns, strict=True)
-        if done.status == JobStatus.FAILED
-    }
-
-
-def _judge(run: PlannedRun, errors: dict[Path, str]) -> Outcome:
-    """Return the outcome in a run's folder, or its error where the run could not even note that there."""
-    outcome = look(run)
-    if run.folder in errors and outcome.standing in ("missing", "interrupted"):
-        return Outcome("failed", outcome.epoch, outcome.pace, errors[run.folder])
-    return outcome
+def _judge(run: PlannedRun, error: str | None) -> Status:
+    """Return the state in a run's folder, or its error where the run could not even note that there."""
+    status = look(run)
+    if error is not None and status.standing in ("missing", "interrupted"):
+        return replace(status, standing="failed", message=error)
+    return status
 
 
 # Runs side by side on this machine.
@@ -114,8 +94,7 @@ def run_processes(jobs: Sequence[Callable[[], bool]], n_jobs: int) -> list[str |
 
     n_jobs: -1 for one per GPU, or without a GPU one per CPU core.
     """
-    gpus = visible_gpus()
-    cores = available_cores()
+    gpus, cores = visible_gpus(), available_cores()
     n_jobs = n_jobs if n_jobs > 0 else len(gpus) or cores
     shared = {name: os.environ.get(name, str(max(1, cores // n_jobs))) for name in THREADS}
     failures: list[str | None] = [None] * len(jobs)
@@ -167,9 +146,7 @@ def _failure(process: BaseProcess) -> str | None:
         return None
     if code > 0:
         return f"its process ended with exit code {code}; see what it printed above"
-    return (
-        f"its process was ended by {signal.Signals(-code).name}; the same command resumes from the last checkpoint"
-    )
+    return f"its process was ended by {signal.Signals(-code).name}; {RESUMES}"
 
 
 def visible_gpus() -> list[str]:
@@ -184,6 +161,4 @@ def visible_gpus() -> list[str]:
 
 def available_cores() -> int:
     """Return the number of CPU cores that this process may use, within the limits of a container."""
-    from joblib import cpu_count
-
     return int(cpu_count())

@@ -1,0 +1,213 @@
+"""Existing runs and records: trained again, evaluated, analyzed."""
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lightning_fabric import Fabric
+from torch import nn
+
+from l2bn import records
+from l2bn.analysis.probe import Probe
+from l2bn.data.loader import Loader
+from l2bn.errors import UserError
+from l2bn.failures import fitting
+from l2bn.records import (
+    CONFIG,
+    FEATURES,
+    METRICS,
+    SUMMARY,
+    FeatureRow,
+    InvalidRecordError,
+    Record,
+    Sample,
+    read_metrics,
+    without_machine_paths,
+    write_lines,
+)
+from l2bn.training.checkpoint import CHECKPOINTS, Checkpoints
+from l2bn.training.compute import quieten
+from l2bn.training.instantiate import CONFIGS, machine_keys
+from l2bn.training.interruption import sole_owner
+from l2bn.training.journal import Journal
+from l2bn.training.loop import evaluate
+from l2bn.training.observation import collect
+from l2bn.training.plan import Cell, Config, PlannedRun, check_folders, check_images, check_keys, read_config
+from l2bn.training.run import make_job, run
+from l2bn.training.session import Job, make_loaders
+
+log = logging.getLogger(__name__)
+
+
+def replay(folder: Path, runs_dir: str, root: str | None = None, config_dirs: Sequence[Path] = ()) -> Record:
+    """Train the run of a record again, under `runs_dir`. Raises UserError.
+
+    A record may come from anybody: its YAML is read as plain values, only a `_target_` of `configs/` or of the
+    folders `config_dirs` is called, and no path of the record is used: paths are those of the data set's YAML file,
+    or `root`.
+    """
+    planned = read_run(folder, root, config_dirs, foreign=True)
+    return run(replace(planned, config={**planned.config, "runs_dir": str(Path(runs_dir).expanduser())}))
+
+
+def evaluate_run(
+    folder: Path, device: str = "auto", root: str | None = None, config_dirs: Sequence[Path] = ()
+) -> tuple[float, float, float | None]:
+    """Return loss, top-1 and top-5 accuracy in percent of a run's last weights on its test images.
+
+    Raises UserError.
+    """
+    opened = OpenedRun.open(folder, device, root, config_dirs)
+    state = opened.checkpoints.load(opened.fabric.device)
+    if state is None:
+        raise UserError(f"{folder} has no checkpoint to evaluate")
+    opened.load(state)
+    return evaluate(opened.network, opened.test, opened.job.splits.num_classes, opened.fabric)
+
+
+def analyze(
+    folder: Path,
+    *,
+    every_checkpoint: bool = False,
+    device: str = "auto",
+    root: str | None = None,
+    config_dirs: Sequence[Path] = (),
+) -> list[FeatureRow]:
+    """Measure the features of a run, from its newest checkpoint after an epoch or from every one.
+
+    The measures go to the run's `features.jsonl`, where they replace those of the same update, and to TensorBoard.
+    A sample of the penultimate features after the last epoch is kept. `root` and `config_dirs` are those of
+    `read_run`. Returns the measured lines. Raises UserError if the folder is not a run, if it has no readable
+    checkpoint after an epoch, and if another process works on the run.
+    """
+    opened = OpenedRun.open(folder, device, root, config_dirs)
+    with sole_owner(folder):
+        found = []
+        for state in opened.epochs():
+            found.append(opened.measure(state))
+            if not every_checkpoint:
+                break
+        if not found:
+            raise UserError(f"{folder} has no checkpoint after an epoch to analyze")
+        rows = [row for row, _ in reversed(found)]
+        kept = opened.job.analysis.sample and rows[-1]["epoch"] == opened.job.recipe.epochs
+        _write_measures(opened.job.run.cell, folder, rows, found[0][1] if kept else None)
+    return rows
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """An existing run on a device, without its weights."""
+
+    folder: Path
+    job: Job
+    fabric: Fabric
+    network: nn.Module
+    test: Loader
+    checkpoints: Checkpoints
+
+    @classmethod
+    def open(cls, folder: Path, device: str, root: str | None, config_dirs: Sequence[Path]) -> "OpenedRun":
+        """Return the run in a folder, on one device. Raises UserError."""
+        quieten()
+        planned = read_run(folder, root, config_dirs)
+        # Only training is worth compiling for.
+        own = {"device": device, "devices": 1, "sync_bn": False, "compile": False}
+        compute = {**planned.config["compute"], **own}
+        job = make_job(replace(planned, config={**planned.config, "compute": compute}))
+        job.compute.set_up()
+        fabric = job.compute.fabric()
+        network = job.compute.place(job.model, fabric.device, updates=0).network
+        _, test = make_loaders(job, fabric)
+        return cls(folder, job, fabric, network, test, Checkpoints(folder / CHECKPOINTS, []))
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Load the weights of a checkpoint. Raises UserError if it does not fit, or is of other images."""
+        check_images(state.get("images"), asdict(self.job.splits.fingerprint), self.folder)
+        with fitting(self.folder):
+            self.network.load_state_dict(state["model"])
+
+    def epochs(self) -> Iterator[dict[str, Any]]:
+        """Yield the readable checkpoints after whole epochs, newest first."""
+        for path in reversed(self.checkpoints.paths()):
+            try:
+                state = self.checkpoints.read(path, self.fabric.device)
+            except ValueError as error:
+                log.warning("the damaged checkpoint %s is left out: %s", path, error)
+                continue
+            if state["position"]["step"] == 0:
+                yield state
+
+    def measure(self, state: dict[str, Any]) -> tuple[FeatureRow, Sample]:
+        """Return the features of a checkpoint on the test images, as a row and a sample."""
+        self.load(state)
+        classes = self.job.splits.num_classes
+        probe = Probe(self.network, self.job.norm_layers, classes)
+        with probe.attached():
+            evaluate(self.network, self.test, classes, self.fabric, probe.expect)
+        position = state["position"]
+        return collect(probe, self.fabric, position["epoch"], int(position["rows"][-1]["step"]))
+
+
+def _write_measures(cell: Cell, folder: Path, rows: list[FeatureRow], sample: Sample | None) -> None:
+    """Merge the lines into those of the run, and draw all of them again."""
+    try:
+        before, _ = records.keep_measurements(folder, math.inf)
+        metrics = read_metrics(folder / METRICS)
+    except InvalidRecordError as error:
+        raise UserError(f"{folder}: {error}") from error
+    merged = {row["step"]: row for row in [*before, *rows]}
+    write_lines(folder / FEATURES, [merged[step] for step in sorted(merged)])
+    if sample:
+        records.write_sample(folder, sample)
+    journal = Journal(folder, cell, metrics, math.inf)
+    if (folder / SUMMARY).exists():
+        journal.conclude(Record.read(folder))
+    journal.close()
+
+
+def read_run(
+    folder: Path, root: str | None = None, config_dirs: Sequence[Path] = (), *, foreign: bool = False
+) -> PlannedRun:
+    """Return the run of a folder or of a published record.
+
+    root: the folder of the data set, if it has moved since training.
+    config_dirs: the user's own folders of YAML files, whose `_target_`s may be called, as those of `configs/`.
+    foreign: take no path from the record. These, and the paths that publishing leaves out, come from the data set's
+    YAML file.
+
+    Raises UserError for a file that is missing or not the configuration of a run.
+    """
+    check_folders(config_dirs)
+    folders = [CONFIGS, *(config_dir.resolve() for config_dir in config_dirs)]
+    try:
+        planned = read_config(folder)
+    except OSError as error:
+        raise UserError(f"{folder} is not the folder of a run: {CONFIG}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{folder / CONFIG} is not the configuration of a run: {error}") from error
+    config = dict(planned.config)
+    if foreign:
+        config = {"runs_dir": "runs", **without_machine_paths(config)}
+        _check_inside(config["dataset"], "dataset")
+    choice = planned.cell.dataset.partition(",")[0]
+    dataset = {**machine_keys(f"dataset/{choice}.yaml", folders), **config["dataset"]}
+    if root is not None:
+        dataset["root"] = root
+    planned = replace(planned, config={**config, "dataset": dataset}, folders=folders)
+    check_keys(planned.config, planned.builder)
+    return planned
+
+
+def _check_inside(node: Config, path: str) -> None:
+    """Raise UserError for a value that leads out of the data set's folder."""
+    for key, value in node.items():
+        if isinstance(value, dict):
+            _check_inside(value, f"{path}.{key}")
+        elif isinstance(value, str) and (Path(value).is_absolute() or ".." in Path(value).parts):
+            raise UserError(
+                f"{path}.{key} is {value!r}: a record may only name what lies within its data set's folder"
+            )
