@@ -152,7 +152,10 @@ WRONG = [
     ("backbone._target_=torch.os.system", ["backbone._target_", "torch.os.system", "configs/"]),
     ("recipe.schedule._target_=builtins.eval", ["recipe.schedule._target_", "builtins.eval"]),
     ("norm._target_=null", ["norm", "_target_"]),
-    ("backbone._target_=l2bn.data.digits.digits", ["backbone._target_", "digits", "stands there in no YAML file"]),
+    (
+        "backbone._target_=l2bn.data.digits.digits",
+        ["backbone._target_", "digits", "is at this place in no YAML file"],
+    ),
     ("norm=bn norm._partial_=false", ["missing norm.bn"]),
     # folders
     ("runs_dir=/proc/runs", ["runs_dir", "/proc/runs", "runs_dir=FOLDER"]),

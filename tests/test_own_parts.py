@@ -96,7 +96,7 @@ def test_own_parts_are_trained_and_opened_again(launcher: str, mine: Path, tmp_p
     assert replay(run, str(tmp_path / "again"), config_dirs=[mine]).last["test/loss"] == result["test/loss"]
     # A stranger's record runs nothing that the user has not named.
     with pytest.raises(
-        UserError, match=r"own_parts\.\w+, which stands there in no YAML file of configs/; .*--config-dir"
+        UserError, match=r"own_parts\.\w+, which is at this place in no YAML file of configs/; .*--config-dir"
     ):
         replay(run, str(tmp_path / "third"))
     assert "Traceback" not in script("evaluate", run, code=1)

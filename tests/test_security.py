@@ -95,7 +95,7 @@ def test_a_record_cannot_say_so_in_a_nested_place(
     node = {"_target_": "l2bn.data.cifar.cifar10", "root": str(elsewhere), "download": True, "label": "x"}
     for place, nested in (("dataset", {"augmentation": node}), ("norm", node), ("recipe", {"schedule": node})):
         path.write_text(yaml.safe_dump(config | {place: {**config[place], **nested}}))
-        with pytest.raises(UserError, match="cifar10, which stands there in no YAML file of configs"):
+        with pytest.raises(UserError, match="cifar10, which is at this place in no YAML file of configs"):
             replay(run, str(tmp_path / "replayed"))
     config["dataset"]["augmentation"]["root"] = str(elsewhere)
     path.write_text(yaml.safe_dump(config))

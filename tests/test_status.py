@@ -108,6 +108,15 @@ def test_runs_that_have_begun_are_found_without_their_sweep(runs: dict[str, Plan
     assert "2 interrupted" in shown(found)
 
 
+def test_a_configuration_in_too_few_folders_for_a_run_is_skipped(
+    runs: dict[str, PlannedRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("copied").mkdir()
+    Path("copied", CONFIG).write_text(runs["resnet20/bn/0"].as_yaml())
+    assert find_runs(Path("copied")) == []
+
+
 def test_runs_of_one_cell_in_two_folders_stand_apart(runs: dict[str, PlannedRun], tmp_path: Path) -> None:
     run = runs["resnet20/bn/0"]
     demo = replace(run, config={**run.config, "runs_dir": str(tmp_path / "demo")})

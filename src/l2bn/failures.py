@@ -56,9 +56,9 @@ def told_plainly() -> Iterator[None]:
 
 
 def _is_closed(descriptor: int) -> bool:
-    """Tell whether the other end of a pipe is closed, the only event that is waited for here."""
+    """Tell whether the other end of a pipe is closed."""
     output = select.poll()
-    output.register(descriptor, 0)
+    output.register(descriptor, 0)  # the only event is that the other end is closed
     return bool(output.poll(0))
 
 

@@ -187,7 +187,7 @@ def should_compile(wanted: Compile, model: nn.Module, device: torch.device, upda
 
 
 def _has_odd_channels(model: nn.Module) -> bool:
-    """Return whether most convolutions have a number of channels that is no multiple of the vector width."""
+    """Return whether most convolutions have a number of channels that the vector width does not divide."""
     channels = [layer.out_channels for layer in model.modules() if isinstance(layer, nn.Conv2d)]
     return 2 * sum(count % VECTOR != 0 for count in channels) > len(channels)
 

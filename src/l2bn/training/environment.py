@@ -107,7 +107,7 @@ def _checkout() -> tuple[str | None, bool | None]:
 
 
 def _git(*arguments: str) -> str | None:
-    """Return the output of git in the project's folder, None where it is not a checkout or git is missing."""
+    """Return the output of git in the project's folder, or None without a checkout or git."""
     command = ["git", "-C", str(PROJECT), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

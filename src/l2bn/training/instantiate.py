@@ -1,9 +1,9 @@
-"""Instantiate the objects that the nodes of a configuration describe, or say what is wrong with a node.
+"""Instantiation of the nodes of a configuration, with messages that name what is wrong in a node.
 
 `_target_` is the registry: a new data set, backbone or norm is one Python file and one YAML. Hydra would import
 and call whatever a `_target_` names. Here a `_target_` must stand at the same place in a YAML file of `configs/`
-or of a folder that the user has named, so that the record of a stranger runs neither the stranger's code nor a
-function of ours that was not meant to be called there.
+or of a folder that the user has named, so that a stranger's record can run neither the stranger's code nor a
+function of this package that is not meant to be called there.
 """
 
 import difflib
@@ -134,7 +134,7 @@ class Builder:
             raise UserError(f"{path}: has no _target_ to say what it is")
         if self.folders is not None and not any((path, name) in _targets(folder) for folder in self.folders):
             raise UserError(
-                f"{path}._target_ is {name}, which stands there in no YAML file of "
+                f"{path}._target_ is {name}, which is at this place in no YAML file of "
                 f"{' or '.join(_shown(folder) + '/' for folder in self.folders)}; to use your own code, write a "
                 "YAML file with this _target_ into the group's folder, or into a folder named by --config-dir"
             )

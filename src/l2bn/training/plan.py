@@ -1,8 +1,8 @@
-"""The plan of a command: every run that it stands for, its place in the grid and its configuration.
+"""The plan of a command: its runs, each with its configuration, identity and place in the grid.
 
 Hydra expands and composes; this module adds names and identities. A run is trained with the configuration planned
-for it: a job of a sweep is handed that configuration (`PlannedJobs`) and composes nothing, so that an edit of a
-YAML file does not reach a sweep that has begun. The module imports neither torch nor a data set, to plan fast.
+for it: a job of a sweep gets that configuration (`PlannedJobs`) and composes nothing, so that an edit of a YAML
+file does not affect a sweep that has begun. The module imports neither torch nor a data set, to plan fast.
 """
 
 import contextlib
@@ -256,7 +256,7 @@ class _Loader(ConfigLoaderImpl):
                 config_name, choices, run_mode, from_shell, validate_sweep_overrides
             )
             for value in values.values():
-                # A value that does not fit here is judged in each job.
+                # Each job rejects a value that does not fit its own choices.
                 with contextlib.suppress(ConfigCompositionException):
                     self._apply_overrides_to_config([value], config)
             if values:
@@ -415,11 +415,11 @@ class _Planner:
         self._defaults: dict[tuple[str, ...], Config] = {}
 
     def expand(self, sweep: DictConfig, parameters: list[str], arguments: list[str]) -> Iterator[PlannedRun]:
-        """Yield the runs of a sweep: the product of all that it goes over, the experiment's parameters first."""
+        """Yield the runs of a sweep: the product of its values, those of the experiment first."""
         for job in self._jobs([*parameters, *arguments]):
             try:
                 full, seed = self._compose(sweep, job)
-                if (own := _parameters(full)) != parameters:  # of an experiment that is swept over
+                if (own := _parameters(full)) != parameters:  # a sweep over experiments
                     yield from self.expand(sweep, own, job)
                     continue
                 if _plain(full.hydra.launcher) != _plain(sweep.hydra.launcher):
@@ -442,8 +442,7 @@ class _Planner:
         return jobs
 
     def _compose(self, sweep: DictConfig, job: list[str]) -> tuple[DictConfig, object]:
-        """Return the configuration of a job, and the seed that is to be set in it."""
-        # A seed changes no other value, so that it can be set afterwards.
+        """Return the configuration of a job and the seed to set in it, which changes no other value."""
         others = tuple(override for override in job if not override.startswith("seed="))
         if others not in self._composed:
             self._composed[others] = self._loader.load_sweep_config(sweep, list(others))
@@ -491,7 +490,7 @@ class _Planner:
 
 
 def _parameters(config: DictConfig) -> list[str]:
-    """Return the values that a configuration says to sweep over, as overrides."""
+    """Return the values that a configuration sweeps over, as overrides."""
     return [f"{key}={value}" for key, value in (_plain(config.hydra.sweeper).get("params") or {}).items()]
 
 
@@ -505,7 +504,7 @@ def _listed(override: Override, parser: OverridesParser) -> Override:
     """Return a range as the list of its values: 0.3, not 0.30000000000000004. Raises UserError for an interval."""
     if override.is_interval_sweep():
         raise UserError(
-            f"{override.input_line}: an interval has no values to go over; list them, or use range(...)"
+            f"{override.input_line}: an interval has no values to sweep over; list them, or use range(...)"
         )
     if not override.is_range_sweep():
         return override
@@ -525,7 +524,7 @@ def _as_in_job(full: DictConfig) -> Iterator[None]:
         HydraConfig.instance().cfg = before
 
 
-# Runs read from their folders, and handed to jobs.
+# Runs read from folders, and given to jobs.
 
 
 def read_config(folder: Path) -> PlannedRun:
@@ -552,7 +551,7 @@ def read_config(folder: Path) -> PlannedRun:
 
 
 def find_runs(root: Path) -> list[PlannedRun]:
-    """Return every run that has begun under a folder; files that are no run's configuration are passed over."""
+    """Return every run that has begun under a folder; skip files that are not the configuration of a run."""
     runs = []
     for path in sorted(root.rglob(CONFIG)):
         with contextlib.suppress(OSError, ValueError, IndexError):  # IndexError: too few folders for a cell
@@ -563,7 +562,7 @@ def find_runs(root: Path) -> list[PlannedRun]:
 
 
 class PlannedJobs(ConfigLoaderImpl):
-    """Hands each job of a sweep the configuration planned for it, where Hydra's loader would compose it again."""
+    """Gives each job of a sweep the configuration planned for it, instead of composing it again."""
 
     def __init__(self, runs: Sequence[PlannedRun]) -> None:
         super().__init__(GlobalHydra.instance().config_loader().get_search_path())
@@ -581,6 +580,6 @@ class PlannedJobs(ConfigLoaderImpl):
 
 
 def read_planned(config: DictConfig) -> PlannedRun:
-    """Return the run of a configuration that `PlannedJobs` handed over; its `_target_`s have been checked."""
+    """Return the run of a configuration from `PlannedJobs`, whose `_target_`s have been checked."""
     content = resolve(config)
     return PlannedRun(Cell(**content.pop("cell")), content, folders=None)

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from l2bn.records import Metrics
 
 NAMED = "L2BN_NAMED_PROGRESS"
-"""Environment variable that is set in the processes of runs side by side."""
+"""Environment variable, set in the processes of runs side by side."""
 
 
 class ProgressDisplay:

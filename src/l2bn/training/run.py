@@ -88,7 +88,7 @@ def run(planned: PlannedRun) -> Record:
 
 
 def note_other_lengths(planned: PlannedRun) -> None:
-    """Say that a run starts at its first epoch, where an equal one of another number of epochs exists.
+    """Log that a run starts at its first epoch, if an equal one with another number of epochs exists.
 
     The schedule of the learning rate spans the whole run, so that a run is not continued beyond its end.
     """

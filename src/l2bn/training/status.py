@@ -150,7 +150,7 @@ NAME, SEED, PACE = 16, 9, 18  # columns: of a name before it is folded, of a see
 
 
 def overview(runs: Sequence[Status], width: int) -> RenderableType:
-    """Return the grid of the runs in so many columns, their progress, and notes on single runs."""
+    """Return the grid of the runs in a number of columns, their progress, and notes on single runs."""
     if not runs:
         return Text("No run here yet.")
     recipes = sorted({status.run.cell.recipe for status in runs})
