@@ -10,6 +10,7 @@ import io
 import logging
 import pickle
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from l2bn.training.plan import PlannedRun, check_identity, check_images
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"  # the folder in that of a run
-_NAME = re.compile(r"epoch(?P<epoch>\d+)-step(?P<step>\d+)\.(?P<digest>[0-9a-f]{16})\.pt")
+_NAME = re.compile(r"epoch(\d+)-step(\d+)\.([0-9a-f]{16})\.pt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +77,10 @@ class Checkpoints:
         path = self.folder / f"epoch{epoch:04d}-step{step:07d}.{_digest(data)}.pt"
         write_durably(path, data)
         for old in self.paths():
-            earlier = _position(old) < (epoch, step) and not self._is_kept(old)
-            replaced = _position(old) == (epoch, step)
+            old_epoch, old_step, _ = _parse(old)
+            kept = old_step == 0 and old_epoch in self.keep_epochs
+            earlier = (old_epoch, old_step) < (epoch, step) and not kept
+            replaced = (old_epoch, old_step) == (epoch, step)
             if (earlier or replaced) and old not in (path, self._last):
                 old.unlink()
         self._last = path
@@ -87,23 +90,24 @@ class Checkpoints:
 
         Raises UserError, and deletes nothing, if all checkpoints are damaged.
         """
-        damaged = []
-        for path in reversed(self.paths()):
-            try:
-                state = self.read(path, device)
-            except ValueError as error:
-                log.warning("the checkpoint %s is damaged, trying the one before: %s", path, error)
-                damaged.append(path)
-            else:
-                self._last = path
-                return state
-        if damaged:
-            names = "\n".join(f"  {path}" for path in damaged)
+        for path, state in self.intact(device):
+            self._last = path
+            return state
+        if damaged := self.paths():
+            names = "\n".join(f"  {path}" for path in reversed(damaged))
             raise UserError(
                 f"no checkpoint of this run can be read, all are damaged:\n{names}\n"
                 "nothing was deleted; restore one of them, or remove the run's folder to start it anew"
             )
         return None
+
+    def intact(self, device: torch.device) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Yield the intact checkpoints and their states, newest first; log the damaged ones."""
+        for path in reversed(self.paths()):
+            try:
+                yield path, self.read(path, device)
+            except ValueError as error:
+                log.warning("the checkpoint %s is damaged, trying the one before: %s", path, error)
 
     @staticmethod
     def read(path: Path, device: torch.device) -> dict[str, Any]:
@@ -112,7 +116,7 @@ class Checkpoints:
             data = path.read_bytes()
         except OSError as error:
             raise ValueError(str(error)) from error
-        if _digest(data) != _match(path)["digest"]:
+        if _digest(data) != _parse(path)[2]:
             raise ValueError("its checksum does not match its content")
         try:  # weights_only: tensors and plain values, never a pickled object that could run code
             return torch.load(io.BytesIO(data), map_location=device, weights_only=True)
@@ -122,22 +126,14 @@ class Checkpoints:
     def paths(self) -> list[Path]:
         """Return all checkpoints, oldest first."""
         found = [path for path in self.folder.glob("*.pt") if _NAME.fullmatch(path.name)]
-        return sorted(found, key=_position)
-
-    def _is_kept(self, path: Path) -> bool:
-        epoch, step = _position(path)
-        return epoch in self.keep_epochs and step == 0
+        return sorted(found, key=_parse)
 
 
-def _position(path: Path) -> tuple[int, int]:
-    match = _match(path)
-    return int(match["epoch"]), int(match["step"])
-
-
-def _match(path: Path) -> re.Match[str]:
+def _parse(path: Path) -> tuple[int, int, str]:
+    """Return the epoch, the step and the digest in a file's name."""
     match = _NAME.fullmatch(path.name)
     assert match
-    return match
+    return int(match[1]), int(match[2]), match[3]
 
 
 def _digest(data: bytes) -> str:

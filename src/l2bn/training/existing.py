@@ -1,8 +1,7 @@
 """Existing runs and records: trained again, evaluated, analyzed."""
 
-import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,8 +37,6 @@ from l2bn.training.observation import collect
 from l2bn.training.plan import Cell, Config, PlannedRun, check_folders, check_images, check_keys, read_config
 from l2bn.training.run import make_job, run
 from l2bn.training.session import Job, make_loaders
-
-log = logging.getLogger(__name__)
 
 
 def replay(folder: Path, runs_dir: str, root: str | None = None, config_dirs: Sequence[Path] = ()) -> Record:
@@ -86,10 +83,11 @@ def analyze(
     opened = OpenedRun.open(folder, device, root, config_dirs)
     with sole_owner(folder):
         found = []
-        for state in opened.epochs():
-            found.append(opened.measure(state))
-            if not every_checkpoint:
-                break
+        for _, state in opened.checkpoints.intact(opened.fabric.device):
+            if state["position"]["step"] == 0:  # after a whole epoch
+                found.append(opened.measure(state))
+                if not every_checkpoint:
+                    break
         if not found:
             raise UserError(f"{folder} has no checkpoint after an epoch to analyze")
         rows = [row for row, _ in reversed(found)]
@@ -129,17 +127,6 @@ class OpenedRun:
         check_images(state.get("images"), asdict(self.job.splits.fingerprint), self.folder)
         with fitting(self.folder):
             self.network.load_state_dict(state["model"])
-
-    def epochs(self) -> Iterator[dict[str, Any]]:
-        """Yield the readable checkpoints after whole epochs, newest first."""
-        for path in reversed(self.checkpoints.paths()):
-            try:
-                state = self.checkpoints.read(path, self.fabric.device)
-            except ValueError as error:
-                log.warning("the damaged checkpoint %s is left out: %s", path, error)
-                continue
-            if state["position"]["step"] == 0:
-                yield state
 
     def measure(self, state: dict[str, Any]) -> tuple[FeatureRow, Sample]:
         """Return the features of a checkpoint on the test images, as a row and a sample."""
