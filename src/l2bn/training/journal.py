@@ -181,7 +181,7 @@ def add_hparams(writer: Any, record: Record) -> None:
 
     `SummaryWriter.add_hparams` would open a second run beside it. A diverged run has no accuracy.
     """
-    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # type: ignore[import-untyped]
     from torch.utils.tensorboard.summary import hparams
 
     recipe = record.identity["recipe"]
