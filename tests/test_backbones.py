@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from l2bn.backbones.cost import count_parameters
 from l2bn.backbones.mobilenetv2 import mobilenetv2, scaled
 from l2bn.backbones.resnet import CIFAR_DEPTHS, PaddedIdentity, cifar_resnet, resnet_3x3_stem
 from l2bn.backbones.shufflenetv2 import DownsamplingUnit, Unit, shufflenetv2
@@ -30,10 +31,6 @@ Backbone = tuple[DictConfig, nn.Module]
 def seeded(seed: int, node: DictConfig, num_classes: int = 7) -> nn.Module:
     torch.manual_seed(seed)
     return instantiate(node, num_classes=num_classes)
-
-
-def count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 def output_sizes(model: nn.Module, layers: list[str], size: int = 32) -> list[tuple[int, ...]]:
@@ -100,7 +97,7 @@ def test_parameter_count_is_the_published_one_and_stands_in_the_header(name: str
     expected = PARAMETERS[num_classes][name]
     with torch.device("meta"):
         model = instantiate(OmegaConf.load(CONFIGS[name]), num_classes=num_classes)
-    assert count(model) == expected
+    assert count_parameters(model) == expected
     assert f"{expected:,}" in CONFIGS[name].read_text()
 
 
@@ -189,12 +186,12 @@ def test_cifar_resnet_has_its_depth_and_size(depth: int, shortcut: Any) -> None:
         net = cifar_resnet(10, depth, shortcut)
     filters = [m for m in net.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
     assert len(filters) + 1 == depth  # and the linear layer
-    assert count(net) == cifar_resnet_parameters(depth, shortcut)
+    assert count_parameters(net) == cifar_resnet_parameters(depth, shortcut)
 
 
 def test_resnet20_counts_of_the_literature() -> None:
-    assert count(cifar_resnet(10, 20, "identity")) == 269_722
-    assert count(cifar_resnet(10, 20, "projection")) == 272_474
+    assert count_parameters(cifar_resnet(10, 20, "identity")) == 269_722
+    assert count_parameters(cifar_resnet(10, 20, "projection")) == 272_474
 
 
 def paper_resnet(x: Tensor, weights: dict[str, Tensor], n: int) -> Tensor:
