@@ -15,7 +15,17 @@ from l2bn.records import FEATURES, SAMPLE, STATISTICS, write_lines
 from l2bn.reporting.claims import CLAIMS
 from l2bn.reporting.comparison import Arm, Comparison, arms_of
 from l2bn.reporting.evidence import BN, INPUT, L2BN, PENULTIMATE, SHRINK, Evidence, read_evidence
-from l2bn.reporting.figures import RC
+from l2bn.reporting.figures import (
+    RC,
+    accuracy_over_eps,
+    accuracy_over_rates,
+    accuracy_over_updates,
+    feature_map,
+    norms_by_depth,
+    principal_plane,
+    through_training,
+    write_mechanism_figures,
+)
 from l2bn.reporting.mechanism import (
     EPS,
     MEAN_NORM,
@@ -39,16 +49,6 @@ from l2bn.reporting.mechanism import (
     studies_of,
     trap_studies,
     trap_table,
-)
-from l2bn.reporting.mechanism_figures import (
-    accuracy_over_eps,
-    accuracy_over_rates,
-    accuracy_over_updates,
-    feature_map,
-    norms_by_depth,
-    principal_plane,
-    through_training,
-    write_mechanism_figures,
 )
 from synthetic_records import write_features, write_run
 
