@@ -17,7 +17,8 @@ from l2bn.benchmarks.report import Result, Row, hardware, page, prose, report, t
 from l2bn.benchmarks.workload import CLASSES, NETWORKS, Workload, small_images
 from l2bn.data.loader import evaluation_loader
 from l2bn.errors import UserError
-from l2bn.reporting.statistics import Estimate, estimate, paired_differences
+from l2bn.reporting.formatting import mean_std
+from l2bn.reporting.statistics import estimate, paired_differences
 from l2bn.seeding import derive_seed
 from l2bn.training.environment import describe_environment
 from l2bn.training.loop import Position, evaluate
@@ -72,13 +73,6 @@ def of_path(runs: list[Row], path: str) -> dict[int, float]:
     return {run["seed"]: run["accuracy"] for run in runs if run["path"] == path}
 
 
-def written(value: Estimate) -> str:
-    if value.mean is None:
-        return "–"
-    text = f"{value.mean:.2f}" + ("" if value.std is None else f" ± {value.std:.2f}")
-    return f"{text} (n = {value.n})"
-
-
 EXPLANATION = """
 {network} with BN on {images:,} training images of {source}, {epochs} epochs of `recipe=short`, batch {batch}. Test
 accuracy in percent after the last epoch on all test images, mean ± standard deviation over seeds. The two runs of a
@@ -91,7 +85,7 @@ def accuracy_table(result: Result) -> str:
     difference = estimate(paired_differences(found["plain"], found["ours"]))
     rows = [
         (
-            *(NAMES[path], written(estimate(list(accuracies.values())))),
+            *(NAMES[path], f"{mean_std(accuracies.values())} (n = {len(accuracies)})"),
             ", ".join(f"{accuracies[seed]:.2f}" for seed in sorted(accuracies)),
         )
         for path, accuracies in found.items()

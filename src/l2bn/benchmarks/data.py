@@ -11,14 +11,7 @@ from typing import Any
 
 import torch
 
-from l2bn.benchmarks.measure import (
-    Action,
-    add_device_arguments,
-    add_output_arguments,
-    interleaved,
-    set_up,
-    undisturbed,
-)
+from l2bn.benchmarks.measure import Action, add_common_arguments, interleaved, set_up, undisturbed
 from l2bn.benchmarks.paths import pictures, timm_pictures
 from l2bn.benchmarks.report import Result, hardware, page, prose, report, table
 from l2bn.benchmarks.workload import WORKERS, Workload, make_workload, photographs
@@ -79,8 +72,7 @@ def data_table(result: Result) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_output_arguments(parser, STEPS, STEPS)
-    add_device_arguments(parser)
+    add_common_arguments(parser, STEPS)
     parser.add_argument("--root", type=Path, help="folder of real images (default: noise)")
     parser.add_argument("--seconds", type=float, default=20.0, help="measuring time of a size (default: 20)")
     parser.add_argument("--rounds", type=int, default=5, help="fewest epochs of each pipeline (default: 5)")

@@ -7,8 +7,8 @@ takes at least the longer of both; launches, small maps and the optimizer add to
 
 import argparse
 from math import prod
+from pathlib import Path
 
-from l2bn.benchmarks.measure import add_output_arguments
 from l2bn.benchmarks.report import Result, Row, page, prose, report, table
 from l2bn.benchmarks.train import flops_of
 from l2bn.benchmarks.workload import NETWORKS, bn_inputs
@@ -74,7 +74,8 @@ def floor_table(result: Result) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_output_arguments(parser, NETWORKS, NETWORKS)
+    parser.add_argument("--json", type=Path, help="write the result here, and its table beside it")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
 
 
 def run(arguments: argparse.Namespace) -> None:

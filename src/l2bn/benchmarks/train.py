@@ -9,6 +9,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,15 +18,7 @@ import torch
 
 from l2bn.backbones.cost import count_multiply_adds
 from l2bn.benchmarks import together
-from l2bn.benchmarks.measure import (
-    Action,
-    add_device_arguments,
-    add_output_arguments,
-    interleaved,
-    peak_memory,
-    synchronise,
-    undisturbed,
-)
+from l2bn.benchmarks.measure import Action, add_common_arguments, interleaved, peak_memory, synchronise, undisturbed
 from l2bn.benchmarks.paths import epochs_of, ours, plain, timm
 from l2bn.benchmarks.report import Result, Row, hardware, page, prose, report, table, with_earlier_rows
 from l2bn.benchmarks.workload import NETWORKS, NORMS, Workload, build, make_workload
@@ -64,23 +57,18 @@ class Stopwatch:
             yield batch
 
 
-def split_of(trainer: Trainer, epochs: int, device: torch.device) -> dict[str, float]:
-    """Seconds of each phase of a step and of the whole step, in the fastest of some epochs."""
-    fastest: dict[str, float] = {"step": float("inf")}
-    loader, fabric, optimizer, forward = trainer.train, trainer.fabric, trainer.optimizer, trainer.forward
-    epoch = loader.epoch
-    for _ in range(epochs):
-        watch = Stopwatch(device)
-        with (
-            patch.object(loader, "epoch", lambda *arguments: watch.timed_batches(epoch(*arguments))),  # noqa: B023
-            patch.object(Trainer, "forward", staticmethod(watch.timed("forward", forward))),
-            patch.object(fabric, "backward", watch.timed("backward", fabric.backward)),
-            patch.object(optimizer, "step", watch.timed("optimizer", optimizer.step)),
-        ):
-            watch.timed("step", epochs_of(trainer))()
-        if watch.seconds["step"] < fastest["step"]:
-            fastest = watch.seconds
-    return {phase: seconds / len(loader) for phase, seconds in fastest.items()}
+def phases_of(trainer: Trainer, device: torch.device) -> dict[str, float]:
+    """Seconds of each phase and of the whole step ("step"), the mean over an epoch."""
+    watch = Stopwatch(device)
+    fabric, optimizer, epoch = trainer.fabric, trainer.optimizer, trainer.train.epoch
+    with (
+        patch.object(trainer.train, "epoch", lambda *arguments: watch.timed_batches(epoch(*arguments))),
+        patch.object(Trainer, "forward", staticmethod(watch.timed("forward", trainer.forward))),
+        patch.object(fabric, "backward", watch.timed("backward", fabric.backward)),
+        patch.object(optimizer, "step", watch.timed("optimizer", optimizer.step)),
+    ):
+        watch.timed("step", epochs_of(trainer))()
+    return {phase: seconds / len(trainer.train) for phase, seconds in watch.seconds.items()}
 
 
 def memory_of_a_step(trainer: Trainer, device: torch.device) -> int:
@@ -140,7 +128,7 @@ def measure(workload: Workload, arguments: argparse.Namespace, device: torch.dev
             row["auto"] = caller == auto
             with undisturbed():
                 row["peak_bytes"] = memory_of_a_step(trainer, device)
-                row["seconds"] = split_of(trainer, 3, device)
+                row["seconds"] = min((phases_of(trainer, device) for _ in range(3)), key=itemgetter("step"))
         rows.append(row)
     return rows
 
@@ -260,8 +248,7 @@ def plot_train(result: Result, path: Path) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_output_arguments(parser, NETWORKS, NETWORKS)
-    add_device_arguments(parser)
+    add_common_arguments(parser, NETWORKS)
     parser.add_argument("--root", type=Path, help="folder of real images (default: noise)")
     parser.add_argument("--norms", nargs="+", choices=NORMS, default=list(NORMS))
     parser.add_argument("--callers", nargs="+", choices=COMPILERS, default=["eager", "compiled"])

@@ -109,7 +109,8 @@ ACCURATE = Question(
 # ---- The rule for other networks ------------------------------------------------------------------------------
 
 
-def _counts(row: Comparison, quantity: str) -> bool:
+def is_counted(row: Comparison, quantity: str = TOP1) -> bool:
+    """Tell whether the runs of a row are long and repeated enough to count for other networks."""
     return row.full_length and len(row.differences(quantity)) >= MIN_PAIRS
 
 
@@ -149,7 +150,7 @@ def _judge_features(question: Question, arms: Sequence[Arm]) -> Finding:
             f"{', '.join(names_of(row.label, row.cell))} ({plural('epoch', row.epochs or 0)}): "
             f"{', '.join(mean_interval(result, digits))}, n = {result.n}{unequal}"
         )
-    counted = [row for row in pairs if _counts(row, quantity)]
+    counted = [row for row in pairs if is_counted(row, quantity)]
     result, backbones = pooled(counted, quantity), {row.cell.backbone for row in counted}
     evidence = (
         f"{quantity.partition('/')[2]} of the penultimate features, L2BN − {reference}: {'; '.join(cells)}. "
@@ -177,18 +178,13 @@ def _no_parameters_added(arms: Sequence[Arm]) -> Finding:
     return Finding(evidence, "supported")
 
 
-def long_rows(arms: Sequence[Arm]) -> list[Comparison]:
-    """The rows of the grid that are long and repeated enough to count."""
-    return [row for row in grid(arms) if _counts(row, TOP1)]
-
-
 def _better_on_images(arms: Sequence[Arm]) -> Finding:
     """The pooled paired difference over the cells that are long and repeated enough."""
     cells = grid(arms)
     rows = [row for row in cells if row.differences()]
     if not rows:
         return Finding("0 cells hold a pair of finished runs of BN and L2BN.", "not measured")
-    counted = long_rows(arms)
+    counted = [row for row in rows if is_counted(row)]
     result, backbones = pooled(counted), {row.cell.backbone for row in counted}
     long = [arm for row in cells if row.full_length for arm in row.arms]
     diverged = {norm: sum(arm.diverged for arm in long if arm.norm == norm) for norm in (BN, L2BN)}
@@ -203,7 +199,7 @@ def _better_on_images(arms: Sequence[Arm]) -> Finding:
     verdict = _verdict(result, len(backbones), 1)
     if verdict == "supported" and diverged[L2BN] > diverged[BN]:
         verdict = "not decided at this n"
-    return Finding(" ".join(evidence), verdict, tuple(_short(row) for row in rows if not _counts(row, TOP1)))
+    return Finding(" ".join(evidence), verdict, tuple(_short(row) for row in rows if not is_counted(row)))
 
 
 def _short(row: Comparison) -> str:

@@ -546,19 +546,18 @@ def accuracy_over_rates(study: Study) -> Figure:
 
 def accuracy_over_updates(study: TrapStudy) -> Figure:
     """A panel per norm: accuracy by running and by batch statistics over the updates, mean and range."""
-    norms = [norm for norm in OF_EPS if norm in study.rows]
+    norms = [norm for norm in OF_EPS if norm in study.norms]
     figure, panels = _panels(2.2 * len(norms) + 0.6, 2.7, columns=len(norms), sharey=True)
     for panel, norm in zip(panels, norms, strict=True):
         panel.set_title(OF_EPS[norm]["label"])
         for kind, line in (("batch", (0, (4, 1.5))), ("running", "-")):
             curve = study.curve(norm, kind)
-            steps, seeds = [step for step, _ in curve], [values for _, values in curve]
             color = OF_EPS[norm]["color"] if kind == "running" else GREY
-            panel.fill_between(steps, [*map(min, seeds)], [*map(max, seeds)], color=color, alpha=0.18, lw=0)
-            means = [estimate(values).mean for values in seeds]
-            panel.plot(steps, means, color=color, linestyle=line, linewidth=1.2, label=f"{kind} statistics")
+            panel.fill_between(curve.index, curve.min(axis=1), curve.max(axis=1), color=color, alpha=0.18, lw=0)
+            mean = curve.mean(axis=1)
+            panel.plot(curve.index, mean, color=color, linestyle=line, linewidth=1.2, label=f"{kind} statistics")
         panel.set_xlabel("updates")
-        panel.legend(loc="lower right", handlelength=2.6, title=f"n = {len(study.rows[norm])}")
+        panel.legend(loc="lower right", handlelength=2.6, title=f"n = {study.norms[norm]}")
     panels[0].set_ylabel("test top-1 (%)")
     _finish(figure, f"{title(study.label, study.cell)}; band: range over seeds")
     return figure

@@ -6,15 +6,15 @@ All numbers are made from records. The reading is a text by hand that names the 
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import pandas as pd
 
-from l2bn.records import FeatureRow, InvalidRecordError, Problem, Record, StatisticsRow, read_statistics
+from l2bn.records import FeatureRow, InvalidRecordError, Problem, Record, read_statistics
 from l2bn.reporting.comparison import Arm, Comparison, arms_of, by_cell, compare, differences
 from l2bn.reporting.evidence import (
     BN,
@@ -374,59 +374,60 @@ CAUGHT_UP = 1.0
 """Points that running statistics may lie below batch statistics and count as caught up."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrapStudy:
-    """The norms of one cell, each with its measured updates by seed."""
+    """The measured updates of one cell."""
 
     cell: Cell
     label: str
-    rows: Mapping[str, Mapping[int, Sequence[StatisticsRow]]]
+    rows: pd.DataFrame  # norm, seed, step, and accuracy by both statistics
 
-    def curve(self, norm: str, kind: str) -> list[tuple[int, list[float]]]:
-        """Update and the accuracy of each seed, for the updates that every seed has."""
-        seeds = [{row["step"]: row[f"{kind}/top1"] for row in rows} for rows in self.rows[norm].values()]
-        steps = sorted(set[int].intersection(*(set(seed) for seed in seeds)))
-        return [(step, [seed[step] for seed in seeds]) for step in steps]
+    @property
+    def norms(self) -> dict[str, int]:
+        """Norm to number of seeds."""
+        return {str(norm): rows["seed"].nunique() for norm, rows in self.rows.groupby("norm", sort=False)}
+
+    def curve(self, norm: str, kind: str) -> pd.DataFrame:
+        """Accuracy, step x seed, at the updates that every seed has."""
+        rows = self.rows[self.rows["norm"] == norm]
+        return rows.pivot(index="step", columns="seed", values=f"{kind}/top1").dropna()
 
     def caught_up(self, norm: str) -> str:
         """The first update from which on running statistics keep up, from the earliest to the latest seed."""
-        known = []
-        for rows in self.rows[norm].values():
-            behind = [row["step"] for row in rows if row["running/top1"] < row["batch/top1"] - CAUGHT_UP]
-            after = [int(row["step"]) for row in rows if row["step"] > max(behind, default=-1)]
-            known += after[:1]
-        never = len(self.rows[norm]) - len(known)
-        span = f"{min(known)} to {max(known)}" if len(set(known)) > 1 else "".join(map(str, known[:1]))
+        first = []
+        for _, rows in self.rows[self.rows["norm"] == norm].groupby("seed"):
+            behind = rows.loc[rows["running/top1"] < rows["batch/top1"] - CAUGHT_UP, "step"]
+            first += [int(step) for step in rows["step"] if step > max(behind, default=-1)][:1]
+        never = self.norms[norm] - len(first)
+        span = f"{min(first)} to {max(first)}" if len(set(first)) > 1 else "".join(map(str, first[:1]))
         return ", ".join(filter(None, (span, f"{never} never" if never else "")))
 
 
 def trap_studies(records: Iterable[Record]) -> tuple[list[TrapStudy], list[Problem]]:
     """The records that hold a comparison of statistics, by cell, and those that cannot be read."""
-    found: dict[Cell, dict[str, dict[int, Sequence[StatisticsRow]]]] = defaultdict(lambda: defaultdict(dict))
-    labels, problems = {}, []
+    rows, problems = [], []
     for record in records:
+        names = {"cell": cell_of(record), "label": label_of(record), "norm": record.norm, "seed": record.seed}
         try:
-            rows = read_statistics(record.folder)
+            rows += [names | row for row in read_statistics(record.folder)]
         except InvalidRecordError as error:
             problems.append(Problem(record.folder, str(error)))
-            continue
-        if rows:
-            found[cell_of(record)][record.norm][record.seed] = rows
-            labels[cell_of(record)] = label_of(record)
-    cells = sorted(found, key=lambda cell: cell.order)
-    return [TrapStudy(cell, labels[cell], found[cell]) for cell in cells], problems
+    frame = pd.DataFrame(rows, columns=["cell", "label", "norm", "seed", "step", "running/top1", "batch/top1"])
+    groups = frame.groupby("cell", sort=False)
+    studies = [TrapStudy(cast("Cell", cell), group["label"].iloc[-1], group) for cell, group in groups]
+    return sorted(studies, key=lambda study: study.cell.order), problems
 
 
 def trap_table(study: TrapStudy) -> Table:
     """Mean accuracy over the seeds by both statistics at some updates, and when the running ones have caught up."""
     columns = ("Norm", "Statistics", *(f"update {step}" for step in SHOWN_UPDATES), "caught up after", "n")
     rows = []
-    for norm in study.rows:
+    for norm, seeds in study.norms.items():
         for kind in KINDS:
-            means = {step: fmean(values) for step, values in study.curve(norm, kind)}
+            means = study.curve(norm, kind).mean(axis="columns")
             shown = (f"{means[step]:.2f}" if step in means else NONE for step in SHOWN_UPDATES)
             when = study.caught_up(norm) if kind == "running" else ""
-            rows.append((norm, kind, *shown, when, str(len(study.rows[norm]))))
+            rows.append((norm, kind, *shown, when, str(seeds)))
     return Table("Accuracy by running and by batch statistics", columns, rows, names=2)
 
 

@@ -26,6 +26,7 @@ class Published:
     kind: str  # a key of EPOCHS
     best: float | None  # at the best epoch, where the source reports it
     source: str
+    distance: float | None  # our BN minus this one, points; None where all of our runs diverged
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,10 @@ class Reference:
             same_net = row and row.get("parameters", record.parameters) == record.parameters
             if same_net and table["recipe"] == record.recipe:
                 kind = next(kind for kind in EPOCHS if kind in row)
-                return Published(row[kind], kind, row.get("best"), table["source"])
+                ours = comparison.reference.estimate().mean
+                distance = None if ours is None else ours - row[kind]
+                return Published(row[kind], kind, row.get("best"), table["source"], distance)
         return None
-
-    def distance(self, comparison: Comparison) -> float | None:
-        """Our BN minus the published one, in points; None where they do not match."""
-        found = self.published(comparison)
-        ours = comparison.reference.estimate().mean if comparison.reference else None
-        return None if found is None or ours is None else ours - found.accuracy
 
     def paper(self, comparison: Comparison) -> Row:
         """`bn`, `l2bn` (percent) and `where` of the L2BN paper's row for the pair; empty where none was entered."""

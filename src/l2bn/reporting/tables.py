@@ -8,17 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from l2bn.errors import UserError
-from l2bn.reporting.claims import ACCURATE, MIN_BACKBONES, RunSet, judge_set, long_rows
-from l2bn.reporting.comparison import (
-    FULL_EPOCHS,
-    Arm,
-    Comparison,
-    arms_of,
-    grid,
-    holm_over,
-    other_norms,
-    pooled,
-)
+from l2bn.reporting.claims import ACCURATE, MIN_BACKBONES, RunSet, is_counted, judge_set
+from l2bn.reporting.comparison import FULL_EPOCHS, Arm, Comparison, arms_of, grid, holm_over, other_norms, pooled
 from l2bn.reporting.evidence import BEST, BN, L2BN, Evidence, images_in_words
 from l2bn.reporting.formatting import (
     NONE,
@@ -156,11 +147,11 @@ def _best(arm: Arm | None) -> str:
 
 def _published(row: Comparison, reference: Reference, sources: dict[str, str]) -> str:
     """The published number, our distance to it, and its footnote, numbered in the order of first use."""
-    found, distance = reference.published(row), reference.distance(row)
+    found = reference.published(row)
     if found is None:
         return NONE
     text = f"{EPOCHS[found.kind].capitalize()}; {found.source}"
-    ours = "" if distance is None else f" ({signed(distance)})"
+    ours = "" if found.distance is None else f" ({signed(found.distance)})"
     return f"{found.accuracy:.2f}{sources.setdefault(text, mark(len(sources) + 1))}{ours}"
 
 
@@ -269,7 +260,7 @@ def grid_csv(rows: Sequence[Comparison], reference: Reference, norm: str) -> str
             | {f"{name}_best_epoch_mean": arm.estimate(BEST).mean if arm else None for name, arm in arms}
             | {"p_holm": corrected, "seeds_needed": None if std is None else seeds_needed(std)}
             | {"published_bn": found and found.accuracy, "published_kind": found and found.kind}
-            | {"published_source": found and found.source, "distance": reference.distance(row)}
+            | {"published_source": found and found.source, "distance": found and found.distance}
             | {f"paper_{key}": reference.paper(row).get(key) for key in ("bn", "l2bn", "where")}
         )
     return csv_text(lines, columns, ".4f")
@@ -318,16 +309,16 @@ def readme_with_block(readme: str, evidence: Evidence, run_set: RunSet) -> str:
     _, closed, after = rest.partition(END)
     if not found or not closed or BEGIN in after or END in after:
         raise UserError(f"the README must hold the lines {BEGIN} and {END} once, in this order")
-    arms = arms_of(evidence)
-    rows = [row for row in grid(arms) if run_set.holds(row.cell)]
-    parts = [BEGIN, _answer(arms, run_set), markdown(grid_table(rows)).strip("\n")]
+    rows = [row for row in grid(arms_of(evidence)) if run_set.holds(row.cell)]
+    parts = [BEGIN, _answer(rows, run_set), markdown(grid_table(rows)).strip("\n")]
     if any(row.differences() for row in rows):
         parts.append(f"![Paired differences, {run_set.label}](results/figures/{run_set.figure}.png)")
     return before + "\n\n".join(parts) + f"\n\n{END}{after}"
 
 
-def _answer(arms: Sequence[Arm], run_set: RunSet) -> str:
+def _answer(rows: Sequence[Comparison], run_set: RunSet) -> str:
     """The estimate for these networks with n, interval and verdict, and half a sentence on other networks."""
+    arms = [arm for row in rows for arm in row.arms]
     these = judge_set(ACCURATE, run_set, arms, run_set.seeds)
     found = f"not decided, {these.ended} of {these.wanted} runs"
     if these.overall:
@@ -335,7 +326,7 @@ def _answer(arms: Sequence[Arm], run_set: RunSet) -> str:
         lost = f"diverged: {these.diverged[0]} of BN, {these.diverged[1]} of L2BN"
         found = f"{these.verdict}; L2BN − BN {estimate}, n = {plural('pair', these.overall.n)}, {lost}"
     networks = f"{len(run_set.backbones)} networks ({', '.join(run_set.backbones)}) on {run_set.label}"
-    others = pooled(row for row in long_rows(arms) if run_set.holds(row.cell))
+    others = pooled(row for row in rows if is_counted(row))
     beyond = f"there is no interval yet ({others.n} of at least {MIN_BACKBONES} networks with {MIN_PAIRS} pairs)"
     if others.n >= MIN_BACKBONES and others.low is not None:
         beyond = f"the 95 % interval of that mean, over {plural('network', others.n)}, is {interval(others)}"
