@@ -61,9 +61,8 @@ class Arm:
 def arms_of(evidence: Evidence) -> list[Arm]:
     """The runs grouped by cell and norm, sorted."""
     arms = []
-    for key, runs in evidence.frame.groupby(["cell", "norm"], sort=False):
+    for key, values in evidence.frame.groupby(["cell", "norm"], sort=False):
         cell, norm = cast("tuple[Cell, str]", key)
-        values = runs.set_index("seed").sort_index()
         records: tuple[Record, ...] = tuple(values["record"])
         rows = {run.seed: evidence.features[run.folder] for run in records if run.folder in evidence.features}
         arms.append(Arm(cell, norm, records, values, rows))

@@ -1,7 +1,7 @@
 """The evidence: the runs under a folder as one frame of values, checked before anything is compared.
 
     cell     data set x backbone x recipe x setting (precision, devices): what compared runs share
-    frame    a row per run: cell, norm, seed, its record, and a column for each quantity
+    frame    a row per run, by its seed: cell, norm, record, and a column for each quantity
 
 Quantities are TOP1 and BEST, and of a run with measured features the measures after its last epoch, named by place
 and measure: "penultimate/within_share"; at norm layers ("input/norm_cv", "output/norm_cv", "shrink") the mean over
@@ -122,14 +122,15 @@ class Evidence:
 
     @cached_property
     def frame(self) -> pd.DataFrame:
-        """A row per run; NaN where it has no value of a quantity."""
+        """A row per run, by its seed; NaN where it has no value of a quantity."""
         quantities = (TOP1, BEST, *FEATURES)
         rows = []
         for record in self.records:
             values = _values(record, self.features.get(record.folder, ()))
             rows.append((*self.place(record), record.seed, record, *map(values.get, quantities)))
         columns = ["cell", "norm", "seed", "record", *quantities]
-        return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(quantities, float))
+        frame = pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(quantities, float))
+        return frame.set_index("seed").sort_index(kind="stable")
 
 
 def _values(record: Record, rows: Sequence[FeatureRow]) -> dict[str, float | None]:
