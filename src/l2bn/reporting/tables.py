@@ -246,7 +246,11 @@ def _pooled(comparisons: Sequence[Comparison]) -> list[str]:
         (True, f"runs of {FULL_EPOCHS} epochs and more"),
         (False, f"runs under {FULL_EPOCHS} epochs"),
     ):
-        rows = [row for row in comparisons if row.full_length is full and row.differences()]
+        rows = [
+            row
+            for row in comparisons
+            if row.full_length is full and row.differences() and row.cell.task == "images"
+        ]
         if not rows:
             continue
         result = pooled(rows)
