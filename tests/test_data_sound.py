@@ -24,6 +24,7 @@ from l2bn.errors import UserError
 from official_formats import esc50 as write_esc50
 from official_formats import sound_folder as write_folder
 from official_formats import tau2020 as write_tau2020
+from test_data_sets import build
 
 SMALL = LogMel(rate=8000, bands=16, fft=512, hop=250, decibels=60.0, deltas=False)  # 0.5 s
 RATE, LENGTH = SMALL.rate, SMALL.samples
@@ -283,6 +284,19 @@ def test_recoded_copies_are_found_and_the_label_says_so(environment: Path) -> No
     assert after.label == f"{before.label}, from .flac files"
 
 
+def test_without_clips_of_esc10_the_table_is_named(environment: Path) -> None:
+    rewrite(environment, lambda rows: [row.update(esc10="False") for row in rows])
+    with pytest.raises(UserError, match=r"esc50\.csv lists no clips"):
+        read(environment, esc10=True)
+
+
+def test_values_of_the_command_line_are_named_by_their_keys(environment: Path) -> None:
+    with pytest.raises(UserError, match=r"dataset\.spectrogram: hop=0, fft=2048: give a hop"):
+        build("esc50", [f"dataset.root='{environment}'", "dataset.spectrogram.hop=0"])
+    with pytest.raises(UserError, match=r"dataset\.augmentation: time=-1: give a number"):
+        build("esc50", [f"dataset.root='{environment}'", "dataset.augmentation.time=-1"])
+
+
 def one_class_in_the_test_fold(root: Path) -> None:
     rewrite(root, lambda rows: [row.update(category="owl") for row in rows if row["fold"] == "1"])
 
@@ -298,7 +312,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty table": (lambda root: (root / "meta/esc50.csv").write_text(""), r"esc50\.csv lists no clips"),
     "binary table": (
         lambda root: (root / "meta/esc50.csv").write_bytes(b"\xff\xfe\x00"),
-        r"esc50\.csv cannot be read .*get it again",
+        r"esc50\.csv cannot be read .*restore it",
     ),
     "another table": (
         lambda root: (root / "meta/esc50.csv").write_text("a,b\n1,2\n"),

@@ -1,8 +1,8 @@
 """Sound as images: log-mel spectrograms, computed once and kept as the uint8 pixels of squares.
 
 soundfile reads the clips (WAV, FLAC, Ogg Vorbis, Opus, MP3). The mel filters are NumPy: torchaudio is in its
-maintenance phase, and its last release, 2.11, is older than the torch of this project; librosa 1.0 is well kept but
-brings numba and llvmlite, 195 MB to install, for the ten lines of `LogMel.filters`.
+maintenance phase, and its last release, 2.11, is older than the torch of this project, 2.15; librosa is well
+kept but brings 13 packages, numba and llvmlite (195 MB) among them, for the ten lines of `LogMel.filters`.
 
 Letters: H mel bands and as many frames, the rows and columns of an image; T samples of a clip; N clips.
 """
@@ -138,7 +138,7 @@ def esc50(
     patterns = {"fold": r"\d+", "category": ".+", "esc10": "True|False"}
     rows = _rows(table, patterns, "ESC-50", "github.com/karolpiczak/ESC-50")
     rows = [row for row in rows if row["esc10"] == "True" or not esc10]
-    clips = _read_clips(_listed(rows, "category", table), spectrogram, cache)
+    tree = _listed(rows, "category", table)
     folds = torch.tensor([int(row["fold"]) for row in rows])
     found = sorted(set(folds.tolist()))
     if fold not in found or leave_out not in (None, *found) or leave_out == fold:
@@ -146,6 +146,7 @@ def esc50(
             f"dataset.fold={fold}, dataset.leave_out={leave_out}: {table} has the folds "
             f"{', '.join(map(str, found))}; give one to test on, and another or null to leave out"
         )
+    clips = _read_clips(tree, spectrogram, cache)
     variant = ["ESC-10"] * esc10 + [f"fold {fold}"]
     whole = (10, 320, 80) if esc10 else (50, 1600, 400)
     if leave_out is not None:
@@ -200,20 +201,20 @@ def _rows(
         with table.open(encoding="utf-8-sig", newline="") as stream:
             rows = list(csv.DictReader(stream, delimiter=delimiter))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{table} cannot be read ({error}); get it again from {source}") from error
-    if not rows:
-        raise UserError(f"{table} lists no clips; get it again from {source}")
+        raise UserError(f"{table} cannot be read ({error}); restore it from {source}") from error
     for number, row in enumerate(rows, start=2):
         for column, pattern in {"filename": ".+", **patterns}.items():
             if not re.fullmatch(pattern, row.get(column) or ""):
                 raise UserError(
-                    f"{table}, line {number}: {column} cannot be {row.get(column)}; get the table from {source}"
+                    f"{table}, line {number}: {column} cannot be {row.get(column)}; restore the table from {source}"
                 )
     return rows
 
 
 def _listed(rows: Sequence[Mapping[str, str]], column: str, table: Path) -> Tree:
     """The files of a table's rows in audio/, where each may have another suffix; column: of the classes' names."""
+    if not rows:
+        raise UserError(f"{table} lists no clips; restore the table")
     audio = table.parents[1] / "audio"
     found = list(filter(SOUND.fits, scan(audio)[1]))
     by_name = {Path(name).stem: name for name in found} | {name: name for name in found}
@@ -226,7 +227,7 @@ def _listed(rows: Sequence[Mapping[str, str]], column: str, table: Path) -> Tree
         )
     name, count = Counter(names).most_common(1)[0]
     if count > 1:
-        raise UserError(f"{audio / name} is listed {count} times in {table.parent}; restore these tables")
+        raise UserError(f"{audio / name} is listed {count} times in {table.parent}; restore the tables")
     classes = tuple(sorted({row[column] for row in rows}))
     return Tree(audio, classes, names, torch.tensor([classes.index(row[column]) for row in rows]))
 
