@@ -5,9 +5,9 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup demo test test-all test-services lint list tables figures claims bench bench-norm bench-step bench-train bench-data tensorboard
+.PHONY: help setup demo list tensorboard tables figures claims test test-all test-services lint bench bench-norm bench-step bench-train bench-data
 
-help: ## print this list
+help: ## print this list, in the order in which a new user needs it
 	@echo "make TARGET, or make DATASET-BACKBONE-NORM to train, e.g. make cifar-resnet-l2bn ARGS='seed=1'"
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
 
@@ -25,6 +25,24 @@ demo: setup ## BN against L2BN on scikit-learn's digits: 6 runs, a table and a f
 	@echo "records       runs/demo"
 	@echo "curves        make tensorboard LOGDIR=runs/demo"
 
+list: setup ## every data set, backbone with its cost, norm, recipe and experiment, one line each
+	@python scripts/list.py
+
+LOGDIR ?= runs
+tensorboard: setup ## compare norms in TensorBoard, for the runs in LOGDIR (runs), on this machine alone
+	python scripts/report.py tensorboard --runs '$(LOGDIR)'
+
+tables: setup ## results/tables, mechanism.md and the README's block, from results/records and results/studies
+	python scripts/report.py tables
+	python scripts/report.py mechanism tables
+
+figures: setup ## results/figures, from results/records and results/studies
+	python scripts/report.py figures
+	python scripts/report.py mechanism figures
+
+claims: setup ## results/claims.md, from results/records
+	python scripts/report.py claims
+
 test: setup lint ## lint, types and the fast tests
 	python -m pytest --numprocesses auto
 
@@ -38,20 +56,6 @@ lint: setup ## ruff and mypy
 	ruff check .
 	ruff format --check .
 	mypy
-
-list: setup ## every data set, backbone, norm, recipe and experiment, one line each
-	@python scripts/list.py
-
-tables: setup ## results/tables, mechanism.md and the README's block, from results/records and results/studies
-	python scripts/report.py tables
-	python scripts/report.py mechanism tables
-
-figures: setup ## results/figures, from results/records and results/studies
-	python scripts/report.py figures
-	python scripts/report.py mechanism figures
-
-claims: setup ## results/claims.md, from results/records
-	python scripts/report.py claims
 
 BENCH := python scripts/benchmark.py
 MADE  := --json results/benchmarks
@@ -71,10 +75,6 @@ bench-train: setup ## images/s in training and evaluation, beside the plain loop
 
 bench-data: setup ## images/s of the data pipelines alone
 	$(BENCH) data $(MADE)/data.json $(ARGS)
-
-LOGDIR ?= runs
-tensorboard: setup ## show the arms and runs of LOGDIR (runs) in TensorBoard, on this machine alone
-	python scripts/report.py tensorboard --runs '$(LOGDIR)'
 
 # make DATASET-BACKBONE-NORM: any names of configs/, and these short ones.
 cifar := cifar10

@@ -1,7 +1,9 @@
-"""Measure the features of existing runs: python scripts/analyze.py --run RUN [RUN...].
+"""Measure the features of existing runs; prints a table, and adds the measures to the run and to TensorBoard.
 
-The measures (defined in src/l2bn/analysis/features.py) go to the runs' features.jsonl and to TensorBoard, and a
-table of each run is printed. With --checkpoints every kept checkpoint is measured, without it the last one.
+python scripts/analyze.py --run RUN                  its last checkpoint
+python scripts/analyze.py --run RUN --checkpoints    every checkpoint that was kept
+
+The measures are defined in src/l2bn/analysis/features.py.
 """
 
 import argparse
@@ -13,13 +15,11 @@ from l2bn.errors import UserError, told_plainly
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", nargs="+", type=Path, required=True, metavar="RUN", help="the folder of a run")
-    parser.add_argument("--checkpoints", action="store_true", help="every kept checkpoint")
+    parser.add_argument("--run", nargs="+", type=Path, required=True, metavar="RUN", help="folder of a run")
+    parser.add_argument("--checkpoints", action="store_true", help="every checkpoint that was kept")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    parser.add_argument(
-        "--config-dir", type=Path, action="append", default=[], help="your own folder of YAML files"
-    )
-    parser.add_argument("--root", help="the folder of the data set, if it has moved since training")
+    parser.add_argument("--config-dir", type=Path, action="append", default=[], help="your folder of YAML files")
+    parser.add_argument("--root", help="folder of the data set, if it has moved since training")
     arguments = parser.parse_args()
     from rich.console import Console  # imported here: --help need not wait for torch
 

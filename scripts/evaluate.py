@@ -1,4 +1,7 @@
-"""Evaluate the last weights of a run on its test images: python scripts/evaluate.py RUN."""
+"""Evaluate the last weights of a run on its test images.
+
+python scripts/evaluate.py RUN
+"""
 
 import argparse
 from pathlib import Path
@@ -7,13 +10,11 @@ from l2bn.errors import told_plainly
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Evaluate a run's last weights on its test images.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    parser.add_argument(
-        "--config-dir", type=Path, action="append", default=[], help="your own folder of YAML files"
-    )
-    parser.add_argument("--root", help="the folder of the data set, if it has moved since training")
+    parser.add_argument("--config-dir", type=Path, action="append", default=[], help="your folder of YAML files")
+    parser.add_argument("--root", help="folder of the data set, if it has moved since training")
     arguments = parser.parse_args()
     from l2bn.training.run import evaluate_run  # imported here: --help need not wait for torch
 

@@ -1,9 +1,9 @@
-"""Prepare a data set, or print what has to be done by hand: python scripts/fetch_data.py cifar10.
+"""Prepare a data set: download and check its files, decode its images, print their numbers.
 
-Missing files are downloaded and checked, images are decoded into their cache, and their numbers are printed.
+python scripts/fetch_data.py cifar10
+python scripts/fetch_data.py esc50 dataset.root=FOLDER --figure spectrograms.png --classes dog,rain
 
-The figure of two spectrograms in the README:
-python scripts/fetch_data.py esc50 dataset.root=FOLDER --figure results/figures/spectrograms.png --classes dog,rain
+Where a download needs an account, the steps to take by hand are printed.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help="a name in configs/dataset")
     parser.add_argument("overrides", nargs="*", help="as for train.py: dataset.root=FOLDER")
-    parser.add_argument("--config-dir", type=Path, action="append", default=[], help="as for train.py")
+    parser.add_argument("--config-dir", type=Path, action="append", default=[], help="your folder of YAML files")
     parser.add_argument("--pack", metavar="FOLDER", help="first pack ImageNet's files in FOLDER into shards")
     parser.add_argument("--figure", metavar="FILE", type=Path, help="draw a training image of each of some classes")
     parser.add_argument("--classes", metavar="A,B", help="the classes of --figure (default: the first two)")

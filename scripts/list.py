@@ -1,4 +1,8 @@
-"""List the choices of each group, one per line: python scripts/list.py [backbone]."""
+"""List the choices of each group, one per line, with the cost of each backbone.
+
+python scripts/list.py
+python scripts/list.py backbone --hours    also time each backbone on this machine, to plan a sweep; takes minutes
+"""
 
 import argparse
 import sys
@@ -12,16 +16,18 @@ from l2bn.training.instantiate import CONFIGS
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="List the choices of each group.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("group", nargs="?", choices=GROUPS, help="only this group")
-    parser.add_argument("--config-dir", type=Path, action="append", default=[], help="your own YAML files")
+    parser.add_argument("--hours", action="store_true", help="estimate the hours of the usual recipe here")
+    parser.add_argument("--config-dir", type=Path, action="append", default=[], help="your folder of YAML files")
     arguments = parser.parse_args()
     for folder in arguments.config_dir:
         if not folder.is_dir():
             raise UserError(f"--config-dir: there is no folder {folder}")
     groups = [arguments.group] if arguments.group else GROUPS
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
-    console.print(overview(groups, console.width, [CONFIGS, *(path.resolve() for path in arguments.config_dir)]))
+    folders = [CONFIGS, *(path.resolve() for path in arguments.config_dir)]
+    console.print(overview(groups, console.width, folders, timed=arguments.hours))
 
 
 if __name__ == "__main__":

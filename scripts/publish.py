@@ -1,4 +1,7 @@
-"""Copy the records of ended runs to results/records: python scripts/publish.py runs/cifar10/resnet20/*/*/*."""
+"""Copy the records of ended runs to results/records, from which tables, figures and claims are made.
+
+python scripts/publish.py RUN...
+"""
 
 import argparse
 import sys
@@ -9,9 +12,9 @@ from l2bn.records import InvalidRecordError, publish
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Copy the records of ended runs to results/records.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run")
-    parser.add_argument("--to", type=Path, default=Path("results/records"), help="results/records by default")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of an ended run")
+    parser.add_argument("--to", type=Path, default=Path("results/records"), help="default: results/records")
     arguments = parser.parse_args()
     failures = 0
     for run in arguments.runs:

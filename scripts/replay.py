@@ -1,4 +1,7 @@
-"""Train the run of a record again: python scripts/replay.py RECORD."""
+"""Train the run of a record again, by its config.yaml.
+
+python scripts/replay.py RECORD
+"""
 
 import argparse
 from pathlib import Path
@@ -7,13 +10,11 @@ from l2bn.errors import optional_output, told_plainly
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the run of a record again.")
-    parser.add_argument("record", type=Path, metavar="RECORD", help="a folder with a config.yaml")
-    parser.add_argument("--runs-dir", default="runs/replay", help="the folder of the new run (runs/replay)")
-    parser.add_argument(
-        "--config-dir", type=Path, action="append", default=[], help="your own folder of YAML files"
-    )
-    parser.add_argument("--root", help="the folder of the data set, if it is not the one of its YAML file")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("record", type=Path, metavar="RECORD", help="folder with a config.yaml")
+    parser.add_argument("--runs-dir", default="runs/replay", help="folder of the new run (default: runs/replay)")
+    parser.add_argument("--config-dir", type=Path, action="append", default=[], help="your folder of YAML files")
+    parser.add_argument("--root", help="folder of the data set, if it is not the one of its YAML file")
     arguments = parser.parse_args()
     from l2bn.training.interruption import refuse_copies
     from l2bn.training.run import replay  # imported here: --help need not wait for torch

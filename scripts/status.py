@@ -18,8 +18,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="as for train.py: backbone=resnet20,vgg16")
     parser.add_argument("--experiment", metavar="NAME", help="as experiment=NAME")
-    parser.add_argument("--runs", metavar="FOLDER", help="the folder of the runs; as runs_dir=FOLDER")
-    parser.add_argument("--config-dir", type=Path, action="append", default=[], help="as for train.py")
+    parser.add_argument("--runs", metavar="FOLDER", help="folder of the runs, as runs_dir=FOLDER")
+    parser.add_argument("--config-dir", type=Path, action="append", default=[], help="your folder of YAML files")
     parser.add_argument("-m", "--multirun", action="store_true", help="accepted, as for train.py")
     arguments = parser.parse_intermixed_args()
     from l2bn.training.plan import compose_sweep, composing, find_runs, plan_sweep

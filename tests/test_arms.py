@@ -166,6 +166,9 @@ def test_a_browser_shows_both_arms_apart_and_their_difference(page: Any, address
     page.reload()
     page.get_by_text(f"{CELL}: test top-1, percent").wait_for()
     page.get_by_text("Matches (2)").first.wait_for()
+    titles = [page.get_by_text(f"{CELL}: {name}") for name in ("test top-1, percent", "training loss")]
+    boxes = [title.bounding_box() for title in titles]
+    assert (boxes[0]["y"], boxes[0]["x"]) < (boxes[1]["y"], boxes[1]["x"]), "accuracy first"
     page.goto(f"{address}/#text")
     page.reload()
     page.get_by_text("l2bn − bn: +1.00 points [−0.24, +2.24]").first.wait_for()

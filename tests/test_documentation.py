@@ -1,16 +1,20 @@
 """The documents: their links lead somewhere, the commands they name exist, and what they promise is tested."""
 
+import os
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 from hydra._internal.utils import get_args_parser
 from hydra.types import RunMode
+from PIL import Image
 
 import test_bad_input
 import test_checkpoint
@@ -25,6 +29,7 @@ import test_data_folder
 import test_data_imagenet
 import test_data_imagenet_wds
 import test_data_loader
+import test_data_sound
 import test_data_splits
 import test_divergence
 import test_environment
@@ -87,6 +92,7 @@ def test_a_target_that_is_none_says_so() -> None:
 
 # Every command that the documents name: of the scripts that compose a configuration, all runs are composed.
 
+OWN = "Your own images, network and norm"
 SOURCES = [*ROOT.glob("*.md"), *ROOT.glob("results/**/*.md"), *ROOT.glob("configs/**/*.yaml")]
 SOURCES += [*ROOT.glob("scripts/*.py"), ROOT / "Makefile"]
 
@@ -137,25 +143,114 @@ def test_a_documented_command_is_accepted(script: str, arguments: str) -> None:
             plan_run(*composed(rest))
 
 
-@pytest.mark.slow
-def test_the_readmes_own_norm_trains_from_outside_the_repository(tmp_path: Path) -> None:
-    """Run the block itself, in an empty folder with a link to the scripts."""
-    (block,) = re.findall(
-        r"```sh\n(mkdir -p mine/norm\n.*?)```", section("Add a norm, a backbone, a data set"), re.DOTALL
-    )
-    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+# The blocks of the README that are there to be pasted, each run as it stands.
+
+
+def paste(block: str, folder: Path) -> str:
+    """Run a block in a folder with a link to the scripts, by this environment's Python; return what it prints."""
+    (folder / "scripts").symlink_to(ROOT / "scripts")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path}
     block = block.replace("PYTHONPATH=mine", "PYTHONPATH=mine:$PYTHONPATH")
-    done = subprocess.run(["bash", "-e", "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        ["bash", "-e", "-c", block], cwd=folder, capture_output=True, text=True, timeout=900, env=environment
+    )
     assert done.returncode == 0, done.stderr
-    assert "sweep: 2 finished" in done.stdout
-    assert "2 finished\n100 % of 2 epochs" in done.stdout
-    assert "test loss" in done.stdout
-    assert "BN of features that are clipped first." in done.stdout
+    return done.stdout
 
 
-# Each line of the README's "What happens when...", and the tests that show it.
+@pytest.mark.slow
+def test_the_readmes_own_network_and_norm_train_from_outside_the_repository(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```sh\n(mkdir -p mine.*?)```", section(OWN), re.DOTALL)
+    printed = paste(block, tmp_path)
+    assert "sweep: 3 finished" in printed
+    assert re.search(r"tiny\W+clipped_bn", printed)
+
+
+@pytest.mark.slow
+def test_the_readmes_own_images_train_a_pair(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 40), ("test", 5)):
+        for shade, name in ((60, "dark"), (180, "light")):
+            folder = tmp_path / "flowers" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = generator.integers(shade - 50, shade + 50, (40, 50, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    (block,) = re.findall(
+        r"```sh\n(python scripts/train.py -m dataset=image_folder.*?)```", section(OWN), re.DOTALL
+    )
+    printed = paste(block.replace("FOLDER", "flowers"), tmp_path)
+    assert "sweep: 4 finished" in printed
+    assert re.search(r"flowers.*resnet20.*short", printed)
+    assert re.search(r"^l2bn +\d+\.\d+ ", printed, re.MULTILINE)
+
+
+def test_the_readmes_swap_replaces_the_layers_that_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", section("L2BN in your own model"), re.DOTALL)
+    exec(block, {})
+    assert capsys.readouterr().out == "20 layers swapped\n"
+
+
+def test_names_are_completed_in_bash(tmp_path: Path) -> None:
+    """The README's line, and what it offers for the beginning of a command."""
+    (line,) = re.findall(r"`(eval .*?)`", section("A sweep, from start to table"))
+    command = "python scripts/train.py norm=l2bn_r"
+    pressed_tab = f'COMP_LINE="{command}" COMP_POINT={len(command)} COMP_CWORD=2; hydra_bash_completion'
+    assert "norm=l2bn_rms" in paste(f'set +e; {line}; {pressed_tab}; echo "${{COMPREPLY[@]}}"', tmp_path)
+
+
+# Each line of "What happens when..." in the README and in results/README.md, and the tests that show it.
+PROMISES_ON_IMAGES: dict[str, list[Callable[..., Any]]] = {
+    "a folder of images holds hidden or system folders, links or other files": [
+        test_data_folder.test_what_systems_leave_behind_is_passed_over_at_every_depth,
+        test_data_folder.test_links_that_lead_back_multiply_nothing,
+        test_data_folder.test_what_is_left_out_is_counted_in_one_line,
+        test_data_folder.test_a_folder_that_cannot_be_listed_is_named,
+        test_data_folder.test_a_link_to_a_folder_that_is_not_there_is_named,
+        test_data_imagenet.test_what_systems_leave_in_a_flat_validation_folder_is_passed_over,
+    ],
+    "files change behind a cache, or nothing can be cached": [
+        test_data_folder.test_files_that_change_places_are_noticed,
+        test_data_folder.test_a_cache_that_cannot_be_written_costs_no_run,
+        test_data_folder.test_a_full_disk_costs_no_run_and_leaves_nothing,
+    ],
+    "a published data set is incomplete or changed": [
+        test_data_cifar.test_other_files_give_their_number_and_have_no_baseline,
+        test_data_fashion_mnist.test_other_files_of_these_names_give_their_number_and_have_no_baseline,
+        test_data_splits.test_a_published_set_that_is_not_whole_gives_its_number_of_images_and_has_no_baseline,
+    ],
+    "shards repeat a key, hold other files, or are in the order of classes": [
+        test_data_imagenet_wds.test_a_shard_that_holds_no_samples_is_named,
+        test_data_imagenet_wds.test_members_that_are_no_samples_are_passed_over,
+        test_data_imagenet_wds.test_batches_of_shards_in_the_order_of_classes_hold_all_classes,
+    ],
+    "an image has 10 or 12 bits in 16, or a transparent colour": [
+        test_data_decode.test_a_range_that_the_file_states_is_used,
+        test_data_decode.test_few_of_sixteen_bits_are_refused_instead_of_nearly_black,
+        test_data_decode.test_a_transparent_colour_shows_white,
+    ],
+    "test images are training images, there is one class, a class is never trained": [
+        test_data_folder.test_a_link_from_test_to_train_is_refused,
+        test_data_imagenet.test_training_images_by_another_name_are_no_test_images,
+        test_data_folder.test_a_single_class_is_refused_with_the_folder_that_may_be_meant,
+        test_data_loader.test_one_class_is_refused,
+        test_data_imagenet_wds.test_classes_without_training_images_are_refused,
+        test_data_splits.test_a_class_without_training_images_is_refused,
+    ],
+    "a sound file has another rate, several channels, another length": [
+        test_data_sound.test_another_rate_is_resampled_and_said_in_every_run,
+        test_data_sound.test_channels_are_averaged,
+        test_data_sound.test_a_short_clip_is_padded_and_a_long_one_cropped_and_both_are_said,
+    ],
+    "a sound file is silent; damaged, cut short, not finite": [
+        test_data_sound.test_a_silent_clip_is_finite,
+        test_data_sound.test_a_damaged_file_is_named_and_nothing_is_kept,
+    ],
+}
 PROMISES: dict[str, list[Callable[..., Any]]] = {
-    "SIGKILL, a power cut, a crash": [
+    "SIGKILL, a power cut, a crash, a clock that jumps": [
+        test_faults.test_a_clock_that_jumps,
         test_kill.test_a_few_kills,
         test_kill.test_many_kills,
         test_crash.test_a_kill_while_the_journal_is_written,
@@ -186,13 +281,11 @@ PROMISES: dict[str, list[Callable[..., Any]]] = {
         test_sweep.test_a_run_that_is_killed_takes_no_other_with_it,
         test_sweep.test_a_cluster_job_that_dies_fails_alone,
     ],
-    "the newest checkpoint is damaged or cannot be read": [
+    "a file of the run is damaged": [
         test_damage.test_a_damaged_newest_checkpoint,
         test_damage.test_a_checkpoint_that_cannot_be_read,
         test_damage.test_two_damaged_checkpoints,
         test_checkpoint.test_after_a_fallback_two_whole_ones_are_kept,
-    ],
-    "another file of the run is damaged": [
         test_damage.test_half_a_line_of_metrics_is_made_whole,
         test_damage.test_a_damaged_list_of_starts_is_begun_anew,
         test_damage.test_a_damaged_configuration_is_named,
@@ -205,15 +298,13 @@ PROMISES: dict[str, list[Callable[..., Any]]] = {
         test_interruption.test_what_is_locked_is_a_file,
         test_interruption.test_a_file_system_without_locks_is_named,
     ],
-    "the disk is full, the folder read-only or deleted": [
+    "the disk is full, the folder read-only or deleted, memory runs out, a process of the run is killed": [
         test_faults.test_a_full_disk,
         test_faults.test_a_full_disk_before_the_run,
         test_faults.test_a_full_disk_under_the_cache_of_images,
         test_faults.test_a_folder_made_read_only,
         test_faults.test_a_disk_that_is_read_only_at_the_next_start,
         test_faults.test_a_folder_deleted_under_the_run,
-    ],
-    "memory runs out, a process of the run is killed": [
         test_faults.test_a_device_out_of_memory,
         test_faults.test_every_out_of_memory_error_is_recognized,
         test_faults.test_a_data_worker_that_is_killed,
@@ -233,42 +324,6 @@ PROMISES: dict[str, list[Callable[..., Any]]] = {
         test_environment.test_changed_files_and_untracked_source_are_dirty,
         test_environment.test_nothing_is_said_of_a_commit_where_none_is_known,
     ],
-    "a folder of images holds hidden or system folders, links or other files": [
-        test_data_folder.test_what_systems_leave_behind_is_passed_over_at_every_depth,
-        test_data_folder.test_links_that_lead_back_multiply_nothing,
-        test_data_folder.test_what_is_left_out_is_counted_in_one_line,
-        test_data_folder.test_a_folder_that_cannot_be_listed_is_named,
-        test_data_folder.test_a_link_to_a_folder_that_is_not_there_is_named,
-        test_data_imagenet.test_what_systems_leave_in_a_flat_validation_folder_is_passed_over,
-    ],
-    "files are exchanged behind a cache, or nothing can be cached": [
-        test_data_folder.test_files_that_change_places_are_noticed,
-        test_data_folder.test_a_cache_that_cannot_be_written_costs_no_run,
-        test_data_folder.test_a_full_disk_costs_no_run_and_leaves_nothing,
-    ],
-    "a published data set is incomplete or changed": [
-        test_data_cifar.test_other_files_give_their_number_and_have_no_baseline,
-        test_data_fashion_mnist.test_other_files_of_these_names_give_their_number_and_have_no_baseline,
-        test_data_splits.test_a_published_set_that_is_not_whole_gives_its_number_of_images_and_has_no_baseline,
-    ],
-    "shards repeat a key, hold other files, or are in the order of classes": [
-        test_data_imagenet_wds.test_a_shard_that_holds_no_samples_is_named,
-        test_data_imagenet_wds.test_members_that_are_no_samples_are_passed_over,
-        test_data_imagenet_wds.test_batches_of_shards_in_the_order_of_classes_hold_all_classes,
-    ],
-    "an image has 10 or 12 bits in 16, or a transparent colour": [
-        test_data_decode.test_a_range_that_the_file_states_is_used,
-        test_data_decode.test_few_of_sixteen_bits_are_refused_instead_of_nearly_black,
-        test_data_decode.test_a_transparent_colour_shows_white,
-    ],
-    "test images are training images, there is one class, a class is never trained": [
-        test_data_folder.test_a_link_from_test_to_train_is_refused,
-        test_data_imagenet.test_training_images_by_another_name_are_no_test_images,
-        test_data_folder.test_a_single_class_is_refused_with_the_folder_that_may_be_meant,
-        test_data_loader.test_one_class_is_refused,
-        test_data_imagenet_wds.test_classes_without_training_images_are_refused,
-    ],
-    "the clock jumps": [test_faults.test_a_clock_that_jumps],
     "loss, weights or running statistics are no longer finite": [
         test_divergence.test_a_learning_rate_that_is_too_high,
         test_divergence.test_weights_that_are_not_finite,
@@ -282,13 +337,11 @@ PROMISES: dict[str, list[Callable[..., Any]]] = {
         test_damage.test_a_checkpoint_of_another_run_is_refused,
         test_damage.test_a_checkpoint_of_another_version_is_refused,
     ],
-    "a value, a key, a name is wrong": [
+    "a value, a key, a name is wrong, or fits only some runs of a sweep": [
         test_bad_input.test_a_wrong_configuration_is_named,
         test_bad_input.test_as_a_command_too_it_leaves_one_message_and_no_folder,
         test_commands.test_a_mistake_that_hydra_meets_is_one_message_too,
         test_commands.test_a_wrong_argument_is_named,
-    ],
-    "an override fits only some runs of a sweep": [
         test_plan.test_a_value_that_does_not_fit_a_job_is_refused_with_the_job,
         test_plan.test_an_experiment_takes_the_values_of_its_own_choices,
         test_plan.test_each_job_equals_the_one_of_hydras_own_sweeper,
@@ -313,8 +366,8 @@ PROMISES: dict[str, list[Callable[..., Any]]] = {
 }
 
 
-def section(title: str) -> str:
-    return (ROOT / "README.md").read_text().partition(f"## {title}\n")[2].partition("\n## ")[0]
+def section(title: str, document: str = "README.md") -> str:
+    return (ROOT / document).read_text().partition(f"## {title}\n")[2].partition("\n## ")[0]
 
 
 def test_the_readmes_notebook_block_pairs_and_plots(
@@ -323,33 +376,38 @@ def test_the_readmes_notebook_block_pairs_and_plots(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
     (tmp_path / "results").symlink_to(ROOT / "results")
-    (block,) = re.findall(r"```python\n(.*?)```", section("From a sweep to tables, figures and claims"), re.DOTALL)
+    (block,) = re.findall(r"```python\n(.*?)```", section("A sweep, from start to table"), re.DOTALL)
     assert len(block.splitlines()) <= 25
     exec(block, {})
     assert "cifar10_jpeg" in capsys.readouterr().out
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
-def test_the_readme_shows_every_file_that_figures_writes() -> None:
-    """Each figure as PNG and as SVG."""
-    shown = re.findall(r"^(runs/\S+)\.(png|svg)$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert shown
-    assert shown == [(name, kind) for name, _ in shown[::2] for kind in ("png", "svg")]
+def test_the_readme_is_short() -> None:
+    """The order of a reader's questions, in 250 lines."""
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 250
 
 
-def test_what_the_readme_promises_is_tested() -> None:
-    rows = re.findall(r"^\| (.*?) \| .* \|$", section("What happens when..."), re.MULTILINE)
+@pytest.mark.parametrize(
+    ("text", "promises"),
+    [
+        (section("What happens when..."), PROMISES),
+        (section("What happens with images when...", "results/README.md"), PROMISES_ON_IMAGES),
+    ],
+)
+def test_what_the_documents_promise_is_tested(text: str, promises: dict[str, list[Callable[..., Any]]]) -> None:
+    rows = re.findall(r"^\| (.*?) \| .* \|$", text, re.MULTILINE)
     assert rows[0] == "when..."
-    assert rows[1:] == list(PROMISES)
-    assert all(test.__name__.startswith("test_") for tests in PROMISES.values() for test in tests)
+    assert rows[1:] == list(promises)
+    assert all(test.__name__.startswith("test_") for tests in promises.values() for test in tests)
 
 
 def count(*modules: ModuleType) -> int:
     return sum(name.startswith("test_") for module in modules for name in vars(module))
 
 
-def test_the_readme_counts_what_the_tests_try() -> None:
-    text = " ".join(section("What happens when...").split())
+def test_contributing_counts_what_the_tests_try() -> None:
+    text = " ".join((ROOT / "CONTRIBUTING.md").read_text().split())
     torn = len(test_crash.JOURNAL)
     faults = count(test_faults, test_damage, test_divergence)
     commands = len(test_bad_input.COMMANDS) + len(test_commands.BEFORE_US)

@@ -11,6 +11,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ import official_formats
 from conftest import ROOT, Train
 from l2bn.data.splits import Splits
 from l2bn.norms.swap import swap_norm
-from l2bn.training.catalogue import choices, count_parameters, overview, summary
+from l2bn.training.catalogue import CIFAR, choices, cost_of, overview, summary
 from l2bn.training.instantiate import Builder
 from l2bn.training.optim import Recipe
 
@@ -311,7 +312,7 @@ def test_an_experiment_composes_in_every_run_and_counts_them(name: str, composed
 
 
 def smallest_backbone() -> str:
-    return min(NAMES["backbone"], key=lambda name: count_parameters(CONFIGS / "backbone" / f"{name}.yaml"))
+    return min(NAMES["backbone"], key=lambda name: cost_of(CONFIGS / "backbone" / f"{name}.yaml").parameters)
 
 
 SMOKE = ("experiment=smoke", "compute.threads=1")
@@ -361,11 +362,14 @@ def listing() -> str:
 @pytest.mark.parametrize("group", [*GROUPS, "experiment"])
 def test_the_list_has_a_line_for_each_choice(group: str, listing: str) -> None:
     for choice in choices(group):
-        lines = re.findall(rf"^{choice.name} +(?:([\d,]+)  )?(.+?)(?: …)?$", listing, re.MULTILINE)
+        lines = re.findall(rf"^{choice.name} +(?:([\d,]+) +([\d,]+) M  )?(.+?)(?: …)?$", listing, re.MULTILINE)
         assert len(lines) == 1
-        count, text = lines[0]
+        count, millions, text = lines[0]
         assert choice.summary.startswith(text)
-        assert count == ("" if choice.parameters is None else f"{choice.parameters:,}")
+        assert bool(choice.cost) == (group == "backbone")
+        if choice.cost:
+            assert count == f"{choice.cost.parameters:,}"
+            assert millions == f"{choice.cost.multiply_adds / 1e6:,.0f}"
 
 
 def test_the_list_is_at_most_110_columns_wide(listing: str) -> None:
@@ -376,6 +380,27 @@ def test_the_list_has_the_published_parameter_counts(listing: str) -> None:
     published = yaml.safe_load((ROOT / "tests" / "backbone_parameters.yaml").read_text())
     for name, count in ((name, count) for table in published.values() for name, count in table.items()):
         assert re.search(rf"^{name} +{count:,} ", listing, re.MULTILINE)
+
+
+def test_the_multiply_adds_are_those_of_the_papers() -> None:
+    """ResNet-50 and ResNet-18 at 224 pixels: 3.8 and 1.8 billion in He et al., arXiv 1512.03385, table 1, which
+    counts the stride of a block in its first convolution; torchvision has it in the second (4.1 billion)."""
+    for name, billions in (
+        ("imagenet_resnet50", 4.09),
+        ("imagenet_resnet18", 1.81),
+        ("imagenet_mobilenet_v2", 0.30),
+    ):
+        cost = cost_of(CONFIGS / "backbone" / f"{name}.yaml")
+        assert cost.multiply_adds / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+def test_the_hours_of_a_backbone_are_measured() -> None:
+    path = CONFIGS / "backbone" / f"{smallest_backbone()}.yaml"
+    start = time.perf_counter()
+    hours = cost_of(path, timed=True).hours
+    spent = time.perf_counter() - start
+    assert hours
+    assert 0 < hours * 3600 * CIFAR.timed_batch < spent * 200 * CIFAR.images
 
 
 def test_the_script_prints_one_group_of_the_list(

@@ -80,6 +80,10 @@ def test_the_hparams_are_the_runs_own(train: Train) -> None:
         "norm": "l2bn",
         "recipe": "short,epochs=2",
         "seed": 0,
+        "lr": 0.1,
+        "batch": 32,
+        "epochs": 2,
+        "precision": "32-true",
     }
 
 

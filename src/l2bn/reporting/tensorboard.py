@@ -133,7 +133,7 @@ class Board:
                 mean, std = fmean(values), stdev(values) if len(values) > 1 else 0.0
                 for name, value in zip(bounds, (mean, mean - std, mean + std), strict=True):
                     writer.add_scalar(name, value, epoch)
-        writer.add_custom_scalars({SPREAD: charts})
+        writer.add_custom_scalars({SPREAD: dict(reversed(charts.items()))})  # the tab shows the last chart first
         for cell, text in texts.items():
             writer.add_text(f"{cell}/difference to bn", text)
         writer.close()

@@ -177,17 +177,27 @@ def layout(cell: Cell) -> Mapping[str, Mapping[str, Any]]:
 
 
 def add_hparams(writer: Any, record: Record) -> None:
-    """Write a run's cell and final test accuracy for the HParams tab, with the run's own writer.
+    """Write a run's cell, main settings and final test accuracy for the HParams tab, with the run's own writer.
 
     `SummaryWriter.add_hparams` would open a second run beside it. A diverged run has no accuracy.
     """
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # type: ignore[import-untyped]
     from torch.utils.tensorboard.summary import hparams
 
-    # The tab shows five columns by default; overridden values are part of these names.
-    values = {name: getattr(record, name) for name in ("backbone", "dataset", "norm", "recipe", "seed")}
+    recipe = record.identity["recipe"]
+    cell = {name: getattr(record, name) for name in ("dataset", "backbone", "norm", "recipe", "seed")}
+    values = cell | {"lr": recipe["lr"], "batch": recipe["batch_size"], "epochs": record.epochs}
+    values["precision"] = record.precision
     if record.status == "finished":
         writer.add_scalar(FINAL, record.last["test/top1"], record.epochs)
-    for summary in hparams(values, {FINAL: None}):  # type: ignore[no-untyped-call]
+    columns, start, end = hparams(values, {FINAL: None})  # type: ignore[no-untyped-call]
+    # The tab shows five columns until others are ticked: those that differ among runs, and then by their names.
+    data = columns.value[0].metadata.plugin_data
+    content = HParamsPluginData.FromString(data.content)
+    for column in content.experiment.hparam_infos:
+        column.differs = column.name in cell
+    data.content = content.SerializeToString()
+    for summary in (columns, start, end):
         writer.file_writer.add_summary(summary)
 
 
