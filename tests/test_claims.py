@@ -171,7 +171,7 @@ def minus(values: tuple[float, ...]) -> tuple[float, ...]:
 def write_sound(root: Path, dataset: str, *differences: tuple[float, ...]) -> None:
     """Pairs of BN and L2BN on a data set of sound, a backbone for each tuple of differences."""
     for net, values in enumerate(differences):
-        options = {"dataset": dataset, "label": dataset.upper(), "recipe": "restarts_63", "epochs": 63}
+        options = {"dataset": dataset, "label": dataset.upper(), "recipe": "restarts_126", "epochs": 126}
         write_pairs(root, [70.0] * len(values), values, backbone=f"net{net}", **options)
 
 
@@ -191,7 +191,7 @@ def test_environmental_sound_is_shown_beside_claim_6_and_decides_nothing(tmp_pat
     found, evidence = verdict(tmp_path, 6)
     assert found == "not measured"
     assert "0 cells of acoustic scenes" in evidence
-    beside = "ESC50, net0, restarts_63 (63 epochs): +0.50 points, 95 % interval [+0.25, +0.75], n = 3"
+    beside = "ESC50, net0, restarts_126 (126 epochs): +0.50 points, 95 % interval [+0.25, +0.75], n = 3"
     assert f"Environmental sound, which is no evidence on scenes, L2BN − BN: {beside}" in evidence
     assert "SOUND_FOLDER" not in evidence
     assert verdict(tmp_path, 5)[0] == "not measured"
