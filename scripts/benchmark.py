@@ -15,26 +15,16 @@ import argparse
 from l2bn.benchmarks import accuracy, data, evaluation, floor, norm, step, train
 from l2bn.errors import told_plainly
 
-BENCHMARKS = {
-    "norm": norm,
-    "step": step,
-    "train": train,
-    "data": data,
-    "evaluation": evaluation,
-    "accuracy": accuracy,
-    "floor": floor,
-}
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for name, benchmark in BENCHMARKS.items():
-        command = commands.add_parser(name, description=benchmark.__doc__)
+    for benchmark in (norm, step, train, data, evaluation, accuracy, floor):
+        command = commands.add_parser(benchmark.__name__.rpartition(".")[2], description=benchmark.__doc__)
         benchmark.add_arguments(command)
         command.set_defaults(run=benchmark.run)
     arguments = parser.parse_args()
-    if getattr(arguments, "json", None):  # now, not after the hour that a measurement may take
+    if arguments.json:  # now, not after the hour that a measurement may take
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.open("a").close()
         if not arguments.json.stat().st_size:

@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from l2bn.errors import told_plainly
 from l2bn.records import Problem
@@ -30,8 +31,7 @@ def tables(arguments: argparse.Namespace) -> Sequence[Problem]:
     from l2bn.reporting.claims import read_sets
     from l2bn.reporting.evidence import read_evidence
     from l2bn.reporting.published import read_reference
-    from l2bn.reporting.readme import readme_with_block
-    from l2bn.reporting.tables import documents, write_documents
+    from l2bn.reporting.tables import documents, readme_with_block, write_documents
     from l2bn.reporting.terminal import norms_table
 
     published = arguments.runs.resolve() == RECORDS and arguments.out is None
@@ -78,8 +78,8 @@ def claims(arguments: argparse.Namespace) -> Sequence[Problem]:
 
 def mechanism(arguments: argparse.Namespace) -> Sequence[Problem]:
     """Compare features, controls and the studies of eps, running statistics and learning rate."""
+    from l2bn.reporting.figures import write_mechanism_figures
     from l2bn.reporting.mechanism import mechanism_documents, read_mechanism
-    from l2bn.reporting.mechanism_figures import write_mechanism_figures
     from l2bn.reporting.tables import write_documents
 
     published = arguments.runs.resolve() == RECORDS
@@ -128,51 +128,44 @@ def _print_paths(paths: Sequence[Path], nothing: str = "") -> None:
     print("\n".join(map(str, paths)) or nothing)
 
 
-EXAMPLES = {
-    tables: "python scripts/report.py tables --runs runs --out runs/tables",
-    figures: "python scripts/report.py figures --runs runs",
-    claims: "python scripts/report.py claims --runs runs",
-    mechanism: "python scripts/report.py mechanism tables --runs runs",
-    tensorboard: "python scripts/report.py tensorboard --runs runs",
-}
-
-OUT = {
-    tables: "folder for the files (default: results/tables; with --runs only the terminal)",
-    figures: "folder for the figures (default: results/figures; with --runs DIR/figures)",
-    claims: "file to write (default: results/claims.md; with --runs only the terminal)",
-    mechanism: "folder for documents and figures (default: results; with --runs DIR/mechanism)",
-    tensorboard: "folder for the arms' events (default: DIR/arms, beside the runs that --runs DIR names)",
-}
+def _add(commands: Any, command: Command, example: str, out: str) -> argparse.ArgumentParser:
+    """Add a sub-command with the options that all have; `out` is the help of --out."""
+    name = command.__name__
+    one: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=command.__doc__,
+        description=f"{command.__doc__}\n\npython scripts/report.py {name} {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    one.set_defaults(command=command)
+    one.add_argument("--runs", metavar="DIR", type=Path, default=RECORDS, help="folder of runs or records")
+    one.add_argument("--out", metavar="PATH", type=Path, help=out)
+    one.add_argument("--strict", action="store_true", help="exit with 1 if a record had to be left out")
+    return one
 
 
 def parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = whole.add_subparsers(metavar="COMMAND", required=True)
-    for command, example in EXAMPLES.items():
-        one = commands.add_parser(
-            command.__name__,
-            help=command.__doc__,
-            description=f"{command.__doc__}\n\n{example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        one.set_defaults(command=command)
-        if command is mechanism:
-            one.add_argument("what", nargs="?", choices=["tables", "figures"], help="only these (default: both)")
-        one.add_argument("--runs", metavar="DIR", type=Path, default=RECORDS, help="folder of runs or records")
-        one.add_argument("--out", metavar="PATH", type=Path, help=OUT[command])
-        if command is tables:
-            one.add_argument("--readme", metavar="FILE", type=Path, help="file whose block of results is replaced")
-            reference = RESULTS / "reference/baselines.yaml"
-            one.add_argument(
-                "--reference", metavar="FILE", type=Path, default=reference, help="published accuracies"
-            )
-        if command is tensorboard:
-            one.add_argument("--port", type=int, default=6006, help="of TensorBoard, on this machine alone")
-            one.add_argument("--write-only", action="store_true", help="write the events and leave")
-        if command is mechanism:
-            studies = RESULTS / "studies"
-            one.add_argument("--studies", metavar="DIR", type=Path, default=studies, help="records of the studies")
-        one.add_argument("--strict", action="store_true", help="exit with 1 if a record had to be left out")
+    out = "folder for the files (default: results/tables; with --runs only the terminal)"
+    one = _add(commands, tables, "--runs runs --out runs/tables", out)
+    one.add_argument("--readme", metavar="FILE", type=Path, help="file whose block of results is replaced")
+    reference = RESULTS / "reference/baselines.yaml"
+    one.add_argument("--reference", metavar="FILE", type=Path, default=reference, help="published accuracies")
+    out = "folder for the figures (default: results/figures; with --runs DIR/figures)"
+    _add(commands, figures, "--runs runs", out)
+    _add(
+        commands, claims, "--runs runs", "file to write (default: results/claims.md; with --runs only the terminal)"
+    )
+    out = "folder for documents and figures (default: results; with --runs DIR/mechanism)"
+    one = _add(commands, mechanism, "tables --runs runs", out)
+    one.add_argument("what", nargs="?", choices=["tables", "figures"], help="only these (default: both)")
+    studies = RESULTS / "studies"
+    one.add_argument("--studies", metavar="DIR", type=Path, default=studies, help="records of the studies")
+    out = "folder for the arms' events (default: DIR/arms, beside the runs that --runs DIR names)"
+    one = _add(commands, tensorboard, "--runs runs", out)
+    one.add_argument("--port", type=int, default=6006, help="of TensorBoard, on this machine alone")
+    one.add_argument("--write-only", action="store_true", help="write the events and leave")
     return whole
 
 

@@ -11,17 +11,15 @@ import torch
 from PIL import Image
 
 from conftest import ROOT
-from l2bn.benchmarks import accuracy, data, evaluation, floor, measure, together, train
-from l2bn.benchmarks.report import norm_table, step_table
-from l2bn.benchmarks.train_report import train_table
-from l2bn.benchmarks.workload import CLASSES, make_workload
+from l2bn.benchmarks import accuracy, data, evaluation, floor, measure, norm, report, step, together, train
+from l2bn.benchmarks.workload import CLASSES
 from l2bn.errors import UserError
 
 RESULTS = ROOT / "results" / "benchmarks"
 TABLES = {
-    "norm": norm_table,
-    "step": step_table,
-    "train": train_table,
+    "norm": norm.norm_table,
+    "step": step.step_table,
+    "train": train.train_table,
     "data": data.data_table,
     "evaluation": evaluation.evaluation_table,
     "together": together.together_table,
@@ -114,10 +112,10 @@ def test_networks_measured_before_keep_their_rows(tmp_path: Path) -> None:
     path.write_text(json.dumps({"machine": machine, "precision": "32-true", "rows": rows}))
     again = {"network": "B", "at": "last"}
     now = {"machine": machine | {"time": "later"}, "precision": "32-true", "rows": [again]}
-    assert measure.with_earlier_rows(path, now) == [again, rows[1]]
-    assert measure.with_earlier_rows(tmp_path / "none.json", now) == [again]
-    assert measure.with_earlier_rows(path, now | {"machine": machine | {"threads": 1}}) == [again]
-    assert measure.with_earlier_rows(path, now | {"precision": "bf16-mixed"}) == [again]
+    assert report.with_earlier_rows(path, now) == [again, rows[1]]
+    assert report.with_earlier_rows(tmp_path / "none.json", now) == [again]
+    assert report.with_earlier_rows(path, now | {"machine": machine | {"threads": 1}}) == [again]
+    assert report.with_earlier_rows(path, now | {"precision": "bf16-mixed"}) == [again]
 
 
 def test_arithmetic_is_what_torchvision_says_of_its_networks() -> None:
@@ -125,7 +123,7 @@ def test_arithmetic_is_what_torchvision_says_of_its_networks() -> None:
 
     for network, weights in (("ResNet-18", ResNet18_Weights), ("ResNet-50", ResNet50_Weights)):
         products = 1e9 * weights.IMAGENET1K_V1.meta["_ops"]  # and their sums, of forward; at 1,000 classes
-        counted = train.flops_of(make_workload(network, None, 1, 2))
+        counted = train.flops_of(network)
         assert counted == pytest.approx(3 * 2 * products, rel=2e-3)
 
 

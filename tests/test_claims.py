@@ -301,7 +301,7 @@ def test_claims_about_features_wait_for_features_and_claim_1_for_its_control(tmp
         write_features(record, within_share=0.1)
     finding = judge_set(EQUAL_NORMS, SET, arms_of(read_evidence(tmp_path, features=True)), SET.seeds)
     assert finding.text == "contradicted, 24 runs"
-    assert [row.cell.backbone for row in finding.cells] == ["net0", "net1"]
+    assert [cell.backbone for cell in finding.cells] == ["net0", "net1"]
 
 
 cells = st.lists(

@@ -11,11 +11,22 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 
+from l2bn.errors import UserError
 from l2bn.records import FEATURES, SAMPLE, STATISTICS, write_lines
 from l2bn.reporting.claims import CLAIMS
 from l2bn.reporting.comparison import Arm, Comparison, arms_of
 from l2bn.reporting.evidence import BN, INPUT, L2BN, PENULTIMATE, SHRINK, Evidence, read_evidence
-from l2bn.reporting.figures import RC
+from l2bn.reporting.figures import (
+    RC,
+    accuracy_over_eps,
+    accuracy_over_rates,
+    accuracy_over_updates,
+    feature_map,
+    norms_by_depth,
+    principal_plane,
+    through_training,
+    write_mechanism_figures,
+)
 from l2bn.reporting.mechanism import (
     EPS,
     MEAN_NORM,
@@ -39,16 +50,6 @@ from l2bn.reporting.mechanism import (
     studies_of,
     trap_studies,
     trap_table,
-)
-from l2bn.reporting.mechanism_figures import (
-    accuracy_over_eps,
-    accuracy_over_rates,
-    accuracy_over_updates,
-    feature_map,
-    norms_by_depth,
-    principal_plane,
-    through_training,
-    write_mechanism_figures,
 )
 from synthetic_records import write_features, write_run
 
@@ -302,6 +303,14 @@ def test_the_eps_tables_split_the_difference_into_norms_and_eps(tmp_path: Path) 
         left, right = accuracy_over_eps(study).axes
     assert len(right.lines) == 2  # norm 1 at two values of eps
     assert len(left.get_legend().get_texts()) == 3
+
+
+def test_two_results_at_one_value_of_a_study_are_an_error_naming_both(tmp_path: Path) -> None:
+    for norm, accuracy in (("l2bn", 90.0), ("l2bn,eps=1e-05", 91.0)):
+        write_run(tmp_path, norm=norm, accuracy=accuracy, identity={"norm": {"eps": 1e-5}})
+    assert len(arms_of(read_evidence(tmp_path))) == 2
+    with pytest.raises(UserError, match=r"l2bn/.*seed0 and .*l2bn,eps=1e-05/.*seed0"):
+        read_evidence(tmp_path, place=place_by_eps)
 
 
 def write_rate_study(root: Path) -> None:

@@ -23,8 +23,7 @@ from l2bn.reporting.evidence import Evidence, read_evidence
 from l2bn.reporting.figures import curves, differences
 from l2bn.reporting.formatting import Table, in_words, latex, markdown
 from l2bn.reporting.published import Reference, read_reference
-from l2bn.reporting.readme import BEGIN, END, readme_with_block
-from l2bn.reporting.tables import documents
+from l2bn.reporting.tables import BEGIN, END, documents, readme_with_block
 from l2bn.reporting.terminal import norms_table
 from synthetic_records import write_pairs, write_run
 
@@ -614,7 +613,7 @@ def test_recipes_have_letters_however_many_there_are(tmp_path: Path, reference: 
 
 
 def test_markup_keeps_special_characters() -> None:
-    table = Table("T", ("a_b", "x"), frozenset({"x"}), (("50 % & #1 | y", "−0.1 ± <2"),), ("See a_b*¹.",))
+    table = Table("T", ("a_b", "x"), [("50 % & #1 | y", "−0.1 ± <2")], ["See a_b*¹."])
     assert markdown(table) == ("| a_b | x |\n| --- | ---: |\n| 50 % & #1 \\| y | −0.1 ± <2 |\n\nSee a\\_b\\*¹.\n")
     text = latex(table)
     assert r"a\_b & x \\" in text

@@ -47,12 +47,11 @@ COST_KEYS = ("seconds", "images_per_second", "peak_memory_bytes")
 """The cost of an epoch: the metrics in which two runs that are otherwise equal bit for bit may differ."""
 
 SIDES = ("input", "output")
-NORM_MEASURES = ("norm_mean", "norm_cv", "norm_cv_within", "norm_cv_between")
 CLASS_MEASURES = (
     *("class_cosine", "within_share", "angle_mean", "angle_min", "centred_angle_min", "distance"),
     *("nc1", "cdnv", "fisher", "effective_rank"),
 )
-MEASURES = (*NORM_MEASURES, *CLASS_MEASURES)
+MEASURES = ("norm_mean", "norm_cv", "norm_cv_within", "norm_cv_between", *CLASS_MEASURES)
 BINS_PER_OCTAVE = 16
 """Of the histogram of norms: a bin is 4.4 % wide."""
 
@@ -260,15 +259,14 @@ def load(folder: Path | str, *, epochs: bool = False) -> "pd.DataFrame":
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is no folder of runs")
     records, problems = read_records(root)
+    names = ("dataset", "backbone", "norm", "recipe", "seed", "status")
     rows: list[dict[str, Any]] = []
     for record in records:
-        run = {key: getattr(record, key) for key in ("dataset", "backbone", "norm", "recipe", "seed", "status")}
+        fields = {key: getattr(record, key) for key in Record.__dataclass_fields__}
+        run, last, best = {key: fields[key] for key in names}, fields.pop("last"), fields.pop("best")
         if not epochs:
-            metrics = {key: record.last.get(key) for key in METRIC_KEYS if "/" in key}
-            others = {
-                key: getattr(record, key) for key in Record.__dataclass_fields__ if key not in ("last", "best")
-            }
-            rows.append({**run, **metrics, "best/top1": record.best.get("test/top1"), **others})
+            metrics = {key: last.get(key) for key in METRIC_KEYS if "/" in key}
+            rows.append({**run, **metrics, "best/top1": best.get("test/top1"), **fields})
             continue
         try:
             rows += [{**run, **epoch} for epoch in record.metrics()]

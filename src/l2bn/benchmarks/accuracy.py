@@ -6,22 +6,22 @@ are not repeated, so the same command goes on where it was stopped.
 
 import argparse
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from l2bn.benchmarks.measure import machine, write_json
-from l2bn.benchmarks.paths import pictures, plain_epoch
-from l2bn.benchmarks.report import hardware, prose, write_table
-from l2bn.benchmarks.workload import CLASSES, NETWORKS, Workload, compute, recipe, small_images
-from l2bn.data.loader import evaluation_loader, training_loader
+from l2bn.benchmarks.measure import add_device_arguments, set_up
+from l2bn.benchmarks.paths import compute, pictures, plain_epoch, recipe, trainer_of
+from l2bn.benchmarks.report import Result, Row, hardware, page, prose, report, table, write_json
+from l2bn.benchmarks.workload import CLASSES, NETWORKS, Workload, small_images
+from l2bn.data.loader import evaluation_loader
 from l2bn.errors import UserError
-from l2bn.reporting.statistics import Estimate, estimate, paired_differences
+from l2bn.reporting.formatting import mean_std
+from l2bn.reporting.statistics import estimate, paired_differences
 from l2bn.seeding import derive_seed
-from l2bn.training.loop import Position, Trainer, evaluate
+from l2bn.training.environment import describe_environment
+from l2bn.training.loop import Position, evaluate
 from l2bn.training.optim import Recipe
 
 NAMES = {"ours": "ours", "plain": "plain loop"}
@@ -29,30 +29,13 @@ NAMES = {"ours": "ours", "plain": "plain loop"}
 
 def initial(network: str, seed: int) -> nn.Module:
     torch.manual_seed(derive_seed(seed, "weights"))
-    return NETWORKS[network][0]()
+    return NETWORKS[network].build()
 
 
 def train_ours(workload: Workload, learning: Recipe, seed: int, device: torch.device) -> float:
     """Test accuracy in percent after the last epoch."""
     placing = compute(device, threads=torch.get_num_threads())
-    placing.set_up()
-    fabric = placing.fabric()
-    placed = placing.place(initial(workload.network, seed), fabric.device, updates=0)
-    model, optimizer = fabric.setup(placed.trained, learning.optimizer(placed.network))
-    options: dict[str, Any] = {"splits": workload.splits, "device": fabric.device, "channels_last": True}
-    trainer = Trainer(
-        fabric=fabric,
-        model=model,
-        network=placed.network,
-        optimizer=optimizer,
-        recipe=learning,
-        train=training_loader(workload.splits.train, batch_size=workload.batch, seed=seed, **options),
-        test=evaluation_loader(workload.splits.test, batch_size=256, **options),
-        classes=CLASSES,
-        seed=seed,
-        after_step=lambda _: None,
-        after_epoch=lambda _: None,
-    )
+    trainer = trainer_of(workload, initial(workload.network, seed), learning, placing, seed)
     position = Position()
     trainer.fit(position)
     return float(position.rows[-1]["test/top1"] or 0.0)
@@ -86,15 +69,8 @@ def train_plain(workload: Workload, learning: Recipe, seed: int, device: torch.d
 PATHS = {"ours": train_ours, "plain": train_plain}
 
 
-def of_path(runs: list[dict[str, Any]], path: str) -> Mapping[int, float]:
+def of_path(runs: list[Row], path: str) -> dict[int, float]:
     return {run["seed"]: run["accuracy"] for run in runs if run["path"] == path}
-
-
-def written(value: Estimate) -> str:
-    if value.mean is None:
-        return "–"
-    text = f"{value.mean:.2f}" + ("" if value.std is None else f" ± {value.std:.2f}")
-    return f"{text} (n = {value.n})"
 
 
 EXPLANATION = """
@@ -104,26 +80,24 @@ seed start from the same weights; order and augmentation of the images differ.
 """
 
 
-def accuracy_table(result: dict[str, Any]) -> str:
-    accuracies = {path: of_path(result["runs"], path) for path in PATHS}
-    difference = estimate(paired_differences(accuracies["plain"], accuracies["ours"]))
-    lines = [
-        "# Accuracy: the trainer against the plain loop",
-        "",
-        f"{hardware(result)}.",
-        "",
-        prose(EXPLANATION.format(**result["setting"])),
-        "",
-        "| path | accuracy | of each seed |",
-        "|---|---:|---|",
+def accuracy_table(result: Result) -> str:
+    found = {path: of_path(result["runs"], path) for path in PATHS}
+    difference = estimate(paired_differences(found["plain"], found["ours"]))
+    rows = [
+        (
+            *(NAMES[path], f"{mean_std(accuracies.values())} (n = {len(accuracies)})"),
+            ", ".join(f"{accuracies[seed]:.2f}" for seed in sorted(accuracies)),
+        )
+        for path, accuracies in found.items()
     ]
-    for path, found in accuracies.items():
-        each = ", ".join(f"{found[seed]:.2f}" for seed in sorted(found))
-        lines.append(f"| {NAMES[path]} | {written(estimate(list(found.values())))} | {each} |")
+    parts = [f"{hardware(result)}.", prose(EXPLANATION.format(**result["setting"]))]
+    parts.append(table(("path", ">accuracy", "of each seed"), rows))
     if difference.low is not None and difference.high is not None:
-        lines += ["", f"Ours − plain loop: {difference.mean:+.2f} points, 95 % interval "]
-        lines[-1] += f"[{difference.low:+.2f}, {difference.high:+.2f}] (Student's, paired by seed)."
-    return "\n".join(lines) + "\n"
+        parts.append(
+            f"Ours − plain loop: {difference.mean:+.2f} points, 95 % interval "
+            f"[{difference.low:+.2f}, {difference.high:+.2f}] (Student's, paired by seed)."
+        )
+    return page("Accuracy: the trainer against the plain loop", *parts)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,8 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--root", type=Path, required=True, help="folder of CIFAR-10 as JPEG files, train/ and test/"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="threads of the CPU (default: all cores)")
+    add_device_arguments(parser)
     parser.add_argument("--network", choices=NETWORKS, default="ResNet-20")
     parser.add_argument("--images", type=int, default=25_600, help="to train on (default: 25600)")
     parser.add_argument("--epochs", type=int, default=5, help="of them (default: 5)")
@@ -144,16 +117,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Raises UserError for results of another setting in the JSON's place."""
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
-    device = torch.device(arguments.device)
+    device = set_up(arguments)
     splits, source = small_images(arguments.root, arguments.images)
     images, batch = len(splits.train), arguments.batch
     workload = Workload(arguments.network, batch, 32, images // batch, splits, source)
     learning = recipe(batch, arguments.epochs, lr=0.1)
     setting = {"network": arguments.network, "images": images, "epochs": arguments.epochs, "batch": batch}
     setting["source"] = source
-    result: dict[str, Any] = {"benchmark": "accuracy", "machine": machine(device), "setting": setting, "runs": []}
+    result: Result = {
+        "benchmark": "accuracy",
+        "machine": describe_environment(device),
+        "setting": setting,
+        "runs": [],
+    }
     if arguments.json.exists():
         earlier = json.loads(arguments.json.read_text())
         if earlier["setting"] != setting:
@@ -166,4 +142,4 @@ def run(arguments: argparse.Namespace) -> None:
                 result["runs"].append({"path": path, "seed": seed, "accuracy": accuracy})
                 write_json(arguments.json, result)
                 print(f"{NAMES[path]:10} seed {seed}: {accuracy:.2f} %", flush=True)
-    print("\n" + write_table(accuracy_table(result), arguments.json))
+    report(result, arguments.json, accuracy_table)

@@ -4,17 +4,19 @@ Each pipeline makes an epoch of batches of the same images on the device and dis
 """
 
 import argparse
+from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from l2bn.benchmarks.measure import Action, interleaved, machine, undisturbed, write_json
+from l2bn.benchmarks.measure import Action, add_common_arguments, interleaved, set_up, undisturbed
 from l2bn.benchmarks.paths import pictures, timm_pictures
-from l2bn.benchmarks.report import hardware, prose, write_table
-from l2bn.benchmarks.workload import WORKERS, Workload, add_workload_arguments, make_workload, photographs
+from l2bn.benchmarks.report import Result, hardware, page, prose, report, table
+from l2bn.benchmarks.workload import WORKERS, Workload, make_workload, photographs
 from l2bn.data.loader import evaluation_loader, training_loader
+from l2bn.training.environment import describe_environment
 
 STEPS = {"ResNet-20": 50, "ResNet-18": 6}  # batches of 128 images of 32 pixels, of 32 images of 224 pixels
 NAMES = {
@@ -27,8 +29,7 @@ NAMES = {
 
 
 def exhaust(batches: Iterable[Any]) -> None:
-    for _ in batches:
-        pass
+    deque(batches, maxlen=0)
 
 
 def pipelines(workload: Workload, root: Path | None, device: torch.device) -> dict[str, Action]:
@@ -57,40 +58,29 @@ DataLoader. Workers: processes that load images; a set in memory needs none.
 """
 
 
-def data_table(result: dict[str, Any]) -> str:
-    lines = [
-        "# Data pipelines alone: images/s",
-        "",
-        f"{hardware(result)}.",
-        "",
-        prose(EXPLANATION),
-        "",
-        "| images | batch | pipeline | workers | images/s | × |",
-        "|---|---:|---|---:|---:|---:|",
-    ]
+def data_table(result: Result) -> str:
+    rows = []
     for row in result["rows"]:
-        plain = row["images_per_second"]["plain"]
-        for name in (name for name in NAMES if name in row["images_per_second"]):
-            speed = row["images_per_second"][name]
+        speeds = row["images_per_second"]
+        for name in filter(speeds.get, NAMES):
             workers = 0 if row["size"] == 32 and name in ("ours", "evaluation") else WORKERS
-            lines.append(
-                f"| {row['images']}, {row['size']}² | {row['batch']} | {NAMES[name]} | {workers} "
-                f"| {speed:,.0f} | {speed / plain:.1f} |"
-            )
-    return "\n".join(lines) + "\n"
+            names = f"{row['images']}, {row['size']}²", str(row["batch"]), NAMES[name], str(workers)
+            rows.append((*names, f"{speeds[name]:,.0f}", f"{speeds[name] / speeds['plain']:.1f}"))
+    columns = ("images", ">batch", "pipeline", ">workers", ">images/s", ">×")
+    title = "Data pipelines alone: images/s"
+    return page(title, f"{hardware(result)}.", prose(EXPLANATION), table(columns, rows))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_workload_arguments(parser, list(STEPS))
+    add_common_arguments(parser, STEPS)
+    parser.add_argument("--root", type=Path, help="folder of real images (default: noise)")
     parser.add_argument("--seconds", type=float, default=20.0, help="measuring time of a size (default: 20)")
     parser.add_argument("--rounds", type=int, default=5, help="fewest epochs of each pipeline (default: 5)")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Raises UserError."""
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
-    device = torch.device(arguments.device)
+    device = set_up(arguments)
     rows = []
     for network in arguments.networks:
         workload = make_workload(network, arguments.root, STEPS[network])
@@ -100,15 +90,8 @@ def run(arguments: argparse.Namespace) -> None:
                 action()
         seconds = interleaved(actions, device, arguments.seconds, fewest=arguments.rounds, warm_up=0)
         speeds = {name: workload.images / value for name, value in seconds.items()}
-        row = {
-            "images": workload.source,
-            "size": workload.size,
-            "batch": workload.batch,
-            "images_per_second": speeds,
-        }
-        rows.append(row)
+        names = {"images": workload.source, "size": workload.size, "batch": workload.batch}
+        rows.append({**names, "images_per_second": speeds})
         print("   ".join(f"{name} {speed:,.0f}" for name, speed in speeds.items()), "images/s", flush=True)
-    result = {"benchmark": "data", "machine": machine(device), "rows": rows}
-    if arguments.json:  # first, because it is what took the time
-        write_json(arguments.json, result)
-    print("\n" + write_table(data_table(result), arguments.json))
+    result = {"benchmark": "data", "machine": describe_environment(device), "rows": rows}
+    report(result, arguments.json, data_table)

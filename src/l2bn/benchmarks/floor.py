@@ -6,16 +6,12 @@ takes at least the longer of both; launches, small maps and the optimizer add to
 """
 
 import argparse
+from math import prod
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import nn
-
-from l2bn.benchmarks.measure import write_json
-from l2bn.benchmarks.report import prose, write_table
+from l2bn.benchmarks.report import Result, Row, page, prose, report, table
 from l2bn.benchmarks.train import flops_of
-from l2bn.benchmarks.workload import NETWORKS, make_workload
+from l2bn.benchmarks.workload import NETWORKS, bn_inputs
 
 # NVIDIA H100 SXM, data sheet: FLOP/s without sparsity, bytes/s.
 RATES = {"float32": 67e12, "TF32": 494.7e12, "bfloat16": 989.4e12}
@@ -33,29 +29,11 @@ RUNS = {  # epochs, training images
 }
 
 
-def map_values(network: str) -> int:
-    """Count the values of all maps of one image that enter batch norm layers."""
-    build, size, _ = NETWORKS[network]
-    seen = 0
-
-    def count(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        nonlocal seen
-        seen += inputs[0].numel()
-
-    model = build().eval()
-    for layer in model.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.register_forward_pre_hook(count)
-    with torch.no_grad():
-        model(torch.zeros(1, 3, size, size))
-    return seen
-
-
-def floors(network: str) -> dict[str, Any]:
+def floors(network: str) -> Row:
     """Seconds of arithmetic and of memory traffic of a full run, by type."""
-    size = NETWORKS[network][1]
+    size = NETWORKS[network].size
     epochs, images = RUNS[size]
-    flops, values = flops_of(make_workload(network, None, 1, 2)), map_values(network)
+    flops, values = flops_of(network), sum(map(prod, bn_inputs(network)))
     total = epochs * images
     return {
         "network": network,
@@ -81,21 +59,18 @@ the longer of both.
 """
 
 
-def floor_table(result: dict[str, Any]) -> str:
-    kinds = list(RATES)
-    lines = [
-        "# Lower bound of a run's time on a GPU",
-        "",
-        prose(EXPLANATION),
-        "",
-        "| network | images | epochs | " + " | ".join(f"{k}: arithmetic | {k}: bytes" for k in kinds) + " |",
-        "|---|---:|---:|" + "---:|" * 2 * len(kinds),
-    ]
+def floor_table(result: Result) -> str:
+    rows = []
     for row in result["rows"]:
-        cells = [f"{row['network']}, {row['size']}²", f"{row['train_images']:,}", str(row["epochs"])]
-        cells += [written(row[key][kind]) for kind in kinds for key in ("arithmetic_seconds", "bytes_seconds")]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        times = (written(row[f"{of}_seconds"][kind]) for kind in RATES for of in ("arithmetic", "bytes"))
+        rows.append((f"{row['network']}, {row['size']}²", f"{row['train_images']:,}", str(row["epochs"]), *times))
+    columns = (
+        "network",
+        ">images",
+        ">epochs",
+        *(f">{kind}: {of}" for kind in RATES for of in ("arithmetic", "bytes")),
+    )
+    return page("Lower bound of a run's time on a GPU", prose(EXPLANATION), table(columns, rows))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,7 +79,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    result = {"benchmark": "floor", "rows": [floors(network) for network in arguments.networks]}
-    if arguments.json:
-        write_json(arguments.json, result)
-    print(write_table(floor_table(result), arguments.json))
+    rows = [floors(network) for network in arguments.networks]
+    report({"benchmark": "floor", "rows": rows}, arguments.json, floor_table)

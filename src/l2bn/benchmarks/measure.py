@@ -1,34 +1,47 @@
-"""Measurements that benchmarks share: interleaved times, peak memory, copy bandwidth, and facts of the machine."""
+"""Measurements that benchmarks share: interleaved times and peak memory, and the options of their commands."""
 
-import json
+import argparse
 import multiprocessing
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 from torch._C._profiler import _EventType
 from torch.profiler._utils import traverse_dfs
 
-from l2bn.records import write_durably
-from l2bn.training.environment import describe_environment
-
 Action = Callable[[], Any]
+Key = TypeVar("Key")
+
+
+def add_common_arguments(
+    parser: argparse.ArgumentParser, networks: Iterable[str], default: Iterable[str] | None = None
+) -> None:
+    """Add the options of the measuring benchmarks; `default` are the networks measured, all without it."""
+    parser.add_argument("--json", type=Path, help="write the result here, and its table and plot beside it")
+    parser.add_argument("--networks", nargs="+", choices=list(networks), default=list(default or networks))
+    add_device_arguments(parser)
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="threads of the CPU (default: torch's own choice)")
+
+
+def set_up(arguments: argparse.Namespace) -> torch.device:
+    """Set the number of threads; return the device."""
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    return torch.device(arguments.device)
 
 
 def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def forget_compiled() -> None:
-    """Reset torch.compile: after eight compiled variants of a function it would fall back to eager."""
-    torch.compiler.reset()
 
 
 REALTIME_PRIORITY = 40
@@ -57,8 +70,8 @@ def _set_priority(policy: str, priority: int) -> None:
 
 
 def interleaved(
-    actions: dict[str, Action], device: torch.device, seconds: float, fewest: int = 20, warm_up: int = 3
-) -> dict[str, float]:
+    actions: dict[Key, Action], device: torch.device, seconds: float, fewest: int = 20, warm_up: int = 3
+) -> dict[Key, float]:
     """Seconds of each action, measured in rounds in which each takes a turn.
 
     The order within a round is random, so that none always runs in the caches that the same other one left. The
@@ -73,7 +86,7 @@ def interleaved(
         if warm_up:
             synchronise(device)
             repeats[name] = max(1, round(5e-4 / max(_time(action, 1, device), 1e-6)))
-    times: dict[str, list[float]] = {name: [] for name in actions}
+    times: dict[Key, list[float]] = {name: [] for name in actions}
     order = random.Random(0)
     with undisturbed():
         end = time.perf_counter() + seconds
@@ -121,42 +134,3 @@ def peak_memory(action: Action, device: torch.device) -> int:
         else:
             held -= sizes.pop(block.ptr, 0)
     return peak
-
-
-def copy_of(like: Tensor) -> Action:
-    """An action that copies a buffer of this size: it reads and writes each byte once."""
-    source, target = torch.empty_like(like), torch.empty_like(like)
-    return lambda: target.copy_(source)
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """The machine and the software that a benchmark was measured with."""
-    return describe_environment(device)
-
-
-def write_json(path: Path, result: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(path, json.dumps(result, indent=1) + "\n")
-
-
-def with_earlier_rows(path: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a result, and those of an earlier one for networks that were not measured now.
-
-    The earlier result must be of the same benchmark, kind of machine and precision. Networks keep their order.
-    """
-    now: list[dict[str, Any]] = result["rows"]
-    try:
-        earlier = json.loads(path.read_text())
-        if _setting(earlier) != _setting(result):
-            return now
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # not there, or no result
-        return now
-    measured = {row["network"] for row in now}
-    order = list(dict.fromkeys(row["network"] for row in [*earlier["rows"], *now]))
-    kept = [row for row in earlier["rows"] if row["network"] not in measured]
-    return sorted(kept + now, key=lambda row: order.index(row["network"]))
-
-
-def _setting(result: dict[str, Any]) -> list[Any]:
-    same = ("device", "processor", "threads", "packages")
-    return [result.get("benchmark"), result.get("precision"), *(result["machine"][key] for key in same)]

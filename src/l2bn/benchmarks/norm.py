@@ -6,23 +6,24 @@ kind of map shows it here. Each compiled layer is called by a function of its ow
 """
 
 import argparse
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
+from statistics import geometric_mean
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from l2bn.backbones.mobilenetv2 import mobilenetv2
-from l2bn.backbones.resnet import cifar_resnet
-from l2bn.backbones.shufflenetv2 import shufflenetv2
-from l2bn.backbones.vgg import vgg
-from l2bn.benchmarks.measure import Action, copy_of, interleaved, machine, peak_memory, write_json
-from l2bn.benchmarks.report import write_norm_report
+from l2bn.benchmarks.measure import Action, add_common_arguments, interleaved, peak_memory, set_up
+from l2bn.benchmarks.report import Result, Row, hardware, page, prose, ratio, report, table
+from l2bn.benchmarks.workload import NETWORKS, bn_inputs
 from l2bn.norms.l2bn import L2BatchNorm2d
 from l2bn.training.compute import keep_freed_memory
+from l2bn.training.environment import describe_environment
 
 LAYERS: dict[str, Callable[[int], nn.Module]] = {
     "bn": nn.BatchNorm2d,
@@ -32,46 +33,19 @@ LAYERS: dict[str, Callable[[int], nn.Module]] = {
 
 # Least traffic of BN and of the fused layer, in maps: training reads x twice and writes y, then reads x and the
 # gradient twice and writes dx. Evaluation of L2BN reads x twice and writes y (BN's reads it once).
-TRAINING_PASSES, EVALUATION_PASSES = 8, 3
+PASSES = {"training": 8, "evaluation": 3}
+
+CALLERS = ("eager", "compiled")
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-@dataclass(frozen=True)
-class Map:
-    network: str
-    shape: tuple[int, int, int, int]
-
-
-def imagenet_resnet50() -> nn.Module:
-    from torchvision.models import resnet50  # here, for a slow import that only the benchmarks need
-
-    model: nn.Module = resnet50(num_classes=10)
-    return model
-
-
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {  # constructor, image size, batch
-    "ResNet-20": (lambda: cifar_resnet(10, 20), 32, 128),
-    "VGG-16": (lambda: vgg(10, 16), 32, 128),
-    "MobileNetV2": (lambda: mobilenetv2(10), 32, 128),
-    "ShuffleNetV2": (lambda: shufflenetv2(10), 32, 128),
-    "ResNet-50": (imagenet_resnet50, 224, 32),
-}
-
-
-def maps_of(network: str, most: int | None) -> list[Map]:
+def maps_of(network: str, most: int | None) -> list[tuple[int, int, int, int]]:
     """The distinct maps that the network's BN layers see, the largest first; `most` of them, evenly chosen."""
-    build, size, batch = NETWORKS[network]
-    seen: set[tuple[int, ...]] = set()
-    model = build().eval()
-    for layer in model.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.register_forward_pre_hook(lambda _, inputs: seen.add(tuple(inputs[0].shape[1:])))
-    with torch.no_grad():
-        model(torch.zeros(1, 3, size, size))
-    shapes = sorted(seen, key=lambda shape: (-torch.Size(shape).numel(), shape))
+    shapes = sorted(set(bn_inputs(network)), key=lambda shape: (-math.prod(shape), shape))
     if most is not None and most < len(shapes):
         chosen = [round(i * (len(shapes) - 1) / (most - 1)) for i in range(most)] if most > 1 else [0]
         shapes = [shapes[i] for i in chosen]
-    return [Map(network, (batch, c, h, w)) for c, h, w in shapes]
+    return [(NETWORKS[network].batch, *shape) for shape in shapes]
 
 
 def compiled_alone(layer: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -100,51 +74,108 @@ def training(call: Callable[[Tensor], Tensor], x: Tensor, g: Tensor) -> Action:
 
 
 def evaluation(call: Callable[[Tensor], Tensor], x: Tensor) -> Action:
-    def step() -> None:
-        with torch.no_grad():
-            call(x)
-
-    return step
+    return torch.no_grad()(lambda: call(x))
 
 
-CALLERS = ("eager", "compiled")
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+def measure_map(shape: tuple[int, ...], callers: list[str], device: torch.device, seconds: float) -> Iterator[Row]:
+    """A cell for each format, caller and phase."""
+    for layout, memory_format in LAYOUTS.items():
+        x, g = (torch.randn(shape, device=device).to(memory_format=memory_format) for _ in range(2))
+        for caller, phase in product(callers, PASSES):
+            actions: dict[str, Action] = {}
+            memory = {}
+            for name, make in LAYERS.items():
+                layer = make(shape[1]).to(device).train(phase == "training")
+                call = compiled_alone(layer) if caller == "compiled" else layer
+                actions[name] = training(call, x, g) if phase == "training" else evaluation(call, x)
+                actions[name]()
+                memory[name] = peak_memory(actions[name], device)
+            actions["copy"] = partial(torch.empty_like(x).copy_, x)  # reads and writes each byte once
+            times = interleaved(actions, device, seconds)
+            yield {
+                "shape": list(shape),
+                "layout": layout,
+                "caller": caller,
+                "phase": phase,
+                "seconds": times,
+                "peak_bytes": memory,
+                "copy_fraction": PASSES[phase] / 2 * times["copy"] / times["fused"],
+            }
 
 
-def cells(maps: list[Map], callers: list[str], device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
-    for kind in maps:
-        for layout, memory_format in LAYOUTS.items():
-            x, g = (torch.randn(kind.shape, device=device).to(memory_format=memory_format) for _ in range(2))
-            for caller in callers:
-                for phase in ("training", "evaluation"):
-                    actions, memory = {}, {}
-                    for name, make in LAYERS.items():
-                        layer = make(kind.shape[1]).to(device).train(phase == "training")
-                        call = compiled_alone(layer) if caller == "compiled" else layer
-                        action = training(call, x, g) if phase == "training" else evaluation(call, x)
-                        action()
-                        actions[name] = action
-                        memory[name] = peak_memory(action, device)
-                    times = interleaved({**actions, "copy": copy_of(x)}, device, seconds)
-                    passes = TRAINING_PASSES if phase == "training" else EVALUATION_PASSES
-                    traffic = passes * x.nbytes / times["fused"]
-                    yield {
-                        "network": kind.network,
-                        "shape": list(kind.shape),
-                        "layout": layout,
-                        "caller": caller,
-                        "phase": phase,
-                        "seconds": times,
-                        "peak_bytes": memory,
-                        "copy_fraction": traffic / (2 * x.nbytes / times["copy"]),
-                    }
+EXPLANATION = """
+Ratios to `nn.BatchNorm2d` called the same way, measured in turn in one process: geometric mean over the maps, and
+the worst. Memory: most bytes held at once, same ratio. Copy: traffic of the least passes over the map, as a share
+of the bandwidth of a copy of that map; median.
+"""
+
+
+def norm_table(result: Result) -> str:
+    means, worst = [], []
+    for caller, phase, layout in product(("compiled", "eager"), PASSES, (*LAYOUTS, "both")):
+        cells = [c for c in result["cells"] if (c["caller"], c["phase"]) == (caller, phase)]
+        cells = [c for c in cells if layout in (c["layout"], "both")]
+        if not cells:
+            continue
+        naive, fused = ([ratio(c, norm) for c in cells] for norm in ("naive", "fused"))
+        copy = sorted(c["copy_fraction"] for c in cells)[len(cells) // 2]
+        ratios = f"{geometric_mean(naive):.2f}", f"{geometric_mean(fused):.2f}", f"{max(fused):.2f}"
+        means.append((caller, phase, layout, str(len(cells)), *ratios, memory_ratio(cells), f"{copy:.0%}"))
+    training = [c for c in result["cells"] if c["phase"] == "training"]
+    for cell in sorted(training, key=lambda c: -ratio(c, "fused"))[:6]:
+        name = f"{'×'.join(map(str, cell['shape']))} {cell['layout']}"
+        times = [f"{cell['seconds'][norm] * 1e3:.3g} ms" for norm in ("bn", "fused")]
+        worst.append((cell["caller"], name, cell["network"], *times, f"{ratio(cell, 'fused'):.2f}"))
+    names = ("called", "phase", "format", ">maps", ">naive", ">fused", ">fused, worst", ">memory", ">copy")
+    return page(
+        "The layer alone: time against batch norm's",
+        f"{hardware(result)}.",
+        prose(EXPLANATION),
+        table(names, means),
+        "The worst cells of training:",
+        table(("called", "map", "network", ">BN", ">fused", ">ratio"), worst),
+    )
+
+
+def memory_ratio(cells: list[Row]) -> str:
+    """Geometric mean over the cells in which the profiler saw memory taken by both layers; "–" if it saw none."""
+    seen = [c for c in cells if c["peak_bytes"]["fused"] > 0 and c["peak_bytes"]["bn"] > 0]
+    return f"{geometric_mean(ratio(c, 'fused', 'peak_bytes') for c in seen):.3f}" if seen else "–"
+
+
+def plot_norm(result: Result, path: Path) -> None:
+    """Ratio against the size of the map, one panel a way of calling, in training."""
+    import matplotlib.pyplot as plt  # here, for a slow import that only a written report needs
+
+    training = [cell for cell in result["cells"] if cell["phase"] == "training"]
+    callers = [caller for caller in CALLERS if caller in {cell["caller"] for cell in training}]
+    figure, grid = plt.subplots(
+        1, len(callers), figsize=(4.5 * len(callers), 3.6), sharey=True, squeeze=False, layout="constrained"
+    )
+    panels = grid[0]
+    for panel, caller in zip(panels, callers, strict=True):
+        kinds = product((("naive", "tab:gray"), ("fused", "tab:blue")), zip(LAYOUTS, "o^", strict=True))
+        for (norm, colour), (layout, marker) in kinds:
+            cells = [cell for cell in training if (cell["caller"], cell["layout"]) == (caller, layout)]
+            sizes = [math.prod(cell["shape"]) * 4 / 2**20 for cell in cells]
+            style: dict[str, Any] = {"s": 22, "color": colour, "marker": marker, "alpha": 0.85}
+            panel.scatter(sizes, [ratio(cell, norm) for cell in cells], **style, label=f"{norm}, {layout}")
+        panel.axhline(1, color="black", linewidth=1)
+        panel.text(0.99, 1.03, "BN", transform=panel.get_yaxis_transform(), ha="right", va="bottom")
+        panel.set(title=f"called {'from eager code' if caller == 'eager' else 'in a compiled model'}")
+        panel.set(xscale="log", yscale="log", xlabel="size of the map (MiB)")
+        panel.set_yticks([0.25, 0.5, 1, 2, 4, 8], ["1/4", "1/2", "1", "2", "4", "8"])
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("time of forward and backward / BN's")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", type=Path, help="write the result here, and its table and plot beside it")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="threads of the CPU (default: torch's own choice)")
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    networks = ["ResNet-20", "VGG-16", "MobileNetV2", "ShuffleNetV2", "ResNet-50"]
+    add_common_arguments(parser, networks)
     parser.add_argument("--callers", nargs="+", choices=CALLERS, default=list(CALLERS))
     parser.add_argument("--maps", type=int, help="at most so many maps of each network (default: all)")
     parser.add_argument("--seconds", type=float, default=1.0, help="measuring time of a cell (default: 1)")
@@ -152,22 +183,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     keep_freed_memory()  # as a run does
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
+    device = set_up(arguments)
     torch.manual_seed(0)
-    device = torch.device(arguments.device)
-    maps = list({m.shape: m for name in arguments.networks for m in maps_of(name, arguments.maps)}.values())
-    measured = []
-    for cell in cells(maps, arguments.callers, device, arguments.seconds):
-        measured.append(cell)
-        times = cell["seconds"]
-        print(
-            f"{cell['network']:13} {'x'.join(map(str, cell['shape'])):16} {cell['layout']:14} {cell['caller']:9}"
-            f"{cell['phase']:11} BN {times['bn'] * 1e6:9.0f} us   naive {times['naive'] / times['bn']:5.2f}   "
-            f"fused {times['fused'] / times['bn']:5.2f}   {cell['copy_fraction']:4.0%} of copy bandwidth",
-            flush=True,
-        )
-    result = {"benchmark": "norm", "machine": machine(device), "cells": measured}
-    if arguments.json:  # first, because it is what took the time
-        write_json(arguments.json, result)
-    print("\n" + write_norm_report(result, arguments.json))
+    networks = {shape: name for name in arguments.networks for shape in maps_of(name, arguments.maps)}
+    measured: list[Row] = []
+    for shape, network in networks.items():
+        for cell in measure_map(shape, arguments.callers, device, arguments.seconds):
+            measured.append({"network": network, **cell})
+            times = cell["seconds"]
+            print(
+                f"{network:13} {'x'.join(map(str, shape)):16} {cell['layout']:14} {cell['caller']:9}"
+                f"{cell['phase']:11} BN {times['bn'] * 1e6:9.0f} us   naive {times['naive'] / times['bn']:5.2f}   "
+                f"fused {times['fused'] / times['bn']:5.2f}   {cell['copy_fraction']:4.0%} of copy bandwidth",
+                flush=True,
+            )
+    result = {"benchmark": "norm", "machine": describe_environment(device), "cells": measured}
+    report(result, arguments.json, norm_table, plot_norm, "time against the map's size")

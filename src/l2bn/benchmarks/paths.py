@@ -13,44 +13,76 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from l2bn.benchmarks.measure import Action
-from l2bn.benchmarks.workload import CLASSES, WORKERS, Workload, compute, recipe
+from l2bn.benchmarks.workload import CLASSES, NORMS, WORKERS, Workload, build
 from l2bn.data.decode import read_rgb
 from l2bn.data.imagenet import ImageFiles
-from l2bn.data.loader import training_loader
+from l2bn.data.loader import evaluation_loader, training_loader
 from l2bn.data.splits import Images
+from l2bn.training.compute import Compute
 from l2bn.training.loop import Position, Trainer
+from l2bn.training.optim import OneCycle, Recipe
+
+
+def recipe(batch: int, epochs: int = 1000, lr: float = 0.01) -> Recipe:
+    """The recipe `short` with more epochs, at a learning rate at which training on noise is stable."""
+    return Recipe(
+        epochs=epochs,
+        batch_size=batch,
+        lr=lr,
+        momentum=0.9,
+        nesterov=True,
+        weight_decay=5e-4,
+        decay_norm_and_bias=True,
+        label_smoothing=0.0,
+        mixup=0.0,
+        schedule=OneCycle(),
+    )
+
+
+def compute(device: torch.device, **options: Any) -> Compute:
+    """The settings of `compute=auto`, changed by these options."""
+    defaults: dict[str, Any] = {
+        "device": device.type,
+        "devices": 1,
+        "sync_bn": False,
+        "precision": "32-true",
+        "compile": False,
+        "channels_last": True,
+        "deterministic": False,
+        "threads": None,
+        "workers": WORKERS,
+    }
+    return Compute(**defaults | options)
+
+
+def trainer_of(workload: Workload, model: nn.Module, learning: Recipe, placing: Compute, seed: int = 0) -> Trainer:
+    """This project's trainer of a model on the images of a workload."""
+    placing.set_up()
+    fabric = placing.fabric()
+    placed = placing.place(model, fabric.device, updates=0)
+    trained, optimizer = fabric.setup(placed.trained, learning.optimizer(placed.network))
+    splits = workload.splits
+    options: dict[str, Any] = {"splits": splits, "device": fabric.device, "workers": placing.workers}
+    options["channels_last"] = placing.channels_last
+    return Trainer(
+        fabric=fabric,
+        model=trained,
+        network=placed.network,
+        optimizer=optimizer,
+        recipe=learning,
+        train=training_loader(splits.train, batch_size=workload.batch, seed=seed, **options),
+        test=evaluation_loader(splits.test, batch_size=256, **options),
+        classes=CLASSES,
+        seed=seed,
+        after_step=lambda _: None,
+        after_epoch=lambda _: None,
+    )
 
 
 def ours(workload: Workload, norm: str, device: torch.device, **options: Any) -> tuple[Action, Trainer]:
     """This project's trainer, and one epoch of it as an action."""
-    placing = compute(device, **options)
-    placing.set_up()
-    fabric = placing.fabric()
-    placed = placing.place(workload.build(norm), fabric.device, updates=0)
-    learning = recipe(workload.batch)
-    model, optimizer = fabric.setup(placed.trained, learning.optimizer(placed.network))
-    loader = training_loader(
-        workload.splits.train,
-        splits=workload.splits,
-        batch_size=workload.batch,
-        seed=0,
-        device=fabric.device,
-        workers=placing.workers,
-        channels_last=placing.channels_last,
-    )
-    trainer = Trainer(
-        fabric=fabric,
-        model=model,
-        network=placed.network,
-        optimizer=optimizer,
-        recipe=learning,
-        train=loader,
-        test=loader,
-        classes=CLASSES,
-        seed=0,
-        after_step=lambda _: None,
-        after_epoch=lambda _: None,
-    )
+    model = build(workload.network, NORMS[norm])
+    trainer = trainer_of(workload, model, recipe(workload.batch), compute(device, **options))
     return epochs_of(trainer), trainer
 
 
@@ -91,14 +123,12 @@ class _Pictures(Dataset[Any]):
 def pictures(workload: Workload, generator: torch.Generator | None = None) -> DataLoader[Any]:
     """PIL transforms in a DataLoader, as most repositories have them."""
     size = workload.size
-    augmentation = (
-        [transforms.RandomCrop(size, padding=4)]
-        if size == 32
-        else [transforms.RandomResizedCrop(size, antialias=True)]
+    crop = (
+        transforms.RandomCrop(size, padding=4) if size == 32 else transforms.RandomResizedCrop(size, antialias=True)
     )
     transform = transforms.Compose(
         [
-            *augmentation,
+            crop,
             transforms.RandomHorizontalFlip(),
             transforms.ToTensor(),
             transforms.Normalize(workload.splits.mean, workload.splits.std),
@@ -134,19 +164,19 @@ def timm_pictures(workload: Workload, device: torch.device) -> Any:
     )
 
 
-def plain(workload: Workload, norm: str, device: torch.device) -> Action:
+def plain(workload: Workload, device: torch.device) -> Action:
     """The loop of most CIFAR repositories: eager, contiguous, loss and accuracy read after every step."""
-    model = workload.build(norm).to(device).train()
+    model = build(workload.network).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     loader = pictures(workload)
     return lambda: plain_epoch(model, optimizer, loader, device)
 
 
-def timm(workload: Workload, norm: str, device: torch.device) -> Action:
+def timm(workload: Workload, device: torch.device) -> Action:
     """The same loop on timm's loader, with the SGD that timm makes (Nesterov, no decay of norms and biases)."""
     from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
 
-    model = workload.build(norm).to(device).train()
+    model = build(workload.network).to(device).train()
     optimizer = create_optimizer_v2(model, "sgd", lr=0.01, momentum=0.9, weight_decay=5e-4)
     loader = timm_pictures(workload, device)
     return lambda: plain_epoch(model, optimizer, loader, device)

@@ -1,149 +1,29 @@
-"""From a benchmark's JSON to what a reader sees: a Markdown table, and for the layer a plot."""
+"""From a benchmark's result to what a reader sees: JSON, a page with tables, and for some a plot."""
 
-import math
+import json
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import geometric_mean
 from textwrap import fill
 from typing import Any
 
 from l2bn.records import write_durably
 
-Cell = dict[str, Any]
+Result = dict[str, Any]
+"""What a benchmark measured: its name, the machine, and `rows` (the layer's: `cells`; accuracies: `runs`)."""
+
+Row = dict[str, Any]
 
 
-def ratio(cell: Cell, norm: str, quantity: str = "seconds") -> float:
+def ratio(row: Row, norm: str, quantity: str = "seconds") -> float:
     """To BN, called the same way."""
-    return float(cell[quantity][norm] / cell[quantity]["bn"])
+    return float(row[quantity][norm] / row[quantity]["bn"])
 
 
-def memory_ratio(cells: list[Cell], norm: str) -> str:
-    """Geometric mean over the cells in which the profiler saw memory taken by both; "–" if it saw none."""
-    seen = [c for c in cells if c["peak_bytes"][norm] > 0 and c["peak_bytes"]["bn"] > 0]
-    return f"{geometric_mean(ratio(c, norm, 'peak_bytes') for c in seen):.3f}" if seen else "–"
-
-
-def named(cell: Cell) -> str:
-    return f"{'×'.join(map(str, cell['shape']))} {cell['layout']}"
-
-
-def hardware(result: dict[str, Any]) -> str:
+def hardware(result: Result) -> str:
     facts = result["machine"]
     where = facts["processor"] if facts["device"] == "cpu" else facts["device"]
     threads = f", {facts['threads']} threads" if facts["device"] == "cpu" else ""
     return f"{where}{threads} ({facts['cpu_capability']}), torch {facts['packages']['torch']}, {facts['time'][:10]}"
-
-
-OF_NORM = """
-Ratios to `nn.BatchNorm2d` called the same way, measured in turn in one process: geometric mean over the maps, and
-the worst. Memory: most bytes held at once, same ratio. Copy: traffic of the least passes over the map, as a share
-of the bandwidth of a copy of that map; median.
-"""
-
-
-def norm_table(result: dict[str, Any]) -> str:
-    lines = [
-        "# The layer alone: time against batch norm's",
-        "",
-        f"{hardware(result)}.",
-        "",
-        prose(OF_NORM),
-        "",
-        "| called | phase | format | maps | naive | fused | fused, worst | memory | copy |",
-        "|---|---|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for caller in ("compiled", "eager"):
-        for phase in ("training", "evaluation"):
-            for layout in ("contiguous", "channels_last", "both"):
-                cells = [
-                    c
-                    for c in result["cells"]
-                    if (c["caller"], c["phase"]) == (caller, phase) and layout in (c["layout"], "both")
-                ]
-                if not cells:
-                    continue
-                fused = [ratio(c, "fused") for c in cells]
-                copy = sorted(c["copy_fraction"] for c in cells)[len(cells) // 2]
-                lines.append(
-                    f"| {caller} | {phase} | {layout} | {len(cells)} "
-                    f"| {geometric_mean(ratio(c, 'naive') for c in cells):.2f} | {geometric_mean(fused):.2f} "
-                    f"| {max(fused):.2f} | {memory_ratio(cells, 'fused')} "
-                    f"| {copy:.0%} |"
-                )
-    lines += ["", "The worst cells of training:", "", "| called | map | network | BN | fused | ratio |"]
-    lines.append("|---|---|---|---:|---:|---:|")
-    training = [c for c in result["cells"] if c["phase"] == "training"]
-    for cell in sorted(training, key=lambda c: -ratio(c, "fused"))[:6]:
-        bn, fused_time = (cell["seconds"][norm] * 1e3 for norm in ("bn", "fused"))
-        lines.append(
-            f"| {cell['caller']} | {named(cell)} | {cell['network']} | {bn:.3g} ms | {fused_time:.3g} ms "
-            f"| {ratio(cell, 'fused'):.2f} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-OF_STEP = """
-Forward, backward and SGD; ratios to the same network with BN, measured in turn in one process. Memory: most bytes
-held at once within the step.
-"""
-
-
-def step_table(result: dict[str, Any]) -> str:
-    lines = [
-        "# A whole training step: time and memory against batch norm's",
-        "",
-        f"{hardware(result)}.",
-        "",
-        prose(OF_STEP),
-        "",
-        "| network | batch | format | called | BN | naive | fused | memory, naive | memory, fused |",
-        "|---|---:|---|---|---:|---:|---:|---:|---:|",
-    ]
-    for row in result["rows"]:
-        lines.append(
-            f"| {row['network']} | {row['batch']} | {row['layout']} | {row['caller']} "
-            f"| {row['seconds']['bn'] * 1e3:.0f} ms | {ratio(row, 'naive'):.2f} | {ratio(row, 'fused'):.2f} "
-            f"| {ratio(row, 'naive', 'peak_bytes'):.3f} | {ratio(row, 'fused', 'peak_bytes'):.3f} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def plot_norm(result: dict[str, Any], path: Path) -> None:
-    """Ratio against the size of the map, one panel a way of calling, in training."""
-    import matplotlib.pyplot as plt  # here, for a slow import that only a written report needs
-
-    callers = [caller for caller in ("eager", "compiled") if caller in {c["caller"] for c in result["cells"]}]
-    figure, grid = plt.subplots(
-        1, len(callers), figsize=(4.5 * len(callers), 3.6), sharey=True, squeeze=False, layout="constrained"
-    )
-    panels = grid[0]
-    for panel, caller in zip(panels, callers, strict=True):
-        for norm, colour in (("naive", "tab:gray"), ("fused", "tab:blue")):
-            for layout, marker in (("contiguous", "o"), ("channels_last", "^")):
-                cells = [
-                    c
-                    for c in result["cells"]
-                    if (c["caller"], c["layout"], c["phase"]) == (caller, layout, "training")
-                ]
-                panel.scatter(
-                    [math.prod(cell["shape"]) * 4 / 2**20 for cell in cells],
-                    [ratio(cell, norm) for cell in cells],
-                    s=22,
-                    color=colour,
-                    marker=marker,
-                    alpha=0.85,
-                    label=f"{norm}, {layout}",
-                )
-        panel.axhline(1, color="black", linewidth=1)
-        panel.text(0.99, 1.03, "BN", transform=panel.get_yaxis_transform(), ha="right", va="bottom")
-        panel.set(title=f"called {'from eager code' if caller == 'eager' else 'in a compiled model'}")
-        panel.set(xscale="log", yscale="log", xlabel="size of the map (MiB)")
-        panel.set_yticks([0.25, 0.5, 1, 2, 4, 8], ["1/4", "1/2", "1", "2", "4", "8"])
-        panel.minorticks_off()
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("time of forward and backward / BN's")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def prose(text: str) -> str:
@@ -151,23 +31,60 @@ def prose(text: str) -> str:
     return fill(" ".join(text.split()), 110, break_on_hyphens=False, break_long_words=False)
 
 
-def write_table(table: str, json_path: Path | None, picture: str = "") -> str:
-    """The table; with the JSON's path it is written beside it, followed by the plot there if `picture` says what
-    it shows."""
-    if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        plot = f"\n![{picture}]({json_path.stem}.png)\n" if picture else ""
-        write_durably(json_path.with_suffix(".md"), table + plot)
-    return table
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; a column whose name begins with ">" is flush right."""
+    rules = "|".join("---:" if column.startswith(">") else "---" for column in columns)
+    heads = [column.removeprefix(">") for column in columns]
+    head, *lines = (f"| {' | '.join(cells)} |" for cells in (heads, *rows))
+    return "\n".join([head, f"|{rules}|", *lines])
 
 
-def write_norm_report(result: dict[str, Any], json_path: Path | None) -> str:
-    """The table; with the JSON's path, table and plot are written beside it."""
-    if json_path is not None:
-        plot_norm(result, json_path.with_suffix(".png"))
-    return write_table(norm_table(result), json_path, "time against the map's size")
+def page(title: str, *parts: str) -> str:
+    return "\n\n".join([f"# {title}", *parts]) + "\n"
 
 
-def write_step_report(result: dict[str, Any], json_path: Path | None) -> str:
-    """The table; with the JSON's path, it is written beside it."""
-    return write_table(step_table(result), json_path)
+def report(
+    result: Result,
+    path: Path | None,
+    make_page: Callable[[Result], str],
+    plot: Callable[[Result, Path], None] | None = None,
+    caption: str = "",
+) -> None:
+    """Print the page of a result; with a path, write the result there, and page and plot beside it."""
+    if path is not None:  # before the page, because it is what took the time
+        write_json(path, result)
+    text = make_page(result)
+    if path is not None:
+        picture = ""
+        if plot:
+            plot(result, path.with_suffix(".png"))
+            picture = f"\n![{caption}]({path.stem}.png)\n"
+        write_durably(path.with_suffix(".md"), text + picture)
+    print("\n" + text)
+
+
+def write_json(path: Path, result: Result) -> None:
+    write_durably(path, json.dumps(result, indent=1) + "\n")
+
+
+def with_earlier_rows(path: Path | None, result: Result) -> list[Row]:
+    """The rows of a result, and those of an earlier one for networks that were not measured now.
+
+    The earlier result must be of the same benchmark, kind of machine and precision. Networks keep their order.
+    """
+    now: list[Row] = result["rows"]
+    try:
+        earlier = json.loads(path.read_text()) if path else {}
+        if _setting(earlier) != _setting(result):
+            return now
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # not there, or no result
+        return now
+    measured = {row["network"] for row in now}
+    order = list(dict.fromkeys(row["network"] for row in [*earlier["rows"], *now]))
+    kept = [row for row in earlier["rows"] if row["network"] not in measured]
+    return sorted(kept + now, key=lambda row: order.index(row["network"]))
+
+
+def _setting(result: Result) -> list[Any]:
+    same = ("device", "processor", "threads", "packages")
+    return [result.get("benchmark"), result.get("precision"), *(result["machine"][key] for key in same)]

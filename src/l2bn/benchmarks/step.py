@@ -1,47 +1,34 @@
 """Whole training steps (forward, backward, SGD) of networks with BN, with L2BN composed naively and fused."""
 
 import argparse
-from collections.abc import Callable
-from pathlib import Path
+from itertools import product
 from typing import Any
 
 import torch
 from torch import nn
 
-from l2bn.benchmarks.measure import (
-    Action,
-    forget_compiled,
-    interleaved,
-    machine,
-    peak_memory,
-    with_earlier_rows,
-    write_json,
-)
-from l2bn.benchmarks.norm import CALLERS, LAYOUTS, NETWORKS
-from l2bn.benchmarks.report import write_step_report
+from l2bn.benchmarks.measure import Action, add_common_arguments, interleaved, peak_memory, set_up
+from l2bn.benchmarks.norm import CALLERS, LAYOUTS
+from l2bn.benchmarks.report import Result, hardware, page, prose, ratio, report, table, with_earlier_rows
+from l2bn.benchmarks.workload import NETWORKS, Norm, build
 from l2bn.norms.l2bn import convert
-from l2bn.norms.swap import swap_norm
 from l2bn.training.compute import keep_freed_memory
+from l2bn.training.environment import describe_environment
 
-NORMS: dict[str, Callable[[Any], nn.Module]] = {
+NORMS: dict[str, Norm] = {
     "bn": lambda bn: bn,
     "naive": lambda bn: convert(bn, fused="off"),
     "fused": lambda bn: convert(bn, fused="on"),
 }
 
 
-def training_step(
-    network: str, norm: str, caller: str, layout: str, batch: int | None, device: torch.device
-) -> Action:
-    build, size, usual_batch = NETWORKS[network]
-    torch.manual_seed(0)
-    model = build().to(device)
-    swap_norm(model, NORMS[norm])
-    memory_format = LAYOUTS[layout]
-    model.to(memory_format=memory_format)
+def training_step(network: str, norm: str, caller: str, layout: str, batch: int, device: torch.device) -> Action:
+    memory_format: Any = LAYOUTS[layout]
+    model = build(network, NORMS[norm]).to(device).to(memory_format=memory_format)
     run: Any = torch.compile(model, fullgraph=True) if caller == "compiled" else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    x = torch.randn(batch or usual_batch, 3, size, size, device=device).to(memory_format=memory_format)
+    size = NETWORKS[network].size
+    x = torch.randn(batch, 3, size, size, device=device).to(memory_format=memory_format)
     target = torch.randint(10, (len(x),), device=device)
 
     def step() -> None:
@@ -53,12 +40,44 @@ def training_step(
     return step
 
 
+EXPLANATION = """
+Forward, backward and SGD; ratios to the same network with BN, measured in turn in one process. Memory: most bytes
+held at once within the step.
+"""
+
+
+def step_table(result: Result) -> str:
+    rows = [
+        (
+            *(
+                row["network"],
+                str(row["batch"]),
+                row["layout"],
+                row["caller"],
+                f"{row['seconds']['bn'] * 1e3:.0f} ms",
+            ),
+            *(f"{ratio(row, norm):.2f}" for norm in ("naive", "fused")),
+            *(f"{ratio(row, norm, 'peak_bytes'):.3f}" for norm in ("naive", "fused")),
+        )
+        for row in result["rows"]
+    ]
+    columns = (
+        "network",
+        ">batch",
+        "format",
+        "called",
+        ">BN",
+        ">naive",
+        ">fused",
+        ">memory, naive",
+        ">memory, fused",
+    )
+    title = "A whole training step: time and memory against batch norm's"
+    return page(title, f"{hardware(result)}.", prose(EXPLANATION), table(columns, rows))
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", type=Path, help="write the result here, and its table beside it")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="threads of the CPU (default: torch's own choice)")
-    networks = ["ResNet-20", "MobileNetV2", "ResNet-50"]
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=networks)
+    add_common_arguments(parser, NETWORKS, ["ResNet-20", "MobileNetV2", "ResNet-50"])
     parser.add_argument("--callers", nargs="+", choices=CALLERS, default=list(CALLERS))
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--batch", type=int, help="images a step (default: 128 at 32x32, 32 at 224x224)")
@@ -68,39 +87,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """With --json, the networks measured before in the same setting keep their rows."""
     keep_freed_memory()  # as a run does
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
-    device = torch.device(arguments.device)
-    rows: list[dict[str, Any]] = []
-    for network in arguments.networks:
-        for layout in arguments.layouts:
-            for caller in arguments.callers:
-                forget_compiled()
-                steps = {
-                    norm: training_step(network, norm, caller, layout, arguments.batch, device) for norm in NORMS
-                }
-                for step in steps.values():
-                    step()  # compiles, and makes the optimizer's state, which is no part of a step's own memory
-                memory = {norm: peak_memory(step, device) for norm, step in steps.items()}
-                times = interleaved(steps, device, arguments.seconds, fewest=5)
-                rows.append(
-                    {
-                        "network": network,
-                        "batch": arguments.batch or NETWORKS[network][2],
-                        "layout": layout,
-                        "caller": caller,
-                        "seconds": times,
-                        "peak_bytes": memory,
-                    }
-                )
-                print(
-                    f"{network:13} {layout:14} {caller:9} BN {times['bn'] * 1e3:7.1f} ms   naive "
-                    f"{times['naive'] / times['bn']:5.2f}   fused {times['fused'] / times['bn']:5.2f}   "
-                    f"memory {memory['naive'] / memory['bn']:5.3f} and {memory['fused'] / memory['bn']:5.3f}",
-                    flush=True,
-                )
-    result: dict[str, Any] = {"benchmark": "step", "machine": machine(device), "rows": rows}
-    if arguments.json:  # first, because it is what took the time
-        result["rows"] = with_earlier_rows(arguments.json, result)
-        write_json(arguments.json, result)
-    print("\n" + write_step_report(result, arguments.json))
+    device = set_up(arguments)
+    rows = []
+    for network, layout, caller in product(arguments.networks, arguments.layouts, arguments.callers):
+        torch.compiler.reset()  # after eight compiled variants of a function it would fall back to eager
+        batch = arguments.batch or NETWORKS[network].batch
+        steps = {norm: training_step(network, norm, caller, layout, batch, device) for norm in NORMS}
+        for step in steps.values():
+            step()  # compiles, and makes the optimizer's state, which is no part of a step's own memory
+        memory = {norm: peak_memory(step, device) for norm, step in steps.items()}
+        times = interleaved(steps, device, arguments.seconds, fewest=5)
+        names = {"network": network, "batch": batch, "layout": layout, "caller": caller}
+        rows.append({**names, "seconds": times, "peak_bytes": memory})
+        print(
+            f"{network:13} {layout:14} {caller:9} BN {times['bn'] * 1e3:7.1f} ms   naive "
+            f"{times['naive'] / times['bn']:5.2f}   fused {times['fused'] / times['bn']:5.2f}   "
+            f"memory {memory['naive'] / memory['bn']:5.3f} and {memory['fused'] / memory['bn']:5.3f}",
+            flush=True,
+        )
+    result: Result = {"benchmark": "step", "machine": describe_environment(device), "rows": rows}
+    result["rows"] = with_earlier_rows(arguments.json, result)
+    report(result, arguments.json, step_table)

@@ -9,37 +9,28 @@ import argparse
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from torch import Tensor
 
 from l2bn.backbones.cost import count_multiply_adds
 from l2bn.benchmarks import together
-from l2bn.benchmarks.measure import (
-    Action,
-    forget_compiled,
-    interleaved,
-    machine,
-    peak_memory,
-    synchronise,
-    undisturbed,
-    with_earlier_rows,
-    write_json,
-)
+from l2bn.benchmarks.measure import Action, add_common_arguments, interleaved, peak_memory, synchronise, undisturbed
 from l2bn.benchmarks.paths import epochs_of, ours, plain, timm
-from l2bn.benchmarks.train_report import write_train_report
-from l2bn.benchmarks.workload import NETWORKS, NORMS, Workload, add_workload_arguments, make_workload
+from l2bn.benchmarks.report import Result, Row, hardware, page, prose, report, table, with_earlier_rows
+from l2bn.benchmarks.workload import NETWORKS, NORMS, Workload, build, make_workload
 from l2bn.data.loader import Batch
 from l2bn.training.compute import free_as_usual, keep_freed_memory, should_compile
+from l2bn.training.environment import describe_environment
 from l2bn.training.loop import Trainer
 
 STEPS = {32: 10, 224: 6}  # of an epoch, by image size
 LONG_RUN = 39_000  # updates: CIFAR, 200 epochs of 256 images
+COMPILERS = {"eager": False, "compiled": True, "graphs": "graphs"}
 PHASES = ("data", "forward", "backward", "optimizer")
-
-Row = dict[str, Any]
 
 
 class Stopwatch:
@@ -47,7 +38,7 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.seconds: dict[str, float] = {}
 
     def timed(self, phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def measured(*arguments: Any, **options: Any) -> Any:
@@ -55,77 +46,45 @@ class Stopwatch:
             start = time.perf_counter()
             result = call(*arguments, **options)
             synchronise(self.device)
-            self.seconds[phase] += time.perf_counter() - start
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
             return result
 
         return measured
 
-
-class _Replaced:
-    """An object with some of its methods replaced."""
-
-    def __init__(self, original: Any, **methods: Any) -> None:
-        self.__dict__.update(methods, _original=original)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._original, name)
-
-    def __len__(self) -> int:
-        return len(self._original)
+    def timed_batches(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        taken = self.timed("data", lambda: next(batches, None))
+        while (batch := taken()) is not None:
+            yield batch
 
 
-class _TimedTrainer(Trainer):
-    forward_timed: Callable[..., tuple[Tensor, Tensor]]
-
-    def forward(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        return self.forward_timed(images, labels, epoch, step)
-
-
-def split_of(trainer: Trainer, epochs: int, device: torch.device) -> dict[str, float]:
-    """Seconds of each phase of a step and of the whole step, in the fastest of some epochs."""
-    fastest: dict[str, float] = {"step": float("inf")}
-    for _ in range(epochs):
-        watch = Stopwatch(device)
-
-        def epoch_of(*arguments: Any, watch: Stopwatch = watch) -> Iterator[Batch]:
-            batches = trainer.train.epoch(*arguments)
-            taken = watch.timed("data", lambda: next(batches, None))
-            while (batch := taken()) is not None:
-                yield batch
-
-        timed = _TimedTrainer(
-            **{
-                **vars(trainer),
-                "train": _Replaced(trainer.train, epoch=epoch_of),
-                "fabric": _Replaced(trainer.fabric, backward=watch.timed("backward", trainer.fabric.backward)),
-                "optimizer": _Replaced(trainer.optimizer, step=watch.timed("optimizer", trainer.optimizer.step)),
-            }
-        )
-        object.__setattr__(timed, "forward_timed", watch.timed("forward", trainer.forward))
-        action = epochs_of(timed)
-        synchronise(device)
-        start = time.perf_counter()
-        action()
-        synchronise(device)
-        seconds = {**watch.seconds, "step": time.perf_counter() - start}
-        if seconds["step"] < fastest["step"]:
-            fastest = seconds
-    return {phase: value / len(trainer.train) for phase, value in fastest.items()}
+def phases_of(trainer: Trainer, device: torch.device) -> dict[str, float]:
+    """Seconds of each phase and of the whole step ("step"), the mean over an epoch."""
+    watch = Stopwatch(device)
+    fabric, optimizer, epoch = trainer.fabric, trainer.optimizer, trainer.train.epoch
+    with (
+        patch.object(trainer.train, "epoch", lambda *arguments: watch.timed_batches(epoch(*arguments))),
+        patch.object(Trainer, "forward", staticmethod(watch.timed("forward", trainer.forward))),
+        patch.object(fabric, "backward", watch.timed("backward", fabric.backward)),
+        patch.object(optimizer, "step", watch.timed("optimizer", optimizer.step)),
+    ):
+        watch.timed("step", epochs_of(trainer))()
+    return {phase: seconds / len(trainer.train) for phase, seconds in watch.seconds.items()}
 
 
-def one_step_of(trainer: Trainer) -> Action:
-    """An action that takes the first step of an epoch."""
-    first = _Replaced(trainer.train, epoch=lambda *arguments: islice(trainer.train.epoch(*arguments), 1))
-    return epochs_of(Trainer(**{**vars(trainer), "train": first}))
+def memory_of_a_step(trainer: Trainer, device: torch.device) -> int:
+    """Peak bytes of tensors in the first step of an epoch."""
+    epoch = trainer.train.epoch
+    with patch.object(trainer.train, "epoch", lambda *arguments: islice(epoch(*arguments), 1)):
+        return peak_memory(epochs_of(trainer), device)
 
 
-def flops_of(workload: Workload) -> int:
+def flops_of(network: str) -> int:
     """Floating-point operations of convolutions and matrix products in a training step of one image.
 
     Two for a multiply-add. Backward counts twice, since each product has two gradients (torch's counter takes a
     depthwise convolution's backward for that of a full one).
     """
-    return 3 * 2 * count_multiply_adds(workload.build("bn"), workload.size)
+    return 3 * 2 * count_multiply_adds(build(network), NETWORKS[network].size)
 
 
 def matrix_product_rates(device: torch.device, seconds: float = 3.0) -> dict[str, float]:
@@ -143,40 +102,34 @@ def matrix_product_rates(device: torch.device, seconds: float = 3.0) -> dict[str
 
 def measure(workload: Workload, arguments: argparse.Namespace, device: torch.device) -> list[Row]:
     """Time all paths in turn; a row for each."""
-    forget_compiled()
+    torch.compiler.reset()  # after eight compiled variants of a function it would fall back to eager
     options = {"threads": arguments.threads, "precision": arguments.precision}
-    actions: dict[str, Action] = {}
-    trainers: dict[str, Trainer] = {}
-    rows: list[Row] = []
+    actions: dict[tuple[str, str, str], Action] = {}
+    trainers: dict[tuple[str, str, str], Trainer] = {}
     for norm in arguments.norms:
         for caller in arguments.callers:
-            compiler = {"eager": False, "compiled": True, "graphs": "graphs"}[caller]
-            name = f"ours, {norm}, {caller}"
-            actions[name], trainers[name] = ours(workload, norm, device, compile=compiler, **options)
-            compile_now(trainers[name])
-            rows.append({"path": "ours", "norm": norm, "caller": caller, "name": name})
-    for path, make in (("plain", plain), ("timm", timm)):
-        actions[path] = by_itself(make(workload, "bn", device))
-        rows.append({"path": path, "norm": "bn", "caller": "eager", "name": path})
+            key = "ours", norm, caller
+            actions[key], trainers[key] = ours(workload, norm, device, compile=COMPILERS[caller], **options)
+            compile_now(trainers[key])
+    actions["plain", "bn", "eager"] = by_itself(plain(workload, device))
+    actions["timm", "bn", "eager"] = by_itself(timm(workload, device))
     with undisturbed():
         for action in actions.values():
             action()
-    auto = should_compile("auto", workload.build("bn"), device, LONG_RUN)
+    auto = "compiled" if should_compile("auto", build(workload.network), device, LONG_RUN) else "eager"
     seconds = interleaved(actions, device, arguments.seconds, fewest=arguments.rounds, warm_up=0)
-    for row in rows:
-        name = row.pop("name")
-        row |= {
-            "network": workload.network,
-            "batch": workload.batch,
-            "size": workload.size,
-            "images": workload.source,
-            "images_per_second": workload.images / seconds[name],
-        }
-        if name in trainers:
-            row["auto"] = row["caller"] == ("compiled" if auto else "eager")
+    rows: list[Row] = []
+    for (path, norm, caller), taken in seconds.items():
+        row: Row = {"path": path, "norm": norm, "caller": caller, "network": workload.network}
+        row |= {"batch": workload.batch, "size": workload.size, "images": workload.source}
+        row["images_per_second"] = workload.images / taken
+        if path == "ours":
+            trainer = trainers[path, norm, caller]
+            row["auto"] = caller == auto
             with undisturbed():
-                row["peak_bytes"] = peak_memory(one_step_of(trainers[name]), device)
-                row["seconds"] = split_of(trainers[name], 3, device)
+                row["peak_bytes"] = memory_of_a_step(trainer, device)
+                row["seconds"] = min((phases_of(trainer, device) for _ in range(3)), key=itemgetter("step"))
+        rows.append(row)
     return rows
 
 
@@ -209,12 +162,96 @@ def write_trace(workload: Workload, path: Path, device: torch.device, **options:
     profile.export_chrome_trace(str(path))
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_workload_arguments(parser, list(NETWORKS))
-    parser.add_argument("--norms", nargs="+", choices=NORMS, default=list(NORMS))
-    parser.add_argument(
-        "--callers", nargs="+", choices=["eager", "compiled", "graphs"], default=["eager", "compiled"]
+# ---- The page -------------------------------------------------------------------------------------------------
+
+NAMES = {"plain": "plain loop", "timm": "timm's loader"}
+
+EXPLANATION = """
+Whole training steps including data; all paths of a network take turns in one process, on the same images. Plain
+loop: PIL transforms, a DataLoader with 2 workers, eager, contiguous, loss and accuracy read at every step.
+timm's loader: `create_loader`, 2 workers (random resized crops), in the same loop with timm's SGD. Both free
+memory as glibc does by default, ours keeps it. ×: images/s relative to the plain loop's, which has BN. The phases
+of a step are in milliseconds; waiting: the share of data in the step. Memory: peak bytes in a step above those
+held before it. Arithmetic: rate of convolutions and matrix products, as a share of the machine's rate of large
+matrix products ({rate} GFLOP/s, the better of two libraries). *: the choice of `compute.compile=auto` for a run of
+39,000 updates.
+"""
+
+
+def speed_up(row: Row, rows: list[Row]) -> float:
+    """Images/s relative to the plain loop's on the same network."""
+    (plain,) = (r for r in rows if r["network"] == row["network"] and r["path"] == "plain")
+    return float(row["images_per_second"] / plain["images_per_second"])
+
+
+def train_table(result: Result) -> str:
+    rows, best = result["rows"], max(result["matrix_products"].values())
+    lines = []
+    for row in rows:
+        name = NAMES.get(row["path"]) or f"ours, {row['norm'].upper()}, {row['caller']}{'*' * row['auto']}"
+        speed = row["images_per_second"]
+        phases = ["–"] * (len(PHASES) + 2)
+        if "seconds" in row:
+            seconds = row["seconds"]
+            phases = [f"{1e3 * seconds[phase]:.3g}" for phase in PHASES]
+            phases += [f"{seconds['data'] / seconds['step']:.1%}", f"{row['peak_bytes'] / 2**20:,.0f} MiB"]
+        lines.append(
+            (
+                *(f"{row['network']}, {row['batch']} × {row['size']}²", name),
+                *(f"{speed:,.0f}" if speed >= 100 else f"{speed:.1f}", f"{speed_up(row, rows):.2f}"),
+                *(*phases, f"{speed * row['flops_per_image'] / best:.0%}"),
+            )
+        )
+    numbers = ("images/s", "×", *PHASES, "waiting", "memory", "arithmetic")
+    return page(
+        "Training: images/s",
+        f"{hardware(result)}, {result['precision']}.",
+        prose(EXPLANATION.format(rate=f"{best / 1e9:,.0f}")),
+        table(("network", "path", *(f">{name}" for name in numbers)), lines),
+        f"Images: {', '.join(sorted({row['images'] for row in rows}))}.",
     )
+
+
+BARS = {
+    ("plain", "bn", "eager"): ("plain loop, BN", "tab:gray"),
+    ("timm", "bn", "eager"): ("timm, BN", "tab:brown"),
+    ("ours", "bn", "eager"): ("ours, BN", "tab:blue"),
+    ("ours", "bn", "compiled"): ("compiled", "tab:cyan"),
+    ("ours", "l2bn", "eager"): ("ours, L2BN", "tab:orange"),
+    ("ours", "l2bn", "compiled"): ("compiled", "tab:pink"),
+}
+
+
+def plot_train(result: Result, path: Path) -> None:
+    """Plot images/s relative to the plain loop's, a group of bars per network."""
+    import matplotlib.pyplot as plt  # here, for a slow import that only a written report needs
+
+    rows = result["rows"]
+    networks = list(dict.fromkeys(row["network"] for row in rows))
+    figure, panel = plt.subplots(figsize=(9, 3.4), layout="constrained")
+    width = 0.8 / len(BARS)
+    for place, (kind, (label, colour)) in enumerate(BARS.items()):
+        found = [row for row in rows if (row["path"], row["norm"], row["caller"]) == kind]
+        if found:
+            at = [networks.index(row["network"]) + (place - len(BARS) / 2 + 0.5) * width for row in found]
+            panel.bar(at, [speed_up(row, rows) for row in found], width, label=label, color=colour)
+    panel.axhline(1, color="black", linewidth=1)
+    panel.set_xticks(range(len(networks)), networks)
+    panel.set_ylabel("images/s, relative to the plain loop")
+    panel.grid(axis="y", alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=len(BARS), frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+# ---- The command ----------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_common_arguments(parser, NETWORKS)
+    parser.add_argument("--root", type=Path, help="folder of real images (default: noise)")
+    parser.add_argument("--norms", nargs="+", choices=NORMS, default=list(NORMS))
+    parser.add_argument("--callers", nargs="+", choices=COMPILERS, default=["eager", "compiled"])
     parser.add_argument("--precision", default="32-true", help="of this project's trainer (default: 32-true)")
     parser.add_argument("--batch", type=int, help="images a step (default: 128 at 32x32, 32 at 224x224)")
     parser.add_argument("--seconds", type=float, default=60.0, help="measuring time of a network (default: 60)")
@@ -236,7 +273,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
     device = torch.device(arguments.device)
     workloads = (
-        make_workload(name, arguments.root, STEPS[NETWORKS[name][1]], arguments.batch)
+        make_workload(name, arguments.root, STEPS[NETWORKS[name].size], arguments.batch)
         for name in arguments.networks
     )
     if arguments.profile:
@@ -244,19 +281,15 @@ def run(arguments: argparse.Namespace) -> None:
         write_trace(next(workloads), arguments.profile, device, **options)
         print(f"{arguments.profile}: open it at https://ui.perfetto.dev")
         return
-    result: dict[str, Any] = {"benchmark": "train", "precision": arguments.precision, "rows": []}
+    result: Result = {"benchmark": "train", "precision": arguments.precision, "rows": []}
     for workload in workloads:
-        rows = measure(workload, arguments, device)
-        flops = flops_of(workload)
-        result["rows"] += [{**row, "flops_per_image": flops} for row in rows]
-        for row in rows:
+        for row in measure(workload, arguments, device):
+            result["rows"].append({**row, "flops_per_image": flops_of(workload.network)})
             print(
                 f"{row['network']:13} {row['path']:6} {row['norm']:5} {row['caller']:9}"
                 f"{row['images_per_second']:9.1f} images/s",
                 flush=True,
             )
-    result |= {"machine": machine(device), "matrix_products": matrix_product_rates(device)}
-    if arguments.json:  # first, because it is what took the time
-        result["rows"] = with_earlier_rows(arguments.json, result)
-        write_json(arguments.json, result)
-    print("\n" + write_train_report(result, arguments.json))
+    result |= {"machine": describe_environment(device), "matrix_products": matrix_product_rates(device)}
+    result["rows"] = with_earlier_rows(arguments.json, result)
+    report(result, arguments.json, train_table, plot_train, "images/s relative to the plain loop")

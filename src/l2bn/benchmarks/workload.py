@@ -1,59 +1,92 @@
-"""Workloads of the training benchmarks: a network, its images, and the settings that all paths share.
+"""Workloads of the benchmarks: networks, and for training their images and the settings that all paths share.
 
 Images of 32 pixels are in memory, images of 224 pixels are JPEG files. They are real where `--root` names their
 folder (`train/<class>/`, `test/<class>/` and `imagenet-samples/<wnid>/`), else noise, which costs as much.
 """
 
-import argparse
 import atexit
 import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import nn
 
-from l2bn.benchmarks.norm import NETWORKS as SMALLER
+from l2bn.backbones.mobilenetv2 import mobilenetv2
+from l2bn.backbones.resnet import cifar_resnet
+from l2bn.backbones.shufflenetv2 import shufflenetv2
+from l2bn.backbones.vgg import vgg
 from l2bn.data.augment import CropFlip
 from l2bn.data.folder import image_folder
 from l2bn.data.imagenet import imagenet
 from l2bn.data.splits import Images, Split, Splits, make_splits
 from l2bn.norms.l2bn import convert
 from l2bn.norms.swap import swap_norm
-from l2bn.training.compute import Compute
-from l2bn.training.optim import OneCycle, Recipe
 
 WORKERS = 2  # processes that load images, of every path that has any
 CLASSES = 10
 
 
-def imagenet_resnet18() -> nn.Module:
-    from torchvision.models import resnet18  # here, for a slow import that only this network needs
+class Network(NamedTuple):
+    """A network's constructor, its image size, and the usual images a step."""
 
-    model: nn.Module = resnet18(num_classes=CLASSES)
+    build: Callable[[], nn.Module]
+    size: int
+    batch: int
+
+
+def of_torchvision(name: str) -> nn.Module:
+    from torchvision.models import get_model  # here, for a slow import that only these networks need
+
+    model: nn.Module = get_model(name, num_classes=CLASSES)
     return model
 
 
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {  # constructor, image size, batch
-    **{name: SMALLER[name] for name in ("ResNet-20", "VGG-16", "ShuffleNetV2", "MobileNetV2")},
-    "ResNet-18": (imagenet_resnet18, 224, 32),
-    "ResNet-50": SMALLER["ResNet-50"],
+NETWORKS = {
+    "ResNet-20": Network(lambda: cifar_resnet(CLASSES, 20), 32, 128),
+    "VGG-16": Network(lambda: vgg(CLASSES, 16), 32, 128),
+    "ShuffleNetV2": Network(lambda: shufflenetv2(CLASSES), 32, 128),
+    "MobileNetV2": Network(lambda: mobilenetv2(CLASSES), 32, 128),
+    "ResNet-18": Network(lambda: of_torchvision("resnet18"), 224, 32),
+    "ResNet-50": Network(lambda: of_torchvision("resnet50"), 224, 32),
 }
 
+Norm = Callable[[Any], nn.Module]
+"""From a network's own BN layer to what stands in its place."""
 
-NORMS: dict[str, Callable[[Any], nn.Module]] = {
+NORMS: dict[str, Norm] = {
     "bn": lambda bn: bn,
     "l2bn": lambda bn: convert(bn, fused="on"),  # as long runs compute it
 }
 
 
+def build(network: str, norm: Norm = NORMS["bn"]) -> nn.Module:
+    """A network with its initial weights."""
+    torch.manual_seed(0)
+    model = NETWORKS[network].build()
+    swap_norm(model, norm)
+    return model
+
+
+def bn_inputs(network: str) -> list[tuple[int, int, int]]:
+    """The map (C, H, W) that each BN layer of a network sees, in the order in which the layers run."""
+    seen: list[tuple[int, int, int]] = []
+    model = NETWORKS[network].build().eval()
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[1:])))
+    with torch.no_grad():
+        model(torch.zeros(1, 3, NETWORKS[network].size, NETWORKS[network].size))
+    return seen
+
+
 @dataclass(frozen=True)
 class Workload:
-    """A network's constructor, and images for a number of steps."""
+    """A network, and images for a number of steps."""
 
     network: str
     batch: int
@@ -65,45 +98,6 @@ class Workload:
     @property
     def images(self) -> int:
         return self.batch * self.steps
-
-    def build(self, norm: str) -> nn.Module:
-        """Build the network with its initial weights."""
-        torch.manual_seed(0)
-        model = NETWORKS[self.network][0]()
-        swap_norm(model, NORMS[norm])
-        return model
-
-
-def recipe(batch: int, epochs: int = 1000, lr: float = 0.01) -> Recipe:
-    """The recipe `short` with more epochs, at a learning rate at which training on noise is stable."""
-    return Recipe(
-        epochs=epochs,
-        batch_size=batch,
-        lr=lr,
-        momentum=0.9,
-        nesterov=True,
-        weight_decay=5e-4,
-        decay_norm_and_bias=True,
-        label_smoothing=0.0,
-        mixup=0.0,
-        schedule=OneCycle(),
-    )
-
-
-def compute(device: torch.device, **options: Any) -> Compute:
-    """The settings of `compute=auto`, changed by these options."""
-    defaults: dict[str, Any] = {
-        "device": device.type,
-        "devices": 1,
-        "sync_bn": False,
-        "precision": "32-true",
-        "compile": False,
-        "channels_last": True,
-        "deterministic": False,
-        "threads": None,
-        "workers": WORKERS,
-    }
-    return Compute(**defaults | options)
 
 
 def make_workload(network: str, root: Path | None, steps: int, batch: int | None = None) -> Workload:
@@ -167,12 +161,3 @@ def _write_noise(root: Path, count: int) -> None:
         folder = root / "imagenet-samples" / f"class{index % CLASSES}"
         folder.mkdir(parents=True, exist_ok=True)
         image.save(folder / f"{index}.jpg", quality=90)
-
-
-def add_workload_arguments(parser: argparse.ArgumentParser, networks: list[str]) -> None:
-    """Add the options that all training benchmarks share."""
-    parser.add_argument("--json", type=Path, help="write the result here, and its table and plot beside it")
-    parser.add_argument("--root", type=Path, help="folder of real images (default: noise)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="threads of the CPU (default: all cores)")
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=networks)

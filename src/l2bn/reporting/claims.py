@@ -17,6 +17,7 @@ claim, so no p-value is corrected; the others are shown and decide nothing.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,18 +33,30 @@ from l2bn.reporting.formatting import (
     in_words,
     interval,
     markdown,
+    mean_interval,
     names_of,
     plural,
     probability,
     signed,
 )
 from l2bn.reporting.mechanism import ANGLE_MEAN, MEAN_NORM, NORM_CV, WITHIN_SHARE
-from l2bn.reporting.statistics import LEVEL, MIN_PAIRS, Estimate, fixed_estimate, holm, paired_differences
+from l2bn.reporting.statistics import LEVEL, MIN_PAIRS, Estimate, fixed_estimate, holm
 
 Verdict = Literal["supported", "contradicted", "not decided at this n", "not decided", "not measured"]
 
 MIN_BACKBONES = 3
 """A claim about various models needs at least this many of them."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """The claim that a quantity is lower, or higher, in L2BN than in a reference."""
+
+    quantity: str
+    reference: str
+    better: int  # -1: lower, 1: higher
+    digits: int
+    text: str  # the quantity and what is compared, in words
 
 
 @dataclass(frozen=True)
@@ -63,11 +76,41 @@ class Claim:
     text: str
     rule: str
     judge: Callable[[Sequence[Arm]], Finding]
-    question: "Question | None" = None  # for the rule for these networks
+    question: Question | None = None  # for the rule for these networks
     tests: tuple[str, ...] = ()  # "test_norm.py::test_that_it_is_so"
 
 
-def _counts(row: Comparison, quantity: str) -> bool:
+EQUAL_NORMS = Question(
+    WITHIN_SHARE,
+    MEAN_NORM,
+    better=-1,
+    digits=4,
+    text=f"within_share, L2BN against {MEAN_NORM}, which has L2BN's scale and unequal norms",
+)
+COMPACT = Question(
+    WITHIN_SHARE,
+    BN,
+    better=-1,
+    digits=4,
+    text="within_share, the share of the variance that lies within classes, L2BN against BN",
+)
+SEPARATED = Question(
+    ANGLE_MEAN,
+    BN,
+    better=1,
+    digits=2,
+    text="angle_mean, the mean angle between class means, seen from the origin, L2BN against BN",
+)
+ACCURATE = Question(
+    TOP1, BN, better=1, digits=2, text="test top-1 in percent after the last epoch, L2BN against BN"
+)
+
+
+# ---- The rule for other networks ------------------------------------------------------------------------------
+
+
+def is_counted(row: Comparison, quantity: str = TOP1) -> bool:
+    """Tell whether the runs of a row are long and repeated enough to count for other networks."""
     return row.full_length and len(row.differences(quantity)) >= MIN_PAIRS
 
 
@@ -79,86 +122,43 @@ def _verdict(result: Estimate, backbones: int, better: int) -> Verdict:
     return "supported" if low > 0 else "contradicted" if high < 0 else "not decided at this n"
 
 
-@dataclass(frozen=True)
-class Question:
-    """The claim that a quantity is lower, or higher, in L2BN than in a reference."""
-
-    quantity: str
-    reference: str
-    better: int  # -1: lower, 1: higher
-    digits: int
-    text: str  # the quantity and what is compared, in words
-
-
-# ---- The rule for other networks: features --------------------------------------------------------------------
+def _about_features(number: int, text: str, question: Question) -> Claim:
+    """A claim about a measure of the penultimate features."""
+    good, bad = ("below", "above") if question.better < 0 else ("above", "below")
+    rule = (
+        f"Primary measure: {question.text}, of the penultimate features of the test images after the last epoch. "
+        f"Cells count with runs of at least {FULL_EPOCHS} epochs and {MIN_PAIRS} paired seeds. With "
+        f"{MIN_BACKBONES} backbones or more among them: supported if the whole 95 % interval of the pooled "
+        f"paired difference lies {good} 0, contradicted if {bad}; else not decided at this n."
+    )
+    return Claim(number, text, rule, partial(_judge_features, question), question)
 
 
-@dataclass(frozen=True)
-class FeatureQuestion(Question):
-    """A question about a measure of the penultimate features."""
-
-    @property
-    def rule(self) -> str:
-        good, bad = ("below", "above") if self.better < 0 else ("above", "below")
-        return (
-            f"Primary measure: {self.text}, of the penultimate features of the test images after the last epoch. "
-            f"Cells count with runs of at least {FULL_EPOCHS} epochs and {MIN_PAIRS} paired seeds. With "
-            f"{MIN_BACKBONES} backbones or more among them: supported if the whole 95 % interval of the pooled "
-            f"paired difference lies {good} 0, contradicted if {bad}; else not decided at this n."
+def _judge_features(question: Question, arms: Sequence[Arm]) -> Finding:
+    """Evidence in numbers from all cells, and a verdict from those that count."""
+    quantity, reference, digits = question.quantity, question.reference, question.digits
+    pairs = [row for row in compare(arms, [L2BN], reference) if row.differences(quantity)]
+    if not pairs:
+        pair = f"measured features of L2BN and of {reference} in one cell and seed"
+        return Finding(f"0 of {_records(arms)} hold {pair}.", "not measured")
+    cells = []
+    for row in pairs:
+        result = row.difference(quantity)
+        cv = row.reference.estimate(NORM_CV).mean if row.reference and reference != BN else None
+        unequal = "" if cv is None else f", norm cv {cv:.3f} in {reference}"
+        cells.append(
+            f"{', '.join(names_of(row.label, row.cell))} ({plural('epoch', row.epochs or 0)}): "
+            f"{', '.join(mean_interval(result, digits))}, n = {result.n}{unequal}"
         )
-
-    def judge(self, arms: Sequence[Arm]) -> Finding:
-        """Evidence in numbers from all cells, and a verdict from those that count."""
-        pairs = [row for row in compare(arms, [L2BN], self.reference) if row.differences(self.quantity)]
-        if not pairs:
-            pair = f"measured features of L2BN and of {self.reference} in one cell and seed"
-            return Finding(f"0 of {_records(arms)} hold {pair}.", "not measured")
-        counted = [pair for pair in pairs if _counts(pair, self.quantity)]
-        result, backbones = pooled(counted, self.quantity), {pair.cell.backbone for pair in counted}
-        name = self.quantity.partition("/")[2]
-        evidence = [
-            f"{name} of the penultimate features, L2BN − {self.reference}: {'; '.join(map(self._cell, pairs))}. "
-            f"{len(counted)} of {plural('cell', len(pairs))} count ({plural('backbone', len(backbones))})."
-        ]
-        if result.n:
-            mean, reach = signed(result.mean, self.digits), interval(result, self.digits)
-            evidence.append(f"Pooled: {mean}, 95 % interval {reach}.")
-        return Finding(" ".join(evidence), _verdict(result, len(backbones), self.better))
-
-    def _cell(self, pair: Comparison) -> str:
-        result = pair.difference(self.quantity)
-        cv = pair.reference.estimate(NORM_CV).mean if pair.reference and self.reference != BN else None
-        unequal = "" if cv is None else f", norm cv {cv:.3f} in {self.reference}"
-        return (
-            f"{', '.join(names_of(pair.label, pair.cell))} ({plural('epoch', pair.epochs or 0)}): "
-            f"{signed(result.mean, self.digits)}, {interval(result, self.digits)}, n = {result.n}{unequal}"
-        )
-
-
-EQUAL_NORMS = FeatureQuestion(
-    WITHIN_SHARE,
-    MEAN_NORM,
-    better=-1,
-    digits=4,
-    text=f"within_share, L2BN against {MEAN_NORM}, which has L2BN's scale and unequal norms",
-)
-COMPACT = FeatureQuestion(
-    WITHIN_SHARE,
-    BN,
-    better=-1,
-    digits=4,
-    text="within_share, the share of the variance that lies within classes, L2BN against BN",
-)
-SEPARATED = FeatureQuestion(
-    ANGLE_MEAN,
-    BN,
-    better=1,
-    digits=2,
-    text="angle_mean, the mean angle between class means, seen from the origin, L2BN against BN",
-)
-
-
-# ---- Claims 4, 5 and 6 ----------------------------------------------------------------------------------------
+    counted = [row for row in pairs if is_counted(row, quantity)]
+    result, backbones = pooled(counted, quantity), {row.cell.backbone for row in counted}
+    evidence = (
+        f"{quantity.partition('/')[2]} of the penultimate features, L2BN − {reference}: {'; '.join(cells)}. "
+        f"{len(counted)} of {plural('cell', len(pairs))} count ({plural('backbone', len(backbones))})."
+    )
+    if result.n:
+        evidence += f" Pooled: {signed(result.mean, digits)}, 95 % interval {interval(result, digits)}."
+    return Finding(evidence, _verdict(result, len(backbones), question.better))
 
 
 def _no_parameters_added(arms: Sequence[Arm]) -> Finding:
@@ -178,31 +178,13 @@ def _no_parameters_added(arms: Sequence[Arm]) -> Finding:
     return Finding(evidence, "supported")
 
 
-ACCURATE = Question(
-    TOP1, BN, better=1, digits=2, text="test top-1 in percent after the last epoch, L2BN against BN"
-)
-
-
-def long_rows(arms: Sequence[Arm], task: Task = "images") -> list[Comparison]:
-    """The rows of a task that are long and repeated enough to count."""
-    return [row for row in _rows(arms, task) if _counts(row, TOP1)]
-
-
-def _rows(arms: Sequence[Arm], task: Task) -> list[Comparison]:
-    return [row for row in grid(arms) if row.cell.task == task]
-
-
-def _better_on_images(arms: Sequence[Arm]) -> Finding:
-    return _better(arms, "images")
-
-
-def _better(arms: Sequence[Arm], task: Task) -> Finding:
+def _better(task: Task, arms: Sequence[Arm]) -> Finding:
     """The pooled paired difference over the cells of a task that are long and repeated enough."""
-    cells = _rows(arms, task)
+    cells = _rows_of(task, arms)
     rows = [row for row in cells if row.differences()]
     if not rows:
         return Finding(f"0 cells of {task} hold a pair of finished runs of BN and L2BN.", "not measured")
-    counted = long_rows(arms, task)
+    counted = [row for row in rows if is_counted(row)]
     result, backbones = pooled(counted), {row.cell.backbone for row in counted}
     long = [arm for row in cells if row.full_length for arm in row.arms]
     diverged = {norm: sum(arm.diverged for arm in long if arm.norm == norm) for norm in (BN, L2BN)}
@@ -217,7 +199,7 @@ def _better(arms: Sequence[Arm], task: Task) -> Finding:
     verdict = _verdict(result, len(backbones), 1)
     if verdict == "supported" and diverged[L2BN] > diverged[BN]:
         verdict = "not decided at this n"
-    return Finding(" ".join(evidence), verdict, tuple(_short(row) for row in rows if not _counts(row, TOP1)))
+    return Finding(" ".join(evidence), verdict, tuple(_short(row) for row in rows if not is_counted(row)))
 
 
 def _short(row: Comparison) -> str:
@@ -227,16 +209,19 @@ def _short(row: Comparison) -> str:
     return f"Not counted: {names}: {signed(result.mean)} points, {pairs} of {epochs}"
 
 
+def _rows_of(task: Task, arms: Sequence[Arm]) -> list[Comparison]:
+    return [row for row in grid(arms) if row.cell.task == task]
+
+
 def _better_on_scenes(arms: Sequence[Arm]) -> Finding:
     """The verdict from acoustic scenes, and beside it, without a part in it, what was measured on other sound."""
-    scenes = _better(arms, "acoustic scenes")
-    beside = [
-        f"{', '.join(names_of(row.label, row.cell))} ({plural('epoch', row.epochs or 0)}): "
-        f"{signed(row.difference().mean)} points, 95 % interval {interval(row.difference())}, "
-        f"n = {row.difference().n}"
-        for row in _rows(arms, "environmental sound")
-        if row.differences()
-    ]
+    scenes, beside = _better("acoustic scenes", arms), []
+    for row in _rows_of("environmental sound", arms):
+        result = row.difference()
+        if result.n:
+            name = f"{', '.join(names_of(row.label, row.cell))} ({plural('epoch', row.epochs or 0)})"
+            found = f"{signed(result.mean)} points, 95 % interval {interval(result)}, n = {result.n}"
+            beside.append(f"{name}: {found}")
     if not beside:
         return scenes
     note = "Environmental sound, which is no evidence on scenes, L2BN − BN: "
@@ -272,23 +257,15 @@ class RunSet:
         names = (cell.dataset, cell.recipe, cell.setting)
         return names == (self.dataset, self.recipe, self.setting) and cell.backbone in self.backbones
 
-    def cells(self, question: Question) -> list[Cell]:
-        """The cells that a question compares; none where the set has no runs of its reference."""
-        control, backbones = self.control or ("", ())
-        chosen = {BN: self.backbones, control: backbones}.get(question.reference, ())
-        return [Cell(self.dataset, self.recipe, backbone, self.setting) for backbone in chosen]
+    def cells(self, norm: str) -> list[Cell]:
+        """The cells in which a norm is run; none where the set has no runs of it."""
+        norms = {BN: self.backbones, L2BN: self.backbones} | dict([self.control] if self.control else [])
+        return [Cell(self.dataset, self.recipe, backbone, self.setting) for backbone in norms.get(norm, ())]
 
     def runs(self, question: Question, seeds: Sequence[int]) -> list[tuple[Cell, str, int]]:
         """Cell, norm and seed of the runs that must have ended before a question is judged."""
-        norms = {BN: self.backbones, L2BN: self.backbones}
-        if self.control and question.reference != BN:
-            norms |= dict([self.control])
-        return [
-            (Cell(self.dataset, self.recipe, backbone, self.setting), norm, seed)
-            for norm, backbones in norms.items()
-            for backbone in backbones
-            for seed in seeds
-        ]
+        norms = dict.fromkeys((BN, L2BN, question.reference))
+        return [(cell, norm, seed) for norm in norms for cell in self.cells(norm) for seed in seeds]
 
 
 def read_sets(path: Path) -> list[RunSet]:
@@ -318,9 +295,9 @@ class SetFinding:
     verdict: Verdict
     ended: int  # runs of the set, finished with the quantity measured or diverged
     wanted: int
-    cells: tuple[Comparison, ...] = ()
-    estimates: tuple[Estimate, ...] = ()  # one per cell
-    corrected: tuple[float | None, ...] = ()  # Holm over the cells
+    cells: Sequence[Cell] = ()
+    estimates: Sequence[Estimate] = ()  # one per cell
+    corrected: Sequence[float | None] = ()  # Holm over the cells
     overall: Estimate | None = None
     diverged: tuple[int, int] = (0, 0)  # runs of the reference and of L2BN
 
@@ -333,39 +310,31 @@ class SetFinding:
 
 def judge_set(question: Question, run_set: RunSet, arms: Sequence[Arm], seeds: Sequence[int]) -> SetFinding:
     """The verdict on a question from the runs of these seeds in a set."""
-    found = {(arm.cell, arm.norm): arm for arm in arms}
+    norms = (question.reference, L2BN)
+    values: dict[tuple[Cell, str, int], float] = {}
+    lost: set[tuple[Cell, str, int]] = set()  # diverged
+    for arm in arms:
+        values |= {(arm.cell, arm.norm, seed): value for seed, value in arm.of(question.quantity).items()}
+        lost |= {(arm.cell, arm.norm, run.seed) for run in arm.records if run.status == "diverged"}
     wanted = run_set.runs(question, seeds)
-    ended = sum(_has_ended(found.get((cell, norm)), seed, question.quantity) for cell, norm, seed in wanted)
+    ended = sum(run in values or run in lost for run in wanted)
     if ended < len(wanted):
         return SetFinding(run_set, "not decided", ended, len(wanted))
-    rows, pairs = [], []
-    for cell in run_set.cells(question):
-        row = Comparison(cell, L2BN, found[cell, question.reference], found[cell, L2BN])
-        values = [{k: v for k, v in arm.of(question.quantity).items() if k in seeds} for arm in row.arms]
-        rows.append(row)
-        pairs.append(paired_differences(*values))
+    cells = run_set.cells(question.reference)
+    pairs = [
+        [
+            values[cell, L2BN, seed] - values[cell, question.reference, seed]
+            for seed in seeds
+            if all((cell, norm, seed) in values for norm in norms)
+        ]
+        for cell in cells
+    ]
     estimates, overall = fixed_estimate(pairs)
     corrected = holm([one.p for one in estimates])
-    reference, l2bn = (
-        sum(run.status == "diverged" and run.seed in seeds for row in rows for run in row.arms[side].records)
-        for side in (0, 1)
-    )
-    return SetFinding(
-        run_set,
-        verdict_of_set(question, estimates, corrected, overall, reference, l2bn),
-        *(ended, len(wanted)),
-        cells=tuple(rows),
-        estimates=tuple(estimates),
-        corrected=tuple(corrected),
-        overall=overall,
-        diverged=(reference, l2bn),
-    )
-
-
-def _has_ended(arm: Arm | None, seed: int, quantity: str) -> bool:
-    """Tell whether a run has the quantity, or diverged."""
-    status = {run.seed: run.status for run in arm.records} if arm else {}
-    return status.get(seed) == "diverged" or (arm is not None and seed in arm.of(quantity))
+    lost_here = [sum((cell, norm, seed) in lost for cell in cells for seed in seeds) for norm in norms]
+    diverged = lost_here[0], lost_here[1]
+    verdict = verdict_of_set(question, estimates, corrected, overall, *diverged)
+    return SetFinding(run_set, verdict, ended, len(wanted), cells, estimates, corrected, overall, diverged)
 
 
 def verdict_of_set(
@@ -399,26 +368,20 @@ def verdict_of_set(
 def sets_section(arms: Sequence[Arm], sets: Sequence[RunSet]) -> list[str]:
     """The verdicts of all sets as a table, and the estimates of the complete ones, as Markdown."""
     asked = {claim.number: claim.question for claim in CLAIMS if claim.question}
-    columns = ("Set", *(f"Claim {number}" for number in asked))
-    findings = {
-        run_set.label: {
-            number: judge_set(question, run_set, arms, run_set.seeds)
-            for number, question in asked.items()
-            if run_set.cells(question)
-        }
-        for run_set in sets
-    }
-    rows = tuple(
-        (label, *(found[number].text if number in found else NONE for number in asked))
-        for label, found in findings.items()
-    )
-    parts = [markdown(Table("These networks", columns, frozenset(), rows))]
-    for label, found in findings.items():
-        for number, finding in found.items():
+    rows, estimates = [], []
+    for run_set in sets:
+        texts = dict.fromkeys(asked, NONE)
+        for number, question in asked.items():
+            if not run_set.cells(question.reference):
+                continue
+            finding = judge_set(question, run_set, arms, run_set.seeds)
+            texts[number] = finding.text
             if finding.overall:
-                parts += [f"### Claim {number} on {label}", markdown(_set_table(asked[number], finding))]
-                parts += _second(asked[number], finding, arms)
-    return parts
+                estimates += [f"### Claim {number} on {run_set.label}", markdown(_set_table(question, finding))]
+                estimates += _second(question, finding, arms)
+        rows.append((run_set.label, *texts.values()))
+    columns = ("Set", *(f"Claim {number}" for number in asked))
+    return [markdown(Table("These networks", columns, rows, names=len(columns))), *estimates]
 
 
 def _second(question: Question, first: SetFinding, arms: Sequence[Arm]) -> list[str]:
@@ -430,8 +393,7 @@ def _second(question: Question, first: SetFinding, arms: Sequence[Arm]) -> list[
     names = f"seeds {', '.join(map(str, run_set.more_seeds))}"
     if not second.overall:
         return [f"With {names}: {second.ended} of {second.wanted} runs, no second estimate yet."]
-    estimate = f"{signed(second.overall.mean, question.digits)} {interval(second.overall, question.digits)}"
-    pairs = plural("pair", second.overall.n)
+    estimate, pairs = " ".join(mean_interval(second.overall, question.digits)), plural("pair", second.overall.n)
     return [f"Second estimate, with {names}, which does not replace the first: {estimate}, {pairs}."]
 
 
@@ -439,36 +401,31 @@ def _set_table(question: Question, finding: SetFinding) -> Table:
     """A row per cell and one for all, with each cell's own deviation beside the pooled one."""
     reference = "BN" if question.reference == BN else question.reference
     columns = ("Backbone", f"L2BN − {reference}", "95 % interval", "p (Holm)", "Deviation", "Pairs")
-    digits, rows = question.digits, []
-    results = zip(finding.cells, finding.estimates, finding.corrected, strict=True)
-    names = [(in_words(row.cell.backbone), one, p) for row, one, p in results]
-    overall = finding.overall or Estimate(0)
-    for name, one, p in (*names, ("all, each weighing alike", overall, overall.p)):
-        deviation = NONE if one.std is None else f"{one.std:.{digits}f}"
-        result = signed(one.mean, digits), interval(one, digits), probability(p, one)
-        rows.append((name, *result, deviation, str(one.n)))
+    overall, digits = finding.overall or Estimate(0), question.digits
+    names = [*(in_words(cell.backbone) for cell in finding.cells), "all, each weighing alike"]
+    results = zip(names, (*finding.estimates, overall), (*finding.corrected, overall.p), strict=True)
+    rows = [
+        (
+            *(name, *mean_interval(one, digits), probability(p, one)),
+            *(NONE if one.std is None else f"{one.std:.{digits}f}", str(one.n)),
+        )
+        for name, one, p in results
+    ]
     diverged = f"Diverged: {finding.diverged[0]} of {reference}, {finding.diverged[1]} of L2BN."
     pooling = "The last row's deviation is the one pooled within the cells; its p is not corrected."
-    note = f"Measure: {question.text}. {pooling} {diverged}"
-    return Table(finding.run_set.label, columns, frozenset(columns[1:]), tuple(rows), (note,))
+    return Table(finding.run_set.label, columns, rows, [f"Measure: {question.text}. {pooling} {diverged}"])
 
+
+# ---- The claims and their document ----------------------------------------------------------------------------
 
 CLAIMS = (
-    Claim(
+    _about_features(
         1,
         "Unequal l2 norms of the samples' features keep BN from separating classes and making them compact.",
-        EQUAL_NORMS.rule,
-        EQUAL_NORMS.judge,
         EQUAL_NORMS,
     ),
-    Claim(2, "L2BN makes the features of a class more compact.", COMPACT.rule, COMPACT.judge, COMPACT),
-    Claim(
-        3,
-        "L2BN makes the features of different classes more distinct.",
-        SEPARATED.rule,
-        SEPARATED.judge,
-        SEPARATED,
-    ),
+    _about_features(2, "L2BN makes the features of a class more compact.", COMPACT),
+    _about_features(3, "L2BN makes the features of different classes more distinct.", SEPARATED),
     Claim(
         4,
         "L2BN adds no parameters and no hyper-parameters.",
@@ -488,7 +445,7 @@ CLAIMS = (
         f"{MIN_BACKBONES} backbones or more among them: supported if the whole 95 % interval of the pooled "
         "paired difference lies above 0 and L2BN's runs of that length diverged no more often than BN's; "
         "contradicted if the whole interval lies below 0; else not decided at this n.",
-        _better_on_images,
+        partial(_better, "images"),
         ACCURATE,
     ),
     Claim(
@@ -558,7 +515,7 @@ def _row(claim: Claim, found: Finding, arms: Sequence[Arm], sets: Sequence[RunSe
         tests.append(f"[{escape_markdown(name.removeprefix('test_').replace('_', ' '))}](../tests/{file})")
     evidence = escape_markdown(found.evidence) + (f" Tested: {', '.join(tests)}." if tests else "")
     these = NONE
-    if claim.question and sets and sets[0].cells(claim.question):
+    if claim.question and sets and sets[0].cells(claim.question.reference):
         these = f"{judge_set(claim.question, sets[0], arms, sets[0].seeds).text} of {sets[0].label}"
     verdicts = f"{found.verdict} | {these}"
     return f"| {claim.number} | {escape_markdown(claim.text)} | {verdicts} | {evidence} |"

@@ -1,6 +1,6 @@
 """The one comparison: a norm against a reference in the same cell, paired by seed, in any quantity of the frame.
 
-    arm           the runs of one norm in one cell: seed -> value
+    arm           the runs of one norm in one cell
     comparison    two arms of one cell; a difference is taken for each seed that both have
 
 The result of a run is its test accuracy after the last epoch. A diverged run has no result: it is counted.
@@ -35,10 +35,7 @@ class Arm:
 
     def of(self, quantity: str = TOP1) -> dict[int, float]:
         """Seed to value, of the runs that have one."""
-        if quantity not in self.values:
-            return {}
-        known = self.values[quantity].dropna()
-        return dict(zip(known.index, known.to_list(), strict=True))
+        return cast("dict[int, float]", self.values[quantity].dropna().to_dict())
 
     def estimate(self, quantity: str = TOP1) -> Estimate:
         return estimate(list(self.of(quantity).values()))
@@ -63,18 +60,12 @@ class Arm:
 
 def arms_of(evidence: Evidence) -> list[Arm]:
     """The runs grouped by cell and norm, sorted."""
-    if evidence.frame.empty:
-        return []
-    records = {(*evidence.place(record), record.seed): record for record in evidence.records}
-    keys = ["cell", "norm"]
-    table = evidence.frame.pivot(index=[*keys, "seed"], columns="quantity", values="value").astype(float)
     arms = []
-    for key, group in table.groupby(level=keys, sort=False):
+    for key, values in evidence.frame.groupby(["cell", "norm"], sort=False):
         cell, norm = cast("tuple[Cell, str]", key)
-        values = group.reset_index(keys, drop=True).sort_index()
-        runs = tuple(records[cell, norm, seed] for seed in values.index)
-        rows = {run.seed: evidence.features[run.folder] for run in runs if run.folder in evidence.features}
-        arms.append(Arm(cell, norm, runs, values, rows))
+        records: tuple[Record, ...] = tuple(values["record"])
+        rows = {run.seed: evidence.features[run.folder] for run in records if run.folder in evidence.features}
+        arms.append(Arm(cell, norm, records, values, rows))
     return sorted(arms, key=lambda arm: (arm.cell.order, arm.norm))
 
 
@@ -191,12 +182,9 @@ def grid(arms: Sequence[Arm]) -> list[Comparison]:
     The grid is every data set with every backbone among the runs of one recipe and setting. Names with overrides
     are side experiments and add only themselves.
     """
-    comparisons = compare(arms, [L2BN])
-    alone = {arm.cell: arm for arm in arms if arm.norm == BN}
-    for comparison in comparisons:
-        alone.pop(comparison.cell, None)
-    comparisons += [Comparison(cell, L2BN, arm, None) for cell, arm in alone.items()]
-    run = {comparison.cell for comparison in comparisons}
+    found = {(arm.cell, arm.norm): arm for arm in arms if arm.norm in (BN, L2BN)}
+    run = dict.fromkeys(cell for cell, _ in found)
+    comparisons = [Comparison(cell, L2BN, found.get((cell, BN)), found.get((cell, L2BN))) for cell in run]
     labels = {comparison.cell.dataset: comparison.label for comparison in comparisons}
     sweeps: dict[tuple[str, str], list[Cell]] = defaultdict(list)
     for cell in run:
@@ -205,7 +193,7 @@ def grid(arms: Sequence[Arm]) -> list[Comparison]:
     for (recipe, setting), cells in sweeps.items():
         names = product({cell.dataset for cell in cells}, {cell.backbone for cell in cells})
         planned = {Cell(dataset, recipe, backbone, setting) for dataset, backbone in names}
-        comparisons += [Comparison(cell, L2BN, None, None, labels[cell.dataset]) for cell in planned - run]
+        comparisons += [Comparison(cell, L2BN, None, None, labels[cell.dataset]) for cell in planned - run.keys()]
     return sorted(comparisons, key=lambda comparison: comparison.cell.order)
 
 

@@ -1,16 +1,16 @@
 """The evidence: the runs under a folder as one frame of values, checked before anything is compared.
 
     cell     data set x backbone x recipe x setting (precision, devices): what compared runs share
-    frame    a row per run and quantity: cell, norm, seed, quantity, value, status
+    frame    a row per run, by its seed: cell, norm, record, and a column for each quantity
 
 Quantities are TOP1 and BEST, and of a run with measured features the measures after its last epoch, named by place
 and measure: "penultimate/within_share"; at norm layers ("input/norm_cv", "output/norm_cv", "shrink") the mean over
-all of them. A diverged run has no values and counts by its status.
+all of them. A diverged run has no values.
 """
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -74,32 +74,14 @@ class Cell:
         names = (self.dataset, self.recipe, self.backbone)
         return *map(natural_order, names), self.setting, self.value
 
-    @property
-    def whole(self) -> "Cell":
-        """The cell without the value that a study varies."""
-        return replace(self, value=())
-
 
 def cell_of(record: Record) -> Cell:
-    """The cell of a run; its setting names the precision, and what else is not the default."""
+    """The cell of a run; its setting names the precision, and whatever else is not the default."""
     devices = record.identity.get("devices", 1)
-    setting = [
-        record.precision,
-        "" if devices == 1 else f"{devices} devices",
-        "synchronised" if record.identity.get("sync_bn") else "",
-    ]
-    return Cell(record.dataset, record.recipe, record.backbone, ", ".join(filter(None, setting)))
-
-
-def kernels_in_words(records: Iterable[Record]) -> str:
-    """The norm's kernel paths in these runs, and whether their models were compiled: "fused and plain, compiled".
-
-    Kernel paths agree within rounding, so they are a note to a comparison and do not separate runs.
-    """
-    used = [kernels.partition("+") for record in records for kernels in record.kernels.split(THEN)]
-    compiled = {suffix == "compiled" for _, _, suffix in used}
-    suffix = {1: ", compiled" if True in compiled else "", 2: ", in part compiled"}.get(len(compiled), "")
-    return " and ".join(sorted({path for path, _, _ in used})) + suffix
+    setting = [record.precision]
+    setting += [f"{devices} devices"] if devices != 1 else []
+    setting += ["synchronised"] if record.identity.get("sync_bn") else []
+    return Cell(record.dataset, record.recipe, record.backbone, ", ".join(setting))
 
 
 def overrides(name: str) -> dict[str, str]:
@@ -117,18 +99,19 @@ def overrides(name: str) -> dict[str, str]:
     return found
 
 
-def changes_in_words(changes: Mapping[str, str]) -> str:
-    """Overridden values as a text: "batch size 16, epochs 3"."""
+def with_changes(name: str, changes: Mapping[str, str]) -> str:
+    """A name with its overridden values in brackets: "short (batch size 16, epochs 3)"."""
     # A value below another overridden one adds nothing.
     own = [key for key in changes if not any(key.startswith(f"{above}.") for above in changes)]
-    return ", ".join(f"{key.replace('_', ' ')} {changes[key].replace(',_', ', ')}".strip() for key in own)
+    words = (f"{key.replace('_', ' ')} {changes[key].replace(',_', ', ')}".strip() for key in own)
+    return f"{name} ({', '.join(words)})" if own else name
 
 
 def label_of(record: Record) -> str:
-    """The data set as tables name it: the record's label, and the overrides that the label does not say."""
-    said = ("label", "baseline", "subset", "validation", "fold", "leave_out", "esc10")
-    changes = {key: value for key, value in overrides(record.dataset).items() if key not in said}
-    return f"{record.label} ({changes_in_words(changes)})" if changes else record.label
+    """The data set as tables name it: the record's label, and the overrides that the label does not contain."""
+    contained = ("label", "baseline", "subset", "validation", "fold", "leave_out", "esc10")
+    changes = {key: value for key, value in overrides(record.dataset).items() if key not in contained}
+    return with_changes(record.label, changes)
 
 
 # ---- Reading and checking -----------------------------------------------------------------------------------
@@ -152,20 +135,21 @@ class Evidence:
 
     @cached_property
     def frame(self) -> pd.DataFrame:
-        """A row per run and quantity."""
+        """A row per run, by its seed; NaN where it has no value of a quantity."""
+        quantities = (TOP1, BEST, *FEATURES)
         rows = []
         for record in self.records:
-            names = (*self.place(record), record.seed)
-            for quantity, value in _values(record, self.features.get(record.folder, ())).items():
-                rows.append((*names, quantity, value, record.status))
-        columns = ["cell", "norm", "seed", "quantity", "value", "status"]
-        return pd.DataFrame(rows, columns=columns)
+            values = _values(record, self.features.get(record.folder, ()))
+            rows.append((*self.place(record), record.seed, record, *map(values.get, quantities)))
+        columns = ["cell", "norm", "seed", "record", *quantities]
+        frame = pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(quantities, float))
+        return frame.set_index("seed").sort_index(kind="stable")
 
 
 def _values(record: Record, rows: Sequence[FeatureRow]) -> dict[str, float | None]:
-    """Quantity to value for one run."""
+    """Quantity to value for one run; none for a diverged one."""
     if record.status != "finished":
-        return {TOP1: None}
+        return {}
     measured = {quantity: measure(rows[-1], quantity) for quantity in FEATURES} if rows else {}
     return {TOP1: record.last["test/top1"], BEST: record.best["test/top1"], **measured}
 
@@ -197,7 +181,7 @@ def read_evidence(root: Path, *, features: bool = False, place: Place = cell_and
             "with --runs"
         )
     records, problems = read_records(root)
-    records = _distinct(records)
+    records = _distinct(records, place)
     _check_conditions(records)
     found: dict[Path, Sequence[FeatureRow]] = {}
     for record in records if features else ():
@@ -211,11 +195,11 @@ def read_evidence(root: Path, *, features: bool = False, place: Place = cell_and
     return Evidence(records, problems, found, place)
 
 
-def _distinct(records: Iterable[Record]) -> list[Record]:
+def _distinct(records: Iterable[Record], place: Place) -> list[Record]:
     """One record per cell, norm and seed. Raises UserError naming two that contradict."""
     kept: dict[tuple[Cell, str, int], Record] = {}
     for record in records:
-        first = kept.setdefault((cell_of(record), record.norm, record.seed), record)
+        first = kept.setdefault((*place(record), record.seed), record)
         if _result(first) != _result(record):
             raise UserError(
                 "two records of one cell and seed hold different results: "
@@ -239,18 +223,16 @@ def _check_conditions(records: Iterable[Record]) -> None:
     known: dict[tuple[object, str], tuple[object, Path]] = {}
     for record in records:
         cell = cell_of(record)
-        own = {name: value for name, value in _flat(record.identity) if name != "seed"}
-        images = {"train_images": record.train_images, "test_images": record.test_images}
-        files = {"images.files": record.images["files"]} if record.images else {}
-        for name, value in (own | images | files).items():
+        images: dict[str, object] = {"train_images": record.train_images, "test_images": record.test_images}
+        images |= {"images.files": record.images["files"]} if record.images else {}
+        own = {name: value for name, value in _flat(record.identity) if name not in ("seed", "norm")}
+        for name, value in (own | images).items():
             place = (cell, record.norm) if name.startswith("norm.") else cell
-            if name == "norm":
-                continue
             first, folder = known.setdefault((place, name), (value, record.folder))
             if first == value:
                 continue
             remedy = "keep one of them, or give the changed config a name of its own"
-            if name in images | files:
+            if name in images:
                 remedy = "keep the runs on one set of images, or give the other a name of its own by dataset.label"
             raise UserError(
                 f"two runs of one cell were made under unequal conditions ({name}: {first} and {value}): "
@@ -264,6 +246,20 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, obje
         yield f"{prefix}{key}", {} if isinstance(value, dict) else value
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
+
+
+# ---- Notes on the runs of a comparison ------------------------------------------------------------------------
+
+
+def kernels_in_words(records: Iterable[Record]) -> str:
+    """The norm's kernel paths in these runs, and whether their models were compiled: "fused and plain, compiled".
+
+    Kernel paths agree within rounding, so they are a note to a comparison and do not separate runs.
+    """
+    used = [kernels.partition("+") for record in records for kernels in record.kernels.split(THEN)]
+    compiled = {suffix == "compiled" for _, _, suffix in used}
+    suffix = {1: ", compiled" if True in compiled else "", 2: ", in part compiled"}.get(len(compiled), "")
+    return " and ".join(sorted({path for path, _, _ in used})) + suffix
 
 
 def images_in_words(records: Sequence[Record]) -> str:

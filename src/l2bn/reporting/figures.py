@@ -1,4 +1,4 @@
-"""Figures from records: accuracy curves of BN against L2BN, and the paired differences over the grid.
+"""Figures from records: BN against L2BN in accuracy, paired differences, features and studies.
 
 Readable in print without colour and by the colour-blind: the arms differ in lightness, line style and marker. The
 same records give the same bytes.
@@ -7,7 +7,7 @@ same records give the same bytes.
 import re
 import textwrap
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from math import nan
@@ -15,24 +15,42 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from matplotlib.lines import Line2D
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import FixedLocator, MaxNLocator
 from matplotlib.transforms import blended_transform_factory
+from numpy.typing import NDArray
 
-from l2bn.records import InvalidRecordError, Problem, Record
+from l2bn.records import InvalidRecordError, Problem, Record, Sample, read_sample
 from l2bn.reporting.claims import ACCURATE, RunSet, judge_set
 from l2bn.reporting.comparison import FULL_EPOCHS, Arm, Comparison, arms_of, grid, pooled
-from l2bn.reporting.evidence import BN, L2BN, Evidence
-from l2bn.reporting.formatting import conditions, in_words, mean_std, signed
+from l2bn.reporting.evidence import BN, INPUT, L2BN, OUTPUT, PENULTIMATE, Evidence, by_layer, measure
+from l2bn.reporting.formatting import conditions, file_name, in_words, mean_std, plural, signed, title
+from l2bn.reporting.mechanism import (
+    ANGLE_MEAN,
+    RMS,
+    WITHIN_SHARE,
+    Mechanism,
+    Study,
+    TrapStudy,
+    measured_pairs,
+    shrink_factors,
+)
 from l2bn.reporting.statistics import Estimate, estimate
 
-# Black and the vermilion of Okabe and Ito (2008).
+# Black, and the vermilion and blue of Okabe and Ito (2008).
 STYLES: Mapping[str, Mapping[str, Any]] = {
     BN: {"color": "#222222", "linestyle": (0, (4, 1.5)), "marker": "s", "label": "BN"},
     L2BN: {"color": "#D55E00", "linestyle": "-", "marker": "o", "label": "L2BN"},
+}
+OF_EPS: Mapping[str, Mapping[str, Any]] = {
+    BN: STYLES[BN],
+    L2BN: {**STYLES[L2BN], "label": "L2BN, norm 1"},
+    RMS: {"color": "#0072B2", "linestyle": (0, (1, 1)), "marker": "^", "label": "L2BN, rms 1"},
 }
 GREY = "#777777"
 
@@ -77,14 +95,17 @@ def read_curves(records: Sequence[Record]) -> tuple[Curves, list[Problem]]:
 def write_figures(
     evidence: Evidence, folder: Path, sets: Sequence[RunSet] = ()
 ) -> tuple[list[Path], list[Problem]]:
-    """Draw what the records allow as PNG and SVG: the paths written, and the records left out."""
+    """Draw accuracies as PNG and SVG: the paths written, and the records left out."""
     found, problems = read_curves(evidence.records)
     broken = {problem.folder for problem in problems}
     readable = replace(evidence, records=[record for record in evidence.records if record.folder not in broken])
     comparisons = [row for row in grid(arms_of(readable)) if row.arms]
+    pages: dict[str, list[Comparison]] = defaultdict(list)  # of curves, one per data set
+    for comparison in comparisons:
+        pages[re.sub(r"[^\w.]+", "-", comparison.cell.dataset)].append(comparison)
     paths = []
     with mpl.rc_context(RC):
-        for name, group in _pages(comparisons).items():
+        for name, group in pages.items():
             if any(arm.of() for comparison in group for arm in comparison.arms):
                 paths += save_figure(curves(group, found), folder, f"curves-{name}")
         if any(comparison.differences() for comparison in comparisons):
@@ -96,12 +117,31 @@ def write_figures(
     return paths, problems
 
 
-def _pages(comparisons: Sequence[Comparison]) -> dict[str, list[Comparison]]:
-    """One page of curves per data set; the key is the end of a file name."""
-    pages: dict[str, list[Comparison]] = defaultdict(list)
-    for comparison in comparisons:
-        pages[re.sub(r"[^\w.]+", "-", comparison.cell.dataset)].append(comparison)
-    return pages
+def write_mechanism_figures(mechanism: Mechanism, folder: Path) -> tuple[list[Path], list[Problem]]:
+    """Draw features and studies as PNG and SVG: the paths written, and the records whose sample cannot be read."""
+    paths, problems = [], []
+    with mpl.rc_context(RC):
+        for pair in measured_pairs(mechanism.arms):
+            name = file_name(pair.cell)
+            paths += save_figure(norms_by_depth(pair), folder, f"norms-{name}")
+            if pair.measured_epochs:
+                paths += save_figure(through_training(pair), folder, f"training-{name}")
+            if not pair.sampled:
+                continue
+            seed, *folders = pair.sampled
+            try:
+                samples = [read_sample(folder) for folder in folders]
+            except InvalidRecordError as error:
+                problems.append(Problem(folders[1].parent, str(error)))
+                continue
+            paths += save_figure(feature_map(pair, seed, *(s for s in samples if s)), folder, f"map-{name}")
+        for study in mechanism.eps:
+            paths += save_figure(accuracy_over_eps(study), folder, f"eps-{file_name(study.cell)}")
+        for study in mechanism.rates:
+            paths += save_figure(accuracy_over_rates(study), folder, f"rates-{file_name(study.cell)}")
+        for trap in mechanism.traps:
+            paths += save_figure(accuracy_over_updates(trap), folder, f"trap-{file_name(trap.cell)}")
+    return paths, problems
 
 
 def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
@@ -114,20 +154,43 @@ def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
     return paths
 
 
-def finish(figure: Figure, title: str) -> None:
+# ---- Elements that figures share --------------------------------------------------------------------------
+
+
+def _panels(width: float, height: float, rows: int = 1, columns: int = 2, **shared: Any) -> tuple[Figure, Any]:
+    """A figure of this size in inches, and its panels row by row."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False, **shared).flatten())
+
+
+def _finish(figure: Figure, text: str) -> None:
     """Horizontal grid lines behind the curves of each panel, and a title above all."""
     for axes in figure.axes:
         axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
         axes.set_axisbelow(True)
-    figure.suptitle(title, x=0.01, ha="left").set_fontsize(10)
+    _title(figure, text)
 
 
-def plot_band(panel: Axes, x: Sequence[float], points: Sequence[Estimate], style: Mapping[str, Any]) -> None:
+def _title(figure: Figure, text: str) -> None:
+    figure.suptitle(text, x=0.01, ha="left").set_fontsize(10)
+
+
+def _plot_band(panel: Axes, x: Sequence[float], points: Sequence[Estimate], style: Mapping[str, Any]) -> None:
     """Means with a band of ± 1 standard deviation, in the style of an arm; a point without a value is a gap."""
     means = [nan if point.mean is None else point.mean for point in points]
     low, high = ([m + sign * (p.std or 0.0) for m, p in zip(means, points, strict=True)] for sign in (-1, 1))
     panel.fill_between(x, low, high, color=style["color"], alpha=0.18, linewidth=0)
     panel.plot(x, means, **{"linewidth": 1.2, "markersize": 3.5, **style})
+
+
+def _over_runs(runs: Iterable[Sequence[float | None]]) -> list[Estimate]:
+    """Mean and spread over the runs, place by place."""
+    return [estimate([value for value in values if value is not None]) for values in zip(*runs, strict=True)]
+
+
+def _depth_axis(panel: Axes) -> None:
+    panel.set_xlabel("norm layer, in order of execution")
+    panel.xaxis.set_major_locator(MaxNLocator(7, integer=True, prune="lower"))
 
 
 # ---- Accuracy curves --------------------------------------------------------------------------------------
@@ -139,9 +202,7 @@ def curves(comparisons: Sequence[Comparison], found: Curves) -> Figure:
     rows = -(-len(comparisons) // columns)
     shared = {conditions(comparison) for comparison in comparisons}
     width = 3.0 * columns if columns > 1 else 4.6
-    height = 2.3 * rows + 0.5 if len(shared) == 1 else 2.6 * rows + 0.5
-    figure = Figure(figsize=(width, height), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    figure, panels = _panels(width, (2.3 if len(shared) == 1 else 2.6) * rows + 0.5, rows, columns)
     for index, (panel, comparison) in enumerate(zip(panels, comparisons, strict=False)):
         if len(shared) == 1:
             panel.set_title(in_words(comparison.cell.backbone))
@@ -149,7 +210,7 @@ def curves(comparisons: Sequence[Comparison], found: Curves) -> Figure:
             recipe = textwrap.wrap(conditions(comparison), 42)
             panel.set_title(in_words(comparison.cell.backbone), pad=6 + 9 * len(recipe))
             panel.text(0, 1.03, "\n".join(recipe), fontsize=7, color=GREY, transform=panel.transAxes)
-        _panel(panel, comparison, found)
+        _draw_pair(panel, comparison, found)
         if index % columns == 0:
             panel.set_ylabel("test top-1 (%)")
         if index >= len(comparisons) - columns:
@@ -158,20 +219,23 @@ def curves(comparisons: Sequence[Comparison], found: Curves) -> Figure:
         panel.set_axis_off()
     several = any(len(arm.of()) > 1 for comparison in comparisons for arm in comparison.arms)
     named = ": ".join([comparisons[0].label, *(shared if len(shared) == 1 else ())])
-    finish(figure, named + ("; band: ± std over seeds" if several else ""))
+    _finish(figure, named + ("; band: ± std over seeds" if several else ""))
     return figure
 
 
-def _panel(panel: Axes, comparison: Comparison, found: Curves) -> None:
+def _draw_pair(panel: Axes, comparison: Comparison, found: Curves) -> None:
     visible: list[float] = []
     for arm in comparison.arms:
-        curve = _mean_curve(arm, found)
+        runs = [found[record.folder] for record in arm.records if record.folder in found]
+        curve = [estimate(accuracies) for accuracies in zip(*runs, strict=False)]
         if not curve:
             continue
         style = STYLES[arm.norm]
         label = f"{style['label']}  {mean_std(arm.of().values())}  (n = {len(arm.of())})"
-        marks = _marks(len(curve), offset=arm.norm == L2BN)
-        plot_band(panel, range(1, len(curve) + 1), curve, {**style, "label": label, "markevery": marks})
+        # About eight markers a line, those of one arm between those of the other, so that both stay visible.
+        step = max(1, len(curve) // 8)
+        marks = (step // 2 if arm.norm == L2BN else 0), step
+        _plot_band(panel, range(1, len(curve) + 1), curve, {**style, "label": label, "markevery": marks})
         visible += [point.mean or 0.0 for point in curve]
     if visible:
         panel.set_ylim(*_limits(visible))
@@ -183,18 +247,6 @@ def _panel(panel: Axes, comparison: Comparison, found: Curves) -> None:
     lost = [f"{arm.diverged} {STYLES[arm.norm]['label']}" for arm in comparison.arms if arm.diverged]
     if lost:
         panel.set_title(f"diverged: {', '.join(lost)}", loc="right", fontsize=7, color=GREY)
-
-
-def _mean_curve(arm: Arm, found: Curves) -> list[Estimate]:
-    """Mean and spread epoch by epoch over the runs that finished."""
-    runs = [found[record.folder] for record in arm.records if record.folder in found]
-    return [estimate(accuracies) for accuracies in zip(*runs, strict=False)]
-
-
-def _marks(length: int, *, offset: bool) -> tuple[int, int]:
-    """About eight markers per line, those of the two arms between each other so that both stay visible."""
-    step = max(1, length // 8)
-    return (step // 2 if offset else 0), step
 
 
 def _limits(values: Sequence[float]) -> tuple[float, float]:
@@ -226,17 +278,21 @@ class Line:
         return {"color": GREY, "fontsize": 7} if self.note else {"fontweight": "bold"}
 
 
+def _line(row: Comparison) -> Line:
+    style = STYLES[L2BN]
+    name = in_words(row.cell.backbone)
+    return Line(name, row.difference(), row.differences(), style["color"], style["marker"])
+
+
 def differences(comparisons: Sequence[Comparison]) -> Figure:
     """A row per cell: mean paired difference, its 95 % interval, the seeds behind it; pooled below."""
     rows = [comparison for comparison in comparisons if comparison.differences()]
-    style, lines = STYLES[L2BN], list[Line]()
+    lines: list[Line] = []
     label = ""
     for (dataset, made_by), group in groupby(rows, key=lambda row: (row.label, conditions(row))):
         lines += [Line(dataset)] if dataset != label else []
         lines += [Line(part, note=True) for part in textwrap.wrap(made_by, 60)]
-        for row in group:
-            name, values = in_words(row.cell.backbone), row.differences()
-            lines.append(Line(name, row.difference(), values, style["color"], style["marker"]))
+        lines += map(_line, group)
         label = dataset
     lines.append(Line("Pooled, n cells"))
     for full, text in ((True, f"{FULL_EPOCHS} epochs and more"), (False, f"under {FULL_EPOCHS} epochs")):
@@ -248,18 +304,12 @@ def differences(comparisons: Sequence[Comparison]) -> Figure:
 
 def differences_of_set(rows: Sequence[Comparison], run_set: RunSet) -> Figure:
     """A row per network of a set, and below it the means by both rules, as far as they have one."""
-    style, lines = STYLES[L2BN], [Line(run_set.label)]
-    for row in rows:
-        values = row.differences()
-        if values:
-            name = in_words(row.cell.backbone)
-            lines.append(Line(name, row.difference(), values, style["color"], style["marker"]))
-    arms = [arm for row in rows for arm in row.arms]
-    these, others = judge_set(ACCURATE, run_set, arms, run_set.seeds), pooled(rows)
+    lines = [Line(run_set.label), *(_line(row) for row in rows if row.differences())]
     lines.append(Line("Mean over the networks"))
+    these = judge_set(ACCURATE, run_set, [arm for row in rows for arm in row.arms], run_set.seeds)
     if these.overall and these.overall.mean is not None:
         lines.append(Line("these networks; n: pairs", these.overall))
-    lines.append(Line("other networks; n: networks", others))
+    lines.append(Line("other networks; n: networks", pooled(rows)))
     return _dots(lines)
 
 
@@ -307,3 +357,207 @@ def _width(line: Line) -> float:
     style = {"fontsize": RC["font.size"], "fontweight": "normal"} | line.style
     font = FontProperties(family=RC["font.family"], weight=style["fontweight"], size=style["fontsize"])
     return float(TextPath((0, 0), line.text, prop=font).get_extents().width) / 72
+
+
+# ---- Features -------------------------------------------------------------------------------------------------
+
+
+def norms_by_depth(pair: Comparison) -> Figure:
+    """The norms' coefficient of variation at each norm layer, in order of execution: input and output.
+
+    Mean over the seeds with a band of ± 1 std; hollow markers, without a line: between classes.
+    """
+    figure, panels = _panels(6.6, 2.9, sharey=True)
+    for panel, side in zip(panels, (INPUT, OUTPUT), strict=True):
+        panel.set_title(f"at the {side} of each norm layer")
+        for arm in pair.arms:
+            style, points = _measured_style(arm), _by_layer(arm, f"{side}/norm_cv")
+            _plot_band(panel, range(1, len(points) + 1), points, style)
+            between = [point.mean for point in _by_layer(arm, f"{side}/norm_cv_between")]
+            hollow = {"linestyle": "", "markerfacecolor": "white", "label": None}
+            panel.plot(
+                range(1, len(between) + 1), between, **{**style, **hollow}, markersize=3, markeredgewidth=0.7
+            )
+        panel.set_ylim(bottom=0)
+        panel.set_xlim(left=0.2)
+        _depth_axis(panel)
+    panels[0].set_ylabel("std / mean of the samples' l2 norms")
+    handles, _ = panels[0].get_legend_handles_labels()
+    hollow_key = Line2D([], [], color=GREY, linestyle="", marker="o", markerfacecolor="white", markersize=3)
+    labels = [*(handle.get_label() for handle in handles), "between classes"]
+    panels[0].legend([*handles, hollow_key], labels, handlelength=2.6)
+    _finish(figure, f"{title(pair.label, pair.cell)}; band: ± std over seeds")
+    return figure
+
+
+def _measured_style(arm: Arm) -> dict[str, Any]:
+    """The style of an arm, with its number of measured runs in the legend."""
+    style = STYLES[arm.norm]
+    return {**style, "label": f"{style['label']}  (n = {len(arm.features)})"}
+
+
+def _by_layer(arm: Arm, quantity: str) -> list[Estimate]:
+    """A quantity at each norm layer after the last epoch, over the seeds."""
+    return _over_runs(by_layer(rows[-1], quantity) for rows in arm.features.values())
+
+
+OVER_EPOCHS = (
+    (WITHIN_SHARE, "within-class share of the variance\n(small: compact)"),
+    (f"{PENULTIMATE}/class_cosine", "mean cosine to the class mean\n(near 1: compact)"),
+    (ANGLE_MEAN, "mean angle of class means (°)\n(large: separated)"),
+    (f"{PENULTIMATE}/distance", "distance of class means / spread\n(large: separated)"),
+)
+
+
+def through_training(pair: Comparison) -> Figure:
+    """Compactness and separation of the penultimate features over the epochs: mean ± 1 std over the seeds."""
+    figure, panels = _panels(6.6, 4.6, 2, sharex=True)
+    for panel, (quantity, text) in zip(panels, OVER_EPOCHS, strict=True):
+        panel.set_title(text)
+        for arm in pair.arms:
+            points = _over_runs([measure(row, quantity) for row in rows] for rows in arm.features.values())
+            _plot_band(panel, pair.measured_epochs, points, _measured_style(arm))
+        panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    for panel in panels[2:]:
+        panel.set_xlabel("epoch")
+    panels[0].legend(handlelength=2.6)
+    _finish(figure, f"{title(pair.label, pair.cell)}; band: ± std over seeds")
+    return figure
+
+
+# ---- A map of the penultimate features --------------------------------------------------------------------------
+
+Floats = NDArray[np.float64]
+
+CLASSES = (
+    *("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE"),
+    *("#AA3377", "#999999", "#222222", "#EE7733", "#99DDFF"),
+)
+"""After the schemes of P. Tol, Colour Schemes (2021), that the colour-blind can tell apart; markers differ, too."""
+MARKERS = "osD^vP*Xph"
+
+
+def principal_plane(features: Floats) -> tuple[Floats, Floats, Floats]:
+    """Mean (d,), the first two principal directions (2, d), and their shares of the variance (2,).
+
+    Each direction points to where its largest component is positive, so that a figure is not mirrored by chance.
+    """
+    mean = features.mean(0)
+    _, sigma, directions = np.linalg.svd(features - mean, full_matrices=False)
+    plane = directions[:2]
+    largest = np.take_along_axis(plane, np.abs(plane).argmax(1)[:, None], 1)
+    return mean, plane * np.sign(largest), (sigma**2 / (sigma**2).sum())[:2]
+
+
+def feature_map(pair: Comparison, seed: int, bn: Sample, l2bn: Sample) -> Figure:
+    """The penultimate features of the same test images in both networks, on the plane of their joint PCA."""
+    mean, plane, shares = principal_plane(np.concatenate([bn.features, l2bn.features]).astype(float))
+    kinds = sorted(set(bn.labels.tolist()))[: len(CLASSES)]
+    figure, panels = _panels(6.6, 3.4, sharex=True, sharey=True)
+    for panel, sample, arm in zip(panels, (bn, l2bn), pair.arms, strict=True):
+        panel.set_title(STYLES[arm.norm]["label"])
+        points = (sample.features - mean) @ plane.T
+        for kind, color, marker in zip(kinds, CLASSES, MARKERS, strict=False):
+            at = points[sample.labels == kind]
+            panel.scatter(*at.T, s=11, color=color, marker=marker, linewidths=0, alpha=0.8, label=str(kind))
+        panel.set_xlabel(f"first principal component ({100 * shares[0]:.0f} % of the variance)")
+        panel.set_aspect("equal", adjustable="box")
+    panels[0].set_ylabel(f"second ({100 * shares[1]:.0f} %)")
+    key = panels[0].get_legend_handles_labels()
+    figure.legend(*key, loc="outside right center", title="class", markerscale=1.3)
+    _title(figure, title(pair.label, pair.cell))
+    images = plural("test image", len(bn.labels))
+    panels[0].text(0, 1.13, f"seed {seed}, {images}", transform=panels[0].transAxes, color=GREY, fontsize=7)
+    return figure
+
+
+# ---- Studies ----------------------------------------------------------------------------------------------------
+
+
+def _points(panel: Axes, runs: Sequence[tuple[float, Arm | None]], style: Mapping[str, Any], shift: float) -> None:
+    """Mean and every seed at each value of a logarithmic axis; a value at which all runs diverged has none."""
+    known = [(x * shift, list(arm.of().values())) for x, arm in runs if arm and arm.of()]
+    for x, values in known:
+        panel.plot([x] * len(values), values, "_", color=style["color"], markersize=5, markeredgewidth=0.9)
+    panel.plot(*zip(*((x, sum(v) / len(v)) for x, v in known), strict=True), **style, linewidth=1.2, markersize=4)
+
+
+def _counted(style: Mapping[str, Any], runs: Iterable[Arm | None]) -> dict[str, Any]:
+    """A style whose label has the number of finished runs at each value of an axis: "n = 3", or "n = 2 to 3"."""
+    counts = {len(arm.of()) if arm else 0 for arm in runs}
+    span = f"n = {min(counts)}" + (f" to {max(counts)}" if len(counts) > 1 else "")
+    return {**style, "label": f"{style['label']}  ({span})"}
+
+
+def _log_axis(panel: Axes, name: str, values: Sequence[float], texts: Sequence[str]) -> None:
+    panel.set_xscale("log")
+    panel.set_xticks(values, texts)
+    panel.minorticks_off()
+    panel.set_xlabel(name)
+
+
+def accuracy_over_eps(study: Study) -> Figure:
+    """Left: accuracy over eps, each seed a dash. Right: the shrink factor of each norm layer with norm 1."""
+    figure, (left, right) = _panels(6.6, 2.9)
+    values = {eps: f"{eps:.0e}".replace("e-0", "e-") for (eps,) in study.values}
+    left.set_title("test top-1 after the last epoch (%)")
+    for index, (norm, style) in enumerate(OF_EPS.items()):
+        runs = [(eps, study.at(norm, eps)) for eps in values]
+        if any(arm and arm.of() for _, arm in runs):
+            _points(left, runs, _counted(style, (arm for _, arm in runs)), 1.25 ** (index - 1))
+    _log_axis(left, "eps", list(values), list(values.values()))
+    left.legend(handlelength=2.6)
+    right.set_title("shrink factor, L2BN at norm 1")
+    greys = [f"{0.15 + 0.2 * i:.2f}" for i in range(len(values))]
+    for (eps, text), grey, marker in zip(values.items(), greys, "osD^v", strict=False):
+        layers = shrink_factors(study.at(L2BN, eps))
+        if layers:
+            depth = range(1, len(layers) + 1)
+            right.plot(depth, layers, color=grey, marker=marker, markersize=3.5, linewidth=1.2, label=text)
+    right.set_ylim(0, 1.05)
+    _depth_axis(right)
+    right.legend(title="eps", loc="center right", bbox_to_anchor=(1, 0.62), ncols=2)
+    _finish(figure, f"{title(study.label, study.cell)}; a dash for each seed")
+    return figure
+
+
+def accuracy_over_rates(study: Study) -> Figure:
+    """A panel per batch size: accuracy of BN and L2BN over the learning rates, each seed a dash."""
+    batches = sorted({batch for batch, _ in study.values})
+    figure, panels = _panels(2.2 * len(batches) + 0.6, 2.7, columns=len(batches), sharey=True)
+    for panel, batch in zip(panels, batches, strict=True):
+        rates = [rate for size, rate in study.values if size == batch]
+        panel.set_title(f"batch size {batch}")
+        for norm, shift in ((BN, 0.95), (L2BN, 1.05)):
+            runs = [(rate, study.at(norm, batch, rate)) for rate in rates]
+            if any(arm and arm.of() for _, arm in runs):
+                style = _counted(STYLES[norm], (study.at(norm, *value) for value in study.values))
+                _points(panel, runs, style, shift)
+            for rate, lost in ((rate, arm.diverged) for rate, arm in runs if arm and arm.diverged):
+                place = (rate * shift, 0.02 if norm == BN else 0.08)
+                text = f"{lost} {STYLES[norm]['label']} diverged"
+                panel.text(*place, text, transform=panel.get_xaxis_transform(), ha="right", fontsize=6, color=GREY)
+        _log_axis(panel, "learning rate", rates, [f"{rate:g}" for rate in rates])
+    panels[0].set_ylabel("test top-1 (%)")
+    panels[0].legend(loc="lower left", handlelength=2.6)
+    _finish(figure, f"{study.label}, {study.cell.backbone}; a dash for each seed")
+    return figure
+
+
+def accuracy_over_updates(study: TrapStudy) -> Figure:
+    """A panel per norm: accuracy by running and by batch statistics over the updates, mean and range."""
+    norms = [norm for norm in OF_EPS if norm in study.norms]
+    figure, panels = _panels(2.2 * len(norms) + 0.6, 2.7, columns=len(norms), sharey=True)
+    for panel, norm in zip(panels, norms, strict=True):
+        panel.set_title(OF_EPS[norm]["label"])
+        for kind, line in (("batch", (0, (4, 1.5))), ("running", "-")):
+            curve = study.curve(norm, kind)
+            color = OF_EPS[norm]["color"] if kind == "running" else GREY
+            panel.fill_between(curve.index, curve.min(axis=1), curve.max(axis=1), color=color, alpha=0.18, lw=0)
+            mean = curve.mean(axis=1)
+            panel.plot(curve.index, mean, color=color, linestyle=line, linewidth=1.2, label=f"{kind} statistics")
+        panel.set_xlabel("updates")
+        panel.legend(loc="lower right", handlelength=2.6, title=f"n = {study.norms[norm]}")
+    panels[0].set_ylabel("test top-1 (%)")
+    _finish(figure, f"{title(study.label, study.cell)}; band: range over seeds")
+    return figure

@@ -6,14 +6,15 @@ All numbers are made from records. The reading is a text by hand that names the 
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple, cast
 
 import pandas as pd
 
-from l2bn.records import InvalidRecordError, Problem, Record, StatisticsRow, read_statistics
+from l2bn.records import FeatureRow, InvalidRecordError, Problem, Record, read_statistics
 from l2bn.reporting.comparison import Arm, Comparison, arms_of, by_cell, compare, differences
 from l2bn.reporting.evidence import (
     BN,
@@ -27,6 +28,7 @@ from l2bn.reporting.evidence import (
     Cell,
     Evidence,
     by_layer,
+    cell_and_norm,
     cell_of,
     images_in_words,
     label_of,
@@ -40,6 +42,7 @@ from l2bn.reporting.formatting import (
     in_words,
     interval,
     markdown,
+    mean_interval,
     mean_std,
     mean_std_n,
     names_of,
@@ -59,8 +62,7 @@ NORM_CV = f"{INPUT}/norm_cv"
 # ---- Features -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Quantity:
+class Quantity(NamedTuple):
     """A quantity as a table names it, and the decimals with which it is written."""
 
     name: str
@@ -106,12 +108,11 @@ def pair_table(pair: Comparison) -> Table:
     """Every measure in the two arms of a cell after the last epoch, and their paired differences."""
     columns = ("Measure", "BN", "L2BN", "L2BN − BN", "95 % interval", "n")
     rows = []
-    for quantity in QUANTITIES:
-        difference, digits = pair.difference(quantity.name), quantity.digits
-        arms = (mean_std(arm.of(quantity.name).values(), digits) for arm in pair.arms)
-        result = signed(difference.mean, digits), interval(difference, digits), str(difference.n)
-        rows.append((quantity.text, *arms, *result))
-    return Table("Features of BN and L2BN", columns, frozenset(columns[1:]), tuple(rows), _images(pair.arms))
+    for quantity, text, digits in QUANTITIES:
+        arms = (mean_std(arm.of(quantity).values(), digits) for arm in pair.arms)
+        difference = pair.difference(quantity)
+        rows.append((text, *arms, *mean_interval(difference, digits), str(difference.n)))
+    return Table("Features of BN and L2BN", columns, rows, _images(pair.arms))
 
 
 def _images(arms: Iterable[Arm]) -> tuple[str, ...]:
@@ -130,24 +131,24 @@ def summary_table(pairs: Sequence[Comparison]) -> Table:
     for pair in pairs:
         share, angle = pair.difference(WITHIN_SHARE), pair.difference(ANGLE_MEAN)
         spreads = (mean_std(arm.of(NORM_CV).values(), 3) for arm in pair.arms)
-        results = (signed(share.mean, 4), interval(share, 4), signed(angle.mean), interval(angle), str(share.n))
+        results = *mean_interval(share, 4), *mean_interval(angle), str(share.n)
         rows.append((*names_of(pair.label, pair.cell), *spreads, *results))
-    return Table("Features of BN and L2BN", columns, frozenset(columns[3:]), tuple(rows))
+    return Table("Features of BN and L2BN", columns, rows, names=3)
 
 
 def norms_table(arms: Sequence[Arm], quantity: Quantity) -> Table:
     """Every norm of one cell in one quantity, against BN and L2BN against it, paired by seed."""
-    by_norm = {arm.norm: arm for arm in arms}
-    columns = ("Norm", f"{quantity.text} (n)", "Norm − BN", "95 % interval", "L2BN − norm", "95 % interval of that")
+    name, text, digits = quantity
+    bn, l2bn = (next((arm for arm in arms if arm.norm == norm), None) for norm in (BN, L2BN))
+    columns = ("Norm", f"{text} (n)", "Norm − BN", "95 % interval", "L2BN − norm", "95 % interval of that")
     rows = []
     for arm in sorted(arms, key=lambda arm: (arm.norm != BN, arm.norm != L2BN, arm.norm)):
-        cells = [arm.norm, mean_std_n(arm, quantity.name, quantity.digits)]
-        for reference, other in ((by_norm.get(BN), arm), (arm, by_norm.get(L2BN))):
-            result = estimate(differences(reference, other, quantity.name))
-            cells += [signed(result.mean, quantity.digits), interval(result, quantity.digits)]
-        rows.append(tuple(cells))
+        pairs = ((bn, arm), (arm, l2bn))
+        results = (estimate(differences(reference, other, name)) for reference, other in pairs)
+        cells = (cell for result in results for cell in mean_interval(result, digits))
+        rows.append((arm.norm, mean_std_n(arm, name, digits), *cells))
     notes = _images(arms) if quantity is OF_CONTROLS[-1] else ()  # once below the tables of a cell
-    return Table(f"Norms: {quantity.text}", columns, frozenset(columns[1:]), tuple(rows), notes)
+    return Table(f"Norms: {text}", columns, rows, notes)
 
 
 STEPS = (
@@ -166,12 +167,11 @@ def steps_table(arms: Sequence[Arm]) -> Table:
     for start, end, text in STEPS if {DETACHED, MEAN_NORM, L2BN} <= found.keys() else ():
         results = [estimate(differences(found[start], found[end], quantity.name)) for quantity in OF_CONTROLS]
         cells = (
-            f"{signed(result.mean, quantity.digits)} {interval(result, quantity.digits)}"
+            " ".join(mean_interval(result, quantity.digits))
             for result, quantity in zip(results, OF_CONTROLS, strict=True)
         )
         rows.append((f"{text}: {end} − {start}", *cells, str(results[0].n)))
-    title = "Effects of equal norms and of the gradient through them"
-    return Table(title, columns, frozenset(columns[1:]), tuple(rows))
+    return Table("Effects of equal norms and of the gradient through them", columns, rows)
 
 
 def features_csv(arms: Sequence[Arm]) -> str:
@@ -239,14 +239,18 @@ def studies_of(evidence: Evidence) -> list[Study]:
     """The arms by cell, in the order of the cells."""
     found: dict[Cell, list[Arm]] = defaultdict(list)
     for arm in arms_of(evidence):
-        found[arm.cell.whole].append(arm)
+        found[replace(arm.cell, value=())].append(arm)
     return [Study(cell, arms) for cell, arms in found.items()]
+
+
+def _known_shrink(rows: Sequence[FeatureRow]) -> list[float]:
+    """The shrink factors of one run's norm layers after the last epoch, in their order."""
+    return [value for value in by_layer(rows[-1], SHRINK) if value is not None]
 
 
 def shrink_factors(arm: Arm | None) -> list[float]:
     """The shrink factor of each norm layer, in their order, as the mean over the runs that have it."""
-    rows = arm.features.values() if arm else ()
-    runs = [[value for value in by_layer(row[-1], SHRINK) if value is not None] for row in rows]
+    runs = map(_known_shrink, arm.features.values()) if arm else ()
     return [fmean(values) for values in zip(*filter(None, runs), strict=True)]
 
 
@@ -260,14 +264,11 @@ def eps_table(study: Study) -> Table:
     rows = []
     for (eps,) in study.values:
         bn, *others = arms = [study.at(norm, eps) for norm in (BN, L2BN, RMS)]
-        cells = [f"{eps:.0e}", *map(mean_std_n, arms)]
-        for arm in others:
-            result = estimate(differences(bn, arm))
-            cells += [signed(result.mean), interval(result)]
+        results = (cell for arm in others for cell in mean_interval(estimate(differences(bn, arm))))
         layers = map(shrink_factors, arms)
-        cells += [f"{fmean(factors):.3f} ({min(factors):.3f})" if factors else NONE for factors in layers]
-        rows.append(tuple(cells))
-    return Table("Accuracy over eps", columns, frozenset(columns), tuple(rows))
+        shrink = (f"{fmean(factors):.3f} ({min(factors):.3f})" if factors else NONE for factors in layers)
+        rows.append((f"{eps:.0e}", *map(mean_std_n, arms), *results, *shrink))
+    return Table("Accuracy over eps", columns, rows, names=0)
 
 
 PARTS = (
@@ -284,17 +285,14 @@ def parts_table(study: Study) -> Table:
     """The parts of L2BN's difference to BN that equal norms and eps contribute; the two add up to the first row."""
     results = [estimate(differences(study.at(*reference), study.at(*other))) for _, reference, other in PARTS]
     # The two parts at the usual eps are the question of the study; the rest shows the same from another side.
-    corrected = [None, *holm([result.p for result in results[1:3]]), None, None]
+    parts = results[1:3]
+    corrected = map(probability, holm([result.p for result in parts]), parts)
     columns = ("Difference", "Points", "95 % interval", "n", "p (Holm)")
-    rows = tuple(
-        (
-            text,
-            *(signed(result.mean), interval(result), str(result.n)),
-            probability(corrected[index], result) if index in (1, 2) else NONE,
-        )
-        for index, ((text, _, _), result) in enumerate(zip(PARTS, results, strict=True))
-    )
-    return Table("Effects of equal norms and of eps", columns, frozenset(columns[1:]), rows)
+    rows = [
+        (text, *mean_interval(result), str(result.n), p)
+        for (text, _, _), result, p in zip(PARTS, results, (NONE, *corrected, NONE, NONE), strict=True)
+    ]
+    return Table("Effects of equal norms and of eps", columns, rows)
 
 
 def rate_table(study: Study) -> Table:
@@ -310,8 +308,8 @@ def rate_table(study: Study) -> Table:
         arms = [study.at(norm, batch, rate) for norm in (BN, L2BN)]
         updates = [run.updates for arm in arms if arm for run in arm.records if run.status == "finished"]
         names = f"{batch}", f"{rate:g}", f"{max(updates):,}" if updates else NONE
-        rows.append((*names, *map(mean_std_n, arms), signed(result.mean), interval(result), probability(p, result)))
-    return Table("BN and L2BN over learning rates and batch sizes", columns, frozenset(columns), tuple(rows))
+        rows.append((*names, *map(mean_std_n, arms), *mean_interval(result), probability(p, result)))
+    return Table("BN and L2BN over learning rates and batch sizes", columns, rows, names=0)
 
 
 def overall(study: Study) -> Estimate:
@@ -342,29 +340,24 @@ def studies_csv(eps: Iterable[Study], rates: Iterable[Study]) -> str:
         *("study", "dataset", "label", "backbone", "recipe", "setting", "norm", "eps", "batch_size", "lr", "seed"),
         *("status", "updates", "top1", "shrink_mean", "shrink_min"),
     )
-    rows: list[dict[str, object]] = []
+    rows = []
     for study in eps:
         for arm in sorted(study.arms, key=lambda arm: (arm.norm, arm.cell.value)):
-            rows += [{**_run_row("eps", arm, run), "eps": f"{arm.cell.value[0]:g}"} for run in arm.records]
+            rows += [_run_row(arm, run, "eps", f"{arm.cell.value[0]:g}") for run in arm.records]
     for study in rates:
-        for arm in study.arms:
-            rows += [_run_row("lr", arm, run) for run in arm.records]
+        rows += [_run_row(arm, run, "lr", None) for arm in study.arms for run in arm.records]
     return csv_text(rows, columns, ".5g")
 
 
-def _run_row(study: str, arm: Arm, run: Record) -> dict[str, object]:
+def _run_row(arm: Arm, run: Record, study: str, eps: str | None) -> dict[str, object]:
     recipe, top1 = run.identity["recipe"], arm.of().get(run.seed)
-    factors = (
-        [value for value in by_layer(arm.features[run.seed][-1], SHRINK) if value is not None]
-        if run.seed in arm.features
-        else []
-    )
+    factors = _known_shrink(arm.features[run.seed]) if run.seed in arm.features else []
+    names = ("dataset", "label", "backbone", "recipe", "norm", "seed", "status", "updates")
     return {
-        **{key: getattr(run, key) for key in ("dataset", "label", "backbone", "recipe", "norm", "seed", "status")},
+        **{key: getattr(run, key) for key in names},
         "study": study,
         "setting": cell_of(run).setting,
-        "eps": None,
-        "updates": run.updates,
+        "eps": eps,
         "batch_size": recipe["batch_size"],
         "lr": f"{recipe['lr']:g}",
         "top1": None if top1 is None else f"{top1:.4f}",
@@ -381,67 +374,61 @@ CAUGHT_UP = 1.0
 """Points that running statistics may lie below batch statistics and count as caught up."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrapStudy:
-    """The norms of one cell, each with its measured updates by seed."""
+    """The measured updates of one cell."""
 
     cell: Cell
     label: str
-    rows: Mapping[str, Mapping[int, Sequence[StatisticsRow]]]
+    rows: pd.DataFrame  # norm, seed, step, and accuracy by both statistics
 
-    def curve(self, norm: str, kind: str) -> list[tuple[int, list[float]]]:
-        """Update and the accuracy of each seed, for the updates that every seed has."""
-        seeds = [{row["step"]: row[f"{kind}/top1"] for row in rows} for rows in self.rows[norm].values()]
-        steps = sorted(set[int].intersection(*(set(seed) for seed in seeds)))
-        return [(step, [seed[step] for seed in seeds]) for step in steps]
+    @property
+    def norms(self) -> dict[str, int]:
+        """Norm to number of seeds."""
+        return {str(norm): rows["seed"].nunique() for norm, rows in self.rows.groupby("norm", sort=False)}
 
-    def caught_up(self, norm: str) -> list[int | None]:
-        """For each seed the first update from which on running statistics keep up; None if they never do."""
-        return [_first_kept(rows) for rows in self.rows[norm].values()]
+    def curve(self, norm: str, kind: str) -> pd.DataFrame:
+        """Accuracy, step x seed, at the updates that every seed has."""
+        rows = self.rows[self.rows["norm"] == norm]
+        return rows.pivot(index="step", columns="seed", values=f"{kind}/top1").dropna()
 
-
-def _first_kept(rows: Sequence[StatisticsRow]) -> int | None:
-    behind = [row["step"] for row in rows if row["running/top1"] < row["batch/top1"] - CAUGHT_UP]
-    after = [int(row["step"]) for row in rows if not behind or row["step"] > max(behind)]
-    return min(after, default=None)
+    def caught_up(self, norm: str) -> str:
+        """The first update from which on running statistics keep up, from the earliest to the latest seed."""
+        first = []
+        for _, rows in self.rows[self.rows["norm"] == norm].groupby("seed"):
+            behind = rows.loc[rows["running/top1"] < rows["batch/top1"] - CAUGHT_UP, "step"]
+            first += [int(step) for step in rows["step"] if step > max(behind, default=-1)][:1]
+        never = self.norms[norm] - len(first)
+        span = f"{min(first)} to {max(first)}" if len(set(first)) > 1 else "".join(map(str, first[:1]))
+        return ", ".join(filter(None, (span, f"{never} never" if never else "")))
 
 
 def trap_studies(records: Iterable[Record]) -> tuple[list[TrapStudy], list[Problem]]:
     """The records that hold a comparison of statistics, by cell, and those that cannot be read."""
-    found: dict[Cell, dict[str, dict[int, Sequence[StatisticsRow]]]] = defaultdict(lambda: defaultdict(dict))
-    labels, problems = {}, []
+    rows, problems = [], []
     for record in records:
+        names = {"cell": cell_of(record), "label": label_of(record), "norm": record.norm, "seed": record.seed}
         try:
-            rows = read_statistics(record.folder)
+            rows += [names | row for row in read_statistics(record.folder)]
         except InvalidRecordError as error:
             problems.append(Problem(record.folder, str(error)))
-            continue
-        if rows:
-            found[cell_of(record)][record.norm][record.seed] = rows
-            labels[cell_of(record)] = label_of(record)
-    cells = sorted(found, key=lambda cell: cell.order)
-    return [TrapStudy(cell, labels[cell], found[cell]) for cell in cells], problems
+    frame = pd.DataFrame(rows, columns=["cell", "label", "norm", "seed", "step", "running/top1", "batch/top1"])
+    groups = frame.groupby("cell", sort=False)
+    studies = [TrapStudy(cast("Cell", cell), group["label"].iloc[-1], group) for cell, group in groups]
+    return sorted(studies, key=lambda study: study.cell.order), problems
 
 
 def trap_table(study: TrapStudy) -> Table:
     """Mean accuracy over the seeds by both statistics at some updates, and when the running ones have caught up."""
     columns = ("Norm", "Statistics", *(f"update {step}" for step in SHOWN_UPDATES), "caught up after", "n")
     rows = []
-    for norm in study.rows:
+    for norm, seeds in study.norms.items():
         for kind in KINDS:
-            means = {step: fmean(values) for step, values in study.curve(norm, kind)}
+            means = study.curve(norm, kind).mean(axis="columns")
             shown = (f"{means[step]:.2f}" if step in means else NONE for step in SHOWN_UPDATES)
-            when = _when(study.caught_up(norm)) if kind == "running" else ""
-            rows.append((norm, kind, *shown, when, str(len(study.rows[norm]))))
-    return Table("Accuracy by running and by batch statistics", columns, frozenset(columns[2:]), tuple(rows))
-
-
-def _when(updates: Sequence[int | None]) -> str:
-    """The earliest and the latest update over the seeds."""
-    known = [update for update in updates if update is not None]
-    never = f"{len(updates) - len(known)} never" if len(known) < len(updates) else ""
-    span = f"{min(known)} to {max(known)}" if len(set(known)) > 1 else "".join(map(str, known[:1]))
-    return ", ".join(filter(None, (span, never)))
+            when = study.caught_up(norm) if kind == "running" else ""
+            rows.append((norm, kind, *shown, when, str(seeds)))
+    return Table("Accuracy by running and by batch statistics", columns, rows, names=2)
 
 
 # ---- The document -------------------------------------------------------------------------------------------
@@ -470,26 +457,58 @@ class Mechanism:
 def read_mechanism(runs: Path, studies: Path) -> Mechanism:
     """The records under a folder, and those of the studies under another that may be missing. Raises UserError."""
     evidence = read_evidence(runs, features=True)
-    found = {
-        name: read_evidence(studies / name, **options) if (studies / name).is_dir() else Evidence(())
-        for name, options in (
-            (EPS, {"features": True, "place": place_by_eps}),
-            (RATES, {"place": place_by_rate}),
-            (TRAP, {}),
-        )
-    }
-    traps, unreadable = trap_studies(found[TRAP].records)
+    eps, rates, trap = found = [
+        read_evidence(studies / name, features=name == EPS, place=place)
+        if (studies / name).is_dir()
+        else Evidence(())
+        for name, place in ((EPS, place_by_eps), (RATES, place_by_rate), (TRAP, cell_and_norm))
+    ]
+    traps, unreadable = trap_studies(trap.records)
     return Mechanism(
         records=[
             *(record for record in evidence.records if record.folder in evidence.features),
-            *(record for study in found.values() for record in study.records),
+            *(record for study in found for record in study.records),
         ],
         arms=[arm for arm in arms_of(evidence) if arm.features],
-        eps=studies_of(found[EPS]),
-        rates=studies_of(found[RATES]),
+        eps=studies_of(eps),
+        rates=studies_of(rates),
         traps=traps,
-        problems=[p for one in (evidence, *found.values()) for p in one.problems] + unreadable,
+        problems=[problem for one in (evidence, *found) for problem in one.problems] + unreadable,
     )
+
+
+SECTIONS = {
+    "Overview": (
+        "Norm cv is the coefficient of variation of the samples' norms at the inputs of norm layers. Within share "
+        "and mean angle are those of the features before the classifier: a smaller share is more compact, a larger "
+        "angle more separated."
+    ),
+    "Features of BN and L2BN": (
+        "All measures of BN and L2BN. One measure decides each claim ([claims.md](claims.md) has the rules): "
+        "within share for compactness, mean angle for separation; the others are only shown. Intervals are not "
+        "corrected for their number: one in 20 misses 0 by chance alone."
+    ),
+    "Controls": (
+        "`l2bn_detached` has L2BN's values without a gradient through the norms; `l2bn_mean_norm` has its scale, "
+        "but neither equal norms nor that gradient; `l2bn_rms` has equal norms at a scale where eps matters as "
+        "little as in BN; `l2bn_position` has equal norms at every position; `group_norm` is an unrelated norm "
+        "for comparison. Intervals are not corrected for their number."
+    ),
+    "How much is eps?": (
+        "L2BN at norm 1 and at root mean square 1 against BN at the same eps. Shrink: the factor by which eps "
+        "reduces the standard deviation of a norm layer's output, as the mean over the layers and in brackets the "
+        "smallest, both from means over the seeds. A difference between norm 1 and rms 1 can come from eps alone. "
+        "Holm's correction over the two parts at eps 1e-5."
+    ),
+    "The running-variance trap": (
+        "Test top-1 in percent by running statistics, as in evaluation, and by the statistics of each batch of up "
+        "to 512 test images. Caught up after: the first measured update from which running statistics stay within "
+        "1 point of batch statistics, from the earliest to the latest seed. Running statistics also lag behind "
+        "weights that change fast, so the start at 1 is one cause among others."
+    ),
+    "Learning rate and batch size": "No learning rate is chosen from these runs; each row is a comparison.",
+}
+"""The sections of the document in their order, and the text at the head of each."""
 
 
 def mechanism_documents(mechanism: Mechanism, reading: str, figures: str = "figures") -> dict[str, str]:
@@ -497,18 +516,23 @@ def mechanism_documents(mechanism: Mechanism, reading: str, figures: str = "figu
 
     `reading` is the text by hand, `figures` the path from `mechanism.md` to the folder of figures.
     """
+    pairs = measured_pairs(mechanism.arms)
+    found = (
+        [markdown(summary_table(pairs))] if pairs else [],
+        [part for pair in pairs for part in _features(pair, figures)],
+        [part for cell, norms in by_cell(mechanism.arms) for part in _controls(cell, norms)],
+        [part for study in mechanism.eps for part in _eps(study, figures)],
+        [part for trap in mechanism.traps for part in _trap(trap, figures)],
+        [part for study in mechanism.rates for part in _rates(study, figures)],
+    )
     parts = [
         "# Mechanism: why would it work?",
         "<!-- Generated by make tables from the records; results/README.md defines every measure and column. -->",
         _summary(mechanism),
         _labelled(reading, mechanism.digest),
-        *_overview(mechanism.arms),
-        *_features(mechanism.arms, figures),
-        *_controls(mechanism.arms),
-        *_eps(mechanism.eps, figures),
-        *_trap(mechanism.traps, figures),
-        *_rates(mechanism.rates, figures),
     ]
+    for (head, text), section in zip(SECTIONS.items(), found, strict=True):
+        parts += [f"## {head}", text, *section] if section else []
     return {
         "mechanism.md": "\n\n".join(part.strip("\n") for part in parts if part) + "\n",
         "mechanism/features.csv": features_csv(mechanism.arms),
@@ -536,119 +560,59 @@ def _labelled(reading: str, digest: str) -> str:
     found = _WRITTEN.match(reading)
     if not found:
         return ""
-    same = found[1] == digest
-    label = f"Written by hand from the records of digest `{found[1]}`, " + (
-        "which are these."
-        if same
-        else f"**not these** (`{digest}`): where text and tables differ, the tables are right."
-    )
-    return f"## Reading\n\n*{label}*\n\n{reading[found.end() :]}"
+    which = "which are these."
+    if found[1] != digest:
+        which = f"**not these** (`{digest}`): where text and tables differ, the tables are right."
+    label = f"*Written by hand from the records of digest `{found[1]}`, {which}*"
+    return f"## Reading\n\n{label}\n\n{reading[found.end() :]}"
 
 
-def _section(title: str, text: str, parts: Iterable[str]) -> list[str]:
-    """A section with its parts; nothing where there are none."""
-    found = list(parts)
-    return [f"## {title}", text, *found] if found else []
+def _features(pair: Comparison, figures: str) -> list[str]:
+    """All measures of one cell, and its figures."""
+    name = file_name(pair.cell)
+    parts = [f"### {title(pair.label, pair.cell)}", markdown(pair_table(pair))]
+    parts.append(f"![Spread of the norms at each norm layer]({figures}/norms-{name}.png)")
+    if pair.measured_epochs:
+        parts.append(f"![Compactness and separation over the epochs]({figures}/training-{name}.png)")
+    if pair.sampled:
+        parts.append(f"![Penultimate features on the plane of their joint PCA]({figures}/map-{name}.png)")
+    return parts
 
 
-def _figure(folder: str, name: str, text: str) -> str:
-    return f"![{text}]({folder}/{name}.png)"
+def _controls(cell: Cell, norms: Sequence[Arm]) -> list[str]:
+    """All norms of one cell; nothing where only BN and L2BN were measured."""
+    if {arm.norm for arm in norms} <= {BN, L2BN}:
+        return []
+    tables = [markdown(norms_table(norms, quantity)) for quantity in OF_CONTROLS]
+    steps = steps_table(norms)
+    return [f"### {title(norms[0].label, cell)}", *tables, *([_titled(steps)] if steps.rows else [])]
+
+
+def _eps(study: Study, figures: str) -> list[str]:
+    return [
+        f"### {title(study.label, study.cell)}: eps",
+        markdown(eps_table(study)),
+        _titled(parts_table(study)),
+        f"![Accuracy and shrink factors over eps]({figures}/eps-{file_name(study.cell)}.png)",
+    ]
+
+
+def _trap(study: TrapStudy, figures: str) -> list[str]:
+    return [
+        f"### {title(study.label, study.cell)}: statistics",
+        markdown(trap_table(study)),
+        f"![Accuracy by running and batch statistics]({figures}/trap-{file_name(study.cell)}.png)",
+    ]
+
+
+def _rates(study: Study, figures: str) -> list[str]:
+    return [
+        f"### {study.label}, {in_words(study.cell.backbone)}: learning rates",
+        markdown(rate_table(study)),
+        rate_note(study),
+        f"![Accuracy over learning rates and batch sizes]({figures}/rates-{file_name(study.cell)}.png)",
+    ]
 
 
 def _titled(table: Table) -> str:
     return f"**{table.title}**\n\n{markdown(table)}"
-
-
-def _overview(arms: Sequence[Arm]) -> list[str]:
-    text = (
-        "Norm cv is the coefficient of variation of the samples' norms at the inputs of norm layers. Within share "
-        "and mean angle are those of the features before the classifier: a smaller share is more compact, a larger "
-        "angle more separated."
-    )
-    pairs = measured_pairs(arms)
-    return _section("Overview", text, [markdown(summary_table(pairs))] if pairs else [])
-
-
-def _features(arms: Sequence[Arm], figures: str) -> list[str]:
-    parts = []
-    for pair in measured_pairs(arms):
-        name = file_name(pair.cell)
-        parts += [f"### {title(pair.label, pair.cell)}", markdown(pair_table(pair))]
-        parts.append(_figure(figures, f"norms-{name}", "Spread of the norms at each norm layer"))
-        if pair.measured_epochs:
-            parts.append(_figure(figures, f"training-{name}", "Compactness and separation over the epochs"))
-        if pair.sampled:
-            parts.append(_figure(figures, f"map-{name}", "Penultimate features on the plane of their joint PCA"))
-    text = (
-        "All measures of BN and L2BN. One measure decides each claim ([claims.md](claims.md) has the rules): "
-        "within share for compactness, mean angle for separation; the others are only shown. Intervals are not "
-        "corrected for their number: one in 20 misses 0 by chance alone."
-    )
-    return _section("Features of BN and L2BN", text, parts)
-
-
-def _controls(arms: Sequence[Arm]) -> list[str]:
-    parts = []
-    for cell, norms in by_cell(arms):
-        if {arm.norm for arm in norms} - {BN, L2BN}:
-            parts.append(f"### {title(norms[0].label, cell)}")
-            parts += [markdown(norms_table(norms, quantity)) for quantity in OF_CONTROLS]
-            parts += [_titled(table) for table in [steps_table(norms)] if table.rows]
-    text = (
-        "`l2bn_detached` has L2BN's values without a gradient through the norms; `l2bn_mean_norm` has its scale, "
-        "but neither equal norms nor that gradient; `l2bn_rms` has equal norms at a scale where eps matters as "
-        "little as in BN; `l2bn_position` has equal norms at every position; `group_norm` is an unrelated norm "
-        "for comparison. Intervals are not corrected for their number."
-    )
-    return _section("Controls", text, parts)
-
-
-def _eps(studies: Sequence[Study], figures: str) -> list[str]:
-    parts = []
-    for study in studies:
-        parts += [
-            f"### {title(study.label, study.cell)}: eps",
-            markdown(eps_table(study)),
-            _titled(parts_table(study)),
-            _figure(figures, f"eps-{file_name(study.cell)}", "Accuracy and shrink factors over eps"),
-        ]
-    text = (
-        "L2BN at norm 1 and at root mean square 1 against BN at the same eps. Shrink: the factor by which eps "
-        "reduces the standard deviation of a norm layer's output, as the mean over the layers and in brackets the "
-        "smallest, both from means over the seeds. A difference between norm 1 and rms 1 can come from eps alone. "
-        "Holm's correction over the two parts at eps 1e-5."
-    )
-    return _section("How much is eps?", text, parts)
-
-
-def _trap(studies: Sequence[TrapStudy], figures: str) -> list[str]:
-    parts = []
-    for study in studies:
-        parts += [
-            f"### {title(study.label, study.cell)}: statistics",
-            markdown(trap_table(study)),
-            _figure(figures, f"trap-{file_name(study.cell)}", "Accuracy by running and batch statistics"),
-        ]
-    text = (
-        "Test top-1 in percent by running statistics, as in evaluation, and by the statistics of each batch of up "
-        "to 512 test images. Caught up after: the first measured update from which running statistics stay within "
-        "1 point of batch statistics, from the earliest to the latest seed. Running statistics also lag behind "
-        "weights that change fast, so the start at 1 is one cause among others."
-    )
-    return _section("The running-variance trap", text, parts)
-
-
-def _rates(studies: Sequence[Study], figures: str) -> list[str]:
-    parts = []
-    for study in studies:
-        parts += [
-            f"### {study.label}, {in_words(study.cell.backbone)}: learning rates",
-            markdown(rate_table(study)),
-            rate_note(study),
-            _figure(figures, f"rates-{file_name(study.cell)}", "Accuracy over learning rates and batch sizes"),
-        ]
-    return _section(
-        "Learning rate and batch size",
-        "No learning rate is chosen from these runs; each row is a comparison.",
-        parts,
-    )

@@ -15,6 +15,8 @@ from l2bn.reporting.evidence import overrides
 EPOCHS = {"last": "last epoch", "paper": "paper", "weights": "published weights", "best": "best epoch"}
 """The kinds of a published number, the most comparable with ours first, and their names in tables."""
 
+Row = Mapping[str, Any]
+
 
 @dataclass(frozen=True)
 class Published:
@@ -24,24 +26,15 @@ class Published:
     kind: str  # a key of EPOCHS
     best: float | None  # at the best epoch, where the source reports it
     source: str
-
-
-@dataclass(frozen=True)
-class PaperRow:
-    """The accuracies that the L2BN paper reports for a pair, percent; None where nothing was entered."""
-
-    bn: float | None
-    l2bn: float | None
-    where: str
+    distance: float | None  # our BN minus this one, points; None where all of our runs diverged
 
 
 @dataclass(frozen=True)
 class Reference:
     """The published rows; empty ones match no run."""
 
-    bn: list[Mapping[str, Any]] = field(default_factory=list)
-    images: Mapping[str, Any] = field(default_factory=dict)
-    acoustic: Mapping[str, Any] = field(default_factory=dict)
+    bn: list[Row] = field(default_factory=list)
+    images: Row = field(default_factory=dict)
 
     def published(self, comparison: Comparison) -> Published | None:
         """The BN accuracy with our arm's data set, network (its parameters too, if known) and recipe."""
@@ -50,26 +43,21 @@ class Reference:
         record = comparison.reference.records[0]
         for table in self.bn:
             row = table.get(_baseline(record), {}).get(record.backbone)
-            if row and table["recipe"] == record.recipe and _same_net(row, record):
+            same_net = row and row.get("parameters", record.parameters) == record.parameters
+            if same_net and table["recipe"] == record.recipe:
                 kind = next(kind for kind in EPOCHS if kind in row)
-                return Published(row[kind], kind, row.get("best"), table["source"])
+                ours = comparison.reference.estimate().mean
+                distance = None if ours is None else ours - row[kind]
+                return Published(row[kind], kind, row.get("best"), table["source"], distance)
         return None
 
-    def distance(self, comparison: Comparison) -> float | None:
-        """Our BN minus the published one, in points; None where they do not match."""
-        found = self.published(comparison)
-        ours = comparison.reference.estimate().mean if comparison.reference else None
-        return None if found is None or ours is None else ours - found.accuracy
-
-    def paper(self, comparison: Comparison) -> PaperRow | None:
-        """The paper's row of the same data set and backbone, if a user has entered it."""
+    def paper(self, comparison: Comparison) -> Row:
+        """`bn`, `l2bn` (percent) and `where` of the L2BN paper's row for the pair; empty where none was entered."""
         if not comparison.records:
-            return None
+            return {}
         record = comparison.records[0]
-        row = self.images.get(_baseline(record), {}).get(record.backbone)
-        if row is None or row.get("recipe", record.recipe) != record.recipe:
-            return None
-        return PaperRow(row.get("bn"), row.get("l2bn"), row.get("where", ""))
+        row: Row = self.images.get(_baseline(record), {}).get(record.backbone, {})
+        return row if row.get("recipe", record.recipe) == record.recipe else {}
 
 
 def _baseline(record: Record) -> str:
@@ -78,18 +66,18 @@ def _baseline(record: Record) -> str:
     return "" if changed else record.baseline or ""
 
 
-def _same_net(row: Mapping[str, Any], record: Record) -> bool:
-    return bool(row.get("parameters", record.parameters) == record.parameters)
-
-
 def read_reference(path: Path) -> Reference:
-    """The published rows of a file. Raises UserError where it is missing or not laid out as it says."""
+    """The published rows of a file. Raises UserError where it is missing or not laid out as its header says."""
     try:
         content = yaml.safe_load(path.read_text())
-        reference = Reference(
-            content["bn"], content["l2bn"]["image_classification"], content["l2bn"]["acoustic_scenes"]
-        )
-        _check(reference)
+        reference = Reference(content["bn"], content["l2bn"]["image_classification"])
+        for table in reference.bn:
+            if not {"source", "recipe"} < table.keys():
+                raise ValueError(f"a table of `bn` needs a source, a recipe and a data set, it has {list(table)}")
+            for dataset in table.keys() - {"source", "recipe"}:
+                _check(dataset, table[dataset], EPOCHS.keys(), {"parameters"})
+        for dataset, rows in reference.images.items():
+            _check(dataset, rows, {"bn", "l2bn"}, {"where", "recipe"})
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
             f"{path} cannot be used as the published accuracies: {type(error).__name__}: {error}; "
@@ -98,22 +86,14 @@ def read_reference(path: Path) -> Reference:
     return reference
 
 
-def _check(reference: Reference) -> None:
-    for table in reference.bn:
-        if not {"source", "recipe"} < table.keys():
-            raise ValueError(f"a table of `bn` needs a source, a recipe and a data set, it has {list(table)}")
-        for dataset in table.keys() - {"source", "recipe"}:
-            for net, row in table[dataset].items():
-                _check_row(f"{dataset}: {net}", row, EPOCHS.keys(), {"parameters"})
-    for dataset, rows in reference.images.items():
-        for net, row in rows.items():
-            _check_row(f"{dataset}: {net}", row, {"bn", "l2bn"}, {"where", "recipe"})
-
-
-def _check_row(name: str, row: Mapping[str, Any], accuracies: Any, others: set[str]) -> None:
-    given = {key: row[key] for key in row.keys() & set(accuracies)}
-    if not given or row.keys() - given.keys() - others:
-        raise ValueError(f"{name} may have {sorted(accuracies)} and {sorted(others)}, it has {sorted(row)}")
-    for key, value in given.items():
-        if not isinstance(value, int | float) or not 0 <= value <= 100:
-            raise ValueError(f"{name}: {key} must be an accuracy in percent, it is {value!r}")
+def _check(dataset: str, rows: Mapping[str, Row], accuracies: Any, others: set[str]) -> None:
+    """Raise ValueError for a row without an accuracy, with another key, or with an accuracy out of range."""
+    for net, row in rows.items():
+        given = {key: row[key] for key in row.keys() & set(accuracies)}
+        if not given or row.keys() - given.keys() - others:
+            raise ValueError(
+                f"{dataset}: {net} may have {sorted(accuracies)} and {sorted(others)}, it has {sorted(row)}"
+            )
+        for key, value in given.items():
+            if not isinstance(value, int | float) or not 0 <= value <= 100:
+                raise ValueError(f"{dataset}: {net}: {key} must be an accuracy in percent, it is {value!r}")

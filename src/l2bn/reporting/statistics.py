@@ -41,9 +41,7 @@ class Estimate:
         """The reason for a missing interval; empty where there is one."""
         if self.low is not None:
             return ""
-        if self.n < MIN_PAIRS:
-            return "n too small"
-        return "no spread"
+        return "n too small" if self.n < MIN_PAIRS else "no spread"
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -63,10 +61,13 @@ def estimate(values: Sequence[float]) -> Estimate:
     std = stdev(values)
     if n < MIN_PAIRS or std < NO_SPREAD:
         return Estimate(n, mean, std)
-    error = std / sqrt(n)
-    reach = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * error
-    p = 2 * float(stats.t.sf(abs(mean) / error, n - 1))
-    return Estimate(n, mean, std, mean - reach, mean + reach, p)
+    return _student(n, mean, std, std / sqrt(n), n - 1)
+
+
+def _student(n: int, mean: float, std: float | None, error: float, degrees: int) -> Estimate:
+    """The estimate of a mean with this standard error: Student's interval and p-value."""
+    reach = float(stats.t.ppf((1 + LEVEL) / 2, degrees)) * error
+    return Estimate(n, mean, std, mean - reach, mean + reach, 2 * float(stats.t.sf(abs(mean) / error, degrees)))
 
 
 def paired_differences(reference: Mapping[int, float], other: Mapping[int, float]) -> list[float]:
@@ -137,15 +138,12 @@ def fixed_estimate(cells: Sequence[Sequence[float]]) -> tuple[list[Estimate], Es
     number of all pairs. No intervals without a spread; no mean over all where a cell is empty.
     """
     spread = pooled_spread(cells)
-    critical = float(stats.t.ppf((1 + LEVEL) / 2, spread.degrees)) if spread else 0.0
 
     def judged(n: int, mean: float, std: float | None, root: float) -> Estimate:
         """With interval and p-value where there is a spread; `root` is the mean's error in units of s."""
         if spread is None or spread.std < NO_SPREAD:
             return Estimate(n, mean, std)
-        error = spread.std * root
-        p = 2 * float(stats.t.sf(abs(mean) / error, spread.degrees))
-        return Estimate(n, mean, std, mean - critical * error, mean + critical * error, p)
+        return _student(n, mean, std, spread.std * root, spread.degrees)
 
     found = [
         judged(len(cell), fmean(cell), stdev(cell) if len(cell) > 1 else None, sqrt(1 / len(cell)))

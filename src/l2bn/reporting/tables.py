@@ -1,28 +1,22 @@
-"""Tables from records: the grid and the other norms, as Markdown, CSV and LaTeX.
+"""Tables from records: the grid and the other norms, as Markdown, CSV and LaTeX, and the block in the README.
 
 `results/README.md` defines every column. Every number comes from a record or a published source.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from l2bn.reporting.comparison import (
-    FULL_EPOCHS,
-    Arm,
-    Comparison,
-    arms_of,
-    grid,
-    holm_over,
-    other_norms,
-    pooled,
-)
+from l2bn.errors import UserError
+from l2bn.reporting.claims import ACCURATE, MIN_BACKBONES, RunSet, is_counted, judge_set
+from l2bn.reporting.comparison import FULL_EPOCHS, Arm, Comparison, arms_of, grid, holm_over, other_norms, pooled
 from l2bn.reporting.evidence import BEST, BN, L2BN, Evidence, images_in_words
 from l2bn.reporting.formatting import (
     NONE,
     Table,
     conditions,
     csv_text,
+    escape_markdown,
     in_words,
     interval,
     latex,
@@ -34,16 +28,16 @@ from l2bn.reporting.formatting import (
     signed,
 )
 from l2bn.reporting.published import EPOCHS, Reference
-from l2bn.reporting.statistics import pooled_spread, seeds_needed
+from l2bn.reporting.statistics import MIN_PAIRS, pooled_spread, seeds_needed
 
 TARGET = 0.3
 """The difference, in points, for which a line gives the number of seeds needed."""
 
-Columns = dict[str, Callable[[Comparison], str]]
-"""Header to the text of a comparison in that column."""
+Columns = dict[str, list[str]]
+"""Header to the texts of all rows."""
 
 
-# ---- The grid ---------------------------------------------------------------------------------------------
+# ---- The tables -------------------------------------------------------------------------------------------
 
 
 def grid_table(rows: Sequence[Comparison], reference: Reference | None = None, counts: Sequence[str] = ()) -> Table:
@@ -51,107 +45,76 @@ def grid_table(rows: Sequence[Comparison], reference: Reference | None = None, c
 
     `counts` are lines on the number of runs, for below the table.
     """
-    names, conditions_notes = _names(rows)
-    sources: dict[str, str] = {}
-    columns: Columns = {
-        **names,
-        "BN (n)": lambda row: _accuracy(row, row.reference),
-        "L2BN (n)": lambda row: _accuracy(row, row.other),
-        **_differences(rows, "L2BN − BN"),
-    }
-    numeric = columns.keys() - names.keys()
+    names, recipes = _names(rows)
+    columns = names | _accuracies(rows, "L2BN")
     notes = [
         "Test top-1 in percent after the last epoch: mean ± standard deviation over the seeds (n). "
         "L2BN − BN in points, paired by seed, with Student's interval; p: paired t-test with Holm's "
         "correction over the rows.",
-        *conditions_notes,
+        *recipes,
         *_kernels(rows, "L2BN"),
         *_images(rows),
         *counts,
     ]
     if reference is None:
-        return _table("BN against L2BN", columns, numeric, rows, notes if rows else [])
-    columns["Published BN (ours − published)"] = lambda row: _published(row, reference, sources)
-    texts = [[cell(row) for cell in columns.values()] for row in rows]
-    wheres: dict[str, str] = {}
-    paper = [_paper(row, reference, wheres, len(sources)) for row in rows]
-    unknown = mark(len(sources) + 1) if not wheres else ""
-    header = f"Paper, BN / L2BN{unknown}"
-    notes += [*_pooled(rows), *(f"{number} {text}." for text, number in (sources | wheres).items())]
-    return Table(
-        "BN against L2BN",
-        (*columns, header),
-        frozenset(columns) - names.keys() | {header},
-        tuple((*row, last) for row, last in zip(texts, paper, strict=True)),
-        tuple(notes + ([f"{unknown} {_UNKNOWN}"] if unknown else [])),
-    )
-
-
-_UNKNOWN = (
-    "No number of the L2BN paper's image tables is known to this project; the column fills once they are "
-    "entered in results/reference/baselines.yaml."
-)
+        return _table("BN against L2BN", columns, notes if rows else [], len(names))
+    sources: dict[str, str] = {}
+    columns["Published BN (ours − published)"] = [_published(row, reference, sources) for row in rows]
+    places = dict(sources)
+    paper = [_paper(row, reference, places) for row in rows]
+    unknown = mark(len(sources) + 1) if places == sources else ""
+    columns[f"Paper, BN / L2BN{unknown}"] = paper
+    notes += [*_pooled(rows), *(f"{number} {text}." for text, number in places.items())]
+    if unknown:
+        notes.append(
+            f"{unknown} No number of the L2BN paper's image tables is known to this project; the column fills once "
+            "they are entered in results/reference/baselines.yaml."
+        )
+    return _table("BN against L2BN", columns, notes, len(names))
 
 
 def best_table(rows: Sequence[Comparison], reference: Reference) -> Table:
     """The same cells at their best epoch: only for comparison with sources that report it."""
     names, _ = _names(rows)  # by the letters of the grid
-
-    def best(arm: Arm | None) -> str:
-        return mean_std_n(arm, BEST) if arm and arm.of(BEST) else NONE
-
-    def published(row: Comparison) -> str:
-        found = reference.published(row)
-        return f"{found.best:.2f}" if found and found.best is not None else NONE
-
-    columns: Columns = {
+    found = [reference.published(row) for row in rows]
+    columns = {
         **names,
-        "BN, best epoch (n)": lambda row: best(row.reference),
-        "L2BN, best epoch (n)": lambda row: best(row.other),
-        "Published BN, best epoch": published,
+        "BN, best epoch (n)": [_best(row.reference) for row in rows],
+        "L2BN, best epoch (n)": [_best(row.other) for row in rows],
+        "Published BN, best epoch": [NONE if f is None or f.best is None else f"{f.best:.2f}" for f in found],
+    }
+    run = {
+        name: [text for text, row in zip(texts, rows, strict=True) if row.arms] for name, texts in columns.items()
     }
     note = "The best epoch is chosen on the test set, which favours every arm: it is not a result of this project."
-    return _table("Best epoch", columns, columns.keys() - names.keys(), [row for row in rows if row.arms], [note])
+    return _table("Best epoch", run, [note], len(names))
 
 
 def norms_table(rows: Sequence[Comparison]) -> Table:
     """Every other norm, and every variant of BN or L2BN, against plain BN."""
-    names, conditions_notes = _names(rows)
-    columns: Columns = {
-        **names,
-        "Norm": lambda row: in_words(row.norm),
-        "BN (n)": lambda row: _accuracy(row, row.reference),
-        "Norm (n)": lambda row: _accuracy(row, row.other),
-        **_differences(rows, "Norm − BN"),
-    }
+    names, recipes = _names(rows)
+    names["Norm"] = [in_words(row.norm) for row in rows]
     note = "Test top-1 in percent after the last epoch, as in the grid; Holm's correction over these rows."
-    numeric = columns.keys() - names.keys() - {"Norm"}
-    notes = [note, *conditions_notes, *_kernels(rows, "the norm"), *_images(rows)]
-    return _table("Other norms against BN", columns, numeric, rows, notes)
+    notes = [note, *recipes, *_kernels(rows, "the norm"), *_images(rows)]
+    return _table("Other norms against BN", names | _accuracies(rows, "Norm"), notes, len(names))
 
 
-def _table(
-    title: str, columns: Columns, numeric: Iterable[str], rows: Sequence[Comparison], notes: Sequence[str]
-) -> Table:
-    texts = tuple(tuple(cell(row) for cell in columns.values()) for row in rows)
-    return Table(title, tuple(columns), frozenset(numeric), texts, tuple(notes))
+def _table(title: str, columns: Columns, notes: Sequence[str], names: int) -> Table:
+    return Table(title, list(columns), list(zip(*columns.values(), strict=True)), notes, names)
 
 
-def _names(comparisons: Sequence[Comparison]) -> tuple[Columns, list[str]]:
+def _names(rows: Sequence[Comparison]) -> tuple[Columns, list[str]]:
     """The columns that name a row, and the notes to them.
 
     The conditions of a row's runs are long and differ in few rows: they stand below the table, once where they are
     the same for all, else by letters.
     """
-    columns: Columns = {
-        "Data set": lambda row: row.label,
-        "Backbone": lambda row: in_words(row.cell.backbone),
-    }
-    distinct = list(dict.fromkeys(map(conditions, comparisons)))
+    columns = {"Data set": [row.label for row in rows], "Backbone": [in_words(row.cell.backbone) for row in rows]}
+    distinct = list(dict.fromkeys(map(conditions, rows)))
     if len(distinct) < 2:
         return columns, [f"Recipe of all rows: {text}." for text in distinct]
     letters = {text: _letters(number) for number, text in enumerate(distinct)}
-    columns["Recipe"] = lambda row: letters[conditions(row)]
+    columns["Recipe"] = [letters[conditions(row)] for row in rows]
     return columns, ["Recipes: " + "; ".join(f"{letter}: {text}" for text, letter in letters.items()) + "."]
 
 
@@ -161,111 +124,109 @@ def _letters(number: int) -> str:
     return (_letters(before - 1) if before else "") + chr(ord("A") + last)
 
 
+def _accuracies(rows: Sequence[Comparison], norm: str) -> Columns:
+    """The columns of both arms, of their difference, and of its p-value."""
+    results = [row.difference() for row in rows]
+    return {
+        "BN (n)": [_accuracy(row, row.reference) for row in rows],
+        f"{norm} (n)": [_accuracy(row, row.other) for row in rows],
+        f"{norm} − BN [95 % interval]": [
+            signed(result.mean) + ("" if result.low is None else f" {interval(result)}") for result in results
+        ],
+        "p (Holm)": [probability(p, result) for p, result in zip(holm_over(rows), results, strict=True)],
+    }
+
+
 def _accuracy(row: Comparison, arm: Arm | None) -> str:
     return mean_std_n(arm, missing=len(row.missing_seeds(arm))) if arm else "missing"
 
 
-def _differences(comparisons: Sequence[Comparison], name: str) -> Columns:
-    corrected = dict(zip(map(id, comparisons), holm_over(comparisons), strict=True))
-
-    def difference(row: Comparison) -> str:
-        result = row.difference()
-        return signed(result.mean) + ("" if result.low is None else f" {interval(result)}")
-
-    return {
-        f"{name} [95 % interval]": difference,
-        "p (Holm)": lambda row: probability(corrected[id(row)], row.difference()),
-    }
+def _best(arm: Arm | None) -> str:
+    return mean_std_n(arm, BEST) if arm and arm.of(BEST) else NONE
 
 
-def _published(comparison: Comparison, reference: Reference, sources: dict[str, str]) -> str:
+def _published(row: Comparison, reference: Reference, sources: dict[str, str]) -> str:
     """The published number, our distance to it, and its footnote, numbered in the order of first use."""
-    found, distance = reference.published(comparison), reference.distance(comparison)
+    found = reference.published(row)
     if found is None:
         return NONE
     text = f"{EPOCHS[found.kind].capitalize()}; {found.source}"
-    ours = "" if distance is None else f" ({signed(distance)})"
+    ours = "" if found.distance is None else f" ({signed(found.distance)})"
     return f"{found.accuracy:.2f}{sources.setdefault(text, mark(len(sources) + 1))}{ours}"
 
 
-def _paper(comparison: Comparison, reference: Reference, wheres: dict[str, str], used: int) -> str:
-    row = reference.paper(comparison)
-    if row is None:
+def _paper(row: Comparison, reference: Reference, sources: dict[str, str]) -> str:
+    """The paper's own numbers and their footnote."""
+    found = reference.paper(row)
+    if not found:
         return NONE
-    number = wheres.setdefault(f"L2BN paper, {row.where or 'place not given'}", mark(used + len(wheres) + 1))
-    bn, l2bn = (NONE if value is None else f"{value:.2f}" for value in (row.bn, row.l2bn))
-    return f"{bn} / {l2bn}{number}"
+    text = f"L2BN paper, {found.get('where') or 'place not given'}"
+    bn, l2bn = (NONE if found.get(norm) is None else f"{found[norm]:.2f}" for norm in (BN, L2BN))
+    return f"{bn} / {l2bn}{sources.setdefault(text, mark(len(sources) + 1))}"
 
 
 # ---- Lines under the grid ---------------------------------------------------------------------------------
 
 
-def _counts(evidence: Evidence, comparisons: Sequence[Comparison]) -> list[str]:
+def _counts(evidence: Evidence, rows: Sequence[Comparison]) -> list[str]:
     runs = [record for record in evidence.records if record.norm in (BN, L2BN)]
     diverged = sum(record.status == "diverged" for record in runs)
-    missing = sum(len(row.missing_seeds(arm)) for row in comparisons for arm in (row.reference, row.other))
-    empty, problems = sum(not comparison.arms for comparison in comparisons), len(evidence.problems)
+    missing = sum(len(row.missing_seeds(arm)) for row in rows for arm in (row.reference, row.other))
+    empty, problems = sum(not row.arms for row in rows), len(evidence.problems)
     text = f"Runs: {len(runs) - diverged} finished, {diverged} diverged, "
     text += f"{missing} missing whose seed the other arm has"
     text += f"; {plural('cell', empty)} of the grid without any run" if empty else ""
     text += f"; {plural('unreadable record', problems)} left out" if problems else ""
-    return [text + "."] if comparisons or problems else []
+    return [text + "."] if rows or problems else []
 
 
-def _kernels(comparisons: Sequence[Comparison], norm: str) -> list[str]:
+def _kernels(rows: Sequence[Comparison], norm: str) -> list[str]:
     """The kernel paths by which the norm was computed; rows that mix several are named."""
-    groups = _grouped(comparisons, lambda row: row.kernels, lambda text: " and " in text or "in part" in text)
+    groups = _grouped(rows, lambda row: row.kernels, lambda text: " and " in text or "in part" in text)
     text = ", ".join(groups)
     return [f"Kernels of {norm}, equal within rounding, so that runs of all share a row: {text}."] if text else []
 
 
-def _images(comparisons: Sequence[Comparison]) -> list[str]:
+def _images(rows: Sequence[Comparison]) -> list[str]:
     """The rows in which the fingerprints do not show that all runs saw the same images."""
-    groups = _grouped(comparisons, lambda row: images_in_words(row.records), lambda text: text != "no fingerprint")
+    groups = _grouped(rows, lambda row: images_in_words(row.records), lambda text: text != "no fingerprint")
     return [f"Images not proven equal by their fingerprints: {', '.join(groups)}."] if groups else []
 
 
 def _grouped(
-    comparisons: Sequence[Comparison], text: Callable[[Comparison], str], named: Callable[[str], bool]
+    rows: Sequence[Comparison], text: Callable[[Comparison], str], named: Callable[[str], bool]
 ) -> list[str]:
     """The number of rows for each text but the empty one, and the rows themselves where the text asks for it."""
-    rows: dict[str, list[str]] = defaultdict(list)
-    for row in comparisons:
-        rows[text(row)].append(f"{row.label}, {in_words(row.cell.backbone)}")
+    found: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        found[text(row)].append(f"{row.label}, {in_words(row.cell.backbone)}")
     return [
         f"{key} in {plural('row', len(names))}{' (' + '; '.join(names) + ')' if named(key) else ''}"
-        for key, names in rows.items()
+        for key, names in found.items()
         if key
     ]
 
 
-def _pooled(comparisons: Sequence[Comparison]) -> list[str]:
+def _pooled(rows: Sequence[Comparison]) -> list[str]:
     """The pooled estimate and the seeds needed, long runs and short ones apart."""
-    lines = []
-    for full, name in (
-        (True, f"runs of {FULL_EPOCHS} epochs and more"),
-        (False, f"runs under {FULL_EPOCHS} epochs"),
-    ):
-        rows = [
-            row
-            for row in comparisons
-            if row.full_length is full and row.differences() and row.cell.task == "images"
-        ]
-        if not rows:
+    lines, images = [], [row for row in rows if row.cell.task == "images"]
+    for full, name in ((True, f"of {FULL_EPOCHS} epochs and more"), (False, f"under {FULL_EPOCHS} epochs")):
+        chosen = [row for row in images if row.full_length is full and row.differences()]
+        if not chosen:
             continue
-        result = pooled(rows)
+        result = pooled(chosen)
         tail = f"95 % interval {interval(result)}, p {probability(result.p, result)}"
         lines.append(
-            f"Pooled L2BN − BN, {name}: {signed(result.mean)} points over "
+            f"Pooled L2BN − BN, runs {name}: {signed(result.mean)} points over "
             f"{plural('data set × backbone cell', result.n)} that weigh alike; "
-            f"{f'no interval: {result.reason}' if result.low is None else tail}. {_seeds(rows)}"
+            f"{f'no interval: {result.reason}' if result.low is None else tail}. {_seeds(chosen)}"
         )
     return lines
 
 
-def _seeds(comparisons: Sequence[Comparison]) -> str:
+def _seeds(rows: Sequence[Comparison]) -> str:
     """The number of seeds that would detect `TARGET` points, and its range by the interval of the spread."""
-    spread = pooled_spread([comparison.differences() for comparison in comparisons])
+    spread = pooled_spread([row.differences() for row in rows])
     aim = f"Seeds to see {TARGET} points with 80 % power: "
     if spread is None:
         return aim + "not known, since the spread of a paired difference needs two seeds in a cell."
@@ -280,7 +241,7 @@ def _seeds(comparisons: Sequence[Comparison]) -> str:
 # ---- Files ------------------------------------------------------------------------------------------------
 
 
-def grid_csv(comparisons: Sequence[Comparison], reference: Reference, norm: str) -> str:
+def grid_csv(rows: Sequence[Comparison], reference: Reference, norm: str) -> str:
     """A line per comparison; `norm` begins the columns of the norm's arm."""
     own = ("n", "mean", "std", "best_epoch_mean", "diverged", "missing")
     columns = (
@@ -290,24 +251,19 @@ def grid_csv(comparisons: Sequence[Comparison], reference: Reference, norm: str)
         *("published_bn", "published_kind", "published_source", "distance"),
         *("paper_bn", "paper_l2bn", "paper_where"),
     )
-    rows = []
-    for comparison, corrected in zip(comparisons, holm_over(comparisons), strict=True):
-        found, paper, std = (
-            reference.published(comparison),
-            reference.paper(comparison),
-            comparison.difference().std,
-        )
-        arms = (("bn", comparison.reference), (norm, comparison.other))
-        rows.append(
-            comparison.row(norm=norm)
+    lines = []
+    for row, corrected in zip(rows, holm_over(rows), strict=True):
+        found, std = reference.published(row), row.difference().std
+        arms = (("bn", row.reference), (norm, row.other))
+        lines.append(
+            row.row(norm=norm)
             | {f"{name}_best_epoch_mean": arm.estimate(BEST).mean if arm else None for name, arm in arms}
             | {"p_holm": corrected, "seeds_needed": None if std is None else seeds_needed(std)}
             | {"published_bn": found and found.accuracy, "published_kind": found and found.kind}
-            | {"published_source": found and found.source, "distance": reference.distance(comparison)}
-            | {"paper_bn": paper and paper.bn, "paper_l2bn": paper and paper.l2bn}
-            | {"paper_where": paper and paper.where}
+            | {"published_source": found and found.source, "distance": found and found.distance}
+            | {f"paper_{key}": reference.paper(row).get(key) for key in ("bn", "l2bn", "where")}
         )
-    return csv_text(rows, columns, ".4f")
+    return csv_text(lines, columns, ".4f")
 
 
 def documents(evidence: Evidence, reference: Reference) -> dict[str, str]:
@@ -337,3 +293,45 @@ def write_documents(texts: Mapping[str, str], folder: Path) -> list[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     return paths
+
+
+# ---- The README's block -----------------------------------------------------------------------------------
+
+BEGIN, END = "<!-- results: generated by make tables -->", "<!-- end of results -->"
+
+
+def readme_with_block(readme: str, evidence: Evidence, run_set: RunSet) -> str:
+    """The README with the answer between its markers: a sentence, and the grid and the differences of a set.
+
+    Raises UserError unless both markers are there once, in this order.
+    """
+    before, found, rest = readme.partition(BEGIN)
+    _, closed, after = rest.partition(END)
+    if not found or not closed or BEGIN in after or END in after:
+        raise UserError(f"the README must hold the lines {BEGIN} and {END} once, in this order")
+    rows = [row for row in grid(arms_of(evidence)) if run_set.holds(row.cell)]
+    parts = [BEGIN, _answer(rows, run_set), markdown(grid_table(rows)).strip("\n")]
+    if any(row.differences() for row in rows):
+        parts.append(f"![Paired differences, {run_set.label}](results/figures/{run_set.figure}.png)")
+    return before + "\n\n".join(parts) + f"\n\n{END}{after}"
+
+
+def _answer(rows: Sequence[Comparison], run_set: RunSet) -> str:
+    """The estimate for these networks with n, interval and verdict, and half a sentence on other networks."""
+    arms = [arm for row in rows for arm in row.arms]
+    these = judge_set(ACCURATE, run_set, arms, run_set.seeds)
+    found = f"not decided, {these.ended} of {these.wanted} runs"
+    if these.overall:
+        estimate = f"{signed(these.overall.mean)} points of test top-1, 95 % interval {interval(these.overall)}"
+        lost = f"diverged: {these.diverged[0]} of BN, {these.diverged[1]} of L2BN"
+        found = f"{these.verdict}; L2BN − BN {estimate}, n = {plural('pair', these.overall.n)}, {lost}"
+    networks = f"{len(run_set.backbones)} networks ({', '.join(run_set.backbones)}) on {run_set.label}"
+    others = pooled(row for row in rows if is_counted(row))
+    beyond = f"there is no interval yet ({others.n} of at least {MIN_BACKBONES} networks with {MIN_PAIRS} pairs)"
+    if others.n >= MIN_BACKBONES and others.low is not None:
+        beyond = f"the 95 % interval of that mean, over {plural('network', others.n)}, is {interval(others)}"
+    return (
+        f"**In these {escape_markdown(networks)}: {found}.** For other networks like them, {beyond}. The rules "
+        "were fixed before the runs; [claims.md](results/claims.md) has them, and the verdicts on the paper's "
+        "other claims."
+    )

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from l2bn.records import FeatureRow
-from l2bn.reporting.comparison import Arm, Comparison, arms_of, by_cell
+from l2bn.reporting.comparison import Arm, arms_of, by_cell, differences
 from l2bn.reporting.evidence import (
     BN,
     INPUT,
@@ -20,7 +20,8 @@ from l2bn.reporting.evidence import (
     images_in_words,
     kernels_in_words,
 )
-from l2bn.reporting.formatting import NONE, interval, lost, mean_std, names_of, plural, setting, signed
+from l2bn.reporting.formatting import NONE, lost, mean_interval, mean_std, names_of, plural, setting
+from l2bn.reporting.statistics import estimate
 
 
 def norms_table(evidence: Evidence) -> RenderableType:
@@ -44,37 +45,32 @@ def norms_table(evidence: Evidence) -> RenderableType:
 
 
 def _cell(cell: Cell, arms: Sequence[Arm]) -> list[RenderableType]:
-    """A line that names the cell, and a row for each norm, BN first."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    """A line that names the cell, a row for each norm, BN first, and notes on kernels and images."""
+    table = _table()
     table.add_column("norm", width=24, overflow="fold")
     for header, width in (("accuracy", 13), ("difference", 10), ("95 % interval", 16)):
         table.add_column(header, justify="right", min_width=width, no_wrap=True)
     table.add_column("runs", overflow="fold")
     seeds = set[int]().union(*(arm.seeds for arm in arms))
     bn = next((arm for arm in arms if arm.norm == BN), None)
+    notes = []
     for arm in sorted(arms, key=lambda arm: (arm.norm != BN, arm.norm != L2BN)):
         values, rest = arm.of().values(), lost(arm, len(seeds - arm.seeds))
+        shown = mean_interval(estimate(differences(bn, arm))) if bn else ("", "no BN run")
         runs = f"{len(values)}{'; ' + rest if rest else ''}"
-        table.add_row(arm.norm, mean_std(values), *_difference(bn, arm), runs)
-    kernels = {arm.norm: kernels_in_words(arm.records) for arm in arms}
-    lines = [
-        f"{norm}: kernels {text}, which agree within rounding"
-        for norm, text in kernels.items()
-        if " and " in text or "in part" in text
-    ]
+        table.add_row(arm.norm, mean_std(values), *(("", "") if arm is bn else shown), runs)
+    for arm in arms:
+        kernels = kernels_in_words(arm.records)
+        if " and " in kernels or "in part" in kernels:
+            notes.append(f"{arm.norm}: kernels {kernels}, which agree within rounding")
     images = images_in_words([run for arm in arms for run in arm.records])
-    lines += [f"images not proven equal: {images}"] if images else []
-    notes = [Text(line, style="dim") for line in lines]
-    return [Text(" · ".join((*names_of(arms[0].label, cell), setting(cell))), style="bold"), table, *notes]
+    notes += [f"images not proven equal: {images}"] if images else []
+    head = " · ".join((*names_of(arms[0].label, cell), setting(cell)))
+    return [Text(head, style="bold"), table, *(Text(note, style="dim") for note in notes)]
 
 
-def _difference(bn: Arm | None, arm: Arm) -> tuple[str, str]:
-    if arm.norm == BN:
-        return "", ""
-    if bn is None:
-        return "", "no BN run"
-    difference = Comparison(arm.cell, arm.norm, bn, arm).difference()
-    return signed(difference.mean), interval(difference)
+def _table() -> Table:
+    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
 
 
 # ---- The features of one run ----------------------------------------------------------------------------------
@@ -92,10 +88,15 @@ _COLUMNS: dict[str, tuple[str, str, int]] = {
 }
 """Header to side, measure and decimals."""
 
+_LEGEND = """\
+norm cv   std / mean of the images' l2 norms at the layer's input, within and between classes; after the layer
+cosine    and on: compactness and separation at the layer's output; shrink: what eps leaves of its deviation
+"""
+
 
 def layers_table(title: str, row: FeatureRow) -> RenderableType:
     """The features of one run after one epoch: a line per norm layer, one for the penultimate, and a legend."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table = _table()
     table.add_column("layer", overflow="fold", max_width=24)
     for header in (*_COLUMNS, SHRINK):
         table.add_column(header, justify="right", no_wrap=True)
@@ -107,12 +108,6 @@ def layers_table(title: str, row: FeatureRow) -> RenderableType:
     table.add_row(PENULTIMATE, *values, "", style="bold")
     head = f"{title}, epoch {row['epoch']}, {row['images']:,} test images"
     return Group(Text(head, style="bold"), table, Text(_LEGEND, style="dim"))
-
-
-_LEGEND = """\
-norm cv   std / mean of the images' l2 norms at the layer's input, within and between classes; after the layer
-cosine    and on: compactness and separation at the layer's output; shrink: what eps leaves of its deviation
-"""
 
 
 def _number(value: float | None, digits: int) -> str:
