@@ -104,8 +104,8 @@ def documented() -> dict[tuple[str, str], str]:
         text = re.sub(r"\\\n#?\s*", "", path.read_text())
         for script, line in re.findall(r"python scripts/(\w+)\.py([^`\n]*)", text):
             arguments = re.split(r" {3}| #| \(| \||\.?\"|\.$|, |: |\$", line)[0].strip()
-            # The block of the README that makes the folder "mine" has a test below; make fills in $(...).
-            if "--config-dir mine" not in arguments and "$(" not in line:
+            # The folder "mine" and completion (-sc) have tests below; make fills in $(...).
+            if not {"mine", "-sc"} & set(arguments.split()) and "$(" not in line:
                 found[script, arguments] = path.relative_to(ROOT).as_posix()
     return found
 
