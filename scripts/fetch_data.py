@@ -1,12 +1,14 @@
 """Prepare a data set: download and check its files, decode its images, print their numbers.
 
 python scripts/fetch_data.py cifar10
+python scripts/fetch_data.py esc50 dataset.root=FOLDER --figure spectrograms.png --classes dog,rain
 
 Where a download needs an account, the steps to take by hand are printed.
 """
 
 import argparse
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from hydra import compose
@@ -26,6 +28,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", help="as for train.py: dataset.root=FOLDER")
     parser.add_argument("--config-dir", type=Path, action="append", default=[], help="your folder of YAML files")
     parser.add_argument("--pack", metavar="FOLDER", help="first pack ImageNet's files in FOLDER into shards")
+    parser.add_argument("--figure", metavar="FILE", type=Path, help="draw a training image of each of some classes")
+    parser.add_argument("--classes", metavar="A,B", help="the classes of --figure (default: the first two)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with composing([f"dataset={options.dataset}", *options.overrides], options.config_dir) as (_, overrides):
@@ -40,6 +44,28 @@ def main(arguments: list[str] | None = None) -> None:
         f"{splits.label}: {len(splits.train):,} images to train on, {len(splits.test):,} to test on, "
         f"{splits.num_classes} classes"
     )
+    if options.figure is not None:
+        draw(splits, options.classes.split(",") if options.classes else splits.classes[:2], options.figure)
+        print(options.figure)
+
+
+def draw(splits: Splits, classes: Sequence[str], file: Path) -> None:
+    """The first training image of each class, side by side. Raises `UserError` for a class that there is not."""
+    from matplotlib.figure import Figure  # a second that preparing data does not need
+
+    if not splits.classes:
+        raise UserError(f"--figure: the classes of {splits.label} have no names to draw them by")
+    figure = Figure(figsize=(2.6 * len(classes), 2.8), layout="constrained")
+    for panel, name in zip(figure.subplots(1, len(classes), squeeze=False)[0], classes, strict=True):
+        if name not in splits.classes:
+            known = ", ".join(splits.classes[:10])
+            raise UserError(f"--classes: {splits.label} has no class {name}; it has {known}, ...")
+        first = int((splits.train.labels == splits.classes.index(name)).nonzero()[0])
+        panel.imshow(splits.train[first][0].permute(1, 2, 0).numpy())
+        panel.set_title(name.replace("_", " "), fontsize=9)
+        panel.set_axis_off()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=150, metadata={"Software": None})
 
 
 if __name__ == "__main__":

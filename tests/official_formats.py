@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import soundfile
 import yaml
 from PIL import Image
 from scipy.io import savemat
@@ -88,7 +89,7 @@ def cifar_batch(count: int, seed: int, **labels: int) -> dict[str, Any]:
 
 def cifar10(folder: Path, _: dict[str, Any], train: int, test: int) -> None:
     files = {f"data_batch_{part}": cifar_batch(train // 5, part, labels=10) for part in range(1, 6)}
-    files["test_batch"] = cifar_batch(test, 6, labels=10)
+    files["test_batch"] = cifar_batch(test, 6, labels=min(10, train // 5))  # of classes that are trained
     files["batches.meta"] = {"label_names": [f"class {i}" for i in range(10)], "num_vis": 3072}
     _write_pickles(folder / "cifar-10-batches-py", files)
 
@@ -187,6 +188,43 @@ def imagenet_wds(folder: Path, _: dict[str, Any], train: int, test: int) -> None
                     add_member(tar, f"{index:06}.cls", str(index % len(WNIDS)).encode())
 
 
+def write_clip(path: Path, index: int) -> None:
+    """Half a second of noise at 8 kHz."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, np.random.default_rng(index).normal(0, 0.1, 4000), 8000)
+
+
+def esc50(folder: Path, _: dict[str, Any], train: int, test: int) -> None:
+    """The test clips are fold 1, the training clips are spread over folds 2 to 5."""
+    lines = ["filename,fold,target,category,esc10,src_file,take"]
+    for index in range(train + test):
+        fold, target = (1, index % 2) if index < test else (2 + (index - test) // 2 % 4, (index - test) % 2)
+        name = f"{fold}-{100000 + index}-A-{target}.wav"
+        write_clip(folder / "audio" / name, index)
+        category, esc10 = (("dog", True), ("rain", False))[target]
+        lines.append(f"{name},{fold},{target},{category},{esc10},{100000 + index},A")
+    (folder / "meta").mkdir(parents=True)
+    (folder / "meta" / "esc50.csv").write_text("\n".join(lines) + "\n")
+
+
+def tau2020(folder: Path, _: dict[str, Any], train: int, test: int) -> None:
+    (folder / "evaluation_setup").mkdir(parents=True)
+    for part, count in (("train", train), ("evaluate", test)):
+        lines = ["filename\tscene_label"]
+        for index in range(count):
+            scene = ("airport", "bus", "metro")[index % 3]
+            name = f"audio/{scene}-lisbon-{1000 + (part == 'train')}-{index:05}-a.wav"
+            write_clip(folder / name, index + 1000 * (part == "train"))
+            lines.append(f"{name}\t{scene}")
+        (folder / "evaluation_setup" / f"fold1_{part}.csv").write_text("\n".join(lines) + "\n")
+
+
+def sound_folder(folder: Path, node: dict[str, Any], train: int, test: int) -> None:
+    for part, count in ((node["train"], train), (node["test"], test)):
+        for index in range(count):
+            write_clip(folder / part / ("cat", "dog")[index % 2] / f"{index:04}.wav", index + 1000 * count)
+
+
 def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(content)
@@ -211,5 +249,8 @@ def digits(*_: Any) -> None:
 
 WRITERS = {
     writer.__name__: writer
-    for writer in (cifar10, cifar100, digits, fashion_mnist, image_folder, imagenet, imagenet_wds)
+    for writer in (
+        *(cifar10, cifar100, digits, fashion_mnist, image_folder, imagenet, imagenet_wds),
+        *(esc50, tau2020, sound_folder),
+    )
 }

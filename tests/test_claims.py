@@ -168,6 +168,43 @@ def minus(values: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(-value for value in values)
 
 
+def write_sound(root: Path, dataset: str, *differences: tuple[float, ...]) -> None:
+    """Pairs of BN and L2BN on a data set of sound, a backbone for each tuple of differences."""
+    for net, values in enumerate(differences):
+        options = {"dataset": dataset, "label": dataset.upper(), "recipe": "restarts_126", "epochs": 126}
+        write_pairs(root, [70.0] * len(values), values, backbone=f"net{net}", **options)
+
+
+def test_acoustic_scenes_decide_claim_6_by_the_rule_of_claim_5(tmp_path: Path) -> None:
+    write_sound(tmp_path, "tau2020", SMALL, SMALL)
+    assert verdict(tmp_path, 6)[0] == "not decided at this n"
+    write_sound(tmp_path, "tau2020", SMALL, SMALL, (0.6, 0.7, 0.5))
+    found, evidence = verdict(tmp_path, 6)
+    assert found == "supported"
+    assert "3 of 3 rows" in evidence
+    assert verdict(tmp_path, 5)[0] == "not measured"
+
+
+def test_environmental_sound_is_shown_beside_claim_6_and_decides_nothing(tmp_path: Path) -> None:
+    write_sound(tmp_path, "esc50", SMALL, SMALL, SMALL, SMALL)
+    write_sound(tmp_path, "sound_folder", SMALL, SMALL, SMALL, SMALL)
+    found, evidence = verdict(tmp_path, 6)
+    assert found == "not measured"
+    assert "0 cells of acoustic scenes" in evidence
+    beside = "ESC50, net0, restarts_126 (126 epochs): +0.50 points, 95 % interval [+0.25, +0.75], n = 3"
+    assert f"Environmental sound, which is no evidence on scenes, L2BN − BN: {beside}" in evidence
+    assert "SOUND_FOLDER" not in evidence
+    assert verdict(tmp_path, 5)[0] == "not measured"
+
+
+def test_sound_is_not_pooled_with_images(tmp_path: Path) -> None:
+    write_grid(tmp_path, [0.2, 0.3, 0.4])
+    before = verdict(tmp_path, 5)
+    write_sound(tmp_path, "esc50", minus(SMALL), minus(SMALL))
+    write_sound(tmp_path, "tau2020", minus(SMALL))
+    assert verdict(tmp_path, 5) == before
+
+
 @pytest.mark.parametrize(
     ("differences", "expected"),
     [

@@ -308,7 +308,7 @@ def test_what_systems_leave_behind_is_passed_over_at_every_depth(tree: Path, pla
     for name in LEFT_BEHIND:
         (tree / place / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(tree / "train" / "cat" / "0000.jpg", tree / place / name)
-    assert len(reader.list_images(tree / "train").names) == 12
+    assert len(reader.list_files(tree / "train").names) == 12
 
 
 def test_links_that_lead_back_multiply_nothing(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -318,7 +318,7 @@ def test_links_that_lead_back_multiply_nothing(tree: Path, caplog: pytest.LogCap
     shutil.copy(tree / "train" / "cat" / "0000.jpg", tree / "elsewhere" / "0.jpg")
     for name in ("one", "two"):
         (tree / "train" / "dog" / name).symlink_to(tree / "elsewhere")
-    found = reader.list_images(tree / "train")
+    found = reader.list_files(tree / "train")
     assert torch.bincount(found.labels).tolist() == [6, 7]
     for link in ("cat/all", "cat/dogs", "dog/two"):
         assert f"link to a folder that is listed already ({link})" in caplog.text
@@ -350,7 +350,7 @@ def test_what_is_left_out_is_counted_in_one_line(tree: Path, caplog: pytest.LogC
     for name in ("0.jfif", "1.jpe", "2.JPG", "3", "4.jpg?itok=x", "5.txt", "6.txt"):
         shutil.copy(tree / "train" / "cat" / "0000.jpg", tree / "train" / "dog" / name)
     shutil.copy(tree / "train" / "cat" / "0000.jpg", tree / "train" / "0.jpg")
-    assert len(reader.list_images(tree / "train").names) == 15
+    assert len(reader.list_files(tree / "train").names) == 15
     (line,) = caplog.messages
     for words in ("left out: 2 .txt", "1 without a suffix", "1 .jpg?itok=x", "1 .jpg outside the class folders"):
         assert words in line

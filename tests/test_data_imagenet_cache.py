@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from l2bn.data import imagenet as module
-from l2bn.data.folder import Tree, list_images
+from l2bn.data.folder import Tree, list_files
 from l2bn.data.imagenet import DecodedImages, decode_once, imagenet
 from l2bn.data.splits import PUBLISHED, Splits
 from l2bn.errors import UserError
@@ -37,7 +37,7 @@ def read(root: Path, cache: Path, **options: Any) -> Splits:
 
 
 def opened(root: Path, cache: Path) -> tuple[Tree, DecodedImages]:
-    tree = list_images(root / "train")
+    tree = list_files(root / "train")
     return tree, decode_once(tree, SIDE, str(cache), lambda image: image)
 
 
@@ -102,7 +102,7 @@ def test_a_place_without_room_is_named_with_both_ways_out(root: Path, cache: Pat
 
 
 def test_a_damaged_file_is_named_and_leaves_nothing_behind(root: Path, cache: Path) -> None:
-    (root / "train" / list_images(root / "train").names[3]).write_bytes(b"no image")
+    (root / "train" / list_files(root / "train").names[3]).write_bytes(b"no image")
     with pytest.raises(UserError, match="cannot be decoded"):
         opened(root, cache)
     assert list(cache.iterdir()) == []

@@ -10,7 +10,7 @@ import torch
 import webdataset
 
 from l2bn.data import imagenet_wds as module
-from l2bn.data.folder import list_images
+from l2bn.data.folder import list_files
 from l2bn.data.imagenet import imagenet
 from l2bn.data.imagenet_wds import Shards, imagenet_wds, pack, pack_imagenet
 from l2bn.data.loader import evaluation_loader
@@ -61,8 +61,8 @@ def test_packed_files_hold_what_the_files_hold(tmp_path: Path) -> None:
 
 def test_packing_shuffles_and_fills_the_shards(tmp_path: Path) -> None:
     write_files(tmp_path, NODE, 12, 8)
-    assert pack(list_images(tmp_path / "train"), tmp_path / "packed", "train", samples=5) == 3
-    pack(list_images(tmp_path / "train"), tmp_path / "packed", "val", samples=12)
+    assert pack(list_files(tmp_path / "train"), tmp_path / "packed", "train", samples=5) == 3
+    pack(list_files(tmp_path / "train"), tmp_path / "packed", "val", samples=12)
     splits = read(tmp_path / "packed")
     assert isinstance(splits.train, Shards)
     assert torch.bincount(splits.train.shard).tolist() == [5, 5, 2]
@@ -73,7 +73,7 @@ def test_packing_shuffles_and_fills_the_shards(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves its files to the collector
 def test_webdataset_reads_what_was_packed(tmp_path: Path) -> None:
     write_files(tmp_path, NODE, 12, 8)
-    pack(list_images(tmp_path / "train"), tmp_path / "packed", "train")
+    pack(list_files(tmp_path / "train"), tmp_path / "packed", "train")
     dataset = webdataset.WebDataset(str(tmp_path / "packed" / "train-000000.tar"), shardshuffle=False)
     labels = [label for _, label in dataset.decode("pil").to_tuple("jpg", "cls")]
     assert sorted(labels) == sorted([0, 1, 2, 3] * 3)
@@ -82,7 +82,7 @@ def test_webdataset_reads_what_was_packed(tmp_path: Path) -> None:
 def test_packing_over_shards_is_refused(shards: Path, tmp_path: Path) -> None:
     write_files(tmp_path, NODE, 12, 8)
     with pytest.raises(UserError, match=r"holds train-\*\.tar already"):
-        pack(list_images(tmp_path / "train"), shards, "train")
+        pack(list_files(tmp_path / "train"), shards, "train")
 
 
 def test_the_index_is_made_once_and_again_when_a_shard_has_changed(
@@ -232,7 +232,7 @@ def test_a_shard_that_is_removed_during_a_run_is_named(shards: Path) -> None:
 
 def test_packing_that_fails_leaves_no_shard(tmp_path: Path) -> None:
     write_files(tmp_path, NODE, 12, 8)
-    tree = list_images(tmp_path / "train")
+    tree = list_files(tmp_path / "train")
     (tmp_path / "train" / tree.names[3]).unlink()
     with pytest.raises(UserError, match=r"cannot be packed .* no shard was written"):
         pack(tree, tmp_path / "packed", "train", samples=2)
@@ -304,7 +304,7 @@ def test_missing_shards_are_said_with_what_to_do(tmp_path: Path) -> None:
 def test_real_photographs(shared_data: Path, tmp_path: Path) -> None:
     with tarfile.open(shared_data / "imagenet-samples.tar") as tar:
         tar.extractall(tmp_path, filter="data")
-    tree = list_images(tmp_path / "imagenet-samples")
+    tree = list_files(tmp_path / "imagenet-samples")
     assert [pack(tree, tmp_path / "shards", part, samples=30) for part in ("train", "val")] == [4, 4]
     splits = read(tmp_path / "shards", image_size=64)
     assert (len(splits.train), splits.num_classes, splits.classes) == (100, 100, tree.classes)

@@ -158,6 +158,13 @@ def test_the_counts_of_published_sets_are_those_in_the_configurations() -> None:
     assert known >= 6
 
 
+def test_a_class_without_training_images_is_refused() -> None:
+    with pytest.raises(UserError, match="classes differ: the class 3 has test images and no training images"):
+        make_splits(numbered([0, 1, 2]), numbered([0, 3]), 4, 4, label="Data")
+    with pytest.raises(UserError, match="classes differ: the class owl has test images"):
+        make_splits(numbered([0, 0]), numbered([0, 1]), 2, 4, ("cat", "owl"), label="Data")
+
+
 def test_pixel_statistics_are_those_of_numpy() -> None:
     images = torch.randint(0, 256, (5000, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     images[:, 1] //= 3

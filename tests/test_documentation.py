@@ -29,6 +29,7 @@ import test_data_folder
 import test_data_imagenet
 import test_data_imagenet_wds
 import test_data_loader
+import test_data_sound
 import test_data_splits
 import test_divergence
 import test_environment
@@ -235,6 +236,16 @@ PROMISES_ON_IMAGES: dict[str, list[Callable[..., Any]]] = {
         test_data_folder.test_a_single_class_is_refused_with_the_folder_that_may_be_meant,
         test_data_loader.test_one_class_is_refused,
         test_data_imagenet_wds.test_classes_without_training_images_are_refused,
+        test_data_splits.test_a_class_without_training_images_is_refused,
+    ],
+    "a sound file has another rate, several channels, another length": [
+        test_data_sound.test_another_rate_is_resampled_and_said_in_every_run,
+        test_data_sound.test_channels_are_averaged,
+        test_data_sound.test_a_short_clip_is_padded_and_a_long_one_cropped_and_both_are_said,
+    ],
+    "a sound file is silent; damaged, cut short, not finite": [
+        test_data_sound.test_a_silent_clip_is_finite,
+        test_data_sound.test_a_damaged_file_is_named_and_nothing_is_kept,
     ],
 }
 PROMISES: dict[str, list[Callable[..., Any]]] = {

@@ -5,7 +5,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from PIL import Image
 
+from l2bn.errors import UserError
 from l2bn.failures import told_plainly
 from official_formats import imagenet, write
 
@@ -75,3 +77,16 @@ def test_imagenet_is_packed_into_shards(
     script.main(["imagenet_wds", *overrides, "--pack", str(tmp_path)])
     assert "12 images to train on, 8 to test on, 4 classes" in capsys.readouterr().out
     assert sorted(file.name for file in shards.iterdir()) == ["classes.txt", "train-000000.tar", "val-000000.tar"]
+
+
+def test_a_figure_shows_a_training_image_of_each_class(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = write("esc50", tmp_path / "data")
+    figure = tmp_path / "figures" / "two.png"
+    script.main(["esc50", *overrides, "--figure", str(figure), "--classes", "rain,dog"])
+    assert capsys.readouterr().out.endswith(f"2 classes\n{figure}\n")
+    with Image.open(figure) as image:
+        assert image.width > image.height > 100
+    with pytest.raises(UserError, match=r"--classes: ESC-50, .* has no class cat; it has dog, rain"):
+        script.main(["esc50", *overrides, "--figure", str(figure), "--classes", "cat"])

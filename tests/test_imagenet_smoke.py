@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from conftest import Train
-from l2bn.data.folder import list_images
+from l2bn.data.folder import list_files
 from l2bn.data.imagenet_wds import pack
 
 pytestmark = pytest.mark.slow
@@ -19,7 +19,7 @@ def photographs(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     with tarfile.open(shared_data / "imagenet-samples.tar") as tar:
         tar.extractall(root, filter="data")
     for part in ("train", "val"):
-        pack(list_images(root / "imagenet-samples"), root / "shards", part, samples=30)
+        pack(list_files(root / "imagenet-samples"), root / "shards", part, samples=30)
     shards = ["dataset=imagenet_wds", f"dataset.root={root / 'shards'}", f"dataset.cache={root / 'cache'}"]
     return {"files": ["dataset=imagenet_samples", f"dataset.root={root}"], "shards": shards}
 

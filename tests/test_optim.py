@@ -1,12 +1,13 @@
 """Schedules against the formulas of their papers, and the optimizer's parameter groups."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 
-from l2bn.training.optim import Cosine, Exponential, MultiStep, OneCycle, Recipe
+from l2bn.training.optim import Cosine, CosineRestarts, Exponential, MultiStep, OneCycle, Recipe
 
 SETTINGS = {
     "epochs": 10,
@@ -43,6 +44,26 @@ def test_cosine_after_a_warmup_starts_at_its_full_height() -> None:
     schedule = Cosine(warmup_epochs=2)
     assert [schedule(epoch, 10) for epoch in (0, 1, 2)] == [0, 0.5, 1]
     assert schedule(6, 10) == pytest.approx(0.5)
+
+
+def test_cosine_with_restarts_is_torchs() -> None:
+    """Cycles of 3, 6 and 12 epochs, four steps each."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=3, T_mult=2)
+    schedule = CosineRestarts(restarts=[3, 9])
+    optimizer.step()
+    for step in range(4 * 21):
+        scheduler.step(step / 4)
+        assert schedule(step / 4, 21) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
+
+
+@pytest.mark.parametrize("epochs", [2, 3, 5, 9, 10, 30])
+def test_a_cosine_with_restarts_ends_with_the_run_whatever_its_length(epochs: int) -> None:
+    schedule = CosineRestarts(restarts=[3, 9])
+    assert schedule(0, epochs) == 1
+    assert schedule(epochs, epochs) == pytest.approx(0)
+    factors = [schedule(step / 8, epochs) for step in range(8 * epochs)]
+    assert sum(after > before for before, after in pairwise(factors)) == sum(r < epochs for r in (3, 9))
 
 
 def test_steps_fall_at_their_milestones() -> None:
@@ -111,3 +132,5 @@ def test_nesterov_needs_momentum() -> None:
 def test_milestones_must_rise(milestones: list[int]) -> None:
     with pytest.raises(ValueError, match="milestones"):
         MultiStep(milestones=milestones)
+    with pytest.raises(ValueError, match="restarts"):
+        CosineRestarts(restarts=milestones)

@@ -135,6 +135,18 @@ def test_pooled_line_and_seeds_line(tmp_path: Path, reference: Reference) -> Non
     assert "deviation of 0.30 points (0.19 to 0.66; 6 degrees of freedom)" in table
 
 
+def test_sound_is_not_pooled_with_images(tmp_path: Path, reference: Reference) -> None:
+    for backbone, shift in (("resnet20", 0.1), ("resnet32", 0.3)):
+        write_pairs(tmp_path, [90, 91, 92], [shift, shift + 0.1, shift + 0.2], backbone=backbone)
+    write_pairs(tmp_path, [60, 61, 62], [9.0, 9.1, 9.2], dataset="esc50,fold=2", label="ESC-50, fold 2")
+    evidence = read_evidence(tmp_path)
+    table = documents(evidence, reference)["grid.md"]
+    assert "| ESC-50, fold 2 | resnet20 |" in table
+    assert "+0.30 points over 2 data set × backbone cells" in table
+    shown = [text.get_text() for text in differences(grid(arms_of(evidence))).findobj(Text)]
+    assert {"+9.10", "+0.30"} <= set(shown)
+
+
 def test_a_cell_under_two_recipes_is_pooled_once(tmp_path: Path) -> None:
     for recipe, difference in (("cosine_200", 0.2), ("step_200", 0.4)):
         write_pairs(tmp_path, [90.0], [difference], recipe=recipe)

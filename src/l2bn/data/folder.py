@@ -27,8 +27,21 @@ from l2bn.errors import UserError
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif", ".ppm", ".pgm", ".tif", ".tiff"),
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file: its name in messages, and how the names of its files end."""
+
+    name: str
+    suffixes: tuple[str, ...]
+
+    def fits(self, file: str) -> bool:
+        return file.lower().endswith(self.suffixes)
+
+
+IMAGES = Kind(
+    "images",
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif", ".ppm", ".pgm", ".tif", ".tiff"),
 )
 # Folders that storage systems and archivers leave everywhere; hidden ones (`.Trash-1000`) are left out as well.
 SYSTEM_FOLDERS = frozenset(
@@ -60,17 +73,44 @@ def image_folder(
     if image_size is not None:  # null keeps the files' own size
         check_image_size(image_size)
     folder = expand(root)
+    trees = list_parts(folder, train, test, common)
+    arrays, files = _decode_cached(folder, trees, image_size, cache)
+    splits = [Images(pixels, tree.labels) for pixels, tree in zip(arrays, trees, strict=True)]
+    sizes = [pixels.shape[-1] for pixels in arrays]
+    if sizes[0] != sizes[-1]:
+        raise UserError(
+            f"{folder}: the images of {train} are {sizes[0]} pixels wide and those of {test} {sizes[-1]}; "
+            "set dataset.image_size"
+        )
+    common["label"] = label_of(folder, common.get("label"))
+    whole = None if counts is None else (counts[0], counts[0] * counts[1], counts[0] * counts[2])
+    classes = trees[0].classes
+    return make_splits(splits[0], splits[-1], len(classes), sizes[0], classes, files=files, whole=whole, **common)
+
+
+def label_of(folder: Path, label: str | None) -> str:
+    """The label that was given, else the name of the folder."""
+    return Path(os.path.abspath(folder)).name if label is None else label  # noqa: PTH100 (a link's own name)
+
+
+def list_parts(folder: Path, train: str, test: str, common: Common, kind: Kind = IMAGES) -> "list[Tree]":
+    """The files below `folder`/`train`/<class>/ and `folder`/`test`/<class>/; one tree if both are one folder.
+
+    Raises `UserError` for a folder that is missing or has one class, for classes that differ between the two, and
+    for one folder as both unless `validation` holds out a share of it.
+    """
     for part, key in ((train, "train"), (test, "test")):
         if not (folder / part).is_dir():
             raise UserError(f"no folder {(folder / part).absolute()}. {_suggest(folder, train, test, key)}")
-    trees = [list_images(folder / train)]
+    trees = [list_files(folder / train, kind)]
     if not (folder / train).samefile(folder / test):
-        trees.append(list_images(folder / test))
+        trees.append(list_files(folder / test, kind))
         same_classes(*trees)
     elif not common.get("validation"):
         raise UserError(
             f"dataset.train={train} and dataset.test={test} are one folder in {folder.absolute()}: accuracy would "
-            "be measured on training images; name another folder, or hold images out by dataset.validation=0.2"
+            f"be measured on training {kind.name}; name another folder, or hold {kind.name} out by "
+            "dataset.validation=0.2"
         )
     classes = trees[0].classes
     if len(classes) == 1:
@@ -83,18 +123,7 @@ def image_folder(
                 else "give two"
             )
         )
-    arrays, files = _decode_cached(folder, trees, image_size, cache)
-    splits = [Images(pixels, tree.labels) for pixels, tree in zip(arrays, trees, strict=True)]
-    sizes = [pixels.shape[-1] for pixels in arrays]
-    if sizes[0] != sizes[-1]:
-        raise UserError(
-            f"{folder}: the images of {train} are {sizes[0]} pixels wide and those of {test} {sizes[-1]}; "
-            "set dataset.image_size"
-        )
-    label = common.get("label")
-    common["label"] = Path(os.path.abspath(folder)).name if label is None else label  # noqa: PTH100 (a link's own name)
-    whole = None if counts is None else (counts[0], counts[0] * counts[1], counts[0] * counts[2])
-    return make_splits(splits[0], splits[-1], len(classes), sizes[0], classes, files=files, whole=whole, **common)
+    return trees
 
 
 def _suggest(folder: Path, train: str, test: str, missing: str) -> str:
@@ -123,7 +152,7 @@ def _listing(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Tree:
-    """The image files of one split: their names relative to `folder`, sorted by class and name."""
+    """The files of one split: their names relative to `folder`, sorted by class and name."""
 
     folder: Path
     classes: tuple[str, ...]
@@ -164,36 +193,39 @@ def scan(folder: Path) -> tuple[list[str], list[str]]:
     return sorted(folders), sorted(files)
 
 
-def list_images(folder: Path) -> Tree:
-    """All image files below `folder`/<class>/, in folders of any depth.
+def list_files(folder: Path, kind: Kind = IMAGES) -> Tree:
+    """All files of a kind below `folder`/<class>/, in folders of any depth.
 
-    A folder that several links lead to is listed once. Files that are no images by name are left out, and a log
+    A folder that several links lead to is listed once. Files of another kind by name are left out, and a log
     line counts them. Raises `UserError` for a folder that is missing or cannot be listed, for a class without
-    images, and for two classes that are one folder.
+    files, and for two classes that are one folder.
     """
     if not folder.is_dir():
         raise UserError(
-            f"no folder {folder.absolute()}: images are looked for in {folder.name}/<class>/; set dataset.root"
+            f"no folder {folder.absolute()}: {kind.name} are looked for in {folder.name}/<class>/; set dataset.root"
         )
     classes, loose = scan(folder)
     if not classes:
-        raise UserError(f"no images in {folder}: it has no class folders (expected {folder.name}/<class>/*.jpg)")
+        raise UserError(
+            f"no {kind.name} in {folder}: it has no class folders "
+            f"(expected {folder.name}/<class>/*{kind.suffixes[0]})"
+        )
     places = {_place(folder): folder.name}
     for name in classes:
         same = places.setdefault(_place(folder / name), name)
         if same != name:
             raise UserError(
-                f"{folder / name} is the same folder as {same}: images of one class cannot be of another"
+                f"{folder / name} is the same folder as {same}: {kind.name} of one class cannot be of another"
             )
     left_out = Counter(f"{_kind(name)} outside the class folders" for name in loose)
     seen = set(places)
     names: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = sorted(_images_below(folder / name, seen, left_out))
+        found = sorted(_files_below(folder / name, kind, seen, left_out))
         if not found:
             raise UserError(
-                f"no images in {folder / name}: files ending in {', '.join(SUFFIXES)} are looked for; "
+                f"no {kind.name} in {folder / name}: files ending in {', '.join(kind.suffixes)} are looked for; "
                 "put some there or remove the folder"
             )
         names += [os.path.relpath(path, folder) for path in found]
@@ -208,10 +240,10 @@ def _place(folder: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _images_below(folder: Path, seen: set[tuple[int, int]], left_out: Counter[str]) -> Iterator[str]:
+def _files_below(folder: Path, kind: Kind, seen: set[tuple[int, int]], left_out: Counter[str]) -> Iterator[str]:
     folders, files = scan(folder)
     for name in files:
-        if is_image(name):
+        if kind.fits(name):
             yield str(folder / name)
         else:
             left_out[_kind(name)] += 1
@@ -221,11 +253,7 @@ def _images_below(folder: Path, seen: set[tuple[int, int]], left_out: Counter[st
             left_out[f"link to a folder that is listed already ({folder.name}/{name})"] += 1
         else:
             seen.add(place)
-            yield from _images_below(folder / name, seen, left_out)
-
-
-def is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES)
+            yield from _files_below(folder / name, kind, seen, left_out)
 
 
 def _kind(name: str) -> str:
@@ -233,14 +261,14 @@ def _kind(name: str) -> str:
 
 
 def report_left_out(folder: Path, left_out: Counter[str]) -> None:
-    """Log one line that counts the files and links that are not taken for images, if there are any."""
+    """Log one line that counts the files and links that are left out, if there are any."""
     if left_out:
         kinds = [f"{count:,} {kind}" for kind, count in left_out.most_common()]
         log.warning("%s: left out: %s", folder, _listing(kinds))
 
 
 def same_classes(train: Tree, test: Tree) -> None:
-    """Raises `UserError` naming the classes that only one of the two has."""
+    """Raise `UserError` naming the classes that only one of the two has."""
     for here, there in ((train, test), (test, train)):
         missing = sorted(set(here.classes) - set(there.classes))
         if missing:

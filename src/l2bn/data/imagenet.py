@@ -26,7 +26,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, resize
 
 from l2bn.data.cache import cache_file, expand, file_state, read_arrays, replacing, write_arrays
 from l2bn.data.decode import read_all, read_rgb
-from l2bn.data.folder import Tree, is_image, list_images, report_left_out, same_classes, scan
+from l2bn.data.folder import IMAGES, Tree, list_files, report_left_out, same_classes, scan
 from l2bn.data.splits import Common, Split, Splits, Transform, check_image_size, digest, make_splits
 from l2bn.errors import UserError
 
@@ -89,18 +89,18 @@ def list_splits(folder: Path, train: str, val: str, devkit: str) -> tuple[Tree, 
         )
     if train != val and (folder / train).samefile(folder / val):
         raise UserError(f"{folder / train} and {folder / val} are one folder: no accuracy can be measured on it")
-    trained = list_images(folder / train)
+    trained = list_files(folder / train)
     subfolders, names = scan(folder / val)
-    images = [name for name in names if is_image(name)]
+    images = list(filter(IMAGES.fits, names))
     if images and subfolders:
         raise UserError(
             f"{folder / val} holds {len(images):,} images and folders ({', '.join(subfolders[:3])}): images are "
             "either all in class folders or all beside each other; move the images, or remove the folders"
         )
     if not subfolders:
-        report_left_out(folder / val, Counter(Path(name).suffix for name in names if not is_image(name)))
+        report_left_out(folder / val, Counter(Path(name).suffix for name in names if not IMAGES.fits(name)))
         return trained, _flat(folder / val, images, folder / devkit, trained.classes)
-    tested = list_images(folder / val)
+    tested = list_files(folder / val)
     same_classes(trained, tested)
     return trained, tested
 

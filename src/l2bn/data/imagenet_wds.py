@@ -27,7 +27,7 @@ from webdataset import ShardWriter
 
 from l2bn.data.cache import Arrays, cached, expand, file_state, tracked
 from l2bn.data.decode import read_rgb
-from l2bn.data.folder import SUFFIXES, Tree, scan
+from l2bn.data.folder import IMAGES, Tree, scan
 from l2bn.data.imagenet import DEVKIT, LICENCE, evaluation_transform, list_splits, read_bytes, training_transform
 from l2bn.data.splits import Common, Splits, Transform, check_image_size, digest, make_splits
 from l2bn.errors import UserError
@@ -263,13 +263,13 @@ def _samples(file: Path) -> list[tuple[int, int, int, bytes]]:
                     )
                 parts[f".{kind.lower()}"] = member
             for key, parts in found.items():
-                image = next((parts[suffix] for suffix in SUFFIXES if suffix in parts), None)
+                image = next((parts[suffix] for suffix in IMAGES.suffixes if suffix in parts), None)
                 label = tar.extractfile(parts[".cls"]) if ".cls" in parts else None
                 if image is None and label is None:
                     continue
                 if image is None or label is None:
                     raise UserError(
-                        f"{file}: the sample {key} needs an image ({', '.join(SUFFIXES)}) and "
+                        f"{file}: the sample {key} needs an image ({', '.join(IMAGES.suffixes)}) and "
                         f"its class number (.cls), but has {', '.join(sorted(parts))}"
                     )
                 text = label.read()

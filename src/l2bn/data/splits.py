@@ -183,6 +183,12 @@ def make_splits(
 
     Raises `UserError` for a choice that the data cannot fulfil.
     """
+    untrained = sorted(set(test.labels.tolist()) - set(train.labels.tolist()))
+    if untrained:
+        name = classes[untrained[0]] if classes else untrained[0]
+        raise UserError(
+            f"classes differ: the class {name} has test images and no training images; add some, or remove it"
+        )
     fingerprint = _fingerprint(train, test, files)
     label, baseline = common.get("label") or "", common.get("baseline")
     if not label.strip():

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -45,6 +45,14 @@ FEATURES = (SHRINK, *(f"{place}/{name}" for place in (INPUT, OUTPUT, PENULTIMATE
 # ---- Cells and their names ----------------------------------------------------------------------------------
 
 
+Task = Literal["images", "acoustic scenes", "environmental sound", "sound"]
+TASKS: Mapping[str, Task] = {
+    "tau2020": "acoustic scenes",
+    "esc50": "environmental sound",
+    "sound_folder": "sound",
+}
+
+
 @dataclass(frozen=True)
 class Cell:
     """The names that two runs must share to be compared: those of the run's folder, overrides included."""
@@ -54,6 +62,11 @@ class Cell:
     backbone: str
     setting: str
     value: tuple[float, ...] = ()  # what a study varies: eps, or batch size and learning rate
+
+    @property
+    def task(self) -> Task:
+        """What the data set holds, by its choice."""
+        return TASKS.get(self.dataset.partition(",")[0], "images")
 
     @property
     def order(self) -> tuple[object, ...]:
@@ -96,7 +109,7 @@ def with_changes(name: str, changes: Mapping[str, str]) -> str:
 
 def label_of(record: Record) -> str:
     """The data set as tables name it: the record's label, and the overrides that the label does not contain."""
-    contained = ("label", "baseline", "subset", "validation")
+    contained = ("label", "baseline", "subset", "validation", "fold", "leave_out", "esc10")
     changes = {key: value for key, value in overrides(record.dataset).items() if key not in contained}
     return with_changes(record.label, changes)
 

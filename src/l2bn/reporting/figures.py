@@ -296,7 +296,7 @@ def differences(comparisons: Sequence[Comparison]) -> Figure:
         label = dataset
     lines.append(Line("Pooled, n cells"))
     for full, text in ((True, f"{FULL_EPOCHS} epochs and more"), (False, f"under {FULL_EPOCHS} epochs")):
-        chosen = [row for row in rows if row.full_length is full]
+        chosen = [row for row in rows if row.full_length is full and row.cell.task == "images"]
         if chosen:
             lines.append(Line(text, pooled(chosen)))
     return _dots(lines)

@@ -209,9 +209,9 @@ def _grouped(
 
 def _pooled(rows: Sequence[Comparison]) -> list[str]:
     """The pooled estimate and the seeds needed, long runs and short ones apart."""
-    lines = []
+    lines, images = [], [row for row in rows if row.cell.task == "images"]
     for full, name in ((True, f"of {FULL_EPOCHS} epochs and more"), (False, f"under {FULL_EPOCHS} epochs")):
-        chosen = [row for row in rows if row.full_length is full and row.differences()]
+        chosen = [row for row in images if row.full_length is full and row.differences()]
         if not chosen:
             continue
         result = pooled(chosen)

@@ -6,6 +6,7 @@ A schedule is a pure function of the position in the run, so that checkpoints ne
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -39,6 +40,25 @@ class Cosine:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CosineRestarts:
+    """Decay from 1 to 0 along half a cosine, anew from each of `restarts` (epochs).
+
+    Loshchilov and Hutter 2017, arXiv:1608.03983. The last decay ends with the run, whatever its length;
+    restarts that it does not reach are ignored.
+    """
+
+    restarts: list[int]
+
+    def __post_init__(self) -> None:
+        _require_rising_epochs(restarts=self.restarts)
+
+    def __call__(self, epoch: float, epochs: int) -> float:
+        bounds = [0, *(restart for restart in self.restarts if restart < epochs), epochs]
+        start, end = next(bound for bound in reversed(list(pairwise(bounds))) if bound[0] <= epoch)
+        return 0.5 * (1 + math.cos(math.pi * (epoch - start) / (end - start)))
+
+
+@dataclass(frozen=True, kw_only=True)
 class MultiStep:
     """Decay by `gamma` at each milestone (in epochs); constant `start_factor` during the first `warmup_epochs`."""
 
@@ -51,8 +71,7 @@ class MultiStep:
         _require_not_negative(warmup_epochs=self.warmup_epochs)
         if not 0 <= self.start_factor <= 1:
             raise ValueError(f"start_factor must lie in [0, 1], not {self.start_factor}")
-        if sorted(set(self.milestones)) != self.milestones or any(m < 1 for m in self.milestones):
-            raise ValueError(f"milestones must be epochs in rising order, each at least 1, not {self.milestones}")
+        _require_rising_epochs(milestones=self.milestones)
         if not 0 < self.gamma <= 1:
             raise ValueError(f"gamma must lie in (0, 1], not {self.gamma}")
 
@@ -161,6 +180,12 @@ class Recipe:
             fused=on_cuda,
             foreach=not on_cuda,
         )
+
+
+def _require_rising_epochs(**lists: list[int]) -> None:
+    for name, epochs in lists.items():
+        if sorted(set(epochs)) != epochs or any(epoch < 1 for epoch in epochs):
+            raise ValueError(f"{name} must be epochs in rising order, each at least 1, not {epochs}")
 
 
 def _require_not_negative(**values: float) -> None:
