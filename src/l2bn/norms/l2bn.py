@@ -29,7 +29,14 @@ from l2bn.kernels import autograd
 from l2bn.kernels.compiler import DEVICES, Fused, compiler_works, operators_must_be_seen
 from l2bn.kernels.formulas import normalized
 from l2bn.norms.l2_step import Scale, is_rms
-from l2bn.norms.stepped import Activated, SteppedBatchNorm, stepped, takes_batch_statistics
+from l2bn.norms.stepped import (
+    Activated,
+    State,
+    SteppedBatchNorm,
+    share_of_batch,
+    stepped,
+    takes_batch_statistics,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -62,28 +69,26 @@ class _L2BatchNorm(SteppedBatchNorm):
     def step(self, x: Tensor, scale: Scale) -> Tensor:
         return normalized(x, is_rms(scale))
 
-    def _normalized(self, x: Tensor) -> Tensor:
-        if not self._has_kernels_for(x):
-            return super()._normalized(x)
-        mean, var, factor = self._statistics()
+    def _normalized(self, x: Tensor, state: State) -> Tensor:
+        if not self._has_kernels_for(x, state):
+            return super()._normalized(x, state)
+        weight, bias, mean, var = state
         rms, strict = self.scale == "rms", self.fused == "on"
         if not self.training and mean is not None and var is not None:
-            return autograd.evaluate(x, self.weight, self.bias, mean, var, rms, self.epsilon, strict)
-        return autograd.train(x, self.weight, self.bias, mean, var, factor, rms, self.epsilon, strict)
+            return autograd.evaluate(x, weight, bias, mean, var, rms, self.epsilon, strict)
+        return autograd.train(x, weight, bias, mean, var, share_of_batch(self, state), rms, self.epsilon, strict)
 
-    def _has_kernels_for(self, x: Tensor) -> bool:
+    def _has_kernels_for(self, x: Tensor, state: State) -> bool:
         """Return whether the fused formulas serve this call; otherwise the definition does."""
         if self.fused == "off" or x.device.type not in DEVICES:
             return False
-        if not takes_batch_statistics(self) and self._needs_grad(x):
+        tensors = [x, *[t for t in state if t is not None]]
+        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        if needs_grad and not takes_batch_statistics(state, self.training):
             return False  # evaluation's kernels have no backward
-        own = [t for t in (self.weight, self.bias, self.running_mean, self.running_var) if t is not None]
-        if operators_must_be_seen(x, *own) or x.numel() == 0:
+        if operators_must_be_seen(*tensors) or x.numel() == 0:
             return False
         return torch.compiler.is_compiling() or self.fused == "on" or compiler_works(x.device.type)
-
-    def _needs_grad(self, x: Tensor) -> bool:
-        return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
 
     def extra_repr(self) -> str:
         kernels = {"on": "fused", "off": "plain", "auto": "auto"}[self.fused]

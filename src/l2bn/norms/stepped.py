@@ -16,7 +16,7 @@ layer, and AttributeError, so that `hasattr` and `inspect.getmembers` go on.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,15 @@ from l2bn.norms.swap import in_place_of, stock_name
 
 Step = Callable[[Tensor, Scale], Tensor]
 """(N, C, ...), float32 at least, and L2BN's scale to the same shape and type. A module may hold buffers."""
+
+
+class State(NamedTuple):
+    """The parameters and running statistics that a call uses, each (C,) or None."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor | None
+    var: Tensor | None
 
 
 class NotBatchNormError(TypeError, AttributeError):
@@ -57,35 +66,24 @@ class SteppedBatchNorm(_BatchNorm):
                 "it, freeze it or make another layer of it, would drop the step before it. For statistics that are "
                 "joint across ranks use l2bn.norms.sync.convert_sync; to read the value use `epsilon`"
             )
-        return super().__getattr__(name)
+        return nn.Module.__getattr__(self, name)  # each weight of each call passes here; super() would cost more
 
     def forward(self, input: Any) -> Any:  # noqa: A002 - BN's own name
         """(N, C, ...) to the same shape, type and memory format; statistics are float32 at least."""
         if isinstance(input, Proxy):
             return _as_leaf(self, input)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        check_call(self, input, self.epsilon, joint=self._shares_batch())
-        return self._activated(self._normalized(input))
+        state = state_of(self)
+        check_call(input, state, self.epsilon, training=self.training, joint=self._shares_batch())
+        return self._activated(self._normalized(input, state))
 
-    def _normalized(self, x: Tensor) -> Tensor:
+    def _normalized(self, x: Tensor, state: State) -> Tensor:
         """Compute the definition itself."""
-        mean, var, factor = self._statistics()
         z = self.step(widened(x), self.scale)
-        momentum = 0.0 if factor is None else float(factor)
-        batch = takes_batch_statistics(self)
-        return batch_norm(z, self.weight, self.bias, mean, var, self.epsilon, momentum, batch).to(x.dtype)
-
-    def _statistics(self) -> tuple[Tensor | None, Tensor | None, float | Tensor | None]:
-        """Return the running statistics to use or move, and the share of this batch in them; count the batch."""
-        if not self.training:
-            return self.running_mean, self.running_var, None
-        if not self.track_running_stats:
-            return None, None, None
-        factor: float | Tensor | None = self.momentum
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            factor = 1.0 / self.num_batches_tracked if self.momentum is None else self.momentum
-        return self.running_mean, self.running_var, factor
+        share = share_of_batch(self, state)
+        momentum = 0.0 if share is None else float(share)
+        batch = takes_batch_statistics(state, self.training)
+        return batch_norm(z, *state, self.epsilon, momentum, batch).to(x.dtype)
 
     def _activated(self, y: Tensor) -> Tensor:
         return y
@@ -111,11 +109,29 @@ class Activated:
         return self.act(self.drop(y))
 
 
-def takes_batch_statistics(layer: _BatchNorm) -> bool:
-    return layer.training or layer.running_mean is None
+def state_of(layer: _BatchNorm) -> State:
+    """Return the tensors that a call uses. It reads them once, because a module's attributes are slow."""
+    if layer.training and not layer.track_running_stats:
+        return State(layer.weight, layer.bias, None, None)
+    return State(layer.weight, layer.bias, layer.running_mean, layer.running_var)
 
 
-def check_call(layer: _BatchNorm, x: Tensor, eps: float, *, joint: bool = False) -> None:
+def share_of_batch(layer: _BatchNorm, state: State) -> float | Tensor | None:
+    """Return the share of this batch in the running statistics, None if they stay; count the batch."""
+    if not layer.training or state.mean is None:
+        return None
+    batches = layer.num_batches_tracked
+    if batches is None:
+        return layer.momentum
+    batches.add_(1)
+    return 1.0 / batches if layer.momentum is None else layer.momentum
+
+
+def takes_batch_statistics(state: State, training: bool) -> bool:
+    return training or state.mean is None
+
+
+def check_call(x: Tensor, state: State, eps: float, *, training: bool, joint: bool = False) -> None:
     """Raise what batch norm raises for such an input, eps, weights or statistics; the kernels check nothing.
 
     With `joint` other ranks have values too, so that one value a channel is enough here.
@@ -124,17 +140,17 @@ def check_call(layer: _BatchNorm, x: Tensor, eps: float, *, joint: bool = False)
         raise NotImplementedError(f'"batch_norm" not implemented for {x.dtype} in layout {x.layout}')
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return  # sizes are tensors there; batch norm itself checks them
-    tensors = {name: getattr(layer, name) for name in ("running_mean", "running_var", "weight", "bias")}
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.numel() != x.shape[1]:
-            raise RuntimeError(f"{name} should contain {x.shape[1]} elements not {tensor.numel()}")
-    if (tensors["running_mean"] is None) != (tensors["running_var"] is None):
-        raised = ValueError if layer.training else RuntimeError
+    channels = x.shape[1]
+    for name, tensor in zip(("weight", "bias", "running_mean", "running_var"), state, strict=True):
+        if tensor is not None and tensor.numel() != channels:
+            raise RuntimeError(f"{name} should contain {channels} elements not {tensor.numel()}")
+    if (state.mean is None) != (state.var is None):
+        raised = ValueError if training else RuntimeError
         raise raised("running_mean and running_var must be given together or not at all")
-    if takes_batch_statistics(layer):
+    if takes_batch_statistics(state, training):
         if not eps > 0:
             raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
-        if x.numel() == x.shape[1] and not joint:
+        if x.numel() == channels and not joint:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
 
 

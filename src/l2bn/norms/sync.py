@@ -29,7 +29,7 @@ from l2bn.kernels.formulas import (
     widened,
 )
 from l2bn.norms.l2bn import L2BatchNorm1d, L2BatchNorm2d, L2BatchNorm3d, L2BatchNormAct2d, _L2BatchNorm
-from l2bn.norms.stepped import Activated, SteppedBatchNorm, check_call
+from l2bn.norms.stepped import Activated, State, SteppedBatchNorm, check_call, share_of_batch, state_of
 from l2bn.norms.swap import stock_name
 
 logger = logging.getLogger(__name__)
@@ -163,15 +163,13 @@ class _Sync(_BatchNorm):
     def _is_joint(self) -> bool:
         return self.training and dist.is_initialized() and dist.get_world_size(self.process_group) > 1
 
-    def _moved(self, joint: Joint) -> Tensor:
+    def _moved(self, joint: Joint, state: State) -> Tensor:
         """Move the running statistics, and return y."""
         y, mu, v, count = joint
-        if self.track_running_stats and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            step = 1.0 / self.num_batches_tracked if self.momentum is None else self.momentum
-            if self.running_mean is not None and self.running_var is not None:
-                with torch.no_grad():
-                    update_running(self.running_mean, self.running_var, mu, v, step, count)
+        share = share_of_batch(self, state)
+        if share is not None and state.mean is not None and state.var is not None:
+            with torch.no_grad():
+                update_running(state.mean, state.var, mu, v, share, count)
         return y
 
 
@@ -182,24 +180,25 @@ class _SyncBatchNorm(_Sync):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _joint(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)  # type: ignore[no-untyped-call]
-        check_call(self, x, self.eps, joint=True)
-        joint = joint_batch_norm(widened(x), self.weight, self.bias, self.eps, self.process_group)
-        return self._moved(joint).to(x.dtype)
+        state = state_of(self)
+        check_call(x, state, self.eps, training=True, joint=True)
+        joint = joint_batch_norm(widened(x), state.weight, state.bias, self.eps, self.process_group)
+        return self._moved(joint, state).to(x.dtype)
 
     def _activated(self, y: Tensor) -> Tensor:
         return y
 
 
 class _SyncL2BatchNorm(_Sync, _L2BatchNorm):
-    def _normalized(self, x: Tensor) -> Tensor:
-        return self._joint(x) if self._is_joint() else super()._normalized(x)
+    def _normalized(self, x: Tensor, state: State) -> Tensor:
+        return self._joint(x, state) if self._is_joint() else super()._normalized(x, state)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _joint(self, x: Tensor) -> Tensor:
+    def _joint(self, x: Tensor, state: State) -> Tensor:
         compiled = self.fused == "on" or (self.fused == "auto" and compiler_works(x.device.type))
         fused = self.fused if compiled else "off"
         options = self.scale == "rms", self.epsilon, self.process_group, fused
-        return self._moved(_JointL2BN.apply(x, self.weight, self.bias, *options))
+        return self._moved(_JointL2BN.apply(x, state.weight, state.bias, *options), state)
 
     def _shares_batch(self) -> bool:
         return self._is_joint()
