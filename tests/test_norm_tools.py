@@ -48,10 +48,11 @@ ROWS = {
     "`torch.ao.quantization`": ["test_quantization_leaves_the_layer_in_float"],
     "`torch.func`, `make_fx`, batched and higher derivatives": ["test_transforms_see_operators"],
     "Opacus, per-sample gradients": ["test_per_sample_gradients_in_training_are_refused"],
-    "`AveragedModel` (SWA), `update_bn`; EMA of timm; DDP, FSDP2": [
+    "`AveragedModel` (SWA), `update_bn`; EMA of timm; DDP, FSDP2; FLOP counters": [
         "test_update_bn_estimates_the_running_statistics",
         "test_ema",
         "test_norm_sync.test_data_parallel_training_averages_the_ranks_gradients",
+        "test_flops_are_counted_as_with_batch_norm",
     ],
     "`SyncBatchNorm.convert_sync_batchnorm` of PyTorch, `convert_sync_batchnorm` of timm": [
         "test_synchronising_conversions_are_refused"
@@ -59,7 +60,6 @@ ROWS = {
     "`fuse_conv_bn_eval`, `to_mkldnn`; timm's `freeze`, `convert_splitbn_model`, `reparameterize_model`": [
         "test_conversions_to_batch_norm_alone_are_refused"
     ],
-    "FLOP counters": ["test_flops_are_counted_as_with_batch_norm"],
     "hooks, pruning, `spectral_norm`; parametrizations": [
         "test_swap.test_what_hangs_on_a_layer_is_carried_over",
         "test_parametrizations_come_after_the_swap",

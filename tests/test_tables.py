@@ -1,5 +1,6 @@
 """Tables from records: what shares a row, what each number is, and that the committed ones are up to date."""
 
+import codecs
 import csv
 import io
 import json
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from matplotlib.text import Text
 from rich.console import Console
@@ -383,6 +385,14 @@ def test_no_records_make_tables_that_say_so(tmp_path: Path, reference: Reference
     assert all("No record yet." in text for name, text in texts.items() if not name.endswith("csv"))
     assert rows_of(Evidence([]), reference) == []
     assert texts["grid.csv"].startswith("dataset,label,backbone,")
+
+
+def test_a_spreadsheet_can_tell_the_encoding_of_a_label(tmp_path: Path, reference: Reference) -> None:
+    write_run(tmp_path, dataset="sizes", label="Größe")
+    write_run(tmp_path, dataset="sizes", label="Größe", norm="l2bn")
+    text = documents(read_evidence(tmp_path), reference)["grid.csv"]
+    assert text.encode().startswith(codecs.BOM_UTF8)
+    assert pd.read_csv(io.BytesIO(text.encode()))["label"].tolist() == ["Größe"]
 
 
 # ---- Beside published numbers ----------------------------------------------------------------------------

@@ -184,8 +184,10 @@ def latex(table: Table) -> str:
 def csv_text(rows: Iterable[Mapping[str, object]], columns: Sequence[str], float_format: str) -> str:
     """The rows as CSV, None as an empty cell.
 
-    Floats are rounded, so that the last bits of another machine's sums change nothing.
+    Floats are rounded, so that the last bits of another machine's sums change nothing. A text that is not ASCII
+    begins with a byte order mark, without which spreadsheets take UTF-8 for another encoding.
     """
     chosen = map(itemgetter(*columns), rows)
     cells = [[format(cell, float_format) if isinstance(cell, float) else cell for cell in row] for row in chosen]
-    return pd.DataFrame(cells, columns=list(columns), dtype=object).to_csv(index=False, lineterminator="\n")
+    text = pd.DataFrame(cells, columns=list(columns), dtype=object).to_csv(index=False, lineterminator="\n")
+    return text if text.isascii() else f"\ufeff{text}"
