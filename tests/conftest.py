@@ -34,8 +34,9 @@ TINY = ("dataset.subset=256", "progress=false", "compute.workers=0")
 
 @pytest.fixture(autouse=True, scope="session")
 def _default_signals() -> None:
-    """Processes inherit ignored signals: tests started by nohup would pass theirs on to the runs."""
+    """Processes inherit ignored signals: tests in the background of a shell would pass theirs on to the runs."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -33,6 +33,7 @@ def page_faults(*rules: str) -> int:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator can be told")
+@pytest.mark.slow
 def test_later_steps_meet_less_than_half_the_new_pages() -> None:
     usual = page_faults()
     assert page_faults("keep_freed_memory") < 0.5 * usual

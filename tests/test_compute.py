@@ -133,6 +133,7 @@ def test_a_compiled_run_is_recorded_as_such_and_can_be_looked_into(train: Train)
     assert (loss, top1) == (pytest.approx(record.last["test/loss"]), record.last["test/top1"])
 
 
+@pytest.mark.slow
 def test_each_run_of_a_process_is_compiled(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's limit is the process's; above it networks run as they are, and the record would say otherwise."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))

@@ -138,6 +138,7 @@ def test_formulas_are_exact(
 @example(shape=(4, 4, 4, 4), channels_last=False)  # the first compiles: equal sizes must not stay equal
 @example(shape=(4, 4, 4, 4), channels_last=True)
 @given(shape=st.tuples(*[st.integers(2, 19)] * 4), channels_last=st.booleans())
+@pytest.mark.slow
 def test_kernels_for_any_size_are_exact(shape: tuple[int, ...], channels_last: bool) -> None:
     torch.manual_seed(0)
     x = torch.randn(shape)

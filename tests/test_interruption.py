@@ -258,6 +258,7 @@ def test_a_handler_that_was_there_before_is_called_after_the_checkpoint(tmp_path
     assert calls(output) == [[str(int(signal.SIGUSR2)), newest(tmp_path)[0]]]
 
 
+@pytest.mark.slow
 def test_after_a_handler_that_returns_the_run_goes_on(tmp_path: Path) -> None:
     """As submitit's on SIGTERM: Slurm says so when it preempts a job, and requeues the job if it still runs."""
     short = ("norm=bn", "recipe.epochs=12")
@@ -323,6 +324,7 @@ def test_the_processes_of_a_run_end_with_it(photographs: Path, train: Train) -> 
         gc.enable()
 
 
+@pytest.mark.slow
 def test_the_processes_of_a_run_may_be_spawned(photographs: Path, tmp_path: Path) -> None:
     """As on macOS, where processes are not forked."""
     spawning = "import multiprocessing; multiprocessing.set_start_method('spawn')\n"

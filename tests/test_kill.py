@@ -22,7 +22,7 @@ from test_training import drawn, equal, results, weights
 SEED = 20220706
 # Two updates an epoch and a checkpoint after each: something is always being written.
 RUN = ("dataset.subset=64", "dataset.validation=0.05", "recipe.epochs=24", "checkpoint.every_steps=1")
-FEW = 10
+FEW = 5
 MANY = {
     "one process": (30, ("norm=l2bn",)),
     "two devices": (12, ("norm=bn", "compute.device=cpu", "compute.devices=2")),

@@ -53,6 +53,7 @@ def test_a_run_that_is_looked_into_is_the_same_run(
     assert not [plain.folder / name for name in (FEATURES, STATISTICS, SAMPLE) if (plain.folder / name).exists()]
 
 
+@pytest.mark.slow
 def test_dropout_too_draws_what_it_drew(twice: Callable[..., tuple[Record, Record]]) -> None:
     options = ("backbone=vgg11", "recipe.epochs=1", "dataset.subset=64", *TINY[1:])
     plain, watched = twice(*options, analysis=("analysis=statistics", "analysis.statistics_every=1"))
@@ -153,6 +154,7 @@ def test_damaged_measurements_are_named_before_a_run_goes_on(
         train(EPOCHS, *TINY, "analysis=on")
 
 
+@pytest.mark.slow
 def test_at_the_default_it_takes_under_five_percent_of_the_time(
     train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,6 +240,7 @@ def test_at_the_start_evaluation_lags_behind_batch_statistics(train: Train) -> N
 # ---- An existing run ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_finished_run_gives_what_it_would_have_given_in_training(
     twice: Callable[..., tuple[Record, Record]],
 ) -> None:

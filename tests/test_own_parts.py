@@ -103,6 +103,7 @@ def test_own_parts_are_trained_and_opened_again(launcher: str, mine: Path, tmp_p
     assert not (tmp_path / "third").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_missing_is_named(tmp_path: Path) -> None:
     for name, *arguments in (
         ("train", "norm=bn"),

@@ -182,6 +182,7 @@ def of_the_plain_loop(net: Net, lr: float) -> Tensor:
 
 @pytest.mark.parametrize("norm", ["bn", "l2bn"])
 @pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.slow
 def test_in_float64_the_losses_are_those_of_the_plain_loop(norm: str, channels_last: bool) -> None:
     fast = of_the_trainer(Net(norm, torch.float64, fused=True), 0.05, channels_last=channels_last)
     plain = of_the_plain_loop(Net(norm, torch.float64), 0.05)

@@ -254,6 +254,7 @@ def tables(runs: Path, out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_finishes_what_is_missing_and_its_table_is_the_same(tmp_path: Path) -> None:
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     process = start(killed, *TABLE, *QUICK)
@@ -298,6 +299,7 @@ def trained_side_by_side(runs: Path, process: "subprocess.Popen[str]") -> set[Pa
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=lambda n: n.name
 )
+@pytest.mark.slow
 def test_runs_side_by_side_share_the_cores_and_leave_in_good_order(number: signal.Signals, tmp_path: Path) -> None:
     """Ctrl-C reaches all processes, SIGTERM the first one alone."""
     process = start(tmp_path, *SIDE_BY_SIDE, "recipe.epochs=500", "compute.threads=null")

@@ -204,6 +204,7 @@ def test_the_final_weights_are_there_for_any_reader(train: Train) -> None:
     assert equal(load_file(record.folder / "weights.safetensors"), weights(record))
 
 
+@pytest.mark.slow
 def test_evaluation_agrees_with_batch_statistics_after_enough_updates(train: Train) -> None:
     """The running variance of a unit L2BN starts far off; by the end of the demo's recipe it must be there."""
     record = train("norm=l2bn", "progress=false")
@@ -264,6 +265,7 @@ def test_whether_progress_is_shown_changes_nothing(
     assert equal(weights(shown), weights(quiet))
 
 
+@pytest.mark.slow
 def test_checkpoints_cost_little(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the default, under 2 % of the time, even of epochs of no more than 1,408 images."""
     spent = []

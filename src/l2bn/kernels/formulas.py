@@ -11,7 +11,6 @@ map (N, C, ...), because the compiler may store them in channels_last all the sa
 import math
 
 import torch
-import torch._inductor.inductor_prims  # registers the operator that `computed_once` calls
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -103,6 +102,8 @@ def update_running(mean: Tensor, var: Tensor, mu: Tensor, v: Tensor, step: Scala
 
 def computed_once(t: Tensor) -> Tensor:
     """Return t; inductor stores it here instead of computing it again for each element of the next pass."""
+    import torch._inductor.inductor_prims  # registers the operator; here, because it takes a third of the start-up
+
     return torch.ops.prims.inductor_force_stride_order(t, t.stride())
 
 

@@ -141,7 +141,12 @@ def check_call(x: Tensor, state: State, eps: float, *, training: bool, joint: bo
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return  # sizes are tensors there; batch norm itself checks them
     channels = x.shape[1]
-    for name, tensor in zip(("weight", "bias", "running_mean", "running_var"), state, strict=True):
+    for name, tensor in (
+        ("running_mean", state.mean),
+        ("running_var", state.var),
+        ("weight", state.weight),
+        ("bias", state.bias),
+    ):
         if tensor is not None and tensor.numel() != channels:
             raise RuntimeError(f"{name} should contain {channels} elements not {tensor.numel()}")
     if (state.mean is None) != (state.var is None):
