@@ -15,7 +15,7 @@ from typing import Any
 from l2bn.failures import told_plainly
 from l2bn.records import Problem
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
 RECORDS = RESULTS / "records"
 SETS = RESULTS / "reference/sets.yaml"

@@ -170,7 +170,7 @@ def test_the_readmes_own_network_and_norm_train_from_outside_the_repository(tmp_
 @pytest.mark.slow
 def test_the_readmes_own_images_train_a_pair(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
-    for split, count in (("train", 40), ("test", 5)):
+    for split, count in (("train", 70), ("test", 5)):
         for shade, name in ((60, "dark"), (180, "light")):
             folder = tmp_path / "flowers" / split / name
             folder.mkdir(parents=True)

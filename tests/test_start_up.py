@@ -24,6 +24,5 @@ def test_help_comes_at_once() -> None:
 
 def test_the_first_steps_come_soon(tmp_path: Path) -> None:
     """From nothing to the end of a run of eight steps, the evaluation included."""
-    assert (
-        processor_seconds(f"runs_dir={tmp_path}", "norm=l2bn", "recipe.epochs=1", *TINY) < 20
-    )  # about 15 on two slow cores
+    options = f"runs_dir={tmp_path}", "norm=l2bn", "recipe.epochs=1", *TINY
+    assert processor_seconds(*options) < 20  # about 15 on two slow cores
