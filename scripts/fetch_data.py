@@ -31,6 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--figure", metavar="FILE", type=Path, help="draw a training image of each of some classes")
     parser.add_argument("--classes", metavar="A,B", help="the classes of --figure (default: the first two)")
     options = parser.parse_args(arguments)
+    if options.classes and options.figure is None:
+        parser.error(f"--classes={options.classes} chooses what --figure draws: give --figure FILE too")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with composing([f"dataset={options.dataset}", *options.overrides], options.config_dir) as (_, overrides):
         config, folders = compose(ROOT, overrides), list(own_folders())

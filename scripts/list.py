@@ -22,6 +22,8 @@ def main() -> None:
     parser.add_argument("--hours", action="store_true", help="estimate the hours of the usual recipe here")
     parser.add_argument("--config-dir", type=Path, action="append", default=[], help="your folder of YAML files")
     arguments = parser.parse_args()
+    if arguments.hours and arguments.group not in (None, "backbone"):
+        parser.error(f"--hours times backbones, not {arguments.group}: python scripts/list.py backbone --hours")
     for folder in arguments.config_dir:
         if not folder.is_dir():
             raise UserError(f"--config-dir: there is no folder {folder}")

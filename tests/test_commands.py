@@ -64,6 +64,8 @@ WRONG: list[tuple[list[str], dict[str, str], list[str]]] = [
     (["analyze.py", "--run", "nowhere"], {}, ["nowhere", "not the folder of a run"]),
     (["analyze.py", "--run", RUN, "--root", "x"], {}, ["dataset.root"]),
     (["list.py", "nets"], {}, ["nets", "backbone"]),
+    (["list.py", "norm", "--hours"], {}, ["--hours", "norm", "backbone"]),
+    (["fetch_data.py", "digits", "--classes", "1"], {}, ["--classes", "--figure"]),
     (["fetch_data.py", "digits", "--pack", "x"], {}, ["--pack", "imagenet_wds"]),
     (["fetch_data.py", "digits", "dataset.image_size=0"], {}, ["dataset.image_size", "0"]),
     (["fetch_data.py", "null"], {}, ["null", "list.py"]),

@@ -4,6 +4,7 @@ Nothing here knows the name of a data set, backbone, norm or recipe: the tests f
 """
 
 import copy
+import functools
 import itertools
 import json
 import re
@@ -311,6 +312,7 @@ def test_an_experiment_composes_in_every_run_and_counts_them(name: str, composed
 # A few updates of all that there is, as a user would make them.
 
 
+@functools.cache
 def smallest_backbone() -> str:
     return min(NAMES["backbone"], key=lambda name: cost_of(CONFIGS / "backbone" / f"{name}.yaml").parameters)
 

@@ -8,6 +8,7 @@ has to keep it small there.
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from l2bn.backbones.resnet import cifar_resnet
+from l2bn.benchmarks import paths
 from l2bn.data.augment import CropFlip
 from l2bn.data.loader import training_loader
 from l2bn.data.splits import Fingerprint, Images, Splits
@@ -63,33 +65,11 @@ class Net(nn.Module):
 
 
 def recipe(lr: float) -> Recipe:
-    return Recipe(
-        epochs=1,
-        batch_size=BATCH,
-        lr=lr,
-        momentum=0.9,
-        nesterov=True,
-        weight_decay=5e-4,
-        decay_norm_and_bias=True,
-        label_smoothing=0.0,
-        mixup=0.0,
-        schedule=MultiStep(milestones=[2]),
-    )
+    return replace(paths.recipe(BATCH, epochs=1, lr=lr), schedule=MultiStep(milestones=[2]))
 
 
 def compute(**options: Any) -> Compute:
-    defaults: dict[str, Any] = {
-        "device": "cpu",
-        "devices": 1,
-        "sync_bn": False,
-        "precision": "32-true",
-        "compile": False,
-        "channels_last": True,
-        "deterministic": False,
-        "threads": 1,
-        "workers": 0,
-    }
-    return Compute(**defaults | options)
+    return paths.compute(torch.device("cpu"), **{"threads": 1, "workers": 0, **options})
 
 
 class Losses(Trainer):

@@ -9,7 +9,7 @@ from typing import Any
 from l2bn.records import write_durably
 
 Result = dict[str, Any]
-"""What a benchmark measured: its name, the machine, and `rows` (the layer's: `cells`; accuracies: `runs`)."""
+"""The result of a benchmark: its name, the machine, and `rows` (the layer's: `cells`; accuracies: `runs`)."""
 
 Row = dict[str, Any]
 

@@ -65,7 +65,7 @@ class Cell:
 
     @property
     def task(self) -> Task:
-        """What the data set holds, by its choice."""
+        """The contents of the data set, by its choice."""
         return TASKS.get(self.dataset.partition(",")[0], "images")
 
     @property
