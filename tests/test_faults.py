@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 
 from conftest import ROOT, TINY, AtUpdate, Train, decoding, require
 from l2bn.errors import UserError
@@ -193,8 +195,19 @@ def test_output_that_cannot_be_written_ends_no_run(output: str, progress: str, t
     assert (record.status, record.epochs, problems) == ("finished", 2, [])
 
 
-def test_a_data_worker_that_is_killed(photographs: Path, train: Train, at_update: AtUpdate, tmp_path: Path) -> None:
+@pytest.mark.parametrize("other_loader", [False, True], ids=["", "after another DataLoader"])
+def test_a_data_worker_that_is_killed(
+    other_loader: bool,
+    photographs: Path,
+    train: Train,
+    at_update: AtUpdate,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """SIGKILL, as the kernel sends it when memory runs short; the run resumes with another number of workers."""
+    if other_loader:  # torch then has its handler of SIGCHLD in place, which it sets once in a process
+        monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
+        assert len(list(DataLoader(range(2), num_workers=1))) == 2
     options = (*decoding(photographs), EPOCHS)
     whole = train(*options, "compute.workers=0", f"runs_dir={tmp_path / 'whole'}")
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
 from l2bn.data.splits import Augmentation, Images, Split, Splits
 from l2bn.errors import UserError
@@ -289,12 +290,13 @@ class _WorkerLoader(_Loader):
         """Start decoding, without torch's handler of SIGCHLD.
 
         It would raise the error of a killed worker in the middle of any other code; without it, the error is raised
-        where the next batch is requested.
+        where the next batch is requested. Another DataLoader of this process may have set it before.
         """
         assert self._loader is not None
-        noticing = signal.getsignal(signal.SIGCHLD)
+        before = signal.getsignal(signal.SIGCHLD)
         batches = iter(self._loader)
-        signal.signal(signal.SIGCHLD, noticing)
+        torchs = getattr(before, "__module__", None) == signal_handling.__name__
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if torchs else before)
         return batches
 
 
