@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from conftest import ROOT
-from l2bn.benchmarks import accuracy, data, evaluation, floor, measure, norm, report, step, together, train
+from l2bn.benchmarks import accuracy, data, evaluation, floor, measure, norm, report, step, together, train, waiting
 from l2bn.benchmarks.workload import CLASSES
 from l2bn.errors import UserError
 
@@ -23,6 +23,7 @@ TABLES = {
     "data": data.data_table,
     "evaluation": evaluation.evaluation_table,
     "together": together.together_table,
+    "waiting": waiting.waiting_table,
     "accuracy": accuracy.accuracy_table,
     "floor": floor.floor_table,
 }
@@ -174,6 +175,13 @@ def test_runs_at_once_are_measured(measured: Measured) -> None:
     rows = measured("train", *options, writes="together")["rows"]
     assert [row["runs"] for row in rows] == [1, 2]
     assert [len(row["images_per_second"]) for row in rows] == [1, 2]
+
+
+@pytest.mark.slow
+def test_waiting_threads_are_measured(measured: Measured) -> None:
+    rows = measured("waiting", "--networks", "ResNet-20", "--batches", "4", "--seconds", "0.01")["rows"]
+    assert [sorted(row["seconds"]) for row in rows] == [sorted(waiting.LOADS)]
+    assert all(min(seconds.values()) > 0 for seconds in rows[0]["seconds"].values())
 
 
 def test_accuracies_are_gathered_and_not_made_twice(measured: Measured, tmp_path: Path) -> None:

@@ -525,6 +525,22 @@ def test_a_later_failure_to_compile_ends_nothing(
         L2BatchNorm2d(4, fused="on")(x)
 
 
+@pytest.mark.parametrize("level", [logging.INFO, logging.WARNING])
+def test_a_long_compilation_is_told_once(
+    level: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where logging is not set up, which shows warnings alone; short compilations add up."""
+    monkeypatch.setattr(compiler, "PATIENCE", 0.3)
+    monkeypatch.setattr(compiler, "_compiled_for", 0.0)
+    told = []
+    with caplog.at_level(level, logger="l2bn.kernels.compiler"):
+        for _ in range(4):
+            with compiler._telling_what_takes_long():
+                time.sleep(0.2)
+            told.append([(record.levelno, record.message.partition(":")[0]) for record in caplog.records])
+    assert told == [[], *[[(level, "preparing L2BN's kernels")]] * 3]
+
+
 def test_threads_that_meet_a_kind_at_once_compile_it_once() -> None:
     compiled = []
 

@@ -26,3 +26,16 @@ def test_the_first_steps_come_soon(tmp_path: Path) -> None:
     """From nothing to the end of a run of eight steps, the evaluation included."""
     options = f"runs_dir={tmp_path}", "norm=l2bn", "recipe.epochs=1", *TINY
     assert processor_seconds(*options) < 20  # about 15 on two slow cores
+
+
+def test_threads_that_wait_for_each_other_sleep_soon_unless_the_user_decides() -> None:
+    """`OMP_WAIT_POLICY` is the standard's variable for it, and libgomp's own would overrule it."""
+    program = "import os, l2bn.training; print(os.environ.get('GOMP_SPINCOUNT'))"
+    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    found = []
+    for own in ({}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "ACTIVE"}):
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment | own, capture_output=True, text=True
+        )
+        found.append(done.stdout.strip())
+    assert found == ["1000", "7", "None"]

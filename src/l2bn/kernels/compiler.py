@@ -5,8 +5,10 @@ Dynamo takes no part, so no call checks guards and no recompile limit applies.
 
 import logging
 import threading
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache, lru_cache
 from typing import Any, Literal
 
@@ -32,9 +34,14 @@ UPDATES_A_CHANNEL_COUNT = 100
 """So many updates repay the compilation for one channel count: 3 kernels, about 2.5 s the first time, against 28 ms
 saved per update (ResNet-20, batch 128, 3 channel counts, two cores: 0.44 of BN's 194 ms)."""
 
+PATIENCE = 2.0
+"""After so many seconds of compilation a process says, once, what it is doing."""
+
 _kernels: dict[Any, Kernel] = {}
 _kinds: Counter[Any] = Counter()
 _compiling = threading.Lock()
+_compiled_for = 0.0
+"""Seconds of compilation in this process."""
 
 
 def operators_must_be_seen(*tensors: Tensor) -> bool:
@@ -138,6 +145,7 @@ def _compile(
     if sizes == "symbolic":
         present, called = _vectors(present), _of_vectors(called, [t.ndim == 0 for t in present])
     with (
+        _telling_what_takes_long(),
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast(present[0].device.type, enabled=False),
@@ -147,6 +155,29 @@ def _compile(
         inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
         compiled: Kernel = compile_graph(graph, inputs)
     return compiled if sizes == "fake" else lambda *tensors: compiled(*_vectors(tensors))
+
+
+@contextmanager
+def _telling_what_takes_long() -> Iterator[None]:
+    global _compiled_for
+    start = time.monotonic()
+    timer = threading.Timer(PATIENCE - _compiled_for, _tell)
+    timer.daemon = True
+    if _compiled_for < PATIENCE:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        _compiled_for += time.monotonic() - start
+
+
+def _tell() -> None:
+    # A program that has set no logging up shows warnings alone.
+    level = logging.INFO if logger.isEnabledFor(logging.INFO) else logging.WARNING
+    logger.log(
+        level, "preparing L2BN's kernels: seconds for each size of map, less once torch's cache has them on disk"
+    )
 
 
 def _vectors(tensors: Iterable[Tensor]) -> list[Tensor]:
