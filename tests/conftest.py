@@ -29,14 +29,17 @@ settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
 
 # Eight updates an epoch on real digits: enough to see an epoch end, and quick.
-TINY = ("dataset.subset=256", "progress=false", "compute.workers=0")
+QUIET = ("progress=false", "compute.workers=0")
+TINY = ("dataset.subset=256", "dataset.image_size=16", *QUIET)
+TINIEST = ("dataset.subset=64", "dataset.image_size=16", "dataset.validation=0.05")
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _default_signals() -> None:
     """Processes inherit ignored signals: tests in the background of a shell would pass theirs on to the runs."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in signal.valid_signals():
+        if signal.getsignal(number) == signal.SIG_IGN and number not in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import train_in
+from conftest import TINIEST, train_in
 from l2bn.records import Record, read_records
 from test_training import drawn, equal, results, weights
 
 # Two updates an epoch, with a checkpoint after each.
-OPTIONS = ("dataset.subset=64", "dataset.validation=0.05", "recipe.epochs=3", "checkpoint.every_steps=1", "norm=bn")
+OPTIONS = (*TINIEST, "recipe.epochs=3", "checkpoint.every_steps=1", "norm=bn")
 
 FILES = (
     ".config.yaml*",
@@ -57,7 +57,7 @@ def kill_at(pattern: str, moment: str) -> None:
 
     def watched_fsync(descriptor: int) -> None:
         if here(Path(f"/proc/self/fd/{descriptor}").readlink(), "torn"):
-            os.ftruncate(descriptor, os.fstat(descriptor).st_size - 10)
+            os.ftruncate(descriptor, max(0, os.fstat(descriptor).st_size - 10))
             die()
         fsync(descriptor)
 

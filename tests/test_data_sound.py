@@ -537,7 +537,7 @@ def test_a_damaged_file_is_named_and_nothing_is_kept(tree: Path, name: str) -> N
 def test_the_real_esc50_is_whole(shared_data: Path, tmp_path: Path) -> None:
     with tarfile.open(shared_data / "esc50-16k.tar") as tar:
         tar.extractall(tmp_path, filter="data")
-    spectrogram = LogMel(16000, 32, 2048, 2500, 80.0, False)
+    spectrogram = LogMel(16000, 32, 4096, 2500, 80.0, False)
     splits = read(tmp_path / "esc50", spectrogram=spectrogram, label="ESC-50")
     assert (len(splits.train), len(splits.test), splits.num_classes) == (1600, 400, 50)
     assert splits.label == "ESC-50, fold 1, from .opus files"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import TINY, Train, decoding
+from conftest import QUIET, TINY, Train, decoding
 from l2bn.seeding import derive_seed
 from l2bn.training import run
 from l2bn.training.session import Job
@@ -30,7 +30,7 @@ def two_threads() -> Iterator[None]:
 def test_two_threads_give_the_same_bits_twice(train: Train, tmp_path: Path) -> None:
     """Sums that threads share are split alike each time."""
     few = ("recipe.epochs=1", "dataset.subset=64", "dataset.validation=0.05")
-    options = ("compute.threads=2", *few, *TINY[1:])
+    options = ("compute.threads=2", *few, *QUIET)
     one, other = (train(*options, f"runs_dir={tmp_path / name}") for name in ("one", "other"))
     assert torch.get_num_threads() == 2
     assert results(one) == results(other)
@@ -91,7 +91,7 @@ def test_ranks_drop_out_features_of_their_own(
             return job
 
         monkeypatch.setattr(run, "make_job", watched)
-        train(*options, "dataset.subset=96", *TINY[1:], f"runs_dir={tmp_path / name}")
+        train(*options, "dataset.subset=96", *QUIET, f"runs_dir={tmp_path / name}")
         return {path.stem: torch.load(path) for path in sorted(folder.iterdir())}
 
     first, again = masks("first"), masks("again")

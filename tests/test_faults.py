@@ -21,7 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
-from conftest import ROOT, TINY, AtUpdate, Train, decoding, require
+from conftest import ROOT, TINIEST, TINY, AtUpdate, Train, decoding, require
 from l2bn.errors import UserError
 from l2bn.failures import explained
 from l2bn.records import SUMMARY, read_records
@@ -185,7 +185,9 @@ OUTPUTS = {
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_output_that_cannot_be_written_ends_no_run(output: str, progress: str, tmp_path: Path) -> None:
     """The result is in files: the run is trained to its end, with exit code 0, and no file of it is blamed."""
-    run = f"{sys.executable} {ROOT}/scripts/train.py runs_dir={tmp_path} norm=bn dataset.subset=64 recipe.epochs=2"
+    run = (
+        f"{sys.executable} {ROOT}/scripts/train.py runs_dir={tmp_path} norm=bn recipe.epochs=2 {' '.join(TINIEST)}"
+    )
     command = f"set -o pipefail; {run} compute.workers=0 progress={progress} {OUTPUTS[output]}"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)

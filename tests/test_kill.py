@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, TINIEST
 from l2bn.records import Record, read_records
 from test_training import drawn, equal, results, weights
 
 SEED = 20220706
 # Two updates an epoch and a checkpoint after each: something is always being written.
-RUN = ("dataset.subset=64", "dataset.validation=0.05", "recipe.epochs=24", "checkpoint.every_steps=1")
+RUN = (*TINIEST, "recipe.epochs=24", "checkpoint.every_steps=1")
 FEW = 5
 MANY = {
     "one process": (30, ("norm=l2bn",)),

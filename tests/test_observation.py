@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import ROOT, TINY, Train
+from conftest import QUIET, ROOT, TINY, Train
 from l2bn.analysis.probe import Probe
 from l2bn.errors import UserError
 from l2bn.norms.swap import norm_layers, swap_norm
@@ -55,7 +55,7 @@ def test_a_run_that_is_looked_into_is_the_same_run(
 
 @pytest.mark.slow
 def test_dropout_too_draws_what_it_drew(twice: Callable[..., tuple[Record, Record]]) -> None:
-    options = ("backbone=vgg11", "recipe.epochs=1", "dataset.subset=64", *TINY[1:])
+    options = ("backbone=vgg11", "recipe.epochs=1", "dataset.subset=64", *QUIET)
     plain, watched = twice(*options, analysis=("analysis=statistics", "analysis.statistics_every=1"))
     assert equal(weights(watched), weights(plain))
 

@@ -18,7 +18,7 @@ from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from joblib import cpu_count
 
-from conftest import ROOT, TINY
+from conftest import ROOT, TINIEST, TINY
 from l2bn.errors import UserError
 from l2bn.failures import FAILURE
 from l2bn.records import ENVIRONMENT, SUMMARY, read_records
@@ -116,8 +116,8 @@ def test_a_runs_dir_that_cannot_be_made_is_reported_as_for_a_single_run(multirun
 
 # What becomes of the runs.
 
-FOUR = ("norm=bn", "seed=0,1,2,3", "recipe.epochs=1", "dataset.subset=64", "dataset.validation=0.05")
-CELL = "digits,subset=64,validation=0.05/resnet20/bn/short,epochs=1"
+FOUR = ("norm=bn", "seed=0,1,2,3", "recipe.epochs=1", *TINIEST)
+CELL = "digits,image_size=16,subset=64,validation=0.05/resnet20/bn/short,epochs=1"
 
 
 def test_issued_again_a_sweep_has_nothing_to_do(multirun: Sweep, tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def finish(process: "subprocess.Popen[str]", code: int = 0) -> str:
 
 
 TABLE = ("backbone=resnet20,shufflenetv2_x0_5", "norm=bn,l2bn", "seed=0,1,2")
-QUICK = ("dataset.subset=64", "dataset.validation=0.05", "recipe.epochs=1", "progress=false", "compute.threads=1")
+QUICK = (*TINIEST, "recipe.epochs=1", "progress=false", "compute.threads=1")
 
 
 def tables(runs: Path, out: Path) -> dict[str, bytes]:

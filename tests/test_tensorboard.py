@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from conftest import TINY, Train
+from conftest import QUIET, TINIEST, Train
 from l2bn.records import Record
 from l2bn.training.journal import TITLE, comparison, layout
 from l2bn.training.plan import Cell
 from local_slurm import free_port
 
-SMALL = ("dataset.subset=64", "dataset.validation=0.05", "recipe.epochs=2", *TINY[1:])
-DATASET = "digits,subset=64,validation=0.05"
+SMALL = (*TINIEST, "recipe.epochs=2", *QUIET)
+DATASET = "digits,image_size=16,subset=64,validation=0.05"
 
 
 def events(record: Record) -> Any:

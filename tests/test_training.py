@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from conftest import ROOT, TINY, Train
+from conftest import QUIET, ROOT, TINY, Train
 from l2bn.backbones.resnet import cifar_resnet
 from l2bn.records import COST_KEYS, METRICS, Record, read_metrics
 from l2bn.training import session
@@ -88,8 +88,8 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, updates: int) -> None:
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_twenty_updates_lower_the_loss(norm: str, train: Train, losses: list[float]) -> None:
-    options = ("dataset.subset=160", "dataset.augmentation=null", "recipe.epochs=4", "recipe.lr=0.05", *TINY[1:])
-    train(f"norm={norm}", *options)
+    images = ("dataset.subset=160", "dataset.image_size=16", "dataset.augmentation=null")
+    train(f"norm={norm}", *images, "recipe.epochs=4", "recipe.lr=0.05", *QUIET)
     assert len(losses) == 20
     assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
 
@@ -235,8 +235,9 @@ def test_a_finished_run_is_left_alone(train: Train, losses: list[float]) -> None
 
 def test_the_record_holds_what_the_run_was(train: Train) -> None:
     record = train("norm=l2bn", EPOCHS, *TINY, "seed=3")
-    assert record.folder.parts[-5:] == ("digits,subset=256", "resnet20", "l2bn", "short,epochs=2", "seed3")
-    assert (record.dataset, record.norm, record.seed) == ("digits,subset=256", "l2bn", 3)
+    dataset = "digits,image_size=16,subset=256"
+    assert record.folder.parts[-5:] == (dataset, "resnet20", "l2bn", "short,epochs=2", "seed3")
+    assert (record.dataset, record.norm, record.seed) == (dataset, "l2bn", 3)
     assert record.parameters == 272_474
     assert record.norm_layers == 21
     assert record.train_images == 256
@@ -307,7 +308,7 @@ def test_without_a_posix_system_the_layer_works_and_training_says_what_it_needs(
 
 def test_dropout_and_mixup_follow_from_seed_and_place(train: Train, losses: list[float], tmp_path: Path) -> None:
     """What is drawn from the global generators before an update must not reach it."""
-    options = ("backbone=vgg11", "recipe.mixup=0.2", "recipe.epochs=1", "dataset.subset=64", *TINY[1:])
+    options = ("backbone=vgg11", "recipe.mixup=0.2", "recipe.epochs=1", "dataset.subset=64", *QUIET)
     train(*options)
     first = losses.copy()
     losses.clear()
