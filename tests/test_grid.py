@@ -331,8 +331,8 @@ def test_smoke_of_a_backbone_with_every_norm(name: str, tmp_path: Path, train: T
     layers = set()
     for norm in (norm for norm in NAMES["norm"] if (name, norm) not in EXCLUDED):
         record = train(*SMOKE, f"backbone={name}", f"norm={norm}")
-        if name == "imagenet_resnet101" and record.divergence is not None:
-            # Two updates after their start at 1, running variances are too small by a factor in each of 104 layers.
+        if name in ("imagenet_resnet50", "imagenet_resnet101") and record.divergence is not None:
+            # Two updates after their start at 1, running variances are too small: a factor in each layer.
             assert record.divergence == "the test loss is not finite after epoch 1"
         else:
             assert (record.status, record.updates) == ("finished", 2)
