@@ -42,7 +42,8 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "backbone/tiny": {"_target_": "own_parts.network", "width": 4},
         "dataset/mine": yaml.safe_load((ROOT / "configs/dataset/digits.yaml").read_text())
         | {"_target_": "own_parts.data", "label": "Mine"},
-        "recipe/quick": yaml.safe_load((ROOT / "configs/recipe/short.yaml").read_text()) | {"epochs": 1},
+        "recipe/quick": yaml.safe_load((ROOT / "configs/recipe/short.yaml").read_text())
+        | {"epochs": 1, "batch_size": 32},
     }
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
