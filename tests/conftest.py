@@ -28,9 +28,10 @@ AtUpdate = Callable[[int, Callable[[Any], None]], None]
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
 
-# Eight updates an epoch on real digits: enough to see an epoch end, and quick.
 QUIET = ("progress=false", "compute.workers=0")
+# Eight updates an epoch on real digits: enough to see an epoch end, and quick.
 TINY = ("dataset.subset=256", "dataset.image_size=16", *QUIET)
+# Two updates an epoch.
 TINIEST = ("dataset.subset=64", "dataset.image_size=16", "dataset.validation=0.05")
 
 

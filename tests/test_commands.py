@@ -70,6 +70,8 @@ WRONG: list[tuple[list[str], dict[str, str], list[str]]] = [
     (["fetch_data.py", "digits", "dataset.image_size=0"], {}, ["dataset.image_size", "0"]),
     (["fetch_data.py", "null"], {}, ["null", "list.py"]),
     (["benchmark.py", "norm", "--json", "/proc/x.json"], {}, ["/proc/x.json"]),
+    (["benchmark.py", "step", "--batch", "0"], {}, ["--batch", "number from 1", "0"]),
+    (["benchmark.py", "waiting", "--batches", "128", "-8"], {}, ["--batches", "number from 1", "-8"]),
     (["benchmark.py", "nets"], {}, ["nets", "norm"]),
 ]
 

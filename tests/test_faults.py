@@ -185,10 +185,9 @@ OUTPUTS = {
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_output_that_cannot_be_written_ends_no_run(output: str, progress: str, tmp_path: Path) -> None:
     """The result is in files: the run is trained to its end, with exit code 0, and no file of it is blamed."""
-    run = (
-        f"{sys.executable} {ROOT}/scripts/train.py runs_dir={tmp_path} norm=bn recipe.epochs=2 {' '.join(TINIEST)}"
-    )
-    command = f"set -o pipefail; {run} compute.workers=0 progress={progress} {OUTPUTS[output]}"
+    options = " ".join([f"runs_dir={tmp_path}", "norm=bn", "recipe.epochs=2", *TINIEST, f"progress={progress}"])
+    run = f"{sys.executable} {ROOT}/scripts/train.py {options} compute.workers=0"
+    command = f"set -o pipefail; {run} {OUTPUTS[output]}"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

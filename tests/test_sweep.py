@@ -296,10 +296,8 @@ def trained_side_by_side(runs: Path, process: "subprocess.Popen[str]") -> set[Pa
     return {path.parents[1] for path in runs.rglob("*.pt")}
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=lambda n: n.name
-)
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
 def test_runs_side_by_side_share_the_cores_and_leave_in_good_order(number: signal.Signals, tmp_path: Path) -> None:
     """Ctrl-C reaches all processes, SIGTERM the first one alone."""
     process = start(tmp_path, *SIDE_BY_SIDE, "recipe.epochs=500", "compute.threads=null")

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from l2bn.benchmarks.measure import add_device_arguments, set_up
+from l2bn.benchmarks.measure import add_device_arguments, count, set_up
 from l2bn.benchmarks.paths import compute, pictures, plain_epoch, recipe, trainer_of
 from l2bn.benchmarks.report import Result, Row, hardware, page, prose, report, table, write_json
 from l2bn.benchmarks.workload import CLASSES, NETWORKS, Workload, small_images
@@ -109,10 +109,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_device_arguments(parser)
     parser.add_argument("--network", choices=NETWORKS, default="ResNet-20")
-    parser.add_argument("--images", type=int, default=25_600, help="to train on (default: 25600)")
-    parser.add_argument("--epochs", type=int, default=5, help="of them (default: 5)")
-    parser.add_argument("--batch", type=int, default=128, help="images a step (default: 128)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each path (default: 3)")
+    parser.add_argument("--images", type=count, default=25_600, help="to train on (default: 25600)")
+    parser.add_argument("--epochs", type=count, default=5, help="of them (default: 5)")
+    parser.add_argument("--batch", type=count, default=128, help="images a step (default: 128)")
+    parser.add_argument("--seeds", type=count, default=3, help="runs of each path (default: 3)")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from l2bn.benchmarks.measure import Action, add_common_arguments, interleaved, set_up, undisturbed
+from l2bn.benchmarks.measure import Action, add_common_arguments, count, interleaved, set_up, undisturbed
 from l2bn.benchmarks.paths import pictures, timm_pictures
 from l2bn.benchmarks.report import Result, hardware, page, prose, report, table
 from l2bn.benchmarks.workload import WORKERS, Workload, make_workload, photographs
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser, STEPS)
     parser.add_argument("--root", type=Path, help="folder of real images (default: noise)")
     parser.add_argument("--seconds", type=float, default=20.0, help="measuring time of a size (default: 20)")
-    parser.add_argument("--rounds", type=int, default=5, help="fewest epochs of each pipeline (default: 5)")
+    parser.add_argument("--rounds", type=count, default=5, help="fewest epochs of each pipeline (default: 5)")
 
 
 def run(arguments: argparse.Namespace) -> None:

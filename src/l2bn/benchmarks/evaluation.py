@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.fx.experimental.optimization import fuse
 
-from l2bn.benchmarks.measure import Action, add_common_arguments, interleaved, set_up
+from l2bn.benchmarks.measure import Action, add_common_arguments, count, interleaved, set_up
 from l2bn.benchmarks.report import Result, hardware, page, prose, report, table, with_earlier_rows
 from l2bn.benchmarks.workload import NETWORKS, NORMS, build
 from l2bn.training.compute import keep_freed_memory
@@ -58,7 +58,7 @@ def evaluation_table(result: Result) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser, NETWORKS)
     parser.add_argument("--callers", nargs="+", choices=["eager", "compiled"], default=["eager", "compiled"])
-    parser.add_argument("--batch", type=int, help="images (default: 512 at 32x32, 32 at 224x224)")
+    parser.add_argument("--batch", type=count, help="images (default: 512 at 32x32, 32 at 224x224)")
     parser.add_argument("--seconds", type=float, default=10.0, help="measuring time of a row (default: 10)")
 
 

@@ -27,9 +27,16 @@ def add_common_arguments(
     add_device_arguments(parser)
 
 
+def count(text: str) -> int:
+    """Read an option's number from 1 on; argparse names the option that has another."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"give a number from 1 on, not {text}")
+    return int(text)
+
+
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="threads of the CPU (default: torch's own choice)")
+    parser.add_argument("--threads", type=count, help="threads of the CPU (default: torch's own choice)")
 
 
 def set_up(arguments: argparse.Namespace) -> torch.device:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l2bn.benchmarks.measure import Action, add_common_arguments, interleaved, peak_memory, set_up
+from l2bn.benchmarks.measure import Action, add_common_arguments, count, interleaved, peak_memory, set_up
 from l2bn.benchmarks.report import Result, Row, hardware, page, prose, ratio, report, table
 from l2bn.benchmarks.workload import NETWORKS, bn_inputs
 from l2bn.norms.l2bn import L2BatchNorm2d
@@ -177,7 +177,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     networks = ["ResNet-20", "VGG-16", "MobileNetV2", "ShuffleNetV2", "ResNet-50"]
     add_common_arguments(parser, networks)
     parser.add_argument("--callers", nargs="+", choices=CALLERS, default=list(CALLERS))
-    parser.add_argument("--maps", type=int, help="at most so many maps of each network (default: all)")
+    parser.add_argument("--maps", type=count, help="at most so many maps of each network (default: all)")
     parser.add_argument("--seconds", type=float, default=1.0, help="measuring time of a cell (default: 1)")
 
 

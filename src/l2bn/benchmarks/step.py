@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from l2bn.benchmarks.measure import Action, add_common_arguments, interleaved, peak_memory, set_up
+from l2bn.benchmarks.measure import Action, add_common_arguments, count, interleaved, peak_memory, set_up
 from l2bn.benchmarks.norm import CALLERS, LAYOUTS
 from l2bn.benchmarks.report import Result, hardware, page, prose, ratio, report, table, with_earlier_rows
 from l2bn.benchmarks.workload import NETWORKS, Norm, build
@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser, NETWORKS, ["ResNet-20", "MobileNetV2", "ResNet-50"])
     parser.add_argument("--callers", nargs="+", choices=CALLERS, default=list(CALLERS))
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
-    parser.add_argument("--batch", type=int, help="images a step (default: 128 at 32x32, 32 at 224x224)")
+    parser.add_argument("--batch", type=count, help="images a step (default: 128 at 32x32, 32 at 224x224)")
     parser.add_argument("--seconds", type=float, default=20.0, help="measuring time of a row (default: 20)")
 
 

@@ -18,7 +18,15 @@ import torch
 
 from l2bn.backbones.cost import count_multiply_adds
 from l2bn.benchmarks import together
-from l2bn.benchmarks.measure import Action, add_common_arguments, interleaved, peak_memory, synchronise, undisturbed
+from l2bn.benchmarks.measure import (
+    Action,
+    add_common_arguments,
+    count,
+    interleaved,
+    peak_memory,
+    synchronise,
+    undisturbed,
+)
 from l2bn.benchmarks.paths import epochs_of, ours, plain, timm
 from l2bn.benchmarks.report import Result, Row, hardware, page, prose, report, table, with_earlier_rows
 from l2bn.benchmarks.workload import NETWORKS, NORMS, Workload, build, make_workload
@@ -253,12 +261,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--norms", nargs="+", choices=NORMS, default=list(NORMS))
     parser.add_argument("--callers", nargs="+", choices=COMPILERS, default=["eager", "compiled"])
     parser.add_argument("--precision", default="32-true", help="of this project's trainer (default: 32-true)")
-    parser.add_argument("--batch", type=int, help="images a step (default: 128 at 32x32, 32 at 224x224)")
+    parser.add_argument("--batch", type=count, help="images a step (default: 128 at 32x32, 32 at 224x224)")
     parser.add_argument("--seconds", type=float, default=60.0, help="measuring time of a network (default: 60)")
-    parser.add_argument("--rounds", type=int, default=5, help="fewest epochs of each path (default: 5)")
+    parser.add_argument("--rounds", type=count, default=5, help="fewest epochs of each path (default: 5)")
     parser.add_argument(
         "--together",
-        type=int,
+        type=count,
         nargs="+",
         metavar="RUNS",
         help="instead, images/s of so many runs side by side and of one alone, of the first norm",

@@ -1,4 +1,4 @@
-"""How long threads that wait for each other spin: images/s of a run alone on a CPU, and beside a busy process.
+"""Spinning of threads that wait for each other: images/s of a run alone on a CPU, and beside a busy process.
 
 GNU OpenMP's threads spin before they sleep. On a busy core that is time which the thread that they wait for lacks.
 """
@@ -7,19 +7,21 @@ import argparse
 import multiprocessing
 import os
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from statistics import median
-from typing import Any
 from unittest import mock
 
 import torch
 
-from l2bn.benchmarks.measure import Action, add_common_arguments
+from l2bn.benchmarks.measure import Action, count
 from l2bn.benchmarks.paths import ours
-from l2bn.benchmarks.report import Result, hardware, page, prose, report, table
+from l2bn.benchmarks.report import Result, Row, hardware, page, prose, report, table
 from l2bn.benchmarks.workload import NETWORKS, make_workload
 from l2bn.training import SPINS, SPINS_OF_A_RUN
 from l2bn.training.environment import describe_environment
@@ -31,7 +33,7 @@ LOADS = "alone", "busy"
 _turn: Action
 
 
-def _prepare(network: str, batch: int | None) -> None:
+def _prepare(network: str, batch: int) -> None:
     global _turn
     _turn, _ = ours(make_workload(network, None, STEPS, batch), "l2bn", torch.device("cpu"))
     _turn()
@@ -43,43 +45,37 @@ def _take_turn() -> float:
     return time.perf_counter() - start
 
 
-def _compute_without_end() -> None:
-    while True:
-        sum(range(100_000))
-
-
 @contextmanager
 def _competitor(load: str) -> Iterator[None]:
     """Under the load "busy", a process that computes on one core."""
-    process = multiprocessing.get_context("spawn").Process(target=_compute_without_end, daemon=True)
-    if load == "busy":
-        process.start()
-        time.sleep(5)  # it loads modules first
-    try:
+    if load == "alone":
         yield
-    finally:
-        if load == "busy":
+        return
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        try:
+            yield
+        finally:
             process.kill()
 
 
-def measure(network: str, batch: int | None, seconds: float) -> dict[str, dict[str, float]]:
+def measure(network: str, batch: int, seconds: float) -> dict[str, dict[str, float]]:
     """Return the median seconds of a step, by load and count of spins, of processes that take turns."""
-    times: dict[str, dict[str, list[float]]] = {load: {count: [] for count in COUNTS} for load in LOADS}
+    times: dict[str, dict[str, list[float]]] = {load: {spins: [] for spins in COUNTS} for load in LOADS}
     order = random.Random(0)
     with ExitStack() as stack:
         processes = {}
-        for count in COUNTS:  # libgomp reads it when it is loaded, so each needs a process
-            with mock.patch.dict(os.environ, {SPINS: count}):
+        for spins in COUNTS:  # libgomp reads it when it is loaded, so each needs a process
+            with mock.patch.dict(os.environ, {SPINS: spins}):
                 pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _prepare, (network, batch))
-                processes[count] = stack.enter_context(pool)
+                processes[spins] = stack.enter_context(pool)
                 pool.submit(_take_turn).result()
         for load in LOADS:
             with _competitor(load):
                 end = time.perf_counter() + seconds
                 while time.perf_counter() < end or not times[load]["0"]:
-                    for count in order.sample(list(COUNTS), len(COUNTS)):
-                        times[load][count].append(processes[count].submit(_take_turn).result())
-    return {load: {count: median(found) / STEPS for count, found in times[load].items()} for load in LOADS}
+                    for spins in order.sample(list(COUNTS), len(COUNTS)):
+                        times[load][spins].append(processes[spins].submit(_take_turn).result())
+    return {load: {spins: median(found) / STEPS for spins, found in times[load].items()} for load in LOADS}
 
 
 EXPLANATION = """
@@ -91,9 +87,9 @@ runs. Busy: beside a process that computes all the time on one core. ×: time of
 def waiting_table(result: Result) -> str:
     rows = []
     for row in result["rows"]:
-        for count, meaning in COUNTS.items():
-            alone, busy = (row["seconds"][load][count] for load in LOADS)
-            names = row["network"], str(row["batch"]), f"{int(count):,}, {meaning}"
+        for spins, meaning in COUNTS.items():
+            alone, busy = (row["seconds"][load][spins] for load in LOADS)
+            names = row["network"], str(row["batch"]), f"{int(spins):,}, {meaning}"
             rows.append((*names, *(f"{row['batch'] / t:,.0f}" for t in (alone, busy)), f"{busy / alone:.1f}"))
     columns = ("network", ">batch", "spins", ">images/s, alone", ">images/s, busy", ">×")
     title = "How long waiting threads spin: images/s"
@@ -101,13 +97,14 @@ def waiting_table(result: Result) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_common_arguments(parser, NETWORKS, ["ResNet-20", "ShuffleNetV2"])
-    parser.add_argument("--batches", type=int, nargs="+", default=[128, 8], help="images a step (default: 128 8)")
+    parser.add_argument("--json", type=Path, help="write the result here, and its table beside it")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["ResNet-20", "ShuffleNetV2"])
+    parser.add_argument("--batches", type=count, nargs="+", default=[128, 8], help="images a step (default: 128 8)")
     parser.add_argument("--seconds", type=float, default=30.0, help="measuring time of a load (default: 30)")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    rows: list[Any] = []
+    rows: list[Row] = []
     for network in arguments.networks:
         for batch in arguments.batches:
             seconds = measure(network, batch, arguments.seconds)
