@@ -410,6 +410,18 @@ def test_processes_share_gpus_and_cores(tmp_path: Path, monkeypatch: pytest.Monk
     assert os.environ.get("OMP_NUM_THREADS") is None
 
 
+@pytest.mark.parametrize("n_jobs", [-1, 5])
+def test_fewer_processes_than_cores_leave_none_idle(
+    n_jobs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(sweep.VISIBLE, "")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(sweep, "available_cores", lambda: 6)
+    jobs = [environment_after(0, tmp_path / str(number)) for number in range(2)]
+    assert sweep.run_processes(jobs, n_jobs) == [None] * 2
+    assert [json.loads(path.read_text())[1] for path in tmp_path.iterdir()] == ["3", "3"]
+
+
 @pytest.mark.parametrize(
     ("visible", "gpus"), [("", []), ("-1", []), ("0,-1,1", ["0"]), ("GPU-8a, 3", ["GPU-8a", "3"])]
 )

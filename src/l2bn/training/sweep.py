@@ -89,13 +89,14 @@ def run_processes(jobs: Sequence[Callable[[], bool]], n_jobs: int) -> list[str |
     """Call each job in a process of its own, `n_jobs` at a time; return how each failed, None for success.
 
     Each process has a GPU of its own where there is one, and its share of the CPU cores (unless OMP_NUM_THREADS is
-    set already). A process that dies fails its own job only. A request to stop is passed on: the processes leave
-    in good order, no other is started, and SystemExit with `interruption.EXIT_CODE` is raised.
+    set already); fewer jobs than `n_jobs` have larger shares. A process that dies fails its own job only. A
+    request to stop is passed on: the processes leave in good order, no other is started, and SystemExit with
+    `interruption.EXIT_CODE` is raised.
 
     n_jobs: -1 for one per GPU, or without a GPU one per CPU core.
     """
     gpus, cores = visible_gpus(), available_cores()
-    n_jobs = n_jobs if n_jobs > 0 else len(gpus) or cores
+    n_jobs = min(n_jobs if n_jobs > 0 else len(gpus) or cores, max(1, len(jobs)))
     shared = {name: os.environ.get(name, str(max(1, cores // n_jobs))) for name in THREADS}
     failures: list[str | None] = [None] * len(jobs)
     waiting, slots = list(enumerate(jobs)), list(range(n_jobs))
