@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: setup ## BN against L2BN on scikit-learn's digits: 6 runs, a table and a figure, in 2 minutes on 2 cores
+demo: setup ## BN against L2BN on handwritten digits: 6 runs, a table and a figure, in 2 minutes on 2 cores
 	python scripts/train.py experiment=demo
 	python scripts/report.py tables --runs runs/demo
 	python scripts/report.py figures --runs runs/demo --out runs/demo/figures

@@ -244,7 +244,7 @@ def deny(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 def digits(*_: Any) -> None:
-    """Come with scikit-learn."""
+    """Come with the package."""
 
 
 WRITERS = {
