@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from conftest import QUIET, TINY, Train, decoding
 from l2bn.seeding import derive_seed
 from l2bn.training import run
-from l2bn.training.session import Job
+from l2bn.training.session import BuiltRun
 from test_training import EPOCHS, equal, results, stop_after, weights
 
 
@@ -77,20 +77,20 @@ def test_ranks_drop_out_features_of_their_own(
 ) -> None:
     """In two processes: masks differ from rank to rank and update to update, and a second run's are the same."""
     options = ("backbone=mobilenetv2_x0_5", "norm=bn", "compute.device=cpu", "compute.devices=2", "recipe.epochs=1")
-    made = run.make_job
+    made = run.build_run
 
     def masks(name: str) -> dict[str, Tensor]:
         folder = tmp_path / f"masks{name}"
         folder.mkdir()
 
-        def watched(*arguments: Any) -> Job:
-            job = made(*arguments)
-            for module in job.model.modules():
+        def watched(*arguments: Any) -> BuiltRun:
+            built = made(*arguments)
+            for module in built.model.modules():
                 if isinstance(module, nn.Dropout):
                     module.register_forward_hook(functools.partial(keep_mask, folder=folder))
-            return job
+            return built
 
-        monkeypatch.setattr(run, "make_job", watched)
+        monkeypatch.setattr(run, "build_run", watched)
         train(*options, "dataset.subset=96", *QUIET, f"runs_dir={tmp_path / name}")
         return {path.stem: torch.load(path) for path in sorted(folder.iterdir())}
 

@@ -140,10 +140,10 @@ def test_a_failing_run_stops_no_other_and_is_reported(
 ) -> None:
     record = session.make_record
 
-    def fail(job: session.Job, *arguments: Any) -> Any:
-        if job.run.cell.seed == 1:
+    def fail(built: session.BuiltRun, *arguments: Any) -> Any:
+        if built.run.cell.seed == 1:
             raise ZeroDivisionError("one of these days\nand a second line")
-        return record(job, *arguments)
+        return record(built, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(session, "make_record", fail)

@@ -35,8 +35,8 @@ from l2bn.training.journal import Journal
 from l2bn.training.loop import evaluate
 from l2bn.training.observation import collect
 from l2bn.training.plan import Cell, Config, PlannedRun, check_folders, check_images, check_keys, read_config
-from l2bn.training.run import make_job, run
-from l2bn.training.session import Job, make_loaders
+from l2bn.training.run import build_run, run
+from l2bn.training.session import BuiltRun, make_loaders
 
 
 def replay(folder: Path, runs_dir: str, root: str | None = None, config_dirs: Sequence[Path] = ()) -> Record:
@@ -62,7 +62,7 @@ def evaluate_run(
     if state is None:
         raise UserError(f"{folder} has no checkpoint to evaluate")
     opened.load(state)
-    return evaluate(opened.network, opened.test, opened.job.splits.num_classes, opened.fabric)
+    return evaluate(opened.network, opened.test, opened.built.splits.num_classes, opened.fabric)
 
 
 def analyze(
@@ -91,8 +91,8 @@ def analyze(
         if not found:
             raise UserError(f"{folder} has no checkpoint after an epoch to analyze")
         rows = [row for row, _ in reversed(found)]
-        kept = opened.job.analysis.sample and rows[-1]["epoch"] == opened.job.recipe.epochs
-        _write_measures(opened.job.run.cell, folder, rows, found[0][1] if kept else None)
+        kept = opened.built.analysis.sample and rows[-1]["epoch"] == opened.built.recipe.epochs
+        _write_measures(opened.built.run.cell, folder, rows, found[0][1] if kept else None)
     return rows
 
 
@@ -101,7 +101,7 @@ class OpenedRun:
     """An existing run on a device, without its weights."""
 
     folder: Path
-    job: Job
+    built: BuiltRun
     fabric: Fabric
     network: nn.Module
     test: Loader
@@ -115,24 +115,24 @@ class OpenedRun:
         # Only training is worth compiling for.
         own = {"device": device, "devices": 1, "sync_bn": False, "compile": False}
         compute = {**planned.config["compute"], **own}
-        job = make_job(replace(planned, config={**planned.config, "compute": compute}))
-        job.compute.set_up()
-        fabric = job.compute.fabric()
-        network = job.compute.place(job.model, fabric.device, updates=0).network
-        _, test = make_loaders(job, fabric)
-        return cls(folder, job, fabric, network, test, Checkpoints(folder / CHECKPOINTS, []))
+        built = build_run(replace(planned, config={**planned.config, "compute": compute}))
+        built.compute.set_up()
+        fabric = built.compute.fabric()
+        network = built.compute.place(built.model, fabric.device, updates=0).network
+        _, test = make_loaders(built, fabric)
+        return cls(folder, built, fabric, network, test, Checkpoints(folder / CHECKPOINTS, []))
 
     def load(self, state: dict[str, Any]) -> None:
         """Load the weights of a checkpoint. Raises UserError if it does not fit, or is of other images."""
-        check_images(state.get("images"), asdict(self.job.splits.fingerprint), self.folder)
+        check_images(state.get("images"), asdict(self.built.splits.fingerprint), self.folder)
         with fitting(self.folder):
             self.network.load_state_dict(state["model"])
 
     def measure(self, state: dict[str, Any]) -> tuple[FeatureRow, Sample]:
         """Return the features of a checkpoint on the test images, as a row and a sample."""
         self.load(state)
-        classes = self.job.splits.num_classes
-        probe = Probe(self.network, self.job.norm_layers, classes)
+        classes = self.built.splits.num_classes
+        probe = Probe(self.network, self.built.norm_layers, classes)
         with probe.attached():
             evaluate(self.network, self.test, classes, self.fabric, probe.expect)
         position = state["position"]

@@ -36,7 +36,7 @@ from l2bn.training.plan import (
     read_config,
     read_planned,
 )
-from l2bn.training.session import Job, launch
+from l2bn.training.session import BuiltRun, launch
 
 log = logging.getLogger(__name__)
 
@@ -72,11 +72,11 @@ def run(planned: PlannedRun) -> Record:
     if record is not None:
         check_ended([(record, planned)])
     else:
-        job = make_job(planned)
+        built = build_run(planned)
         if not planned.folder.exists():
             note_other_lengths(planned)
         make_folder(planned.folder)
-        launch(job)
+        launch(built)
         record = Record.read(planned.folder)
     if record.status == "diverged":
         result = f"diverged ({record.divergence})"
@@ -169,7 +169,7 @@ def check(planned: PlannedRun) -> None:
     builder.check({**config["backbone"], "num_classes": 2}, "backbone")
 
 
-def make_job(planned: PlannedRun) -> Job:
+def build_run(planned: PlannedRun) -> BuiltRun:
     """Instantiate what a configuration describes. Raises UserError that names the wrong key."""
     config, builder = planned.config, planned.builder
     parts = {name: builder.call(kind, config[name], name) for name, kind in PARTS.items()}
@@ -192,7 +192,7 @@ def make_job(planned: PlannedRun) -> Job:
     except (ValueError, TypeError) as error:
         raise UserError(f"norm: {error}") from error
     check_observable(parts["analysis"], model, splits.num_classes)
-    return Job(run=planned, splits=splits, model=model, norm_layers=layers, **parts)
+    return BuiltRun(run=planned, splits=splits, model=model, norm_layers=layers, **parts)
 
 
 def check_fit(model: nn.Module, splits: Splits) -> None:

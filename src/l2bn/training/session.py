@@ -38,8 +38,8 @@ AGREE_EVERY = 10  # steps between two exchanges among several processes on wheth
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """A run to be trained, in plain objects."""
+class BuiltRun:
+    """A planned run in plain objects, ready to train."""
 
     run: PlannedRun
     splits: Splits
@@ -51,28 +51,28 @@ class Job:
     analysis: AnalysisPolicy
 
 
-def launch(job: Job) -> None:
-    """Train a job on its devices, with its folder locked. Does nothing if another process has just trained it.
+def launch(built: BuiltRun) -> None:
+    """Train a run on its devices, with its folder locked. Does nothing if another process has just trained it.
 
     Raises UserError; ends the process with `interruption.EXIT_CODE` after a request to stop.
     """
-    folder, fabric = job.run.folder, job.compute.fabric()
-    with explained(job.run.cell, folder), sole_owner(folder), noted(folder):
+    folder, fabric = built.run.folder, built.compute.fabric()
+    with explained(built.run.cell, folder), sole_owner(folder), noted(folder):
         if (folder / SUMMARY).exists():
             return
-        write_durably(folder / CONFIG, job.run.as_yaml())
-        if job.compute.devices == 1:
-            fabric.launch(functools.partial(train, job=job))
+        write_durably(folder / CONFIG, built.run.as_yaml())
+        if built.compute.devices == 1:
+            fabric.launch(functools.partial(train, built=built))
         else:
-            _launch_processes(fabric, job)
+            _launch_processes(fabric, built)
 
 
-def _launch_processes(fabric: Fabric, job: Job) -> None:
-    """Train a job in a process per device, and turn how one of them has ended into an error of this process."""
+def _launch_processes(fabric: Fabric, built: BuiltRun) -> None:
+    """Train a run in a process per device, and turn how one of them has ended into an error of this process."""
     own = f"{UserError.__module__}.{UserError.__qualname__}: "
     with Interruption() as interruption:
         try:
-            fabric.launch(functools.partial(train, job=job))
+            fabric.launch(functools.partial(train, built=built))
         except ProcessRaisedException as error:
             if own not in error.msg:  # the traceback there
                 raise
@@ -83,56 +83,58 @@ def _launch_processes(fabric: Fabric, job: Job) -> None:
                 interruption.leave()
                 raise SystemExit(EXIT_CODE) from error
             raise UserError(
-                f"{job.run.cell}: the process of device {error.error_index} was ended "
+                f"{built.run.cell}: the process of device {error.error_index} was ended "
                 f"({error.signal_name or f'exit code {error.exit_code}'}); {RESUMES}"
             ) from error
 
 
-def train(fabric: Fabric, job: Job) -> None:
-    """Train a job in this process, which with several devices is one of several."""
+def train(fabric: Fabric, built: BuiltRun) -> None:
+    """Train a run in this process, which with several devices is one of several."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(explained(job.run.cell, job.run.folder))
+        stack.enter_context(explained(built.run.cell, built.run.folder))
         interruption = stack.enter_context(Interruption())
         if fabric.world_size > 1:
             stack.enter_context(optional_output())
             follow_parent()
-        Session(fabric, job, interruption, stack).run()
+        Session(fabric, built, interruption, stack).run()
 
 
 class Session:
     """A run in one process: restored from its checkpoint, trained, and recorded. Only rank 0 writes files."""
 
-    def __init__(self, fabric: Fabric, job: Job, interruption: Interruption, stack: contextlib.ExitStack) -> None:
+    def __init__(
+        self, fabric: Fabric, built: BuiltRun, interruption: Interruption, stack: contextlib.ExitStack
+    ) -> None:
         """`stack` closes what the session opens."""
-        self.fabric, self.job, self.interruption = fabric, job, interruption
+        self.fabric, self.built, self.interruption = fabric, built, interruption
         self.leaving = DelayedMin()
-        run, lead = job.run, fabric.is_global_zero
-        job.compute.set_up()
-        self.train_loader, self.test_loader = make_loaders(job, fabric)
-        self.steps, self.epochs = len(self.train_loader), job.recipe.epochs
-        # Several processes share the memory of the job: its images may stay there, its weights must not.
-        own = copy.deepcopy(job.model) if fabric.world_size > 1 else job.model
-        self.network, trained, kernels = job.compute.place(own, fabric.device, updates=self.epochs * self.steps)
+        run, lead = built.run, fabric.is_global_zero
+        built.compute.set_up()
+        self.train_loader, self.test_loader = make_loaders(built, fabric)
+        self.steps, self.epochs = len(self.train_loader), built.recipe.epochs
+        # Several processes share the memory of this run: its images may stay there, its weights must not.
+        own = copy.deepcopy(built.model) if fabric.world_size > 1 else built.model
+        self.network, trained, kernels = built.compute.place(own, fabric.device, updates=self.epochs * self.steps)
         if trained is not self.network:
             # torch compiles eight networks of one class in a process and then no more: leave them to later runs.
             stack.callback(torch.compiler.reset)
-        self.model, self.optimizer = fabric.setup(trained, job.recipe.optimizer(self.network))
+        self.model, self.optimizer = fabric.setup(trained, built.recipe.optimizer(self.network))
 
-        images = asdict(job.splits.fingerprint)
-        self.state = State(fabric, run, images, job.checkpoint, self.network, self.optimizer)
+        images = asdict(built.splits.fingerprint)
+        self.state = State(fabric, run, images, built.checkpoint, self.network, self.optimizer)
         self.position = self.state.restore()
         self.journal: Journal | None = None
         if lead:
-            warn_if_few_updates(job.model, self.epochs * self.steps)
+            warn_if_few_updates(built.model, self.epochs * self.steps)
             self.kernels = note_start(run.folder, fabric.device, kernels)
             step = self.position.epoch * self.steps + self.position.step
             self.journal = Journal(run.folder, run.cell, self.position.rows, step)
             stack.callback(self.journal.close)
         self.observer = Observer(
-            policy=job.analysis,
+            policy=built.analysis,
             fabric=fabric,
-            network=Network(module=self.network, layers=job.norm_layers, classes=job.splits.num_classes),
-            make_shuffled=functools.partial(make_shuffled_loader, job, fabric),
+            network=Network(module=self.network, layers=built.norm_layers, classes=built.splits.num_classes),
+            make_shuffled=functools.partial(make_shuffled_loader, built, fabric),
             epochs=self.epochs,
             steps=self.steps,
             journal=self.journal,
@@ -141,7 +143,7 @@ class Session:
             str(run.cell),
             epochs=self.epochs,
             steps=self.steps,
-            batch_size=job.recipe.batch_size,
+            batch_size=built.recipe.batch_size,
             shown=lead and run.config["progress"],
         )
         self.display = stack.enter_context(display)
@@ -154,11 +156,11 @@ class Session:
             model=self.model,
             network=self.network,
             optimizer=self.optimizer,
-            recipe=self.job.recipe,
+            recipe=self.built.recipe,
             train=self.train_loader,
             test=self.test_loader,
-            classes=self.job.splits.num_classes,
-            seed=self.job.run.cell.seed,
+            classes=self.built.splits.num_classes,
+            seed=self.built.run.cell.seed,
             after_step=self.after_step,
             after_epoch=self.after_epoch,
             watch=self.observer.watch,
@@ -168,10 +170,10 @@ class Session:
             trainer.fit(self.position)
         except DivergedError as error:
             divergence = str(error)
-            log.error("%s: %s; recorded as diverged", self.job.run.cell, error)
+            log.error("%s: %s; recorded as diverged", self.built.run.cell, error)
         if self.journal is not None:
-            self.state.save_weights(self.job.run.folder / WEIGHTS)
-            record = make_record(self.job, self.position, self.kernels, divergence)
+            self.state.save_weights(self.built.run.folder / WEIGHTS)
+            record = make_record(self.built, self.position, self.kernels, divergence)
             self.journal.conclude(record)
             record.write()
 
@@ -180,7 +182,7 @@ class Session:
         self.display.step(position.epoch, position.step, position.seconds)
         self.observer.after_step(position)
         stop = self._must_stop(position.step)
-        if stop or (position.step < self.steps and self.job.checkpoint.due(position.step)):
+        if stop or (position.step < self.steps and self.built.checkpoint.due(position.step)):
             self.state.save(position)
         if stop:
             self.interruption.leave()
@@ -205,13 +207,15 @@ class Session:
         return self.leaving(torch.full((), -float(asked), device=self.fabric.device)) == -1
 
 
-def make_loaders(job: Job, fabric: Fabric) -> tuple[Loader, Loader]:
+def make_loaders(built: BuiltRun, fabric: Fabric) -> tuple[Loader, Loader]:
     """Return the loaders of training and test images, for this process's share of each batch."""
-    placing = _placing(job, fabric)
-    batch_size = evaluation_batch(job.recipe.batch_size, job.splits.image_size)
+    placing = _placing(built, fabric)
+    batch_size = evaluation_batch(built.recipe.batch_size, built.splits.image_size)
     return (
-        training_loader(job.splits.train, batch_size=job.recipe.batch_size, seed=job.run.cell.seed, **placing),
-        evaluation_loader(job.splits.test, batch_size=batch_size, **placing),
+        training_loader(
+            built.splits.train, batch_size=built.recipe.batch_size, seed=built.run.cell.seed, **placing
+        ),
+        evaluation_loader(built.splits.test, batch_size=batch_size, **placing),
     )
 
 
@@ -224,44 +228,44 @@ def evaluation_batch(training_batch: int, image_size: int) -> int:
     return min(EVALUATION_BATCH, max(training_batch, EVALUATION_BATCH * 32**2 // image_size**2))
 
 
-def make_shuffled_loader(job: Job, fabric: Fabric) -> Loader:
+def make_shuffled_loader(built: BuiltRun, fabric: Fabric) -> Loader:
     """Return the test images in about equal, stratified batches, which are the same in every run."""
-    test = job.splits.test
-    batches = -(-len(test) // evaluation_batch(job.recipe.batch_size, job.splits.image_size))
+    test = built.splits.test
+    batches = -(-len(test) // evaluation_batch(built.recipe.batch_size, built.splits.image_size))
     shuffled = test.select(stratified_order(test.labels, "statistics"))
-    return evaluation_loader(shuffled, batch_size=-(-len(test) // batches), **_placing(job, fabric))
+    return evaluation_loader(shuffled, batch_size=-(-len(test) // batches), **_placing(built, fabric))
 
 
-def _placing(job: Job, fabric: Fabric) -> dict[str, Any]:
+def _placing(built: BuiltRun, fabric: Fabric) -> dict[str, Any]:
     return {
-        "splits": job.splits,
+        "splits": built.splits,
         "device": fabric.device,
         "rank": fabric.global_rank,
         "world_size": fabric.world_size,
-        "workers": job.compute.workers,
-        "channels_last": job.compute.channels_last,
+        "workers": built.compute.workers,
+        "channels_last": built.compute.channels_last,
     }
 
 
-def make_record(job: Job, position: Position, kernels: str, divergence: str | None) -> Record:
+def make_record(built: BuiltRun, position: Position, kernels: str, divergence: str | None) -> Record:
     """Return the record of a run that has ended."""
-    run, splits, rows = job.run, job.splits, position.rows
+    run, splits, rows = built.run, built.splits, position.rows
     return Record(
         **asdict(run.cell),
         folder=run.folder,
         status="diverged" if divergence else "finished",
         label=splits.label,
         baseline=splits.baseline,
-        precision=job.compute.precision,
+        precision=built.compute.precision,
         kernels=kernels,
         hash=run.hash,
         identity=run.identity,
-        epochs=job.recipe.epochs,
+        epochs=built.recipe.epochs,
         updates=int(rows[-1]["step"] or 0) if rows else 0,
         train_images=len(splits.train),
         test_images=len(splits.test),
-        parameters=count_parameters(job.model),
-        norm_layers=len(job.norm_layers),
+        parameters=count_parameters(built.model),
+        norm_layers=len(built.norm_layers),
         last=rows[-1] if rows else {},
         best=max(rows, key=lambda row: row["test/top1"] or 0.0) if rows else {},
         seconds=sum(row["seconds"] or 0.0 for row in rows),
