@@ -493,8 +493,8 @@ def test_a_short_clip_is_padded_and_a_long_one_cropped_and_both_are_said(
 
 def test_clips_as_they_should_be_are_not_mentioned(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    for file in tree.rglob("*.wav"):
-        soundfile.write(file, noise(), RATE)
+    for seed, file in enumerate(tree.rglob("*.wav")):
+        soundfile.write(file, noise(seed), RATE)
     read(tree, sound_folder)
     assert not caplog.records
 

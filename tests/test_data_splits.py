@@ -15,9 +15,10 @@ from l2bn.data.splits import Images, Splits, make_splits, pixel_statistics, stra
 from l2bn.errors import UserError
 
 
-def numbered(labels: list[int]) -> Images:
+def numbered(labels: list[int], first: int = 0) -> Images:
     """Images whose every pixel is the image's number, so that a test sees which ones it holds."""
-    pixels = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 4).contiguous()
+    pixels = torch.arange(first, first + len(labels), dtype=torch.uint8).view(-1, 1, 1, 1)
+    pixels = pixels.expand(-1, 3, 4, 4).contiguous()
     return Images(pixels, torch.tensor(labels))
 
 
@@ -27,7 +28,7 @@ def numbers(split: Any) -> list[int]:
 
 def splits(**common: Any) -> Splits:
     common = {"label": "Data", "mean": [0.5] * 3, "std": [0.5] * 3, **common}
-    return make_splits(numbered([i % 4 for i in range(200)]), numbered([0, 1, 2, 3]), 4, 4, **common)
+    return make_splits(numbered([i % 4 for i in range(200)]), numbered([0, 1, 2, 3], first=200), 4, 4, **common)
 
 
 @settings(max_examples=30)
@@ -156,6 +157,18 @@ def test_the_counts_of_published_sets_are_those_in_the_configurations() -> None:
             known += 1
             assert all(f"{number:,}" in text.split("# Source")[0] for number in counts), file.name
     assert known >= 6
+
+
+def test_test_images_that_are_training_images_are_counted_in_the_label(caplog: pytest.LogCaptureFixture) -> None:
+    """As where files were copied instead of moved. Those of published sets are what all others measure on."""
+    common: dict[str, Any] = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    train, test = numbered([i % 4 for i in range(40)]), numbered([0, 1, 2, 3], first=37)
+    assert make_splits(train, test, 4, 4, label="Set", whole=(4, 40, 4), **common).label == "Set"
+    assert make_splits(train, test, 4, 4, label="Mine", validation=0.5, **common).label == "Mine, validation 0.5"
+    assert caplog.text == ""
+    label = make_splits(train, test, 4, 4, label="Mine", **common).label
+    assert label == "Mine, 3 of 4 test images known from training"
+    assert "Mine: 3 of 4 test images are training images too" in caplog.text
 
 
 def test_a_class_without_training_images_is_refused() -> None:

@@ -230,13 +230,16 @@ PROMISES_ON_IMAGES: dict[str, list[Callable[..., Any]]] = {
         test_data_decode.test_few_of_sixteen_bits_are_refused_instead_of_nearly_black,
         test_data_decode.test_a_transparent_colour_shows_white,
     ],
-    "test images are training images, there is one class, a class is never trained": [
+    "training and test folder are one, there is one class, a class is never trained": [
         test_data_folder.test_a_link_from_test_to_train_is_refused,
         test_data_imagenet.test_training_images_by_another_name_are_no_test_images,
         test_data_folder.test_a_single_class_is_refused_with_the_folder_that_may_be_meant,
         test_data_loader.test_one_class_is_refused,
         test_data_imagenet_wds.test_classes_without_training_images_are_refused,
         test_data_splits.test_a_class_without_training_images_is_refused,
+    ],
+    "test images are copies of training images": [
+        test_data_splits.test_test_images_that_are_training_images_are_counted_in_the_label,
     ],
     "a sound file has another rate, several channels, another length": [
         test_data_sound.test_another_rate_is_resampled_and_said_in_every_run,

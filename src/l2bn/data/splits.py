@@ -179,7 +179,8 @@ def make_splits(
 
     With `validation`, the held-out share is taken first and `subset` from what remains, so that it is the same for
     every subset. These choices, a variant, and a data set that is not the whole published one are added to the
-    label and drop the baseline: no published accuracy belongs beside theirs.
+    label and drop the baseline: no published accuracy belongs beside theirs. So is the number of test images that
+    are training images too, in a data set that is not published.
 
     Raises `UserError` for a choice that the data cannot fulfil.
     """
@@ -221,6 +222,13 @@ def make_splits(
             raise UserError(f"dataset.subset={subset}: give a number from 1 to {len(train)} (training images)")
         train = train.select(stratified_order(train.labels, "subset")[:subset].sort().values)
         label += f", {subset:,} images"
+    if whole is None and (known := _known(train, test)):
+        log.warning(
+            "%s: %s of %s test images are training images too, pixel for pixel, and accuracy counts them as if "
+            "they were new. The label says so; remove them from one side",
+            *(label, f"{known:,}", f"{len(test):,}"),
+        )
+        label += f", {known:,} of {len(test):,} test images known from training"
     mean, std = _normalisation(train, common.get("mean"), common.get("std"))
     return Splits(
         train=_channels_innermost(train),
@@ -246,6 +254,18 @@ def _is_whole(train: Split, test: Split, num_classes: int, whole: tuple[int, int
         return False
     counts = (torch.bincount(split.labels, minlength=num_classes) for split in (train, test))
     return all(int(count.sum()) % num_classes or bool((count == count[0]).all()) for count in counts)
+
+
+def _known(train: Split, test: Split) -> int:
+    """Return the number of test images that are training images too; 0 where images are not held in memory."""
+    if not (isinstance(train, Images) and isinstance(test, Images)):
+        return 0
+    learnt = set(map(_content, train.images))
+    return sum(_content(image) in learnt for image in test.images)
+
+
+def _content(image: Tensor) -> bytes:
+    return hashlib.blake2b(image.contiguous().numpy().data, digest_size=16).digest()
 
 
 def _fingerprint(train: Split, test: Split, files: str | None) -> Fingerprint:
