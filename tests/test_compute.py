@@ -69,6 +69,25 @@ def test_the_processes_of_a_run_share_its_threads(
     assert taken == [own]
 
 
+@pytest.mark.usefixtures("_flags")
+@pytest.mark.parametrize(
+    ("devices", "environment", "own"), [(1, {}, [4]), (2, {}, [2]), (1, {"OMP_NUM_THREADS": "64"}, [])]
+)
+def test_a_run_in_a_container_has_the_threads_that_its_limit_allows(
+    devices: int, environment: dict[str, str], own: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch takes as many as the machine has cores."""
+    taken: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.setattr(compute_module, "available_cores", lambda: 4)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    compute(device="cpu", devices=devices).set_up()
+    assert taken == own
+
+
 @pytest.fixture(params=[True, False], ids=["a compiler", "no compiler"])
 def works(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether a compiler works, here as on a machine with CUDA."""

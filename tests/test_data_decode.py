@@ -1,7 +1,14 @@
 """Any image file becomes RGB with 8 bits a channel; a damaged one is named."""
 
+import functools
 import io
+import os
+import select
+import signal
 import struct
+import subprocess
+import sys
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -10,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from l2bn.data.decode import read_rgb
+from l2bn.data.decode import CHUNK, read_all, read_rgb
 from l2bn.errors import UserError
 from official_formats import jpeg, pixels
 
@@ -189,3 +196,32 @@ def test_a_damaged_file_is_named(content: bytes) -> None:
 def test_a_file_that_went_away_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"gone\.jpg: the file is gone"):
         read_rgb(tmp_path / "gone.jpg", "gone.jpg")
+
+
+def noted(path: Path, folder: Path) -> str:
+    (folder / path.name).touch()
+    return path.name
+
+
+def test_images_are_decoded_in_order_and_not_far_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where results are written to a slow disk, they must not fill the memory in the meantime."""
+    monkeypatch.setattr("l2bn.data.decode.available_cores", lambda: 2)
+    paths = [Path(str(number)) for number in range(40 * CHUNK)]
+    results = read_all(paths, functools.partial(noted, folder=tmp_path), "")
+    assert next(results) == "0"
+    time.sleep(1)
+    assert len(list(tmp_path.iterdir())) <= 6 * CHUNK
+    assert list(results) == [path.name for path in paths[1:]]
+
+
+def test_decoding_processes_end_with_a_killed_run(tmp_path: Path) -> None:
+    """They hold its output: a pipe from it, as to `tee`, would never end."""
+    code = "import time; from pathlib import Path; from l2bn.data.decode import read_all\n"
+    code += "results = read_all([Path('1')] * 200, str, '')\n"
+    code += "next(results), print('begun', flush=True), time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "begun\n"
+        os.kill(process.pid, signal.SIGKILL)
+        assert select.select([process.stdout], [], [], 10)[0], "somebody holds it"
+        assert process.stdout.read() == ""

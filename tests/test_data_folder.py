@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,25 @@ def test_a_cache_serves_one_tree_and_one_size(tree: Path, decodings: list[Path])
     for root, size in ((tree, None), (other, None), (tree, 16)):
         assert read(root, cache=cache, image_size=size).image_size == (size or 32)
     assert len(decodings) == 6
+
+
+def test_a_cache_serves_all_paths_to_a_tree(
+    tree: Path, decodings: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tree.parent)
+    (tree.parent / "link").symlink_to(tree)
+    for root in (tree, Path(tree.name), Path("link"), tree / "train" / ".."):
+        read(root, cache=str(tree.parent / "cache"))
+    assert len(decodings) == 2
+
+
+def test_two_runs_decode_a_tree_once(tree: Path, decodings: list[Path]) -> None:
+    """As the runs of a sweep side by side, which all begin with images that nobody has decoded yet."""
+    with ThreadPoolExecutor() as pool:
+        one, other = pool.map(read, [tree, tree])
+    assert torch.equal(one.train.images, other.train.images)
+    assert len(decodings) == 2
+    assert len(list((tree.parent / "cache").iterdir())) == 1
 
 
 def test_the_users_cache_folder_is_the_default(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:

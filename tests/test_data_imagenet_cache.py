@@ -1,6 +1,7 @@
 """ImageNet's training images decoded once: the pixels of a plain resize, decoded again when a file has changed."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +89,37 @@ def test_a_cache_that_is_cut_short_or_removed_during_a_run_is_named(root: Path, 
     _, images = opened(root, cache)
     content = images.file.read_bytes()
     images.file.write_bytes(content[: int(images.offset[-1]) + 1])
-    with pytest.raises(UserError, match="ends within an image"):
+    with pytest.raises(UserError, match="was changed or replaced during the run"):
         images[len(images) - 1]
     images.file.unlink()
     with pytest.raises(UserError, match="cannot be read any more"):
         images[0]
+
+
+def test_a_cache_that_another_run_has_replaced_gives_no_pixels(root: Path, cache: Path) -> None:
+    """As when images were added and a second run has decoded them: its pixels lie elsewhere in the file."""
+    tree, images = opened(root, cache)
+    tree.paths()[0].unlink()
+    _, others = opened(root, cache)
+    assert len(others) == len(images) - 1
+    assert others[0][0].shape[0] == 3
+    with pytest.raises(UserError, match="was changed or replaced during the run"):
+        images[0]
+
+
+def test_two_runs_decode_the_images_once(root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, written = module._write_decoded, []
+
+    def counted(*arguments: Any) -> None:
+        written.append(arguments)
+        write(*arguments)
+
+    monkeypatch.setattr(module, "_write_decoded", counted)
+    with ThreadPoolExecutor() as pool:
+        both = list(pool.map(lambda _: opened(root, cache)[1], range(2)))
+    assert torch.equal(both[0][5][0], both[1][5][0])
+    assert len(written) == 1
+    assert len(list(cache.iterdir())) == 1
 
 
 def test_a_place_without_room_is_named_with_both_ways_out(root: Path, cache: Path) -> None:

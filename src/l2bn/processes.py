@@ -38,3 +38,10 @@ def leave_signals_to_parent() -> None:
     """Ignore requests to stop: they reach a whole process group, and the parent decides for its helpers."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def available_cores() -> int:
+    """Return the number of CPU cores that this process may use, within the limits of a container."""
+    from joblib import cpu_count  # here, because few programs that import this module need it
+
+    return int(cpu_count())

@@ -5,7 +5,6 @@ On a CPU the cores are divided among the runs; on a GPU all runs share it. An op
 
 import argparse
 import multiprocessing
-import os
 import time
 from typing import Any
 
@@ -16,6 +15,7 @@ from l2bn.benchmarks.measure import synchronise, undisturbed
 from l2bn.benchmarks.paths import ours
 from l2bn.benchmarks.report import Result, hardware, page, prose, report, table
 from l2bn.benchmarks.workload import make_workload
+from l2bn.processes import available_cores
 from l2bn.training.environment import describe_environment
 
 STEPS = 10  # of an epoch
@@ -26,7 +26,7 @@ def one_of_several(
 ) -> None:
     """Train one of several runs in this process: warm up, wait for the others, then train for some epochs."""
     device = torch.device(arguments.device)
-    threads = max(1, (arguments.threads or os.cpu_count() or 1) // runs)
+    threads = max(1, (arguments.threads or available_cores()) // runs)
     workload = make_workload(network, arguments.root, STEPS, arguments.batch)
     action, _ = ours(workload, arguments.norms[0], device, threads=threads)
     with undisturbed():

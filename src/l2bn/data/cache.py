@@ -7,12 +7,13 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from filelock import FileLock, Timeout
 from numpy.lib.format import read_array, write_array
 from rich.console import Console
 from rich.progress import track
@@ -50,16 +51,16 @@ def expand(path: str, key: str = "dataset.root") -> Path:
         raise UserError(f"{key}={path}: no home folder is known for {path.split('/')[0]}; give the path") from None
 
 
-def file_state(files: Iterable[Path]) -> str:
-    """A digest over name, size, inode and times of the files.
+def file_state(folder: Path, names: Iterable[str]) -> str:
+    """A digest over name, size, inode and times of files in a folder, however the path of the folder is written.
 
     The change time and the inode tell files of equal size and modification time apart, as an archive unpacks them.
     """
     digest = hashlib.sha256()
-    for file in files:
-        found = status(file)
+    for name in names:
+        found = status(folder / name)
         values = found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns
-        digest.update("\0".join([str(file), *map(str, values)]).encode("utf-8", "surrogateescape") + b"\n")
+        digest.update("\0".join([name, *map(str, values)]).encode("utf-8", "surrogateescape") + b"\n")
     return digest.hexdigest()
 
 
@@ -74,28 +75,62 @@ def status(file: Path) -> os.stat_result:
 def cached(folder: str | None, name: str, key: Sequence[str], state: str, make: Callable[[], Arrays]) -> Arrays:
     """The arrays that `make` returns, read from the cache if it holds those of the same key and state.
 
-    Where nothing can be written the arrays stay in memory only, and a warning says so.
+    One process makes them, and others wait for it. Where nothing can be written the arrays stay in memory only, and
+    a warning says so.
     """
-    try:
-        file = cache_file(folder, name, *key)
-        with file.open("rb") as stream:
-            arrays = read_arrays(stream, state)
+
+    def read() -> Arrays | None:
+        try:
+            with cache_file(folder, name, *key).open("rb") as stream:
+                return read_arrays(stream, state)
+        except OSError:
+            return None  # never made; what is wrong with the folder shows below
+
+    arrays = read()
+    if arrays is not None:
+        return arrays
+    with ExitStack() as stack:
+        with suppress(OSError):
+            stack.enter_context(making(cache_file(folder, name, *key)))
+        arrays = read()
         if arrays is not None:
             return arrays
-    except OSError:
-        pass  # never made; what is wrong with the folder shows below
-    arrays = make()
-    try:
-        with replacing(cache_file(folder, name, *key)) as stream:
-            write_arrays(stream, state, arrays)
-    except OSError as error:
-        log.warning(
-            "%s is kept in memory only and made again by the next run, the cache cannot be written (%s); "
-            "set dataset.cache=FOLDER",
-            name,
-            error,
-        )
+        arrays = make()
+        try:
+            with replacing(cache_file(folder, name, *key)) as stream:
+                write_arrays(stream, state, arrays)
+        except OSError as error:
+            log.warning(
+                "%s is kept in memory only and made again by the next run, the cache cannot be written (%s); "
+                "set dataset.cache=FOLDER",
+                name,
+                error,
+            )
     return arrays
+
+
+@contextmanager
+def making(file: Path) -> Iterator[None]:
+    """Keep other processes from making a file until it is made; they wait, and then find it.
+
+    Where files cannot be locked, as on some network file systems, all make it. Raises OSError where the file's
+    folder cannot be made.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file.with_name(f"{file.name}.lock"))
+    with suppress(OSError, NotImplementedError):
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            log.info("waiting for another process, which makes %s", file)
+            lock.acquire()
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            with suppress(OSError):
+                Path(lock.lock_file).unlink()  # who has it open already finds the file made
+            lock.release()
 
 
 def write_arrays(stream: BinaryIO, state: str, arrays: Arrays) -> None:

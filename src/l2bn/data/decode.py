@@ -1,12 +1,13 @@
 """Image files of any kind to RGB with 8 bits a channel."""
 
 import io
-import os
 import re
 import struct
+from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,10 +16,12 @@ from PIL import Image
 
 from l2bn.data.cache import tracked
 from l2bn.errors import UserError
+from l2bn.processes import available_cores, end_with_parent
 
 T = TypeVar("T")
 
-CHUNK = 64  # images that a decoding process takes at a time
+CHUNK = 16  # images that a decoding process takes at a time
+WORTH_A_PROCESS = 64  # images
 BITS_PER_SAMPLE, LARGEST_VALUE = 258, 281  # tags of TIFF
 DIM = 4096  # a 16-bit image that stays below holds at most 12 bits of its 16: it would be nearly black
 
@@ -86,11 +89,28 @@ def read_all(paths: list[Path], read: Callable[[Path], T], text: str) -> Generat
 
     By processes, because most of the time spent on a small image is spent in Python. Close it to cancel the rest.
     """
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(paths) // CHUNK + 1)) as workers:
+    count = min(available_cores(), len(paths) // WORTH_A_PROCESS + 1)
+    with ProcessPoolExecutor(count, initializer=end_with_parent) as workers:
         try:
-            yield from tracked(workers.map(read, paths, chunksize=CHUNK), text, len(paths))
+            yield from tracked(_read_ahead(workers, paths, read, 2 * count), text, len(paths))
         except BrokenProcessPool as error:
             raise UserError(f"{text}: a process was killed, probably for lack of memory: {error}") from error
         except BaseException:
             workers.shutdown(cancel_futures=True)
             raise
+
+
+def _read_ahead(
+    workers: ProcessPoolExecutor, paths: list[Path], read: Callable[[Path], T], ahead: int
+) -> Generator[T, None, None]:
+    """Yield the results in order, with `ahead` chunks in work: results that wait for a slow disk take memory."""
+    chunks = (paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK))
+    pending = deque(workers.submit(_read_chunk, read, chunk) for chunk in islice(chunks, ahead))
+    while pending:
+        results = pending.popleft().result()
+        pending.extend(workers.submit(_read_chunk, read, chunk) for chunk in islice(chunks, 1))
+        yield from results
+
+
+def _read_chunk(read: Callable[[Path], T], paths: list[Path]) -> list[T]:
+    return [read(path) for path in paths]

@@ -289,7 +289,7 @@ def _decode_cached(
         return [*pixels, np.array(digest(parts))]
 
     key = [*(str(tree.folder.resolve()) for tree in trees), str(image_size)]
-    state = file_state(path for tree in trees for path in tree.paths())
+    state = " ".join(file_state(tree.folder, tree.names) for tree in trees)
     *pixels, files = cached(cache, root.resolve().name, key, state, decode)
     return [torch.from_numpy(array).permute(0, 3, 1, 2) for array in pixels], str(files)
 

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor, resize
 
-from l2bn.data.cache import cache_file, expand, file_state, read_arrays, replacing, write_arrays
+from l2bn.data.cache import cache_file, expand, file_state, making, read_arrays, replacing, write_arrays
 from l2bn.data.decode import read_all, read_rgb
 from l2bn.data.folder import IMAGES, Tree, list_files, report_left_out, same_classes, scan
 from l2bn.data.splits import Common, Split, Splits, Transform, check_image_size, digest, make_splits
@@ -145,6 +145,7 @@ class DecodedImages(Dataset[tuple[Tensor, int]]):
     """Images of any size in one file of pixels, read when asked."""
 
     file: Path
+    version: "Version"
     offset: Tensor  # (N,) of the image's first byte
     height: Tensor  # (N,) in pixels
     width: Tensor  # (N,)
@@ -156,7 +157,7 @@ class DecodedImages(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int, /) -> tuple[Tensor, int]:
         shape = int(self.height[index]), int(self.width[index]), 3
-        content = read_bytes(self.file, int(self.offset[index]), math.prod(shape))
+        content = read_bytes(self.file, self.version, int(self.offset[index]), math.prod(shape))
         image = torch.frombuffer(content, dtype=torch.uint8).view(shape).permute(2, 0, 1)
         return self.transform(image), int(self.labels[index])
 
@@ -171,17 +172,29 @@ class DecodedImages(Dataset[tuple[Tensor, int]]):
         )
 
 
-def read_bytes(file: Path, offset: int, size: int) -> bytearray:
-    """A part of a file. Raises `UserError` for a file that was removed or cut short since its index was made."""
+Version = tuple[int, int, int]
+"""Inode, size and time of the last change: equal as long as a file is the same."""
+
+
+def version(found: os.stat_result) -> Version:
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def read_bytes(file: Path, at_start: Version, offset: int, size: int) -> bytearray:
+    """A part of a file. Raises `UserError` for a file that was removed, replaced or changed since the run began."""
     content = bytearray(size)
     try:
         with file.open("rb") as stream:
+            same = version(os.fstat(stream.fileno())) == at_start
             stream.seek(offset)
             found = stream.readinto(content)
     except OSError as error:
         raise UserError(f"{file} cannot be read any more: {error.strerror}; restore it") from error
-    if found != size:
-        raise UserError(f"{file} ends within an image: it was cut short during the run; restore it")
+    if not same or found != size:
+        raise UserError(
+            f"{file} was changed or replaced during the run, and other images may stand where its images stood; "
+            "restore the images that the run began with"
+        )
     return content
 
 
@@ -192,36 +205,44 @@ def decode_once(tree: Tree, side: int, cache: str | None, transform: Transform) 
     files, and in its last 8 bytes where these begin. cache: folder of it; null: `l2bn` in the user's cache folder.
     Raises `UserError` for a file that cannot be decoded, and for a cache that cannot be written.
     """
-    state = file_state(tree.paths())
+    state = file_state(tree.folder, tree.names)
     try:
         file = cache_file(cache, f"{tree.folder.name}-{side}", str(tree.folder.resolve()), str(side))
-        sizes = _read_sizes(file, state)
-        if sizes is None:
-            sizes = _write_decoded(tree, side, file, state)
+        index = _read_index(file, state)
+        if index is None:
+            with making(file):
+                index = _read_index(file, state)
+                if index is None:
+                    _write_decoded(tree, side, file, state)
+                    index = _read_index(file, state)
+        if index is None:
+            raise OSError(f"{file} was replaced as soon as it was written: its images change")
     except OSError as error:
         raise UserError(
             f"the decoded images cannot be kept ({error}); set dataset.cache=FOLDER to a place with room for them, "
             "or dataset.cache_side=null to decode them each time"
         ) from error
+    at_start, sizes = index
     height, width = (torch.from_numpy(column.astype(np.int64)) for column in sizes.T)
     lengths = 3 * height * width
-    return DecodedImages(file, lengths.cumsum(0) - lengths, height, width, tree.labels, transform)
+    return DecodedImages(file, at_start, lengths.cumsum(0) - lengths, height, width, tree.labels, transform)
 
 
-def _read_sizes(file: Path, state: str) -> npt.NDArray[np.int32] | None:
-    """Height and width of each image, (N, 2), if the file is complete and made of the same files."""
+def _read_index(file: Path, state: str) -> tuple[Version, npt.NDArray[np.int32]] | None:
+    """The file's version, and height and width of each image, (N, 2), if it is whole and made of the same files."""
     try:
         with file.open("rb") as stream:
+            found = version(os.fstat(stream.fileno()))
             stream.seek(-8, os.SEEK_END)
             stream.seek(int.from_bytes(stream.read(8), "little"))
             arrays = read_arrays(stream, state)
     except (OSError, OverflowError):
         return None  # never made, or damaged
-    return arrays[0] if arrays else None
+    return (found, arrays[0]) if arrays else None
 
 
-def _write_decoded(tree: Tree, side: int, file: Path, state: str) -> npt.NDArray[np.int32]:
-    """Write the file of the decoded images; returns height and width of each, (N, 2)."""
+def _write_decoded(tree: Tree, side: int, file: Path, state: str) -> None:
+    """Write the file of the decoded images."""
     paths = tree.paths()
     sizes = np.empty((len(paths), 2), np.int32)
     decoded = read_all(paths, partial(_read_resized, side=side), f"decoding {tree.folder}")
@@ -232,7 +253,6 @@ def _write_decoded(tree: Tree, side: int, file: Path, state: str) -> npt.NDArray
         end = stream.tell()
         write_arrays(stream, state, [sizes])
         stream.write(end.to_bytes(8, "little"))
-    return sizes
 
 
 def _read_resized(path: Path, side: int) -> npt.NDArray[np.uint8]:

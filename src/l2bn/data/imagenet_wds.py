@@ -25,10 +25,19 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 from webdataset import ShardWriter
 
-from l2bn.data.cache import Arrays, cached, expand, file_state, tracked
+from l2bn.data.cache import Arrays, cached, expand, file_state, status, tracked
 from l2bn.data.decode import read_rgb
 from l2bn.data.folder import IMAGES, Tree, scan
-from l2bn.data.imagenet import DEVKIT, LICENCE, evaluation_transform, list_splits, read_bytes, training_transform
+from l2bn.data.imagenet import (
+    DEVKIT,
+    LICENCE,
+    Version,
+    evaluation_transform,
+    list_splits,
+    read_bytes,
+    training_transform,
+    version,
+)
 from l2bn.data.splits import Common, Splits, Transform, check_image_size, digest, make_splits
 from l2bn.errors import UserError
 from l2bn.seeding import generator
@@ -104,6 +113,7 @@ class Shards(Dataset[tuple[Tensor, int]]):
     """
 
     files: tuple[Path, ...]
+    versions: tuple[Version, ...]  # of the files
     shard: Tensor  # (N,) index into files
     offset: Tensor  # (N,) of the image's first byte in its file
     size: Tensor  # (N,) of the image, in bytes
@@ -122,8 +132,9 @@ class Shards(Dataset[tuple[Tensor, int]]):
         )
 
     def __getitem__(self, index: int, /) -> tuple[Tensor, int]:
-        path = self.files[int(self.shard[index])]
-        content = read_bytes(path, int(self.offset[index]), int(self.size[index]))
+        shard = int(self.shard[index])
+        path = self.files[shard]
+        content = read_bytes(path, self.versions[shard], int(self.offset[index]), int(self.size[index]))
         image = read_rgb(content, f"{path}: {self.names[index].decode(errors='replace')}")
         return self.transform(pil_to_tensor(image)), int(self.labels[index])
 
@@ -214,10 +225,11 @@ def _open(folder: Path, pattern: str, transform: Transform, cache: str | None) -
         )
     resolved = [file.resolve() for file in files]
     parent = resolved[0].parent
-    state = file_state(resolved)
+    versions = tuple(version(status(file)) for file in files)  # before they are read
+    state = file_state(Path(), map(str, resolved))
     *columns, names = cached(cache, parent.name, [*map(str, resolved)], state, lambda: _index(files))
     shard, offset, size, labels = map(torch.from_numpy, columns)
-    return Shards(files, shard, offset, size, labels, names, transform, _are_mixed(shard, labels))
+    return Shards(files, versions, shard, offset, size, labels, names, transform, _are_mixed(shard, labels))
 
 
 def _are_mixed(shard: Tensor, labels: Tensor) -> bool:

@@ -275,7 +275,9 @@ def _read_clips(tree: Tree, spectrogram: LogMel, cache: str | None) -> _Clips:
         return [pixels, np.array(contents), np.array(facts)]
 
     key = [str(tree.folder.resolve()), repr(spectrogram), digest(tree.names)]
-    pixels, contents, facts = cached(cache, tree.folder.resolve().name, key, file_state(paths), decode)
+    pixels, contents, facts = cached(
+        cache, tree.folder.resolve().name, key, file_state(tree.folder, tree.names), decode
+    )
     _report(tree.folder, spectrogram, facts)
     images = Images(torch.from_numpy(pixels).permute(0, 3, 1, 2), tree.labels)
     return _Clips(images, tree.classes, tree.names, contents.tolist())

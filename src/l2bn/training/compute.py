@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from l2bn.errors import UserError
 from l2bn.kernels.compiler import DEVICES, compiler_works, select_kernels
 from l2bn.norms.sync import convert_sync
+from l2bn.processes import available_cores
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ class Compute:
             raise ValueError(f"workers must be from 0 to {MOST}, not {self.workers}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device is cuda, but torch finds no CUDA device; take device=cpu or device=auto")
-        cores = os.cpu_count() or 1
+        cores = available_cores()
         if not self._is_cuda and self.devices > max(2, cores):
             raise ValueError(f"devices is {self.devices}, but this machine's processor has {cores} cores")
         if self._is_cuda and self.devices > torch.cuda.device_count():
@@ -105,8 +106,12 @@ class Compute:
     def set_up(self) -> None:
         """Set memory, threads and kernels of this process."""
         keep_freed_memory()
-        if self.threads is not None or self.devices > 1:
-            torch.set_num_threads(max(1, (self.threads or os.cpu_count() or 1) // self.devices))
+        if self.threads is not None:
+            torch.set_num_threads(max(1, self.threads // self.devices))
+        elif self.devices > 1:
+            torch.set_num_threads(max(1, min(torch.get_num_threads(), available_cores()) // self.devices))
+        elif "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > available_cores():
+            torch.set_num_threads(available_cores())  # torch does not see the limit of a container
         if self.deterministic:  # cuBLAS is deterministic only with such a workspace
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(self.deterministic)

@@ -16,12 +16,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from hydra.core.utils import JobReturn, JobStatus, env_override
-from joblib import cpu_count
 from rich.console import Console
 
 from l2bn.errors import UserError
 from l2bn.failures import RESUMES, describe
-from l2bn.processes import SIGNALS
+from l2bn.processes import SIGNALS, available_cores
 from l2bn.records import Record
 from l2bn.training.interruption import EXIT_CODE, Interruption, follow_parent
 from l2bn.training.plan import PlannedRun, make_folder
@@ -158,8 +157,3 @@ def visible_gpus() -> list[str]:
     import torch
 
     return [str(index) for index in range(torch.cuda.device_count())]
-
-
-def available_cores() -> int:
-    """Return the number of CPU cores that this process may use, within the limits of a container."""
-    return int(cpu_count())
