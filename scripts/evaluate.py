@@ -12,7 +12,7 @@ from l2bn.failures import told_plainly
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--config-dir", type=Path, action="append", default=[], help="your folder of YAML files")
     parser.add_argument("--root", help="folder of the data set, if it has moved since training")
     arguments = parser.parse_args()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning_fabric.accelerators import MPSAccelerator
 from torch import nn
 
 from conftest import ROOT, TINY, Train
@@ -56,6 +57,13 @@ def test_float32_is_not_rounded_behind_the_users_back(monkeypatch: pytest.Monkey
     compute(threads=1, precision="tf32-mixed").set_up()
     assert torch.backends.cudnn.allow_tf32
     assert torch.backends.cuda.matmul.allow_tf32
+
+
+def test_a_mac_trains_on_its_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fabric would choose MPS, which has no float64 to sum accuracies in."""
+    monkeypatch.setattr(MPSAccelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert compute(device="auto").fabric().device.type == "cpu"
 
 
 @pytest.mark.usefixtures("_flags")

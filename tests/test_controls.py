@@ -129,6 +129,19 @@ def test_the_mean_norm_is_cumulative_first_and_then_by_momentum(momentum: float 
     assert step.num_batches_tracked == 30
 
 
+def test_the_mean_norm_of_a_model_in_evaluation_stays() -> None:
+    layer = l2bn_mean_norm.convert(nn.BatchNorm2d(3).eval())
+    layer(torch.randn(4, 3, 2, 2))
+    assert layer.step.running_norm == 1
+
+
+def test_a_batch_without_samples_leaves_the_mean_norm() -> None:
+    step = DivideByMeanNorm(0.1)
+    step(torch.empty(0, 3, 2, 2))
+    assert step.running_norm == 1
+    assert step.num_batches_tracked == 0
+
+
 def test_the_mean_norm_is_batch_norm_with_another_weight_of_eps() -> None:
     """BN(x / r) with eps is BN(x) with eps r^2: all that the scale does."""
     x = some_maps()

@@ -179,6 +179,14 @@ def test_training_images_by_another_name_are_no_test_images(tree: Path) -> None:
         read(tree, val="again")
 
 
+def test_a_test_on_the_training_images_is_said_in_the_label(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert read(tree, val="train", label="Mine", baseline=None).label == "Mine, tested on its training images"
+    assert "accuracy is measured on training images" in caplog.text
+    caplog.clear()
+    assert "tested" not in read(tree, val="train", label="Mine", baseline=None, validation=0.5).label
+    assert caplog.text == ""
+
+
 def test_classes_that_differ_are_named(tmp_path: Path) -> None:
     for part in ("train", "val"):
         imagenet_train(tmp_path / part, 8)

@@ -59,6 +59,24 @@ def test_packed_files_hold_what_the_files_hold(tmp_path: Path) -> None:
     assert content(files.train) == content(shards.train)
 
 
+def test_packing_again_packs_what_is_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As after a full disk: the training images of ImageNet take hours."""
+    caplog.set_level("INFO")
+    write_files(tmp_path, NODE, 12, 8)
+    packed = tmp_path / "packed"
+    pack_imagenet(tmp_path, packed)
+    before = {file.name: file.stat().st_ino for file in packed.glob("train-*.tar")}
+    for file in packed.glob("val-*.tar"):
+        file.unlink()
+    pack_imagenet(tmp_path, packed)
+    assert {file.name: file.stat().st_ino for file in packed.glob("train-*.tar")} == before
+    assert len(read(packed).test) == 8
+    assert "holds train-*.tar already" in caplog.text
+    next((tmp_path / "val").rglob("*.JPEG")).unlink()
+    with pytest.raises(UserError, match=r"holds val-\*\.tar already; remove them"):
+        pack_imagenet(tmp_path, packed)
+
+
 def test_packing_shuffles_and_fills_the_shards(tmp_path: Path) -> None:
     write_files(tmp_path, NODE, 12, 8)
     assert pack(list_files(tmp_path / "train"), tmp_path / "packed", "train", samples=5) == 3

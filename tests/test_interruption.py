@@ -270,6 +270,26 @@ def test_after_a_handler_that_returns_the_run_goes_on(tmp_path: Path) -> None:
     assert any(tmp_path.rglob("summary.json"))
 
 
+@pytest.mark.parametrize(("sweep", "code"), [((), 0), (("hydra.mode=MULTIRUN", "seed=0,1"), EXIT_CODE)])
+def test_a_signal_in_the_last_evaluation_stops_the_sweep_behind_it(
+    sweep: tuple[str, ...], code: int, tmp_path: Path
+) -> None:
+    """The run has only its record left to write; the next one must not begin."""
+    told = (
+        "import os\nfrom l2bn.training import loop\n"
+        "evaluate = loop.evaluate\n"
+        "def tell(*arguments):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return evaluate(*arguments)\n"
+        "loop.evaluate = tell\n"
+    )
+    process = start(tmp_path, *sweep, "norm=bn", "recipe.epochs=1", before=told)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == code, output
+    assert len(read_records(tmp_path)[0]) == 1
+    assert "finished, test accuracy" in output
+
+
 def test_a_scheduler_may_tell_all_processes_of_a_run(photographs: Path, tmp_path: Path) -> None:
     """The signal comes while the run waits for an image of its second epoch, in a process that gets it, too: it is
     still needed, for the update to be made."""

@@ -281,6 +281,14 @@ def test_what_cannot_be_analyzed_is_named(train: Train, tmp_path: Path) -> None:
     assert json.loads((record.folder / "summary.json").read_text())["status"] == "finished"
 
 
+def test_a_run_with_a_damaged_record_is_not_analyzed(train: Train) -> None:
+    record = train("recipe.epochs=1", *TINY)
+    (record.folder / "summary.json").write_text("{")
+    with pytest.raises(UserError, match=r"summary\.json"):
+        analyze(record.folder)
+    assert not (record.folder / FEATURES).exists()
+
+
 @pytest.mark.slow
 def test_two_devices_are_looked_into_as_one_and_the_run_is_the_same(tmp_path: Path) -> None:
     options = ["norm=l2bn", EPOCHS, *TINY, "compute.device=cpu", "compute.devices=2"]

@@ -1,6 +1,7 @@
 """A run, from its configuration to its record."""
 
 import json
+import mmap
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from l2bn.records import COST_KEYS, METRICS, Record, read_metrics
 from l2bn.training import session
 from l2bn.training.checkpoint import Checkpoints
 from l2bn.training.interruption import EXIT_CODE, Interruption
-from l2bn.training.loop import Trainer, peak_memory
+from l2bn.training.loop import Trainer, forget_peak_memory, peak_memory
 
 NORMS = sorted(path.stem for path in (ROOT / "configs" / "norm").glob("*.yaml"))
 assert len(NORMS) >= 2
@@ -204,6 +205,23 @@ def test_the_final_weights_are_there_for_any_reader(train: Train) -> None:
     assert equal(load_file(record.folder / "weights.safetensors"), weights(record))
 
 
+def test_a_layer_may_stand_in_two_places(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights then have two names and one memory, which safetensors refuses to write."""
+    (tmp_path / "mine" / "backbone").mkdir(parents=True)
+    (tmp_path / "mine" / "shared_parts.py").write_text(
+        "from torch import nn\n"
+        "def twice(num_classes: int) -> nn.Module:\n"
+        "    layer = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))\n"
+        "    body = nn.Sequential(nn.Conv2d(3, 8, 1), layer, nn.ReLU(), layer)\n"
+        "    return nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))\n"
+    )
+    (tmp_path / "mine" / "backbone" / "twice.yaml").write_text("_target_: shared_parts.twice\n")
+    monkeypatch.syspath_prepend(tmp_path / "mine")
+    own = f"hydra.searchpath=[file://{tmp_path / 'mine'}]"
+    record = train(own, "backbone=twice", "norm=l2bn", "recipe.epochs=1", *TINY)
+    assert equal(load_file(record.folder / "weights.safetensors"), weights(record))
+
+
 @pytest.mark.slow
 def test_evaluation_agrees_with_batch_statistics_after_enough_updates(train: Train) -> None:
     """The running variance of a unit L2BN starts far off; by the end of the demo's recipe it must be there."""
@@ -290,6 +308,17 @@ def test_peak_memory_is_in_bytes_on_every_system(platform: str, unit: int, monke
     monkeypatch.setattr("resource.getrusage", lambda _: usage)
     monkeypatch.setattr(sys, "platform", platform)
     assert peak_memory(torch.device("cpu")) == 3 * 2**30
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak cannot be reset elsewhere")
+def test_the_peak_memory_of_a_run_is_not_that_of_an_earlier_one() -> None:
+    device, size = torch.device("cpu"), 2**29
+    with mmap.mmap(-1, size) as block:
+        block.write(bytes(size))
+        assert peak_memory(device) > size
+    high = peak_memory(device)
+    forget_peak_memory(device)
+    assert peak_memory(device) < high - size // 2
 
 
 @pytest.mark.parametrize("missing", ["fcntl", "resource"])

@@ -30,5 +30,3 @@ def seed_global(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed)
-    elif device.type == "mps":
-        torch.mps.manual_seed(seed)

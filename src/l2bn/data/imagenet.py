@@ -5,6 +5,7 @@ C. Szegedy et al., "Going Deeper with Convolutions", arXiv:1409.4842, section 6;
 resized to 8/7 of the image size (256 for 224) and the centre cut out.
 """
 
+import logging
 import math
 import os
 import re
@@ -30,6 +31,8 @@ from l2bn.data.folder import IMAGES, Tree, list_files, report_left_out, same_cla
 from l2bn.data.splits import Common, Split, Splits, Transform, check_image_size, digest, make_splits
 from l2bn.errors import UserError
 
+log = logging.getLogger(__name__)
+
 DEVKIT = "ILSVRC2012_devkit_t12"
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
@@ -54,7 +57,8 @@ def imagenet(
     """`root`/`train`/<wnid>/*.JPEG and either `root`/`val`/<wnid>/*.JPEG or all validation images in `root`/`val`.
 
     In the second case their classes come from the devkit in `root`/`devkit`. Nothing is written there. Classes
-    are numbered by the order of their wnids. The validation images are the test set.
+    are numbered by the order of their wnids. The validation images are the test set. One name for both is to try
+    things out: unless `validation` holds images out, a warning and the label say so.
 
     cache_side: keep the training images decoded in `cache` (a folder; null: `l2bn` in the user's cache folder),
     their shorter side resized to that many pixels. Random crops of these smaller images have other pixels: the
@@ -62,6 +66,10 @@ def imagenet(
     """
     check_image_size(image_size)
     trained, tested = list_splits(expand(root), train, val, devkit)
+    variants = [f"decoded at {cache_side} pixels"] if cache_side is not None else []
+    if train == val and not common.get("validation"):
+        log.warning("dataset.train and dataset.val are %s: accuracy is measured on training images", train)
+        variants.append("tested on its training images")
     if cache_side is None:
         images: Split = ImageFiles.of(trained, training_transform(image_size))
     elif cache_side < 1:
@@ -75,7 +83,7 @@ def imagenet(
         image_size,
         trained.classes,
         files=digest([trained.digest(), tested.digest()]),
-        variant=f"decoded at {cache_side} pixels" if cache_side is not None else "",
+        variant=", ".join(variants),
         **common,
     )
 

@@ -193,10 +193,9 @@ def pack(tree: Tree, folder: Path, prefix: str, samples: int = 1000) -> int:
             pattern = str(Path(place, prefix)).replace("%", "%%") + "-%06d.tar"
             with ShardWriter(pattern, maxcount=samples, verbose=0) as writer:
                 for index in tracked(order, f"packing {tree.folder}"):
-                    path = tree.folder / tree.names[index]
-                    suffix = path.suffix.lower().replace("jpeg", "jpg")
-                    key = f"{index:08}-{path.stem.replace('.', '_')}"
-                    writer.write({"__key__": key, suffix[1:]: path.read_bytes(), "cls": int(tree.labels[index])})
+                    key, suffix = _packed_name(tree, index)
+                    content = (tree.folder / tree.names[index]).read_bytes()
+                    writer.write({"__key__": key, suffix: content, "cls": int(tree.labels[index])})
             names = "".join(f"{name}\n" for name in tree.classes)
             (folder / "classes.txt").write_text(names, encoding="utf-8", errors="surrogateescape")
             shards = sorted(Path(place).iterdir())
@@ -207,10 +206,33 @@ def pack(tree: Tree, folder: Path, prefix: str, samples: int = 1000) -> int:
     return len(shards)
 
 
+def _packed_name(tree: Tree, index: int) -> tuple[str, str]:
+    """The key of a file in its shard and its suffix there."""
+    path = Path(tree.names[index])
+    return f"{index:08}-{path.stem.replace('.', '_')}", path.suffix.lower().replace("jpeg", "jpg")[1:]
+
+
 def pack_imagenet(source: Path, folder: Path) -> None:
-    """Write the files of ImageNet in `source` (see `imagenet`) as the shards that `imagenet_wds` reads."""
+    """Write the files of ImageNet in `source` (see `imagenet`) as the shards that `imagenet_wds` reads.
+
+    A part that an earlier call has packed is kept. Raises `UserError` for shards of other files, and as `pack`.
+    """
     for tree, prefix in zip(list_splits(source, "train", "val", DEVKIT), ("train", "val"), strict=True):
-        pack(tree, folder, prefix)
+        if _is_packed(tree, folder, prefix):
+            log.info("%s holds %s-*.tar already", folder, prefix)
+        else:
+            pack(tree, folder, prefix)
+
+
+def _is_packed(tree: Tree, folder: Path, prefix: str) -> bool:
+    """Tell whether the shards hold the files of the tree, by their names and labels."""
+    found = sorted(
+        (name.decode(errors="surrogateescape"), label)
+        for shard in folder.glob(f"{prefix}-*.tar")
+        for _, _, label, name in _samples(shard)
+    )
+    names = (".".join(_packed_name(tree, index)) for index in range(len(tree.names)))
+    return found == sorted(zip(names, tree.labels.tolist(), strict=True))
 
 
 def _open(folder: Path, pattern: str, transform: Transform, cache: str | None) -> Shards:

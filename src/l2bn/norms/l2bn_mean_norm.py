@@ -30,7 +30,7 @@ def convert(
     `momentum` is also that of the running mean of norms. `scale` is that of L2BN, for the sample whose norm is
     the mean: "unit" (l2 norm 1) or "rms" (root mean square 1).
     """
-    step = DivideByMeanNorm(bn.momentum if momentum is None else momentum)
+    step = DivideByMeanNorm(bn.momentum if momentum is None else momentum).train(bn.training)
     return put_before(bn, step.to(next(bn.buffers(), torch.empty(0)).device), scale, eps, momentum)
 
 
@@ -48,7 +48,7 @@ class DivideByMeanNorm(nn.Module):
 
     def forward(self, x: Tensor, scale: Scale = "unit") -> Tensor:
         """(N, ...) to the same."""
-        if self.training:
+        if self.training and x.numel():  # the mean of no norms is no number
             self._track(x.detach())
         return x * (target_norm(x, scale) / self.running_norm.clamp_min(TINY))
 

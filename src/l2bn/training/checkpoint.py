@@ -176,7 +176,9 @@ class State:
 
     def save_weights(self, path: Path) -> None:
         """Write the weights alone, as safetensors."""
-        weights = {key: value.contiguous() for key, value in self._network.state_dict().items()}
+        # Copies, because the format refuses names that share memory, as those of a layer that stands in two places.
+        state = self._network.state_dict()
+        weights = {key: value.clone(memory_format=torch.contiguous_format) for key, value in state.items()}
         write_durably(path, safetensors.torch.save(weights))
 
     def restore(self) -> Position:

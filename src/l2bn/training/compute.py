@@ -68,7 +68,7 @@ class Compute:
     convolutions and matrix products to 10 bits of mantissa; the others autocast to bfloat16 or float16.
     """
 
-    device: Literal["auto", "cpu", "cuda", "mps"]
+    device: Literal["auto", "cpu", "cuda"]
     devices: int
     sync_bn: bool
     precision: Literal["32-true", "tf32-mixed", "bf16-mixed", "16-mixed"]
@@ -126,7 +126,7 @@ class Compute:
         reading the scheduler's environment.
         """
         return Fabric(
-            accelerator=self.device,
+            accelerator="cuda" if self._is_cuda else "cpu",
             strategy=_Processes() if self.devices > 1 else "auto",
             devices=self.devices,
             precision="32-true" if self.precision == "tf32-mixed" else self.precision,

@@ -144,6 +144,7 @@ def _write_measures(cell: Cell, folder: Path, rows: list[FeatureRow], sample: Sa
     try:
         before, _ = records.keep_measurements(folder, math.inf)
         metrics = read_metrics(folder / METRICS)
+        record = Record.read(folder) if (folder / SUMMARY).exists() else None
     except InvalidRecordError as error:
         raise UserError(f"{folder}: {error}") from error
     merged = {row["step"]: row for row in [*before, *rows]}
@@ -151,8 +152,8 @@ def _write_measures(cell: Cell, folder: Path, rows: list[FeatureRow], sample: Sa
     if sample:
         records.write_sample(folder, sample)
     journal = Journal(folder, cell, metrics, math.inf)
-    if (folder / SUMMARY).exists():
-        journal.conclude(Record.read(folder))
+    if record is not None:
+        journal.conclude(record)
     journal.close()
 
 

@@ -3,14 +3,15 @@
 Shapes: N images in a batch, K classes.
 """
 
+import contextlib
 import math
 import random
 import resource
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -126,9 +127,9 @@ BeforeBatch = Callable[[Tensor], None]
 """Called with the labels (N,) of the next batch of an evaluation."""
 
 
-def unwatched(epoch: int) -> AbstractContextManager[BeforeBatch | None]:
+def unwatched(epoch: int) -> contextlib.AbstractContextManager[BeforeBatch | None]:
     """Return the context of an evaluation that measures nothing else."""
-    return nullcontext()
+    return contextlib.nullcontext()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +152,7 @@ class Trainer:
     seed: int
     after_step: Callable[[Position], None]
     after_epoch: Callable[[Position], None]
-    watch: Callable[[int], AbstractContextManager[BeforeBatch | None]] = unwatched
+    watch: Callable[[int], contextlib.AbstractContextManager[BeforeBatch | None]] = unwatched
 
     def fit(self, position: Position) -> None:
         """Train from a position to the end of the recipe. Raises DivergedError."""
@@ -259,6 +260,15 @@ def first_not_finite(network: nn.Module) -> str | None:
     tensors = {name: tensor for name, tensor in network.state_dict().items() if tensor.is_floating_point()}
     finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
     return next((name for name, fine in zip(tensors, finite, strict=True) if not fine), None)
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` begin anew, after earlier runs of this process; on a CPU under Linux alone."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak of the resident set
 
 
 def peak_memory(device: torch.device) -> int:

@@ -22,7 +22,7 @@ from l2bn.records import CONFIG, SUMMARY, InvalidRecordError, Record
 from l2bn.seeding import derive_seed
 from l2bn.training.checkpoint import CheckpointPolicy
 from l2bn.training.compute import Compute, quieten
-from l2bn.training.interruption import is_owned
+from l2bn.training.interruption import EXIT_CODE, is_owned
 from l2bn.training.observation import AnalysisPolicy, check_observable
 from l2bn.training.optim import Recipe
 from l2bn.training.plan import (
@@ -53,7 +53,7 @@ def train_job(config: DictConfig) -> Record:
     """Train the run of a job of a sweep. A failure is reported at once, because Hydra goes on to the next job."""
     planned = read_planned(config)
     try:
-        return run(planned)
+        return run(planned, alone=False)
     except Exception as error:
         log.error("%s failed: %s", planned.cell, describe(error))
         # A run that has its folder has noted the failure itself; nothing is written into another process's run.
@@ -62,13 +62,15 @@ def train_job(config: DictConfig) -> Record:
         raise
 
 
-def run(planned: PlannedRun) -> Record:
+def run(planned: PlannedRun, *, alone: bool = True) -> Record:
     """Train a run to its end, from its last checkpoint if it has one; return its record.
 
-    A run that has ended is left alone. Raises UserError for what the user can correct; then no folder is made.
+    A run that has ended is left alone. Unless it is `alone`, a request to stop that comes when it is all but ended
+    ends the process, with `interruption.EXIT_CODE`, so that no other run begins. Raises UserError for what the user
+    can correct; then no folder is made.
     """
     quieten()
-    record = find_record(planned)
+    record, late = find_record(planned), False
     if record is not None:
         check_ended([(record, planned)])
     else:
@@ -76,7 +78,7 @@ def run(planned: PlannedRun) -> Record:
         if not planned.folder.exists():
             note_other_lengths(planned)
         make_folder(planned.folder)
-        launch(built)
+        late = launch(built)
         record = Record.read(planned.folder)
     if record.status == "diverged":
         result = f"diverged ({record.divergence})"
@@ -84,6 +86,8 @@ def run(planned: PlannedRun) -> Record:
         accuracy = record.last["test/top1"]
         result = f"finished, test accuracy {accuracy:.2f} % after the last of {record.epochs} epochs"
     log.info("%s: %s; record in %s", planned.cell, result, planned.folder)
+    if late and not alone:
+        raise SystemExit(EXIT_CODE)
     return record
 
 

@@ -24,7 +24,7 @@ from l2bn.training.compute import Compute
 from l2bn.training.environment import note_start
 from l2bn.training.interruption import EXIT_CODE, Interruption, follow_parent, sole_owner
 from l2bn.training.journal import Journal
-from l2bn.training.loop import DelayedMin, DivergedError, Position, Trainer
+from l2bn.training.loop import DelayedMin, DivergedError, Position, Trainer, forget_peak_memory
 from l2bn.training.observation import AnalysisPolicy, Network, Observer
 from l2bn.training.optim import Recipe
 from l2bn.training.plan import PlannedRun
@@ -51,28 +51,29 @@ class BuiltRun:
     analysis: AnalysisPolicy
 
 
-def launch(built: BuiltRun) -> None:
+def launch(built: BuiltRun) -> bool:
     """Train a run on its devices, with its folder locked. Does nothing if another process has just trained it.
 
-    Raises UserError; ends the process with `interruption.EXIT_CODE` after a request to stop.
+    Returns whether a request to stop came when nothing of the run was left to stop. Raises UserError; ends the
+    process with `interruption.EXIT_CODE` after an earlier request.
     """
     folder, fabric = built.run.folder, built.compute.fabric()
     with explained(built.run.cell, folder), sole_owner(folder), noted(folder):
         if (folder / SUMMARY).exists():
-            return
+            return False
         write_durably(folder / CONFIG, built.run.as_yaml())
         if built.compute.devices == 1:
-            fabric.launch(functools.partial(train, built=built))
-        else:
-            _launch_processes(fabric, built)
+            return bool(fabric.launch(functools.partial(train, built=built)))
+        return _launch_processes(fabric, built)
 
 
-def _launch_processes(fabric: Fabric, built: BuiltRun) -> None:
+def _launch_processes(fabric: Fabric, built: BuiltRun) -> bool:
     """Train a run in a process per device, and turn how one of them has ended into an error of this process."""
     own = f"{UserError.__module__}.{UserError.__qualname__}: "
     with Interruption() as interruption:
         try:
-            fabric.launch(functools.partial(train, built=built))
+            late = fabric.launch(functools.partial(train, built=built))
+            return bool(late or interruption.signal is not None)
         except ProcessRaisedException as error:
             if own not in error.msg:  # the traceback there
                 raise
@@ -88,8 +89,8 @@ def _launch_processes(fabric: Fabric, built: BuiltRun) -> None:
             ) from error
 
 
-def train(fabric: Fabric, built: BuiltRun) -> None:
-    """Train a run in this process, which with several devices is one of several."""
+def train(fabric: Fabric, built: BuiltRun) -> bool:
+    """Train a run in this process, which with several devices is one of several; returns as `launch`."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(explained(built.run.cell, built.run.folder))
         interruption = stack.enter_context(Interruption())
@@ -97,6 +98,7 @@ def train(fabric: Fabric, built: BuiltRun) -> None:
             stack.enter_context(optional_output())
             follow_parent()
         Session(fabric, built, interruption, stack).run()
+        return interruption.signal is not None
 
 
 class Session:
@@ -110,6 +112,7 @@ class Session:
         self.leaving = DelayedMin()
         run, lead = built.run, fabric.is_global_zero
         built.compute.set_up()
+        forget_peak_memory(fabric.device)
         self.train_loader, self.test_loader = make_loaders(built, fabric)
         self.steps, self.epochs = len(self.train_loader), built.recipe.epochs
         # Several processes share the memory of this run: its images may stay there, its weights must not.
