@@ -38,6 +38,7 @@ import test_fingerprint
 import test_interruption
 import test_journal
 import test_kill
+import test_own_parts
 import test_plan
 import test_replay
 import test_security
@@ -269,6 +270,7 @@ PROMISES: dict[str, list[Callable[..., Any]]] = {
         test_interruption.test_a_scheduler_may_tell_all_processes_of_a_run,
         test_interruption.test_a_handler_that_was_there_before_is_called_after_the_checkpoint,
         test_interruption.test_a_second_signal_ends_the_run_at_once,
+        test_interruption.test_a_signal_in_the_last_evaluation_stops_the_sweep_behind_it,
         test_training.test_a_resumed_run_equals_the_uninterrupted_one,
     ],
     "stdout or stderr cannot be written": [
@@ -324,6 +326,7 @@ PROMISES: dict[str, list[Callable[..., Any]]] = {
     ],
     "the code changes between two starts of a run": [
         test_environment.test_a_run_that_goes_on_with_other_code_is_warned_of,
+        test_own_parts.test_other_code_of_an_ended_run_is_told,
         test_environment.test_changed_files_and_untracked_source_are_dirty,
         test_environment.test_nothing_is_said_of_a_commit_where_none_is_known,
     ],

@@ -68,7 +68,7 @@ def test_a_run_that_goes_on_with_other_code_is_warned_of(
     checkout: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def start() -> None:
-        note_start(tmp_path, torch.device("cpu"), "plain")
+        note_start(tmp_path, torch.device("cpu"), "plain", {})
 
     start()
     start()

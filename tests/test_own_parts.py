@@ -1,5 +1,6 @@
 """A user's own parts from outside the repository: found wherever a run is planned, trained or opened."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -9,11 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from conftest import ROOT
+from conftest import ROOT, composed
 from l2bn.errors import UserError
+from l2bn.training.environment import own_source
 from l2bn.training.existing import evaluate_run, replay
 from l2bn.training.plan import compose_sweep, composing, plan_sweep
-from l2bn.training.run import check
+from l2bn.training.run import check, train_composed
 
 MODULE = """
 from torch import nn
@@ -57,6 +59,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules/own_parts.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path / "modules")
+    monkeypatch.delitem(sys.modules, "own_parts", raising=False)  # of another test's folder
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'modules'}:{os.environ.get('PYTHONPATH', '')}")
     return folder
 
@@ -78,6 +81,36 @@ def test_own_parts_are_planned_and_checked(by: str, mine: Path) -> None:
     ]
     for run in runs:
         check(run)
+
+
+def test_other_code_of_an_ended_run_is_told(mine: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its identity names the function, not what it does."""
+
+    def train() -> None:
+        options = ["dataset=mine", "dataset.subset=64", "backbone=tiny", "norm=clipped", "recipe=quick"]
+        with composing([*options, f"runs_dir={tmp_path / 'runs'}"], [mine]) as (_, rest):
+            train_composed(*composed(rest))
+
+    train()
+    train()
+    assert "other code of yours" not in caplog.text
+    (tmp_path / "modules/own_parts.py").write_text(MODULE.replace("Hardtanh(-limit", "Hardtanh(-2 * limit"))
+    train()
+    assert "was trained with other code of yours than there is now" in caplog.text
+
+
+def test_own_code_is_that_of_all_own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_helper.py").write_text("limit = 1\ndef helper(): ...\n")
+    (tmp_path / "own_user.py").write_text("import torch\nfrom own_helper import helper\ndef convert(bn): ...\n")
+    node = {"norm": {"_target_": "own_user.convert", "inner": {"_target_": "torch.nn.ReLU"}}}
+    assert own_source(node) is None, "not imported"
+    importlib.import_module("own_user")
+    before = own_source(node)
+    assert before is not None
+    assert own_source({"norm": {"_target_": "l2bn.norms.bn.convert"}}) is None
+    (tmp_path / "own_helper.py").write_text("limit = 2\ndef helper(): ...\n")
+    assert own_source(node) not in (None, before)
 
 
 @pytest.mark.slow

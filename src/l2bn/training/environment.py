@@ -1,10 +1,14 @@
 """The facts about machine and software that a record carries: this whitelist and nothing else of either."""
 
 import hashlib
+import inspect
 import json
 import logging
 import platform
 import subprocess
+import sys
+import sysconfig
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import metadata
 from pathlib import Path
@@ -13,11 +17,13 @@ from typing import Any
 import torch
 
 from l2bn.records import ENVIRONMENT, THEN, write_durably
+from l2bn.training.instantiate import flatten
 
 log = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).parents[1]
 PROJECT = Path(__file__).parents[3]
+INSTALLED = (PACKAGE, *(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")))
 PACKAGES = ("l2bn", "torch", "torchvision", "timm", "lightning-fabric", "hydra-core", "omegaconf", "numpy")
 
 # What two starts of a run must share for their results to agree bit for bit.
@@ -49,20 +55,20 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def note_start(folder: Path, device: torch.device, kernels: str) -> str:
+def note_start(folder: Path, device: torch.device, kernels: str, config: Mapping[str, Any]) -> str:
     """Add this start of a run to `env.json`; warn if it may compute other numbers than the last one.
 
     Returns the kernels of all starts of the run, as in `Record.kernels`.
     """
     path = folder / ENVIRONMENT
     starts = _earlier_starts(path) if path.exists() else []
-    facts = {**describe_environment(device), "kernels": kernels}
+    facts = {**describe_environment(device), "kernels": kernels, "own_source": own_source(config)}
     if starts:
         before = starts[-1]
         changed = [key for key in FACTS_BEHIND_BITS if before.get(key) != facts[key]]
         if changed:
             log.warning("resumed with other %s: equal to an uninterrupted run up to rounding", ", ".join(changed))
-        if any(before.get(key, facts[key]) != facts[key] for key in ("source", "commit")):
+        if any(before.get(key, facts[key]) != facts[key] for key in ("source", "commit", "own_source")):
             log.warning(
                 "resumed with other code (commit %s, before %s): the result is of neither alone",
                 *(_name(start) for start in (facts, before)),
@@ -70,6 +76,43 @@ def note_start(folder: Path, device: torch.device, kernels: str) -> str:
     starts.append(facts)
     write_durably(path, json.dumps({"starts": starts}, indent=2) + "\n")
     return THEN.join(dict.fromkeys(start["kernels"] for start in starts if "kernels" in start))
+
+
+def own_source(config: Mapping[str, Any]) -> str | None:
+    """Return a digest over the user's own modules that the `_target_`s of a configuration have imported, or None.
+
+    Own is what belongs neither to this package nor to an installed one. The modules that these import count, too.
+    """
+    found: dict[str, Path] = {}
+    for place, name in flatten(config):
+        if place.rpartition(".")[2] == "_target_":
+            _add_own(str(name).rpartition(".")[0], found)
+    return _digest(found) if found else None
+
+
+def warn_of_other_source(folder: Path, config: Mapping[str, Any]) -> None:
+    """Warn if the user's own modules are others than those that an ended run was trained with."""
+    starts = _earlier_starts(folder / ENVIRONMENT) if (folder / ENVIRONMENT).exists() else []
+    own = own_source(config)
+    if starts and starts[-1].get("own_source", own) != own:
+        log.warning(
+            "%s was trained with other code of yours than there is now, and its result is of that code; train it "
+            "anew by a name of its own in your YAML file, or by another runs_dir",
+            folder,
+        )
+
+
+def _add_own(name: str, found: dict[str, Path]) -> None:
+    module = sys.modules.get(name)
+    file = Path(getattr(module, "__file__", None) or "")
+    if name in found or not file.is_file() or any(file.is_relative_to(folder) for folder in INSTALLED):
+        return
+    found[name] = file
+    for value in vars(module).values():
+        if inspect.ismodule(value):
+            _add_own(value.__name__, found)
+        elif inspect.isclass(value) or inspect.isfunction(value):
+            _add_own(value.__module__, found)
 
 
 def _earlier_starts(path: Path) -> list[dict[str, Any]]:
@@ -86,8 +129,11 @@ def _name(start: dict[str, Any]) -> str:
 
 def _source() -> str:
     """Return 32 hexadecimal digits over the names and contents of all Python files of the package."""
-    files = sorted(PACKAGE.rglob("*.py"))
-    lines = [f"{file.relative_to(PACKAGE)} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files]
+    return _digest({str(file.relative_to(PACKAGE)): file for file in PACKAGE.rglob("*.py")})
+
+
+def _digest(files: Mapping[str, Path]) -> str:
+    lines = [f"{name} {hashlib.sha256(files[name].read_bytes()).hexdigest()}" for name in sorted(files)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
 
 

@@ -22,6 +22,7 @@ from l2bn.records import CONFIG, SUMMARY, InvalidRecordError, Record
 from l2bn.seeding import derive_seed
 from l2bn.training.checkpoint import CheckpointPolicy
 from l2bn.training.compute import Compute, quieten
+from l2bn.training.environment import warn_of_other_source
 from l2bn.training.interruption import EXIT_CODE, is_owned
 from l2bn.training.observation import AnalysisPolicy, check_observable
 from l2bn.training.optim import Recipe
@@ -137,10 +138,14 @@ def find_record(planned: PlannedRun) -> Record | None:
 def check_ended(runs: Iterable[tuple[Record, PlannedRun]]) -> None:
     """Raise UserError if an ended run was made on other images than its configuration names now.
 
-    Images that cannot be read are logged, and the run stands. The data set of several runs is read once.
+    Images that cannot be read are logged, and the run stands. The data set of several runs is read once. Other code
+    of the user's own is a warning.
     """
     found: dict[str, Fingerprint | None] = {}
     for record, planned in runs:
+        with contextlib.suppress(UserError):  # the code is gone
+            check(planned)  # imports it
+            warn_of_other_source(record.folder, planned.config)
         if record.images is None:
             continue
         key = yaml.safe_dump(planned.config["dataset"])

@@ -129,7 +129,7 @@ class Session:
         self.journal: Journal | None = None
         if lead:
             warn_if_few_updates(built.model, self.epochs * self.steps)
-            self.kernels = note_start(run.folder, fabric.device, kernels)
+            self.kernels = note_start(run.folder, fabric.device, kernels, run.config)
             step = self.position.epoch * self.steps + self.position.step
             self.journal = Journal(run.folder, run.cell, self.position.rows, step)
             stack.callback(self.journal.close)
