@@ -47,7 +47,10 @@ def write_run(
     train_images: int = 50_000,
     test_images: int = 10_000,
 ) -> Record:
-    """One run that ends at `accuracy`; `curve` epochs are written to metrics.jsonl (default: one)."""
+    """One run that ends at `accuracy`; `curve` epochs are written to metrics.jsonl (default: one).
+
+    A diverged run with a `curve` diverged after it, one without in its first epoch.
+    """
     folder = root / dataset / backbone / norm / recipe / f"seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     cell = {"dataset": dataset, "backbone": backbone, "norm": norm, "recipe": recipe, "seed": seed}
@@ -58,7 +61,7 @@ def write_run(
         rows[0]["epoch"] = 1
     with patch("os.fsync"):  # invented records need not survive a power cut
         write_lines(folder / METRICS, rows)
-    last = rows[-1] | {"epoch": epochs}
+    last = rows[-1] | {"epoch": epochs} if status == "finished" else rows[-1] if curve else {}
     record = Record(
         folder=folder,
         status=status,
@@ -79,8 +82,8 @@ def write_run(
         test_images=test_images,
         parameters=parameters,
         norm_layers=19,
-        last=last if status == "finished" else {},
-        best=last | {"test/top1": accuracy if best is None else best} if status == "finished" else {},
+        last=last,
+        best=last and last | {"test/top1": accuracy if best is None else best},
         seconds=100.0,
         divergence=None if status == "finished" else "loss is nan in epoch 1, step 7",
         images=images,

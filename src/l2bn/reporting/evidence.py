@@ -76,12 +76,8 @@ class Cell:
 
 
 def cell_of(record: Record) -> Cell:
-    """The cell of a run; its setting names the precision, and whatever else is not the default."""
-    devices = record.identity.get("devices", 1)
-    setting = [record.precision]
-    setting += [f"{devices} devices"] if devices != 1 else []
-    setting += ["synchronised"] if record.identity.get("sync_bn") else []
-    return Cell(record.dataset, record.recipe, record.backbone, ", ".join(setting))
+    """The cell of a run."""
+    return Cell(record.dataset, record.recipe, record.backbone, record.setting)
 
 
 def overrides(name: str) -> dict[str, str]:
