@@ -170,6 +170,7 @@ def test_a_run_that_has_not_ended_is_no_record_and_no_problem(tmp_path: Path) ->
         ("seed", "0", "seed"),
         ("epochs", 4, "last epoch is not epoch 4"),
         ("last", {}, "its last epoch is not epoch 3"),
+        ("best", {}, "last and best must both hold an epoch"),
         ("last", {"epoch": 3}, "last.step is missing"),
         ("last", {**row(3), "loss": 1.0}, "loss"),
         ("last", {**row(3), "test/top1": "high"}, "last.test/top1"),

@@ -199,6 +199,8 @@ class Record:
     def __post_init__(self) -> None:
         if self.status == "finished" and self.last.get("epoch") != self.epochs:
             raise ValueError(f"finished, but its last epoch is not epoch {self.epochs}")
+        if bool(self.best) != bool(self.last):
+            raise ValueError("last and best must both hold an epoch, or both be {}")
 
     @property
     def setting(self) -> str:

@@ -10,14 +10,23 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import pandas as pd
 
-from l2bn.records import FeatureRow, InvalidRecordError, Problem, Record, read_statistics
+from l2bn.records import (
+    SUMMARY,
+    FeatureRow,
+    InvalidRecordError,
+    Problem,
+    Record,
+    is_finite_number,
+    read_statistics,
+)
 from l2bn.reporting.comparison import Arm, Comparison, arms_of, by_cell, compare, differences
 from l2bn.reporting.evidence import (
     BN,
+    BY_NAME,
     FEATURES,
     INPUT,
     L2BN,
@@ -27,8 +36,8 @@ from l2bn.reporting.evidence import (
     TOP1,
     Cell,
     Evidence,
+    Place,
     by_layer,
-    cell_and_norm,
     cell_of,
     images_in_words,
     label_of,
@@ -198,18 +207,35 @@ have no place in the grid."""
 DEFAULT_EPS, SMALLEST_EPS = 1e-5, 1e-12
 
 
-def place_by_eps(record: Record) -> tuple[Cell, str]:
+def _number(record: Record, group: str, name: str) -> Any:
+    """A number of the identity; None for an eps that is the network's own. Raises InvalidRecordError."""
+    found = record.identity.get(group)
+    value = found.get(name) if isinstance(found, dict) else None
+    if not is_finite_number(value) and not (isinstance(found, dict) and name == "eps" and value is None):
+        raise InvalidRecordError(f"{SUMMARY}: identity.{group}.{name} must be a number in a study, not {value!r}")
+    return value
+
+
+def _batch_and_rate(record: Record) -> tuple[int, float]:
+    return int(_number(record, "recipe", "batch_size")), float(_number(record, "recipe", "lr"))
+
+
+def _by_eps(record: Record) -> tuple[Cell, str]:
     """The cell at the run's eps, and the norm without it."""
-    eps = record.identity["norm"].get("eps")
+    _batch_and_rate(record)  # stand in studies.csv
+    eps = _number(record, "norm", "eps")
     value = (DEFAULT_EPS if eps is None else float(eps),)
-    return replace(cell_of(record), value=value), record.norm.partition(",")[0]
+    return replace(cell_of(record), value=value), re.sub(",eps=[^,]*", "", record.norm)
 
 
-def place_by_rate(record: Record) -> tuple[Cell, str]:
+def _by_rate(record: Record) -> tuple[Cell, str]:
     """Data set and backbone at the run's batch size and learning rate, and the norm."""
-    recipe = record.identity["recipe"]
-    value = (int(recipe["batch_size"]), float(recipe["lr"]))
-    return Cell(record.dataset, "", record.backbone, "", value), record.norm
+    return Cell(record.dataset, "", record.backbone, "", _batch_and_rate(record)), record.norm
+
+
+place_by_eps = Place(_by_eps, varied=("norm.eps",))
+# Each batch size has its own number of epochs, so that all take about as many updates.
+place_by_rate = Place(_by_rate, varied=("recipe.batch_size", "recipe.lr", "recipe.epochs"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -350,7 +376,7 @@ def studies_csv(eps: Iterable[Study], rates: Iterable[Study]) -> str:
 
 
 def _run_row(arm: Arm, run: Record, study: str, eps: str | None) -> dict[str, object]:
-    recipe, top1 = run.identity["recipe"], arm.of().get(run.seed)
+    (batch, rate), top1 = _batch_and_rate(run), arm.of().get(run.seed)
     factors = _known_shrink(arm.features[run.seed]) if run.seed in arm.features else []
     names = ("dataset", "label", "backbone", "recipe", "norm", "seed", "status", "updates")
     return {
@@ -358,8 +384,8 @@ def _run_row(arm: Arm, run: Record, study: str, eps: str | None) -> dict[str, ob
         "study": study,
         "setting": cell_of(run).setting,
         "eps": eps,
-        "batch_size": recipe["batch_size"],
-        "lr": f"{recipe['lr']:g}",
+        "batch_size": batch,
+        "lr": f"{rate:g}",
         "top1": None if top1 is None else f"{top1:.4f}",
         "shrink_mean": fmean(factors) if factors else None,
         "shrink_min": min(factors, default=None),
@@ -461,7 +487,7 @@ def read_mechanism(runs: Path, studies: Path) -> Mechanism:
         read_evidence(studies / name, features=name == EPS, place=place)
         if (studies / name).is_dir()
         else Evidence(())
-        for name, place in ((EPS, place_by_eps), (RATES, place_by_rate), (TRAP, cell_and_norm))
+        for name, place in ((EPS, place_by_eps), (RATES, place_by_rate), (TRAP, BY_NAME))
     ]
     traps, unreadable = trap_studies(trap.records)
     return Mechanism(
