@@ -246,7 +246,9 @@ def test_a_cell_without_any_pair_leaves_the_set_undecided(tmp_path: Path) -> Non
     for seed in range(3):
         write_run(tmp_path, backbone="net2", seed=seed, status="diverged", **RUNS)
     assert (of_accuracy(tmp_path).text, of_accuracy(tmp_path).estimates[2].n) == ("not decided, 18 runs", 0)
-    assert "| net2 | – | – | – | – | 0 |" in claims_markdown(read_evidence(tmp_path), [SET])
+    text = claims_markdown(read_evidence(tmp_path), [SET])
+    assert "| net2 | – | – | – | – | 0 |" in text
+    assert "| all, each weighing alike | – | a cell has no pair | a cell has no pair | – | 6 |" in text
 
 
 @pytest.mark.parametrize(
