@@ -15,7 +15,7 @@ neither, in `within_share`, which falls when classes get compact and when they s
 claim, so no p-value is corrected; the others are shown and decide nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -112,6 +112,13 @@ ACCURATE = Question(
 def is_counted(row: Comparison, quantity: str = TOP1) -> bool:
     """Tell whether the runs of a row are long and repeated enough to count for other networks."""
     return row.full_length and len(row.differences(quantity)) >= MIN_PAIRS
+
+
+def for_other_networks(rows: Iterable[Comparison]) -> Estimate:
+    """The pooled paired difference in accuracy from rows that count, all seeds; under `MIN_BACKBONES` n alone."""
+    counted = [row for row in rows if is_counted(row)]
+    result = pooled(counted)
+    return result if len({row.cell.backbone for row in counted}) >= MIN_BACKBONES else Estimate(result.n)
 
 
 def _verdict(result: Estimate, backbones: int, better: int) -> Verdict:
