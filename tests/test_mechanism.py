@@ -29,6 +29,7 @@ from l2bn.reporting.figures import (
     write_mechanism_figures,
 )
 from l2bn.reporting.mechanism import (
+    DETACHED,
     EPS,
     MEAN_NORM,
     OF_CONTROLS,
@@ -41,6 +42,7 @@ from l2bn.reporting.mechanism import (
     measured_pairs,
     mechanism_documents,
     norms_table,
+    overall,
     pair_table,
     parts_table,
     place_by_eps,
@@ -48,6 +50,7 @@ from l2bn.reporting.mechanism import (
     rate_note,
     rate_table,
     read_mechanism,
+    steps_table,
     studies_csv,
     studies_of,
     trap_studies,
@@ -147,6 +150,16 @@ def test_the_table_of_norms_sets_each_against_bn_and_l2bn_against_each(evidence:
     assert control[4:] == ("−0.0300", "no spread")
     assert share.rows[0][2:4] == ("–", "–")
     assert accuracy.rows[1][1] == "91.00 ± 1.00 (3; 1 diverged)"
+
+
+def test_a_row_gives_the_n_of_each_quantity_where_they_differ(root: Path) -> None:
+    write_measured(root, DETACHED, (0.19, 0.20, 0.21))
+    arms = measured(read_evidence(root, features=True))
+    assert [row[-1] for row in steps_table(arms).rows] == ["3", "3", "3"]
+    (record,) = (run for run in read_evidence(root).records if (run.norm, run.seed) == (DETACHED, 1))
+    (record.folder / FEATURES).unlink()
+    arms = measured(read_evidence(root, features=True))
+    assert [row[-1] for row in steps_table(arms).rows] == ["3, 2, 2, 2", "3, 2, 2, 2", "3"]
 
 
 def test_the_csv_has_every_measure_of_every_norm(evidence: Evidence) -> None:
@@ -397,10 +410,38 @@ def test_the_rate_table_has_a_row_a_setting_and_its_note_counts(tmp_path: Path) 
     assert rows[2][3] == "80.00 (1; 1 diverged)"
     note = rate_note(study)
     assert "Of 3 settings" in note
-    assert "+1.00 points, 95 % interval [−0.24, +2.24], n = 3" in note  # 0.5, 1, 1.5: the whole settings
+    # 0.5, 1, 1.5: the whole settings
+    assert "Mean over the 2 settings in which all runs of seeds 0, 1, 2 finished" in note
+    assert "+1.00 points, 95 % interval [−0.24, +2.24], n = 3" in note
     assert "Diverged: 1 of BN, 0 of L2BN" in note
     with mpl.rc_context(RC):
         assert len(accuracy_over_rates(study).axes) == 2
+
+
+@pytest.mark.parametrize(
+    ("seeds", "settings", "taken"),
+    [
+        ([{0, 1, 2}, {0, 1, 2}, {0, 1, 2}], 3, [0, 1, 2]),
+        ([{0, 1, 2}, {0, 1, 2, 3}, {0, 1, 2}], 3, [0, 1, 2]),  # one more seed in one setting
+        ([{0, 1, 2}, {0, 1}, {0, 1, 2}], 2, [0, 1, 2]),  # one less
+        ([{0}, {1}, {2}], 0, []),
+        ([{0, 1, 2}, set(), set()], 0, []),
+    ],
+    ids=str,
+)
+def test_the_mean_over_settings_takes_whole_settings_of_the_studys_seeds(
+    seeds: list[set[int]], settings: int, taken: list[int], tmp_path: Path
+) -> None:
+    for own, rate in zip(seeds, (0.1, 0.3, 1.0), strict=True):
+        recipe, identity = f"short,lr={rate:g}", {"recipe": {"batch_size": 32, "lr": rate}}
+        write_run(tmp_path, recipe=recipe, seed=9, norm="group_norm", identity=identity)
+        for seed in own:
+            write_run(tmp_path, recipe=recipe, seed=seed, accuracy=80.0, identity=identity)
+            write_run(tmp_path, recipe=recipe, seed=seed, accuracy=81.0 + seed, norm=L2BN, identity=identity)
+    (study,) = studies_of(read_evidence(tmp_path, place=place_by_rate))
+    found = overall(study)
+    assert (found.settings, found.seeds, found.result.n) == (settings, taken, len(taken))
+    assert found.result.mean == (2.0 if taken else None)
 
 
 def write_trap(root: Path, norm: str, lags: Sequence[int]) -> None:

@@ -5,7 +5,7 @@ All numbers are made from records. The reading is a text by hand that names the 
 
 import hashlib
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,6 +55,7 @@ from l2bn.reporting.formatting import (
     mean_std,
     mean_std_n,
     names_of,
+    numbers_of_values,
     plural,
     probability,
     signed,
@@ -140,7 +141,7 @@ def summary_table(pairs: Sequence[Comparison]) -> Table:
     for pair in pairs:
         share, angle = pair.difference(WITHIN_SHARE), pair.difference(ANGLE_MEAN)
         spreads = (mean_std(arm.of(NORM_CV).values(), 3) for arm in pair.arms)
-        results = *mean_interval(share, 4), *mean_interval(angle), str(share.n)
+        results = *mean_interval(share, 4), *mean_interval(angle), numbers_of_values([share, angle])
         rows.append((*names_of(pair.label, pair.cell), *spreads, *results))
     return Table("Features of BN and L2BN", columns, rows, names=3)
 
@@ -179,7 +180,7 @@ def steps_table(arms: Sequence[Arm]) -> Table:
             " ".join(mean_interval(result, quantity.digits))
             for result, quantity in zip(results, OF_CONTROLS, strict=True)
         )
-        rows.append((f"{text}: {end} − {start}", *cells, str(results[0].n)))
+        rows.append((f"{text}: {end} − {start}", *cells, numbers_of_values(results)))
     return Table("Effects of equal norms and of the gradient through them", columns, rows)
 
 
@@ -338,12 +339,28 @@ def rate_table(study: Study) -> Table:
     return Table("BN and L2BN over learning rates and batch sizes", columns, rows, names=0)
 
 
-def overall(study: Study) -> Estimate:
-    """L2BN − BN as the mean over the settings in which every run finished, one value per seed."""
+class Overall(NamedTuple):
+    """A mean over the settings of a study, one value per seed, and what it was taken over."""
+
+    result: Estimate
+    settings: int
+    seeds: Sequence[int]
+
+
+def overall(study: Study) -> Overall:
+    """L2BN − BN over the settings in which all runs of the study's seeds finished.
+
+    The study's seeds are those that more than half of its settings have: a seed more in some settings adds no value
+    of its own, and a setting that lacks a seed is left out, not the seed.
+    """
     pairs = {value: (study.at(BN, *value), study.at(L2BN, *value)) for value in study.values}
-    found = {value: l2bn.values[TOP1] - bn.values[TOP1] for value, (bn, l2bn) in pairs.items() if bn and l2bn}
-    whole = pd.DataFrame(found).dropna(how="all").dropna(axis="columns")  # seed x setting
-    return estimate(list(whole.mean(axis="columns")) if not whole.empty else [])
+    whole = {value: (bn, l2bn) for value, (bn, l2bn) in pairs.items() if bn and l2bn}
+    counts = Counter(seed for bn, l2bn in whole.values() for seed in bn.seeds | l2bn.seeds)
+    seeds = sorted(seed for seed, count in counts.items() if 2 * count > len(pairs))
+    found = {value: l2bn.values[TOP1] - bn.values[TOP1] for value, (bn, l2bn) in whole.items()}
+    frame = pd.DataFrame(found).reindex(seeds).dropna(axis="columns")  # seed x setting
+    means = list(frame.mean(axis="columns")) if not frame.empty else []
+    return Overall(estimate(means), frame.shape[1] if seeds else 0, seeds)
 
 
 def rate_note(study: Study) -> str:
@@ -352,11 +369,13 @@ def rate_note(study: Study) -> str:
     above = sum(result.low is not None and result.low > 0 for result in results)
     below = sum(result.high is not None and result.high < 0 for result in results)
     lost = {norm: sum(arm.diverged for arm in study.arms if arm.norm == norm) for norm in (BN, L2BN)}
-    mean = overall(study)
+    mean, settings, seeds = overall(study)
+    runs = f"{plural('setting', settings)} in which all runs of seeds {', '.join(map(str, seeds)) or NONE} finished"
     return (
         f"Of {len(results)} settings, the 95 % interval lies above 0 in {above} and below in {below}, uncorrected. "
-        f"Mean over the settings in which all runs finished, one value per seed: {signed(mean.mean)} points, 95 % "
-        f"interval {interval(mean)}, n = {mean.n}. Diverged: {lost[BN]} of BN, {lost[L2BN]} of L2BN."
+        f"Mean over the {runs}, one value per seed: {signed(mean.mean)} points, 95 % interval {interval(mean)}, "
+        f"n = {mean.n}. "
+        f"Diverged: {lost[BN]} of BN, {lost[L2BN]} of L2BN."
     )
 
 
