@@ -54,7 +54,9 @@ def write_run(
     folder = root / dataset / backbone / norm / recipe / f"seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     cell = {"dataset": dataset, "backbone": backbone, "norm": norm, "recipe": recipe, "seed": seed}
-    (folder / CONFIG).write_text(yaml.safe_dump({"seed": seed, "compute": {"precision": precision}, "cell": cell}))
+    own = identity or {}
+    compute = {"precision": precision} | {key: own[key] for key in ("devices", "sync_bn") if key in own}
+    (folder / CONFIG).write_text(yaml.safe_dump({"seed": seed, "compute": compute, "cell": cell}))
     (folder / ENVIRONMENT).write_text(json.dumps({"packages": {}}))
     rows = list(_epochs(accuracy, curve or 1, seed, norm))
     if curve is None:
@@ -75,7 +77,7 @@ def write_run(
         precision=precision,
         kernels=kernels or ("stock" if norm == "bn" else "plain"),
         hash=f"{hash((dataset, backbone, norm, recipe, seed)) & 0xFFFFFFFFFFFFFFFF:016x}",
-        identity={"recipe": {"epochs": epochs}, "seed": seed} | (identity or {}),
+        identity={"recipe": {"epochs": epochs}, "seed": seed} | own,
         epochs=epochs,
         updates=epochs * 195,
         train_images=train_images,
