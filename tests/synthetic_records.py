@@ -47,18 +47,23 @@ def write_run(
     train_images: int = 50_000,
     test_images: int = 10_000,
 ) -> Record:
-    """One run that ends at `accuracy`; `curve` epochs are written to metrics.jsonl (default: one)."""
+    """One run that ends at `accuracy`; `curve` epochs are written to metrics.jsonl (default: one).
+
+    A diverged run with a `curve` diverged after it, one without in its first epoch.
+    """
     folder = root / dataset / backbone / norm / recipe / f"seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     cell = {"dataset": dataset, "backbone": backbone, "norm": norm, "recipe": recipe, "seed": seed}
-    (folder / CONFIG).write_text(yaml.safe_dump({"seed": seed, "compute": {"precision": precision}, "cell": cell}))
+    own = identity or {}
+    compute = {"precision": precision} | {key: own[key] for key in ("devices", "sync_bn") if key in own}
+    (folder / CONFIG).write_text(yaml.safe_dump({"seed": seed, "compute": compute, "cell": cell}))
     (folder / ENVIRONMENT).write_text(json.dumps({"packages": {}}))
     rows = list(_epochs(accuracy, curve or 1, seed, norm))
     if curve is None:
         rows[0]["epoch"] = 1
     with patch("os.fsync"):  # invented records need not survive a power cut
         write_lines(folder / METRICS, rows)
-    last = rows[-1] | {"epoch": epochs}
+    last = rows[-1] | {"epoch": epochs} if status == "finished" else rows[-1] if curve else {}
     record = Record(
         folder=folder,
         status=status,
@@ -72,15 +77,15 @@ def write_run(
         precision=precision,
         kernels=kernels or ("stock" if norm == "bn" else "plain"),
         hash=f"{hash((dataset, backbone, norm, recipe, seed)) & 0xFFFFFFFFFFFFFFFF:016x}",
-        identity={"recipe": {"epochs": epochs}, "seed": seed} | (identity or {}),
+        identity={"recipe": {"epochs": epochs}, "seed": seed} | own,
         epochs=epochs,
         updates=epochs * 195,
         train_images=train_images,
         test_images=test_images,
         parameters=parameters,
         norm_layers=19,
-        last=last if status == "finished" else {},
-        best=last | {"test/top1": accuracy if best is None else best} if status == "finished" else {},
+        last=last,
+        best=last and last | {"test/top1": accuracy if best is None else best},
         seconds=100.0,
         divergence=None if status == "finished" else "loss is nan in epoch 1, step 7",
         images=images,

@@ -13,7 +13,8 @@ import pytest
 
 from conftest import ROOT
 from l2bn.records import CONFIG, METRICS, SUMMARY, read_metrics, write_lines
-from l2bn.reporting.tensorboard import SPREAD, Board
+from l2bn.reporting.evidence import read_evidence
+from l2bn.reporting.tensorboard import SPREAD, Board, curves_of, find_runs, texts_of
 from local_slurm import free_port
 from synthetic_records import write_run
 
@@ -97,6 +98,54 @@ def test_cells_have_charts_of_their_own_in_one_layout(tmp_path: Path) -> None:
     for chart in category.chart:
         (series,) = chart.margin.series
         assert {series.value, series.lower, series.upper} <= scalars.keys()
+
+
+@pytest.mark.parametrize(
+    ("identity", "setting"), [({"devices": 8}, "8 devices"), ({"sync_bn": True}, "synchronised")], ids=str
+)
+def test_runs_on_several_devices_have_a_curve_of_their_own(
+    identity: dict[str, object], setting: str, tmp_path: Path
+) -> None:
+    """They take batch statistics over other images."""
+    pairs(tmp_path / "runs/one")
+    before = curves_of(find_runs(tmp_path / "runs"))
+    pairs(tmp_path / "runs/several", identity=identity)
+    after = curves_of(find_runs(tmp_path / "runs"))
+    assert before.items() < after.items()
+    assert {cell for _, cell, _ in after} == {CELL, f"{CELL}, {setting}"}
+    assert {cell for _, cell, _ in after} == {
+        tag.rpartition("/")[0] for _, tag in texts_of(read_evidence(tmp_path / "runs"))
+    }
+
+
+@pytest.mark.parametrize("epochs", [2, 5])
+def test_a_run_that_lies_there_twice_counts_once(epochs: int, tmp_path: Path) -> None:
+    """A replay of a run lies under `runs`, too, and may not have come to its end."""
+    pairs(tmp_path / "runs")
+    before = curves_of(find_runs(tmp_path / "runs"))
+    pairs(tmp_path / "runs/replay")
+    for path in (tmp_path / "runs/replay").rglob(METRICS):
+        write_lines(path, read_metrics(path)[:epochs])
+        (path.parent / SUMMARY).unlink()
+    assert curves_of(find_runs(tmp_path / "runs")) == before
+
+
+def test_a_diverged_run_cuts_no_curve_and_is_named(tmp_path: Path) -> None:
+    pairs(tmp_path / "runs")
+    before = curves_of(find_runs(tmp_path / "runs"))
+    options: Any = {"recipe": "short", "epochs": 5, "status": "diverged"}
+    for norm, seed in (("bn", 3), ("bn", 4), ("l2bn", 4)):
+        write_run(tmp_path / "runs", norm=norm, seed=seed, accuracy=10.0, curve=seed - 2, **options)
+    write_run(tmp_path / "runs", norm="group_norm", curve=2, **options)
+    assert curves_of(find_runs(tmp_path / "runs")) == before
+    Board(tmp_path / "runs", tmp_path / "arms").update()
+    tag = f"{CELL}/diverged/text_summary"
+    for norm, text in (
+        ("bn", "2 runs of bn diverged**, left out of its curves: seed 3, 4"),
+        ("l2bn", "1 run of l2bn diverged**, left out of its curves: seed 4"),
+        ("group_norm", "1 run of group_norm diverged**, left out of its curves: seed 0"),
+    ):
+        assert text in drawn(tmp_path / "arms" / norm)[1][tag]
 
 
 def test_what_changes_is_written_anew_and_runs_that_have_not_ended_count(tmp_path: Path) -> None:

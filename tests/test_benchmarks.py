@@ -14,6 +14,8 @@ from conftest import ROOT
 from l2bn.benchmarks import accuracy, data, evaluation, floor, measure, norm, report, step, together, train, waiting
 from l2bn.benchmarks.workload import CLASSES
 from l2bn.errors import UserError
+from l2bn.reporting.formatting import interval, signed
+from l2bn.reporting.statistics import estimate, paired_differences
 
 RESULTS = ROOT / "results" / "benchmarks"
 TABLES = {
@@ -35,6 +37,17 @@ assert len(COMMITTED) >= 2
 def test_committed_tables_are_made_from_the_committed_results(name: str) -> None:
     result = json.loads((RESULTS / f"{name}.json").read_text())
     assert (RESULTS / f"{name}.md").read_text().startswith(TABLES[name](result))
+
+
+def test_the_readmes_costs_of_evaluation_and_its_accuracy_are_those_of_the_committed_results() -> None:
+    """Against both forms of BN, and as a difference with its interval, which is no equality."""
+    text = " ".join((ROOT / "README.md").read_text().split())
+    speeds = [row["images_per_second"] for row in json.loads((RESULTS / "evaluation.json").read_text())["rows"]]
+    trained, folded = (max(speed[kind] / speed["l2bn"] for speed in speeds) for kind in ("bn", "folded"))
+    assert f"evaluation takes up to {trained:.1f} of BN's time, and up to {folded:.2f} of that of BN folded" in text
+    runs = json.loads((RESULTS / "accuracy.json").read_text())["runs"]
+    found = estimate(paired_differences(*(accuracy.of_path(runs, path) for path in ("plain", "ours"))))
+    assert f"by {signed(found.mean)} points, 95 % interval {interval(found)}, n = {found.n}" in text
 
 
 Measured = Callable[..., dict[str, Any]]

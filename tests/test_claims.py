@@ -205,6 +205,27 @@ def test_sound_is_not_pooled_with_images(tmp_path: Path) -> None:
     assert verdict(tmp_path, 5) == before
 
 
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_features_of_sound_are_not_pooled_with_those_of_images(number: int, tmp_path: Path) -> None:
+    def write(dataset: str, net: int, better: float) -> None:
+        for norm, seed in product(("bn", "l2bn", "l2bn_mean_norm"), range(3)):
+            record = write_run(tmp_path, dataset=dataset, backbone=f"net{net}", norm=norm, seed=seed)
+            step = better * (1 + 0.1 * seed + 0.1 * net) if norm == "l2bn" else 0.0
+            write_features(record, within_share=0.3 - step, angle=60 + step)
+
+    write("esc50", 0, -0.1)
+    assert verdict(tmp_path, number)[0] == "not measured"
+    for net in range(3):
+        write("cifar10", net, 0.01)
+    found = verdict(tmp_path, number)
+    assert found[0] == "supported"
+    assert "3 of 3 cells count" in found[1]
+    for net in range(3):
+        write("tau2020", net, -0.1)
+    assert verdict(tmp_path, number)[0] == "supported"
+    assert "esc50" not in verdict(tmp_path, number)[1]
+
+
 @pytest.mark.parametrize(
     ("differences", "expected"),
     [
@@ -246,7 +267,9 @@ def test_a_cell_without_any_pair_leaves_the_set_undecided(tmp_path: Path) -> Non
     for seed in range(3):
         write_run(tmp_path, backbone="net2", seed=seed, status="diverged", **RUNS)
     assert (of_accuracy(tmp_path).text, of_accuracy(tmp_path).estimates[2].n) == ("not decided, 18 runs", 0)
-    assert "| net2 | – | – | – | – | 0 |" in claims_markdown(read_evidence(tmp_path), [SET])
+    text = claims_markdown(read_evidence(tmp_path), [SET])
+    assert "| net2 | – | – | – | – | 0 |" in text
+    assert "| all, each weighing alike | – | a cell has no pair | a cell has no pair | – | 6 |" in text
 
 
 @pytest.mark.parametrize(

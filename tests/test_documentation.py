@@ -46,6 +46,7 @@ import test_sweep
 import test_training
 from conftest import ROOT, composed
 from l2bn.training.plan import compose_sweep, composing, plan_run, plan_sweep
+from synthetic_records import write_pairs, write_run
 
 DOCUMENTS = sorted(
     path
@@ -387,6 +388,28 @@ def test_the_readmes_notebook_block_pairs_and_plots(
     exec(block, {})
     assert "cifar10_jpeg" in capsys.readouterr().out
     assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_the_readmes_notebook_block_pairs_finished_runs_of_one_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the tables do: neither a run that diverged nor one of another setting enters a difference or a curve."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    cell: dict[str, Any] = {"dataset": "cifar10_jpeg", "recipe": "short", "epochs": 5}
+    root = tmp_path / "results/records"
+    write_pairs(root, [60.0, 61.0], [1.0, 2.0], curve=5, **cell)
+    write_run(root, norm="bn", seed=2, accuracy=60.0, curve=5, **cell)
+    write_run(root, norm="l2bn", seed=2, accuracy=10.0, status="diverged", curve=3, **cell)
+    for name, other in (("half", {"precision": "bf16-mixed"}), ("many", {"identity": {"devices": 8}})):
+        write_pairs(root / name, [20.0, 20.0], [9.0, 9.0], curve=5, **cell, **other)
+    (block,) = re.findall(r"```python\n(.*?)```", section("A sweep, from start to table"), re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(block, found)
+    differences = found["difference"].groupby("setting").agg(list).to_dict()
+    assert differences == {"32-true": [1.0, 2.0], "32-true, 8 devices": [9.0, 9.0], "bf16-mixed": [9.0, 9.0]}
+    last = found["curves"].unstack().loc[5]
+    assert last.to_dict() == {"bn": pytest.approx(181 / 3), "l2bn": 62.0}
 
 
 def test_the_readme_is_short() -> None:

@@ -15,6 +15,7 @@ from l2bn.reporting.claims import RunSet
 from l2bn.reporting.comparison import arms_of, grid, pooled
 from l2bn.reporting.evidence import Evidence, read_evidence
 from l2bn.reporting.figures import RC, STYLES, curves, differences, differences_of_set, read_curves, write_figures
+from l2bn.reporting.tables import BEGIN, END, readme_with_block
 from synthetic_records import write_pairs, write_run
 
 
@@ -131,16 +132,36 @@ def test_a_set_of_runs_has_a_figure_once_it_has_a_pair_and_both_means_once_compl
     assert paths[-1] == tmp_path / "differences-cifar10-cosine_30.svg"
     rows = [row for row in grid(arms_of(read_evidence(root))) if run_set.holds(row.cell)]
     shown = list(texts(differences_of_set(rows, run_set)))
-    assert {"net0", "+0.50", "other networks; n: networks"} <= set(shown)
-    assert not {"net7", "these networks; n: pairs"} & set(shown)
+    assert {"net0", "+0.50"} <= set(shown)
+    assert not [text for text in shown if text == "net7" or "networks" in text]
 
     write_pairs(root, [60, 61, 62], [0.5, 0.6, 0.7], backbone="net1", **options)
     rows = [row for row in grid(arms_of(read_evidence(root))) if run_set.holds(row.cell)]
     axes = differences_of_set(rows, run_set).axes[0]
-    assert "these networks; n: pairs" in list(texts(axes.figure))
+    assert {"Mean over the networks", "these networks; n: pairs"} <= set(texts(axes.figure))
     # s = 0.1 over 4 degrees of freedom: 2.776 * 0.1 * sqrt(2 / 3) / 2 = 0.113 around 0.55.
     drawn = [tuple(line.get_xdata()) for line in axes.lines]
     assert any(span == pytest.approx((0.437, 0.663), abs=1e-3) for span in drawn if len(span) == 2)
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+@pytest.mark.parametrize("networks", [2, 3])
+def test_the_figure_of_a_set_and_the_readme_agree_on_other_networks(
+    networks: int, seeds: int, tmp_path: Path
+) -> None:
+    """One has their mean exactly where the other has it: from 3 networks with 3 pairs each."""
+    names = tuple(f"net{net}" for net in range(networks))
+    run_set = RunSet("A set", "cifar10", "cosine_30", "32-true", names, (0, 1, 2))
+    for net, name in enumerate(names):
+        gains = [0.3 + net / 10, 0.4 + net / 10, 0.5 + net / 10][:seeds]
+        write_pairs(tmp_path, [60.0] * seeds, gains, backbone=name, recipe="cosine_30", epochs=30)
+    evidence = read_evidence(tmp_path)
+    rows = [row for row in grid(arms_of(evidence)) if run_set.holds(row.cell)]
+    has_mean = networks == seeds == 3
+    shown = list(texts(differences_of_set(rows, run_set)))
+    assert ("other networks; n: networks" in shown) is has_mean
+    readme = readme_with_block(f"{BEGIN}\n{END}", evidence, run_set)
+    assert ("For other networks like them, there is no interval yet" in readme) is not has_mean
 
 
 def test_nothing_of_the_dot_plot_is_cut_off_or_stands_on_another(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -15,7 +16,7 @@ from l2bn.errors import UserError
 from l2bn.records import FEATURES, SAMPLE, STATISTICS, write_lines
 from l2bn.reporting.claims import CLAIMS
 from l2bn.reporting.comparison import Arm, Comparison, arms_of
-from l2bn.reporting.evidence import BN, INPUT, L2BN, PENULTIMATE, SHRINK, Evidence, read_evidence
+from l2bn.reporting.evidence import BN, INPUT, L2BN, PENULTIMATE, SHRINK, Evidence, Place, read_evidence
 from l2bn.reporting.figures import (
     RC,
     accuracy_over_eps,
@@ -28,6 +29,7 @@ from l2bn.reporting.figures import (
     write_mechanism_figures,
 )
 from l2bn.reporting.mechanism import (
+    DETACHED,
     EPS,
     MEAN_NORM,
     OF_CONTROLS,
@@ -40,6 +42,7 @@ from l2bn.reporting.mechanism import (
     measured_pairs,
     mechanism_documents,
     norms_table,
+    overall,
     pair_table,
     parts_table,
     place_by_eps,
@@ -47,6 +50,8 @@ from l2bn.reporting.mechanism import (
     rate_note,
     rate_table,
     read_mechanism,
+    steps_table,
+    studies_csv,
     studies_of,
     trap_studies,
     trap_table,
@@ -145,6 +150,16 @@ def test_the_table_of_norms_sets_each_against_bn_and_l2bn_against_each(evidence:
     assert control[4:] == ("−0.0300", "no spread")
     assert share.rows[0][2:4] == ("–", "–")
     assert accuracy.rows[1][1] == "91.00 ± 1.00 (3; 1 diverged)"
+
+
+def test_a_row_gives_the_n_of_each_quantity_where_they_differ(root: Path) -> None:
+    write_measured(root, DETACHED, (0.19, 0.20, 0.21))
+    arms = measured(read_evidence(root, features=True))
+    assert [row[-1] for row in steps_table(arms).rows] == ["3", "3", "3"]
+    (record,) = (run for run in read_evidence(root).records if (run.norm, run.seed) == (DETACHED, 1))
+    (record.folder / FEATURES).unlink()
+    arms = measured(read_evidence(root, features=True))
+    assert [row[-1] for row in steps_table(arms).rows] == ["3, 2, 2, 2", "3, 2, 2, 2", "3"]
 
 
 def test_the_csv_has_every_measure_of_every_norm(evidence: Evidence) -> None:
@@ -267,6 +282,7 @@ def test_without_the_control_the_cause_is_not_measured(tmp_path: Path) -> None:
 
 # ---- Studies ------------------------------------------------------------------------------------------------
 
+STUDIED = {"batch_size": 32, "lr": 0.1}
 ACCURACY = {BN: 90.0, L2BN: 91.0, RMS: 90.4}
 
 
@@ -276,7 +292,7 @@ def write_eps_study(root: Path, seeds: int = 3) -> None:
         for norm, accuracy in ACCURACY.items():
             for seed in range(seeds):
                 better = accuracy + seed - (lost if norm == L2BN else 0) + (0.1 * seed if norm == L2BN else 0)
-                identity = {"norm": {"eps": eps}, "recipe": {"batch_size": 32, "lr": 0.1}}
+                identity = {"norm": {"eps": eps}, "recipe": STUDIED}
                 record = write_run(
                     root, norm=f"{norm},eps={eps:g}", seed=seed, accuracy=better, identity=identity, epochs=5
                 )
@@ -307,10 +323,70 @@ def test_the_eps_tables_split_the_difference_into_norms_and_eps(tmp_path: Path) 
 
 def test_two_results_at_one_value_of_a_study_are_an_error_naming_both(tmp_path: Path) -> None:
     for norm, accuracy in (("l2bn", 90.0), ("l2bn,eps=1e-05", 91.0)):
-        write_run(tmp_path, norm=norm, accuracy=accuracy, identity={"norm": {"eps": 1e-5}})
+        write_run(tmp_path, norm=norm, accuracy=accuracy, identity={"norm": {"eps": 1e-5}, "recipe": STUDIED})
     assert len(arms_of(read_evidence(tmp_path))) == 2
     with pytest.raises(UserError, match=r"l2bn/.*seed0 and .*l2bn,eps=1e-05/.*seed0"):
         read_evidence(tmp_path, place=place_by_eps)
+
+
+def test_another_override_of_a_norm_does_not_join_its_mean_over_eps(tmp_path: Path) -> None:
+    write_eps_study(tmp_path)
+    identity = {"norm": {"eps": 1e-5, "momentum": 0.5}, "recipe": STUDIED}
+    for name in ("l2bn,eps=1e-05,momentum=0.5", "l2bn,momentum=0.5,eps=1e-05"):
+        write_run(tmp_path, norm=name, seed=7, accuracy=10.0, identity=identity, epochs=5)
+    (study,) = studies_of(read_evidence(tmp_path, place=place_by_eps))
+    arms = {arm.norm: arm.of() for arm in study.arms if arm.cell.value == (1e-5,)}
+    assert arms["l2bn"] == pytest.approx({0: 91.0, 1: 92.1, 2: 93.2})
+    assert arms["l2bn,momentum=0.5"] == {7: 10.0}
+
+
+@pytest.mark.parametrize(
+    ("other", "name"),
+    [
+        ({"identity": {"recipe": {**STUDIED, "weight_decay": 0.1}}}, "recipe.weight_decay"),
+        ({"identity": {"recipe": {**STUDIED, "lr": 0.3, "weight_decay": 0.1}}}, "recipe.weight_decay"),
+        ({"identity": {"recipe": {**STUDIED, "epochs": 7}}}, "recipe.epochs"),
+        ({"identity": {"recipe": STUDIED, "devices": 8}}, "setting"),
+        ({"identity": {"recipe": STUDIED}, "precision": "bf16-mixed"}, "setting"),
+    ],
+    ids=str,
+)
+def test_other_conditions_never_join_a_study_of_rates(other: dict[str, Any], name: str, tmp_path: Path) -> None:
+    usual = {"recipe": {**STUDIED, "weight_decay": 5e-4, "epochs": 5}}
+    first = write_run(tmp_path, recipe="short", identity=usual)
+    second = write_run(tmp_path, recipe="another", seed=1, **other)
+    assert len(read_evidence(tmp_path).records) == 2  # of two cells, by their names
+    with pytest.raises(UserError, match=rf"unequal conditions \({name}: ") as error:
+        read_evidence(tmp_path, place=place_by_rate)
+    assert str(first.folder) in str(error.value)
+    assert str(second.folder) in str(error.value)
+
+
+def test_a_norm_that_differs_in_more_than_eps_is_refused_in_a_study_of_eps(tmp_path: Path) -> None:
+    for eps, scale in ((1e-12, "unit"), (1e-5, "rms")):
+        identity = {"norm": {"eps": eps, "scale": scale}, "recipe": STUDIED}
+        write_run(tmp_path, norm=f"l2bn,eps={eps:g}", identity=identity)
+    with pytest.raises(UserError, match=r"norm\.scale: rms and unit.*nothing but norm\.eps"):
+        read_evidence(tmp_path, place=place_by_eps)
+
+
+@pytest.mark.parametrize("place", [place_by_eps, place_by_rate], ids=["eps", "rate"])
+@pytest.mark.parametrize("recipe", [{}, {"batch_size": 32}, {"batch_size": 32, "lr": "high"}, "short"], ids=str)
+def test_a_record_without_the_numbers_of_a_study_is_named_and_left_out(
+    place: Place, recipe: object, tmp_path: Path
+) -> None:
+    """A record of no study, of a norm without eps among them."""
+    norm = {"norm": {"eps": None}}
+    bad = [write_run(tmp_path, seed=1, identity={"recipe": recipe, **norm}).folder]
+    if place is place_by_eps:
+        bad += [write_run(tmp_path, seed=2, identity={"recipe": STUDIED}).folder]
+        bad += [write_run(tmp_path, seed=3, identity={"recipe": STUDIED, "norm": {"eps": "small"}}).folder]
+    good = write_run(tmp_path, identity={"recipe": STUDIED, **norm})
+    evidence = read_evidence(tmp_path, place=place)
+    assert evidence.records == [good]
+    assert [problem.folder for problem in evidence.problems] == bad
+    assert all("summary.json: identity." in problem.reason for problem in evidence.problems)
+    studies_csv(studies_of(evidence), ()) if place is place_by_eps else studies_csv((), studies_of(evidence))
 
 
 def write_rate_study(root: Path) -> None:
@@ -334,10 +410,38 @@ def test_the_rate_table_has_a_row_a_setting_and_its_note_counts(tmp_path: Path) 
     assert rows[2][3] == "80.00 (1; 1 diverged)"
     note = rate_note(study)
     assert "Of 3 settings" in note
-    assert "+1.00 points, 95 % interval [−0.24, +2.24], n = 3" in note  # 0.5, 1, 1.5: the whole settings
+    # 0.5, 1, 1.5: the whole settings
+    assert "Mean over the 2 settings in which all runs of seeds 0, 1, 2 finished" in note
+    assert "+1.00 points, 95 % interval [−0.24, +2.24], n = 3" in note
     assert "Diverged: 1 of BN, 0 of L2BN" in note
     with mpl.rc_context(RC):
         assert len(accuracy_over_rates(study).axes) == 2
+
+
+@pytest.mark.parametrize(
+    ("seeds", "settings", "taken"),
+    [
+        ([{0, 1, 2}, {0, 1, 2}, {0, 1, 2}], 3, [0, 1, 2]),
+        ([{0, 1, 2}, {0, 1, 2, 3}, {0, 1, 2}], 3, [0, 1, 2]),  # one more seed in one setting
+        ([{0, 1, 2}, {0, 1}, {0, 1, 2}], 2, [0, 1, 2]),  # one less
+        ([{0}, {1}, {2}], 0, []),
+        ([{0, 1, 2}, set(), set()], 0, []),
+    ],
+    ids=str,
+)
+def test_the_mean_over_settings_takes_whole_settings_of_the_studys_seeds(
+    seeds: list[set[int]], settings: int, taken: list[int], tmp_path: Path
+) -> None:
+    for own, rate in zip(seeds, (0.1, 0.3, 1.0), strict=True):
+        recipe, identity = f"short,lr={rate:g}", {"recipe": {"batch_size": 32, "lr": rate}}
+        write_run(tmp_path, recipe=recipe, seed=9, norm="group_norm", identity=identity)
+        for seed in own:
+            write_run(tmp_path, recipe=recipe, seed=seed, accuracy=80.0, identity=identity)
+            write_run(tmp_path, recipe=recipe, seed=seed, accuracy=81.0 + seed, norm=L2BN, identity=identity)
+    (study,) = studies_of(read_evidence(tmp_path, place=place_by_rate))
+    found = overall(study)
+    assert (found.settings, found.seeds, found.result.n) == (settings, taken, len(taken))
+    assert found.result.mean == (2.0 if taken else None)
 
 
 def write_trap(root: Path, norm: str, lags: Sequence[int]) -> None:

@@ -18,6 +18,7 @@ from conftest import ROOT
 from l2bn.records import (
     FEATURES,
     FILES,
+    METRIC_KEYS,
     METRICS,
     STATISTICS,
     SUMMARY,
@@ -125,11 +126,35 @@ def test_records_load_as_a_data_frame(tmp_path: Path) -> None:
     assert runs.set_index("norm")["test/top1"].isna().to_dict() == {"bn": False, "l2bn": False, "none": True}
     assert epochs.groupby(["norm", "seed"])["test/top1"].last().eq(51.0).all()
     assert set(runs["seconds"]) == {4.5}
+    assert set(runs["setting"]) == set(epochs["setting"]) == {"32-true"}
     (tmp_path / "bn/0" / SUMMARY).write_text("{}")
     with pytest.warns(UserWarning, match=r"bn/0 is left out: .*schema"):
         assert len(load(tmp_path)) == 6
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load(tmp_path / "nowhere")
+
+
+def test_a_run_that_diverged_late_has_epochs_and_no_result(tmp_path: Path) -> None:
+    written(tmp_path / "run", status="diverged", divergence="epoch 4, step 3", epochs=5)
+    results = [name for name in METRIC_KEYS if "/" in name] + ["best/top1"]
+    assert load(tmp_path)[results].isna().to_numpy().all()
+    assert load(tmp_path, epochs=True)["test/top1"].tolist() == [49.0, 50.0, 51.0]
+
+
+@pytest.mark.parametrize(
+    ("identity", "setting"),
+    [
+        ({"devices": 1, "sync_bn": False}, "bf16-mixed"),
+        ({"devices": 8, "sync_bn": False}, "bf16-mixed, 8 devices"),
+        ({"devices": 8, "sync_bn": True}, "bf16-mixed, 8 devices, synchronised"),
+    ],
+    ids=str,
+)
+def test_the_setting_names_precision_and_what_is_not_the_default(
+    identity: dict[str, object], setting: str, tmp_path: Path
+) -> None:
+    written(tmp_path / "run", precision="bf16-mixed", identity=identity)
+    assert load(tmp_path)["setting"].tolist() == [setting]
 
 
 def test_a_run_that_has_not_ended_is_no_record_and_no_problem(tmp_path: Path) -> None:
@@ -145,6 +170,7 @@ def test_a_run_that_has_not_ended_is_no_record_and_no_problem(tmp_path: Path) ->
         ("seed", "0", "seed"),
         ("epochs", 4, "last epoch is not epoch 4"),
         ("last", {}, "its last epoch is not epoch 3"),
+        ("best", {}, "last and best must both hold an epoch"),
         ("last", {"epoch": 3}, "last.step is missing"),
         ("last", {**row(3), "loss": 1.0}, "loss"),
         ("last", {**row(3), "test/top1": "high"}, "last.test/top1"),

@@ -70,6 +70,23 @@ def test_no_interval_without_enough_values_or_spread(values: list[float], reason
     assert result.n == len(values)
 
 
+@pytest.mark.parametrize(
+    ("cells", "reason"),
+    [
+        ([], "n too small"),
+        ([[], []], "n too small"),
+        ([[0.1, 0.2, 0.6], [], [0.4, 0.5]], "a cell has no pair"),
+        ([[0.1], [0.2], [0.6]], "n too small"),  # no cell in which to measure a spread
+        ([[0.1, 0.1], [0.2, 0.2]], "no spread"),
+        ([[0.1, 0.2], [0.2]], ""),
+    ],
+    ids=str,
+)
+def test_an_estimate_about_cells_says_why_it_has_no_interval(cells: list[list[float]], reason: str) -> None:
+    _, overall = fixed_estimate(cells)
+    assert (overall.reason, overall.low is None) == (reason, bool(reason))
+
+
 def test_values_that_are_not_finite_are_refused() -> None:
     with pytest.raises(ValueError, match="finite"):
         estimate([1.0, float("nan"), 2.0])

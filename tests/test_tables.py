@@ -689,8 +689,26 @@ def test_the_readme_answers_from_the_first_set_as_its_runs_end(tmp_path: Path) -
     estimate = "L2BN − BN +0.50 points of test top-1, 95 % interval [+0.42, +0.58], n = 9 pairs"
     assert f"supported; {estimate}, diverged: 0 of BN, 0 of L2BN.**" in text
     # The means 0.4, 0.5 and 0.6: t(2) * 0.1 / sqrt(3) = 4.303 * 0.0577 = 0.25.
-    beyond = "the 95 % interval of that mean, over 3 networks, is [+0.25, +0.75]"
+    beyond = (
+        "L2BN − BN is +0.50 points of test top-1, 95 % interval [+0.25, +0.75], over 3 networks and all their seeds"
+    )
     assert f"For other networks like them, {beyond}." in text
+
+
+def test_the_readme_gives_each_interval_with_its_own_mean(tmp_path: Path) -> None:
+    """Seeds that came later count for other networks alone, and a cell without a pair is told."""
+    cell: dict[str, Any] = {"recipe": "cosine_30", "epochs": 30}
+    for net, gain in (("net0", 0.4), ("net1", 0.5), ("net2", 0.6)):
+        gains = [gain - 0.1, gain, gain + 0.1, gain + 4.0]
+        write_pairs(tmp_path, [70.0, 71.0, 72.0, 73.0], gains, backbone=net, **cell)
+    text = readme_of(tmp_path)
+    assert "L2BN − BN +0.50 points of test top-1, 95 % interval [+0.42, +0.58], n = 9 pairs" in text
+    assert "L2BN − BN is +1.50 points of test top-1, 95 % interval [+1.25, +1.75], over 3 networks" in text
+    for seed in range(3):
+        write_run(tmp_path, norm="l2bn", backbone="net2", seed=seed, status="diverged", **cell)
+    text = readme_of(tmp_path)
+    assert "not decided; L2BN − BN – points of test top-1, no interval: a cell has no pair, n = 6 pairs" in text
+    assert "there is no interval yet (2 of at least 3 networks with 3 pairs)" in text
 
 
 def test_every_column_is_defined_in_the_results_readme(tmp_path: Path, reference: Reference) -> None:

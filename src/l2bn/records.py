@@ -96,6 +96,12 @@ def natural_order(name: str) -> list[tuple[str, int]]:
     return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", name)]
 
 
+def setting_of(precision: str, devices: int = 1, sync_bn: bool = False) -> str:
+    """The precision, and where they are not the default the number of devices and synchronised batch statistics."""
+    parts = (precision, f"{devices} devices" if devices != 1 else "", "synchronised" if sync_bn else "")
+    return ", ".join(filter(None, parts))
+
+
 def _finite(value: float) -> float:
     if not is_finite_number(value):
         raise ValueError("must be a finite number")
@@ -193,6 +199,13 @@ class Record:
     def __post_init__(self) -> None:
         if self.status == "finished" and self.last.get("epoch") != self.epochs:
             raise ValueError(f"finished, but its last epoch is not epoch {self.epochs}")
+        if bool(self.best) != bool(self.last):
+            raise ValueError("last and best must both hold an epoch, or both be {}")
+
+    @property
+    def setting(self) -> str:
+        """What the run shares with those it is compared with, beside the names of its folder; see `setting_of`."""
+        return setting_of(self.precision, self.identity.get("devices", 1), self.identity.get("sync_bn", False))
 
     def metrics(self) -> list[Metrics]:
         """All epochs, read from `metrics.jsonl`. Raises InvalidRecordError, also if they do not end with `last`."""
@@ -247,9 +260,11 @@ def read_records(root: Path) -> tuple[list[Record], list[Problem]]:
 def load(folder: Path | str, *, epochs: bool = False) -> "pd.DataFrame":
     """The ended runs under a folder as a data frame: a row a run, or with `epochs` a row a run and epoch.
 
-    Columns of both: dataset, backbone, norm, recipe, seed, status. A run also has the other fields of `Record`, the
-    losses and accuracies (in percent) of its last epoch (NaN if it diverged in the first one), and `best/top1`; an
-    epoch has METRIC_KEYS. A folder that holds no valid record is warned of and left out.
+    Columns of both: dataset, backbone, norm, recipe, setting, seed, status; only runs of equal data set, backbone,
+    recipe and setting are comparable. A run also has the other fields of `Record`, the losses and accuracies (in
+    percent) of its last epoch, and `best/top1`: all NaN if it diverged, for then it has no result. An epoch has
+    METRIC_KEYS, also one of a run that diverged later. A folder that holds no valid record is left out with a
+    warning.
 
     Raises FileNotFoundError for a missing folder.
     """
@@ -259,12 +274,14 @@ def load(folder: Path | str, *, epochs: bool = False) -> "pd.DataFrame":
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is no folder of runs")
     records, problems = read_records(root)
-    names = ("dataset", "backbone", "norm", "recipe", "seed", "status")
+    names = ("dataset", "backbone", "norm", "recipe", "setting", "seed", "status")
     rows: list[dict[str, Any]] = []
     for record in records:
         fields = {key: getattr(record, key) for key in Record.__dataclass_fields__}
-        run, last, best = {key: fields[key] for key in names}, fields.pop("last"), fields.pop("best")
+        run, last, best = {key: getattr(record, key) for key in names}, fields.pop("last"), fields.pop("best")
         if not epochs:
+            # The last whole epoch before a divergence would look like a result.
+            last, best = (last, best) if record.status == "finished" else ({}, {})
             metrics = {key: last.get(key) for key in METRIC_KEYS if "/" in key}
             rows.append({**run, **metrics, "best/top1": best.get("test/top1"), **fields})
             continue

@@ -15,7 +15,7 @@ neither, in `within_share`, which falls when classes get compact and when they s
 claim, so no p-value is corrected; the others are shown and decide nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -114,6 +114,13 @@ def is_counted(row: Comparison, quantity: str = TOP1) -> bool:
     return row.full_length and len(row.differences(quantity)) >= MIN_PAIRS
 
 
+def for_other_networks(rows: Iterable[Comparison]) -> Estimate:
+    """The pooled paired difference in accuracy from rows that count, all seeds; under `MIN_BACKBONES` n alone."""
+    counted = [row for row in rows if is_counted(row)]
+    result = pooled(counted)
+    return result if len({row.cell.backbone for row in counted}) >= MIN_BACKBONES else Estimate(result.n)
+
+
 def _verdict(result: Estimate, backbones: int, better: int) -> Verdict:
     """The verdict of the whole interval; `better` is the sign of the claimed difference."""
     if result.low is None or result.high is None or backbones < MIN_BACKBONES:
@@ -127,7 +134,7 @@ def _about_features(number: int, text: str, question: Question) -> Claim:
     good, bad = ("below", "above") if question.better < 0 else ("above", "below")
     rule = (
         f"Primary measure: {question.text}, of the penultimate features of the test images after the last epoch. "
-        f"Cells count with runs of at least {FULL_EPOCHS} epochs and {MIN_PAIRS} paired seeds. With "
+        f"Cells of images count with runs of at least {FULL_EPOCHS} epochs and {MIN_PAIRS} paired seeds. With "
         f"{MIN_BACKBONES} backbones or more among them: supported if the whole 95 % interval of the pooled "
         f"paired difference lies {good} 0, contradicted if {bad}; else not decided at this n."
     )
@@ -135,11 +142,12 @@ def _about_features(number: int, text: str, question: Question) -> Claim:
 
 
 def _judge_features(question: Question, arms: Sequence[Arm]) -> Finding:
-    """Evidence in numbers from all cells, and a verdict from those that count."""
+    """Evidence in numbers from all cells of images, and a verdict from those that count."""
     quantity, reference, digits = question.quantity, question.reference, question.digits
-    pairs = [row for row in compare(arms, [L2BN], reference) if row.differences(quantity)]
+    rows = [row for row in compare(arms, [L2BN], reference) if row.cell.task == "images"]
+    pairs = [row for row in rows if row.differences(quantity)]
     if not pairs:
-        pair = f"measured features of L2BN and of {reference} in one cell and seed"
+        pair = f"measured features of images, of L2BN and of {reference} in one cell and seed"
         return Finding(f"0 of {_records(arms)} hold {pair}.", "not measured")
     cells = []
     for row in pairs:

@@ -10,7 +10,7 @@ all of them. A diverged run has no values.
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -76,12 +76,8 @@ class Cell:
 
 
 def cell_of(record: Record) -> Cell:
-    """The cell of a run; its setting names the precision, and whatever else is not the default."""
-    devices = record.identity.get("devices", 1)
-    setting = [record.precision]
-    setting += [f"{devices} devices"] if devices != 1 else []
-    setting += ["synchronised"] if record.identity.get("sync_bn") else []
-    return Cell(record.dataset, record.recipe, record.backbone, ", ".join(setting))
+    """The cell of a run."""
+    return Cell(record.dataset, record.recipe, record.backbone, record.setting)
 
 
 def overrides(name: str) -> dict[str, str]:
@@ -116,12 +112,21 @@ def label_of(record: Record) -> str:
 
 # ---- Reading and checking -----------------------------------------------------------------------------------
 
-Place = Callable[[Record], tuple[Cell, str]]
-"""A record to the cell and the norm under which it is compared."""
+
+@dataclass(frozen=True)
+class Place:
+    """The cell and the norm under which a record is compared.
+
+    of: gives them. Raises InvalidRecordError for a record without them.
+    varied: dotted names of what may differ in the identities of a cell's runs between two of its values.
+    """
+
+    of: Callable[[Record], tuple[Cell, str]]
+    varied: tuple[str, ...] = ()
 
 
-def cell_and_norm(record: Record) -> tuple[Cell, str]:
-    return cell_of(record), record.norm
+BY_NAME = Place(lambda record: (cell_of(record), record.norm))
+"""The names of the run's folder."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +136,7 @@ class Evidence:
     records: Sequence[Record]
     problems: Sequence[Problem] = ()
     features: Mapping[Path, Sequence[FeatureRow]] = field(default_factory=dict)
-    place: Place = cell_and_norm
+    place: Place = BY_NAME
 
     @cached_property
     def frame(self) -> pd.DataFrame:
@@ -140,7 +145,7 @@ class Evidence:
         rows = []
         for record in self.records:
             values = _values(record, self.features.get(record.folder, ()))
-            rows.append((*self.place(record), record.seed, record, *map(values.get, quantities)))
+            rows.append((*self.place.of(record), record.seed, record, *map(values.get, quantities)))
         columns = ["cell", "norm", "seed", "record", *quantities]
         frame = pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(quantities, float))
         return frame.set_index("seed").sort_index(kind="stable")
@@ -168,22 +173,30 @@ def by_layer(row: FeatureRow, quantity: str) -> list[float | None]:
     return [layer[place][name] if name else layer[place] for layer in row["layers"]]
 
 
-def read_evidence(root: Path, *, features: bool = False, place: Place = cell_and_norm) -> Evidence:
+def read_evidence(root: Path, *, features: bool = False, place: Place = BY_NAME) -> Evidence:
     """The records under a folder, one per cell, norm and seed, on request with their measured features.
 
-    The same run found twice counts once. `place` gives a record's cell and norm if a study groups them otherwise.
-    Raises UserError where the folder is missing, where two records of one cell, norm and seed hold different
-    results, or where runs of one cell were made under unequal conditions.
+    The same run found twice counts once. `place` gives a record's cell and norm if a study groups them otherwise; a
+    record without them is left out, as one that cannot be read. Raises UserError where the folder is missing, where
+    two records of one cell, norm and seed hold different results, or where runs of one cell were made under unequal
+    conditions.
     """
     if not root.is_dir():
         raise UserError(
             f"{root} is no folder of records; train a run first (make demo), or name the folder that holds runs "
             "with --runs"
         )
-    records, problems = read_records(root)
+    found, problems = read_records(root)
+    records = []
+    for record in found:
+        try:
+            place.of(record)
+            records.append(record)
+        except InvalidRecordError as error:
+            problems.append(Problem(record.folder, str(error)))
     records = _distinct(records, place)
-    _check_conditions(records)
-    found: dict[Path, Sequence[FeatureRow]] = {}
+    _check_conditions(records, place)
+    measured: dict[Path, Sequence[FeatureRow]] = {}
     for record in records if features else ():
         try:
             rows = read_features(record.folder) if record.status == "finished" else []
@@ -191,15 +204,15 @@ def read_evidence(root: Path, *, features: bool = False, place: Place = cell_and
             problems.append(Problem(record.folder, str(error)))
             continue
         if rows and rows[-1]["epoch"] == record.epochs:
-            found[record.folder] = rows
-    return Evidence(records, problems, found, place)
+            measured[record.folder] = rows
+    return Evidence(records, problems, measured, place)
 
 
 def _distinct(records: Iterable[Record], place: Place) -> list[Record]:
     """One record per cell, norm and seed. Raises UserError naming two that contradict."""
     kept: dict[tuple[Cell, str, int], Record] = {}
     for record in records:
-        first = kept.setdefault((*place(record), record.seed), record)
+        first = kept.setdefault((*place.of(record), record.seed), record)
         if _result(first) != _result(record):
             raise UserError(
                 "two records of one cell and seed hold different results: "
@@ -214,30 +227,43 @@ def _result(record: Record) -> tuple[object, ...]:
     return record.status, *rows
 
 
-def _check_conditions(records: Iterable[Record]) -> None:
+def _check_conditions(records: Iterable[Record], place: Place) -> None:
     """Raise UserError where runs of one cell differ in a value that both know, or in their images.
 
     So a default edited between two runs, or a changed folder of images, is not overlooked. A key that only one of
-    two runs knows is passed over, so that the suite may grow an option; so is a missing fingerprint.
+    two runs knows is passed over, so that the suite may grow an option; so is a missing fingerprint. Runs of a
+    study must also agree in all that the study does not vary.
     """
-    known: dict[tuple[object, str], tuple[object, Path]] = {}
+    known: dict[tuple[object, ...], tuple[object, Path]] = {}
     for record in records:
-        cell = cell_of(record)
-        images: dict[str, object] = {"train_images": record.train_images, "test_images": record.test_images}
-        images |= {"images.files": record.images["files"]} if record.images else {}
-        own = {name: value for name, value in _flat(record.identity) if name not in ("seed", "norm")}
-        for name, value in (own | images).items():
-            place = (cell, record.norm) if name.startswith("norm.") else cell
-            first, folder = known.setdefault((place, name), (value, record.folder))
-            if first == value:
-                continue
-            remedy = "keep one of them, or give the changed config a name of its own"
-            if name in images:
-                remedy = "keep the runs on one set of images, or give the other a name of its own by dataset.label"
-            raise UserError(
-                f"two runs of one cell were made under unequal conditions ({name}: {first} and {value}): "
-                f"{folder} and {record.folder}; {remedy}"
-            )
+        own = _conditions(record)
+        for (cell, norm), varied in {BY_NAME.of(record): (), place.of(record): place.varied}.items():
+            study = replace(cell, value=())
+            for name, value in own.items():
+                if name in varied and value is None:  # the network's own, which the cell's value holds
+                    continue
+                where = cell if name in varied else study, norm if name.startswith("norm.") else "", name
+                first, folder = known.setdefault(where, (value, record.folder))
+                if first != value:
+                    raise UserError(
+                        f"two runs of one cell were made under unequal conditions ({name}: {first} and {value}): "
+                        f"{folder} and {record.folder}; {_remedy(name, varied)}"
+                    )
+
+
+def _conditions(record: Record) -> dict[str, object]:
+    """What the runs of a cell must share, by dotted names; only runs of one norm share what is below `norm`."""
+    found = {name: value for name, value in _flat(record.identity) if name not in ("seed", "norm")}
+    found |= {"setting": record.setting, "train_images": record.train_images, "test_images": record.test_images}
+    return found | ({"images.files": record.images["files"]} if record.images else {})
+
+
+def _remedy(name: str, varied: Sequence[str]) -> str:
+    if name in ("train_images", "test_images", "images.files"):
+        return "keep the runs on one set of images, or give the other a name of its own by dataset.label"
+    if varied:
+        return f"keep one of them: the runs of this study differ in nothing but {', '.join(varied)}"
+    return "keep one of them, or give the changed config a name of its own"
 
 
 def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -26,7 +26,7 @@ from matplotlib.transforms import blended_transform_factory
 from numpy.typing import NDArray
 
 from l2bn.records import InvalidRecordError, Problem, Record, Sample, read_sample
-from l2bn.reporting.claims import ACCURATE, RunSet, judge_set
+from l2bn.reporting.claims import ACCURATE, RunSet, for_other_networks, judge_set
 from l2bn.reporting.comparison import FULL_EPOCHS, Arm, Comparison, arms_of, grid, pooled
 from l2bn.reporting.evidence import BN, INPUT, L2BN, OUTPUT, PENULTIMATE, Evidence, by_layer, measure
 from l2bn.reporting.formatting import conditions, file_name, in_words, mean_std, plural, signed, title
@@ -305,12 +305,16 @@ def differences(comparisons: Sequence[Comparison]) -> Figure:
 def differences_of_set(rows: Sequence[Comparison], run_set: RunSet) -> Figure:
     """A row per network of a set, and below it the means by both rules, as far as they have one."""
     lines = [Line(run_set.label), *(_line(row) for row in rows if row.differences())]
-    lines.append(Line("Mean over the networks"))
     these = judge_set(ACCURATE, run_set, [arm for row in rows for arm in row.arms], run_set.seeds)
-    if these.overall and these.overall.mean is not None:
-        lines.append(Line("these networks; n: pairs", these.overall))
-    lines.append(Line("other networks; n: networks", pooled(rows)))
-    return _dots(lines)
+    means = [
+        Line(text, result)
+        for text, result in (
+            ("these networks; n: pairs", these.overall),
+            ("other networks; n: networks", for_other_networks(rows)),
+        )
+        if result and result.mean is not None
+    ]
+    return _dots([*lines, *([Line("Mean over the networks"), *means] if means else [])])
 
 
 PLOT, BESIDE, ROW, ABOVE, BELOW = 3.6, 0.95, 0.21, 0.3, 0.72  # inches

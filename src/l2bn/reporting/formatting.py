@@ -37,6 +37,12 @@ def mean_interval(result: Estimate, digits: int = 2) -> tuple[str, str]:
     return signed(result.mean, digits), interval(result, digits)
 
 
+def numbers_of_values(results: Iterable[Estimate]) -> str:
+    """The n of several estimates of a row: one where they agree, else each, in the order of the columns."""
+    numbers = [str(result.n) for result in results]
+    return numbers[0] if len(set(numbers)) == 1 else ", ".join(numbers)
+
+
 def probability(p: float | None, result: Estimate) -> str:
     """A p-value, corrected or not, or why its estimate has none."""
     if p is None:

@@ -5,19 +5,28 @@ All numbers are made from records. The reading is a text by hand that names the 
 
 import hashlib
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import pandas as pd
 
-from l2bn.records import FeatureRow, InvalidRecordError, Problem, Record, read_statistics
+from l2bn.records import (
+    SUMMARY,
+    FeatureRow,
+    InvalidRecordError,
+    Problem,
+    Record,
+    is_finite_number,
+    read_statistics,
+)
 from l2bn.reporting.comparison import Arm, Comparison, arms_of, by_cell, compare, differences
 from l2bn.reporting.evidence import (
     BN,
+    BY_NAME,
     FEATURES,
     INPUT,
     L2BN,
@@ -27,8 +36,8 @@ from l2bn.reporting.evidence import (
     TOP1,
     Cell,
     Evidence,
+    Place,
     by_layer,
-    cell_and_norm,
     cell_of,
     images_in_words,
     label_of,
@@ -46,6 +55,7 @@ from l2bn.reporting.formatting import (
     mean_std,
     mean_std_n,
     names_of,
+    numbers_of_values,
     plural,
     probability,
     signed,
@@ -131,7 +141,7 @@ def summary_table(pairs: Sequence[Comparison]) -> Table:
     for pair in pairs:
         share, angle = pair.difference(WITHIN_SHARE), pair.difference(ANGLE_MEAN)
         spreads = (mean_std(arm.of(NORM_CV).values(), 3) for arm in pair.arms)
-        results = *mean_interval(share, 4), *mean_interval(angle), str(share.n)
+        results = *mean_interval(share, 4), *mean_interval(angle), numbers_of_values([share, angle])
         rows.append((*names_of(pair.label, pair.cell), *spreads, *results))
     return Table("Features of BN and L2BN", columns, rows, names=3)
 
@@ -170,7 +180,7 @@ def steps_table(arms: Sequence[Arm]) -> Table:
             " ".join(mean_interval(result, quantity.digits))
             for result, quantity in zip(results, OF_CONTROLS, strict=True)
         )
-        rows.append((f"{text}: {end} − {start}", *cells, str(results[0].n)))
+        rows.append((f"{text}: {end} − {start}", *cells, numbers_of_values(results)))
     return Table("Effects of equal norms and of the gradient through them", columns, rows)
 
 
@@ -198,18 +208,35 @@ have no place in the grid."""
 DEFAULT_EPS, SMALLEST_EPS = 1e-5, 1e-12
 
 
-def place_by_eps(record: Record) -> tuple[Cell, str]:
+def _number(record: Record, group: str, name: str) -> Any:
+    """A number of the identity; None for an eps that is the network's own. Raises InvalidRecordError."""
+    found = record.identity.get(group)
+    value = found.get(name) if isinstance(found, dict) else None
+    if not is_finite_number(value) and not (isinstance(found, dict) and name == "eps" and value is None):
+        raise InvalidRecordError(f"{SUMMARY}: identity.{group}.{name} must be a number in a study, not {value!r}")
+    return value
+
+
+def _batch_and_rate(record: Record) -> tuple[int, float]:
+    return int(_number(record, "recipe", "batch_size")), float(_number(record, "recipe", "lr"))
+
+
+def _by_eps(record: Record) -> tuple[Cell, str]:
     """The cell at the run's eps, and the norm without it."""
-    eps = record.identity["norm"].get("eps")
+    _batch_and_rate(record)  # stand in studies.csv
+    eps = _number(record, "norm", "eps")
     value = (DEFAULT_EPS if eps is None else float(eps),)
-    return replace(cell_of(record), value=value), record.norm.partition(",")[0]
+    return replace(cell_of(record), value=value), re.sub(",eps=[^,]*", "", record.norm)
 
 
-def place_by_rate(record: Record) -> tuple[Cell, str]:
+def _by_rate(record: Record) -> tuple[Cell, str]:
     """Data set and backbone at the run's batch size and learning rate, and the norm."""
-    recipe = record.identity["recipe"]
-    value = (int(recipe["batch_size"]), float(recipe["lr"]))
-    return Cell(record.dataset, "", record.backbone, "", value), record.norm
+    return Cell(record.dataset, "", record.backbone, "", _batch_and_rate(record)), record.norm
+
+
+place_by_eps = Place(_by_eps, varied=("norm.eps",))
+# Each batch size has its own number of epochs, so that all take about as many updates.
+place_by_rate = Place(_by_rate, varied=("recipe.batch_size", "recipe.lr", "recipe.epochs"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -312,12 +339,28 @@ def rate_table(study: Study) -> Table:
     return Table("BN and L2BN over learning rates and batch sizes", columns, rows, names=0)
 
 
-def overall(study: Study) -> Estimate:
-    """L2BN − BN as the mean over the settings in which every run finished, one value per seed."""
+class Overall(NamedTuple):
+    """A mean over the settings of a study, one value per seed, and what it was taken over."""
+
+    result: Estimate
+    settings: int
+    seeds: Sequence[int]
+
+
+def overall(study: Study) -> Overall:
+    """L2BN − BN over the settings in which all runs of the study's seeds finished.
+
+    The study's seeds are those that more than half of its settings have: a seed more in some settings adds no value
+    of its own, and a setting that lacks a seed is left out, not the seed.
+    """
     pairs = {value: (study.at(BN, *value), study.at(L2BN, *value)) for value in study.values}
-    found = {value: l2bn.values[TOP1] - bn.values[TOP1] for value, (bn, l2bn) in pairs.items() if bn and l2bn}
-    whole = pd.DataFrame(found).dropna(how="all").dropna(axis="columns")  # seed x setting
-    return estimate(list(whole.mean(axis="columns")) if not whole.empty else [])
+    whole = {value: (bn, l2bn) for value, (bn, l2bn) in pairs.items() if bn and l2bn}
+    counts = Counter(seed for bn, l2bn in whole.values() for seed in bn.seeds | l2bn.seeds)
+    seeds = sorted(seed for seed, count in counts.items() if 2 * count > len(pairs))
+    found = {value: l2bn.values[TOP1] - bn.values[TOP1] for value, (bn, l2bn) in whole.items()}
+    frame = pd.DataFrame(found).reindex(seeds).dropna(axis="columns")  # seed x setting
+    means = list(frame.mean(axis="columns")) if not frame.empty else []
+    return Overall(estimate(means), frame.shape[1] if seeds else 0, seeds)
 
 
 def rate_note(study: Study) -> str:
@@ -326,11 +369,13 @@ def rate_note(study: Study) -> str:
     above = sum(result.low is not None and result.low > 0 for result in results)
     below = sum(result.high is not None and result.high < 0 for result in results)
     lost = {norm: sum(arm.diverged for arm in study.arms if arm.norm == norm) for norm in (BN, L2BN)}
-    mean = overall(study)
+    mean, settings, seeds = overall(study)
+    runs = f"{plural('setting', settings)} in which all runs of seeds {', '.join(map(str, seeds)) or NONE} finished"
     return (
         f"Of {len(results)} settings, the 95 % interval lies above 0 in {above} and below in {below}, uncorrected. "
-        f"Mean over the settings in which all runs finished, one value per seed: {signed(mean.mean)} points, 95 % "
-        f"interval {interval(mean)}, n = {mean.n}. Diverged: {lost[BN]} of BN, {lost[L2BN]} of L2BN."
+        f"Mean over the {runs}, one value per seed: {signed(mean.mean)} points, 95 % interval {interval(mean)}, "
+        f"n = {mean.n}. "
+        f"Diverged: {lost[BN]} of BN, {lost[L2BN]} of L2BN."
     )
 
 
@@ -350,7 +395,7 @@ def studies_csv(eps: Iterable[Study], rates: Iterable[Study]) -> str:
 
 
 def _run_row(arm: Arm, run: Record, study: str, eps: str | None) -> dict[str, object]:
-    recipe, top1 = run.identity["recipe"], arm.of().get(run.seed)
+    (batch, rate), top1 = _batch_and_rate(run), arm.of().get(run.seed)
     factors = _known_shrink(arm.features[run.seed]) if run.seed in arm.features else []
     names = ("dataset", "label", "backbone", "recipe", "norm", "seed", "status", "updates")
     return {
@@ -358,8 +403,8 @@ def _run_row(arm: Arm, run: Record, study: str, eps: str | None) -> dict[str, ob
         "study": study,
         "setting": cell_of(run).setting,
         "eps": eps,
-        "batch_size": recipe["batch_size"],
-        "lr": f"{recipe['lr']:g}",
+        "batch_size": batch,
+        "lr": f"{rate:g}",
         "top1": None if top1 is None else f"{top1:.4f}",
         "shrink_mean": fmean(factors) if factors else None,
         "shrink_min": min(factors, default=None),
@@ -461,7 +506,7 @@ def read_mechanism(runs: Path, studies: Path) -> Mechanism:
         read_evidence(studies / name, features=name == EPS, place=place)
         if (studies / name).is_dir()
         else Evidence(())
-        for name, place in ((EPS, place_by_eps), (RATES, place_by_rate), (TRAP, cell_and_norm))
+        for name, place in ((EPS, place_by_eps), (RATES, place_by_rate), (TRAP, BY_NAME))
     ]
     traps, unreadable = trap_studies(trap.records)
     return Mechanism(

@@ -25,6 +25,8 @@ NO_SPREAD = 1e-9
 class Estimate:
     """A mean with an interval and p-value by Student's t, None where n or the spread is too small for them.
 
+    Over several cells, one of which has no value, there is an n, but no mean.
+
     `low`, `high` bound the mean at `LEVEL`; `p` is two-sided against a mean of zero. All in the unit of the
     values.
     """
@@ -41,7 +43,9 @@ class Estimate:
         """The reason for a missing interval; empty where there is one."""
         if self.low is not None:
             return ""
-        return "n too small" if self.n < MIN_PAIRS else "no spread"
+        if self.n and self.mean is None:  # over all cells (`fixed_estimate`)
+            return "a cell has no pair"
+        return "n too small" if self.n < MIN_PAIRS or self.std is None else "no spread"
 
 
 def estimate(values: Sequence[float]) -> Estimate:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from l2bn.errors import UserError
-from l2bn.reporting.claims import ACCURATE, MIN_BACKBONES, RunSet, is_counted, judge_set
+from l2bn.reporting.claims import ACCURATE, MIN_BACKBONES, RunSet, for_other_networks, judge_set
 from l2bn.reporting.comparison import FULL_EPOCHS, Arm, Comparison, arms_of, grid, holm_over, other_norms, pooled
 from l2bn.reporting.evidence import BEST, BN, L2BN, Evidence, images_in_words
 from l2bn.reporting.formatting import (
@@ -28,7 +28,7 @@ from l2bn.reporting.formatting import (
     signed,
 )
 from l2bn.reporting.published import EPOCHS, Reference
-from l2bn.reporting.statistics import MIN_PAIRS, pooled_spread, seeds_needed
+from l2bn.reporting.statistics import MIN_PAIRS, Estimate, pooled_spread, seeds_needed
 
 TARGET = 0.3
 """The difference, in points, for which a line gives the number of seeds needed."""
@@ -317,21 +317,27 @@ def readme_with_block(readme: str, evidence: Evidence, run_set: RunSet) -> str:
 
 
 def _answer(rows: Sequence[Comparison], run_set: RunSet) -> str:
-    """The estimate for these networks with n, interval and verdict, and half a sentence on other networks."""
+    """The estimate for these networks with n, interval and verdict, and that for other networks."""
     arms = [arm for row in rows for arm in row.arms]
-    these = judge_set(ACCURATE, run_set, arms, run_set.seeds)
+    these, others = judge_set(ACCURATE, run_set, arms, run_set.seeds), for_other_networks(rows)
     found = f"not decided, {these.ended} of {these.wanted} runs"
     if these.overall:
-        estimate = f"{signed(these.overall.mean)} points of test top-1, 95 % interval {interval(these.overall)}"
+        pairs = plural("pair", these.overall.n)
         lost = f"diverged: {these.diverged[0]} of BN, {these.diverged[1]} of L2BN"
-        found = f"{these.verdict}; L2BN − BN {estimate}, n = {plural('pair', these.overall.n)}, {lost}"
+        found = f"{these.verdict}; L2BN − BN {_points(these.overall)}, n = {pairs}, {lost}"
     networks = f"{len(run_set.backbones)} networks ({', '.join(run_set.backbones)}) on {run_set.label}"
-    others = pooled(row for row in rows if is_counted(row))
     beyond = f"there is no interval yet ({others.n} of at least {MIN_BACKBONES} networks with {MIN_PAIRS} pairs)"
-    if others.n >= MIN_BACKBONES and others.low is not None:
-        beyond = f"the 95 % interval of that mean, over {plural('network', others.n)}, is {interval(others)}"
+    if others.mean is not None:
+        beyond = f"L2BN − BN is {_points(others)}, over {plural('network', others.n)} and all their seeds"
     return (
         f"**In these {escape_markdown(networks)}: {found}.** For other networks like them, {beyond}. The rules "
         "were fixed before the runs; [claims.md](results/claims.md) has them, and the verdicts on the paper's "
         "other claims."
     )
+
+
+def _points(result: Estimate) -> str:
+    """A mean difference with its interval, or why it has none."""
+    if result.low is None:
+        return f"{signed(result.mean)} points of test top-1, no interval: {result.reason}"
+    return f"{signed(result.mean)} points of test top-1, 95 % interval {interval(result)}"

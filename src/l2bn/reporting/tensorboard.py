@@ -2,12 +2,13 @@
 
 TensorBoard draws a chart per tag and gives each of its runs one color. So a norm is one TensorBoard run, and a cell
 is a group of tags: every chart compares the norms of one cell, in the same colors throughout. The custom scalars
-tab adds the spread over the seeds. Curves contain runs that have not ended; differences are of finished runs alone.
+tab adds the spread over the seeds. Curves contain runs that have not ended, but none that diverged: a text names
+those. Differences are of finished runs alone.
 """
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -15,10 +16,20 @@ from typing import Any
 
 import yaml
 
-from l2bn.records import CONFIG, METRICS, InvalidRecordError, natural_order, read_features, read_metrics
+from l2bn.records import (
+    CONFIG,
+    METRICS,
+    SUMMARY,
+    InvalidRecordError,
+    Record,
+    natural_order,
+    read_features,
+    read_metrics,
+    setting_of,
+)
 from l2bn.reporting.comparison import arms_of, by_cell, compare
 from l2bn.reporting.evidence import BN, Cell, Evidence, measure, read_evidence
-from l2bn.reporting.formatting import interval, mean_std_n, signed
+from l2bn.reporting.formatting import interval, mean_std_n, plural, signed
 
 QUANTITIES = {
     "test/top1": "test top-1, percent",
@@ -41,15 +52,24 @@ class Run:
     curves: Mapping[str, Mapping[int, float]]
 
 
-def find_runs(root: Path) -> Iterator[Run]:
-    """Every run under a folder that has finished an epoch; folders that hold none are passed over."""
+def find_runs(root: Path) -> list[Run]:
+    """Every run under a folder that has finished an epoch and not diverged, each cell, norm and seed once.
+
+    Of a run that lies there twice, as one and its replay, the longer is taken. Other folders are passed over.
+    """
+    longest: dict[tuple[Cell, str, int], tuple[int, Run]] = {}
     for path in sorted(root.rglob(METRICS)):
         try:
             config = yaml.safe_load((path.parent / CONFIG).read_text())
-            names, precision = config["cell"], config["compute"]["precision"]
+            names, compute = config["cell"], config["compute"]
+            setting = setting_of(compute["precision"], compute.get("devices", 1), compute.get("sync_bn", False))
+            cell = Cell(names["dataset"], names["recipe"], names["backbone"], setting)
+            norm, seed = names["norm"], names["seed"]
             rows: list[dict[str, Any]] = [*read_metrics(path)]
             features = read_features(path.parent)
-        except (OSError, InvalidRecordError, yaml.YAMLError, KeyError, TypeError):
+            ended = (path.parent / SUMMARY).exists()
+            diverged = ended and Record.read(path.parent).status == "diverged"
+        except (OSError, InvalidRecordError, yaml.YAMLError, AttributeError, KeyError, TypeError):
             continue  # also while a run is writing a line
         curves: dict[str, dict[int, float]] = defaultdict(dict)
         for quantity in QUANTITIES:
@@ -57,9 +77,9 @@ def find_runs(root: Path) -> Iterator[Run]:
                 value = measure(row, quantity) if quantity.startswith("penultimate") else row[quantity]
                 if value is not None:
                     curves[quantity][row["epoch"]] = value
-        if rows:
-            cell = title(Cell(names["dataset"], names["recipe"], names["backbone"], precision))
-            yield Run(cell, names["norm"], names["seed"], curves)
+        if len(rows) > longest.get((cell, norm, seed), (0,))[0] and not diverged:
+            longest[cell, norm, seed] = len(rows), Run(title(cell), norm, seed, curves)
+    return [run for _, run in longest.values()]
 
 
 def title(cell: Cell) -> str:
@@ -84,17 +104,22 @@ def curves_of(runs: Iterable[Run]) -> dict[tuple[str, str, str], dict[int, list[
 
 
 def texts_of(evidence: Evidence) -> dict[tuple[str, str], str]:
-    """(norm, cell) -> the paired difference of a norm to BN as Markdown."""
+    """(norm, tag) -> Markdown: a norm's paired difference to BN in a cell, and the runs that diverged there."""
     found = {}
     for cell, arms in by_cell(arms_of(evidence)):
         for one in compare(arms, {arm.norm for arm in arms} - {BN}):
             difference = one.difference()
-            found[one.norm, title(cell)] = (
+            found[one.norm, f"{title(cell)}/difference to bn"] = (
                 f"**{one.norm} − bn: {signed(difference.mean)} points {interval(difference)}**, "
                 f"{difference.n} pairs of equal seed, Student's 95 % interval  \n"
                 f"test top-1 in percent after the last epoch: bn {mean_std_n(one.reference)}, "
                 f"{one.norm} {mean_std_n(one.other)}"
             )
+        for arm in arms:
+            if arm.diverged:
+                seeds = ", ".join(str(run.seed) for run in arm.records if run.status == "diverged")
+                runs = f"**{plural('run', arm.diverged)} of {arm.norm} diverged**"
+                found[arm.norm, f"{title(cell)}/diverged"] = f"{runs}, left out of its curves: seed {seeds}"
     return found
 
 
@@ -110,11 +135,11 @@ class Board:
         curves, texts = curves_of(find_runs(self._root)), texts_of(read_evidence(self._root))
         if self._written == (curves, texts):
             return False
-        for norm in dict.fromkeys(norm for norm, _, _ in curves):
+        for norm in dict.fromkeys(norm for norm, *_ in (*curves, *texts)):
             self._write(
                 norm,
                 {(cell, quantity): curve for (one, cell, quantity), curve in curves.items() if one == norm},
-                {cell: text for (one, cell), text in texts.items() if one == norm},
+                {tag: text for (one, tag), text in texts.items() if one == norm},
             )
         self._written = curves, texts
         return True
@@ -133,7 +158,10 @@ class Board:
                 mean, std = fmean(values), stdev(values) if len(values) > 1 else 0.0
                 for name, value in zip(bounds, (mean, mean - std, mean + std), strict=True):
                     writer.add_scalar(name, value, epoch)
-        writer.add_custom_scalars({SPREAD: dict(reversed(charts.items()))})  # the tab shows the last chart first
-        for cell, text in texts.items():
-            writer.add_text(f"{cell}/difference to bn", text)
+        if charts:
+            writer.add_custom_scalars(
+                {SPREAD: dict(reversed(charts.items()))}
+            )  # the tab shows the last chart first
+        for tag, text in texts.items():
+            writer.add_text(tag, text)
         writer.close()
