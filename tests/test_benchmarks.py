@@ -227,3 +227,60 @@ def test_accuracies_are_gathered_and_not_made_twice(measured: Measured, tmp_path
     assert [(run["path"], run["seed"]) for run in again[2:]] == [("ours", 1), ("plain", 1)]
     with pytest.raises(UserError, match="holds runs of"):
         measured("accuracy", *options, "--epochs", "2")
+    for content in ((RESULTS / "step.json").read_text(), "{", "[]", '{"benchmark": "accuracy", "runs": [{}]}'):
+        (tmp_path / "accuracy.json").write_text(content)  # no such result: replaced, as by the other benchmarks
+        assert len(measured("accuracy", *options, "--seeds", "1")["runs"]) == 2
+
+
+NO_DEVICES = ["foo", "meta", *([] if torch.cuda.is_available() else ["cuda"])]
+ON_A_DEVICE = [["norm"], ["step"], ["data"], ["evaluation"], ["train"], ["train", "--together", "2"]]
+
+
+@pytest.mark.parametrize("device", NO_DEVICES)
+@pytest.mark.parametrize("command", [*ON_A_DEVICE, ["accuracy", "--root", "nowhere"]], ids=" ".join)
+def test_a_device_without_arithmetic_is_refused_before_anything_is_measured(
+    command: list[str], device: str, measured: Measured
+) -> None:
+    with pytest.raises(UserError, match=f"--device is {device}, .* take cpu"):
+        measured(*command, "--device", device)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--precision", "32-true"],
+        ["--callers", "eager"],
+        ["--precision", "bf16-mixed", "--seconds", "1"],
+        ["--profile", "x"],
+    ],
+    ids=" ".join,
+)
+def test_what_runs_side_by_side_would_ignore_is_refused(options: list[str], measured: Measured) -> None:
+    with pytest.raises(UserError, match="--together measures eager runs in float32") as error:
+        measured("train", "--together", "2", *options)
+    assert all(option in str(error.value) for option in options if option.startswith("--"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can do it")
+@pytest.mark.parametrize("options", [["--precision", "16-mixed"], ["--callers", "graphs"]], ids=" ".join)
+def test_what_this_device_cannot_do_is_refused(options: list[str], measured: Measured) -> None:
+    with pytest.raises(UserError, match=f"{options[1]} needs a CUDA device"):
+        measured("train", *options)
+
+
+def test_a_page_of_unequal_precisions_says_so_and_has_no_share_of_float32s_rate() -> None:
+    result = json.loads((RESULTS / "train.json").read_text())
+    exact = " ".join(train.train_table(result).split())
+    assert "Arithmetic: rate" in exact
+    assert "| arithmetic |" in exact
+    del result["matrix_products"]
+    for precision, said in (
+        ("bf16-mixed", "Ours computes in bf16-mixed, the plain loop and timm's loader in float32"),
+        ("16-mixed", "Ours computes in 16-mixed, the plain loop and timm's loader in float32"),
+        ("tf32-mixed", "All paths round the factors"),
+    ):
+        page = " ".join(train.train_table({**result, "precision": precision}).split())
+        assert said in page
+        assert said not in exact
+        assert "rithmetic" not in page
+        assert page.count("images/s | × |") == 1

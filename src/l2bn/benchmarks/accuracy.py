@@ -7,6 +7,7 @@ are not repeated, so the same command goes on where it was stopped.
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -115,6 +116,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=count, default=3, help="runs of each path (default: 3)")
 
 
+def earlier_runs(path: Path, setting: dict[str, Any]) -> list[Row]:
+    """The runs of an earlier result; none of a file that is no such result, as in the other benchmarks.
+
+    Raises UserError for runs of another setting.
+    """
+    try:
+        earlier = json.loads(path.read_text())
+        found = earlier["setting"] if earlier["benchmark"] == "accuracy" else None
+        runs = [{key: run[key] for key in ("path", "seed", "accuracy")} for run in earlier["runs"]]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return []
+    if found is None:
+        return []
+    if found != setting:
+        raise UserError(f"{path} holds runs of {found}, not of {setting}; move it away")
+    return runs
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Raises UserError for results of another setting in the JSON's place."""
     device = set_up(arguments)
@@ -130,11 +149,7 @@ def run(arguments: argparse.Namespace) -> None:
         "setting": setting,
         "runs": [],
     }
-    if arguments.json.exists():
-        earlier = json.loads(arguments.json.read_text())
-        if earlier["setting"] != setting:
-            raise UserError(f"{arguments.json} holds runs of {earlier['setting']}, not of {setting}; move it away")
-        result["runs"] = earlier["runs"]
+    result["runs"] = earlier_runs(arguments.json, setting)
     for seed in range(arguments.seeds):
         for path, train in PATHS.items():
             if seed not in of_path(result["runs"], path):

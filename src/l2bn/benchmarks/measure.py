@@ -14,6 +14,8 @@ import torch
 from torch._C._profiler import _EventType
 from torch.profiler._utils import traverse_dfs
 
+from l2bn.errors import UserError
+
 Action = Callable[[], Any]
 Key = TypeVar("Key")
 
@@ -39,11 +41,25 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=count, help="threads of the CPU (default: torch's own choice)")
 
 
+def device_of(arguments: argparse.Namespace) -> torch.device:
+    """The device of --device. Raises UserError for one on which torch can't compute here."""
+    try:
+        device = torch.device(arguments.device)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        accepted = "cpu or cuda" if torch.cuda.is_available() else "cpu; torch finds no CUDA device"
+        raise UserError(
+            f"--device is {arguments.device}, on which torch can't compute here: take {accepted}"
+        ) from error
+    return device
+
+
 def set_up(arguments: argparse.Namespace) -> torch.device:
-    """Set the number of threads; return the device."""
+    """Set the number of threads; return the device. Raises UserError."""
+    device = device_of(arguments)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    return torch.device(arguments.device)
+    return device
 
 
 def synchronise(device: torch.device) -> None:

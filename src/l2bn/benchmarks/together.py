@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.spawn import spawn
 
-from l2bn.benchmarks.measure import synchronise, undisturbed
+from l2bn.benchmarks.measure import device_of, synchronise, undisturbed
 from l2bn.benchmarks.paths import ours
 from l2bn.benchmarks.report import Result, hardware, page, prose, report, table
 from l2bn.benchmarks.workload import make_workload
@@ -60,6 +60,7 @@ def together_table(result: Result) -> str:
 
 def run(arguments: argparse.Namespace) -> None:
     """Raises UserError."""
+    device = device_of(arguments)
     context = multiprocessing.get_context("spawn")
     rows = []
     for network in arguments.networks:
@@ -71,6 +72,5 @@ def run(arguments: argparse.Namespace) -> None:
             speeds = [arguments.rounds * workload.images / seconds for seconds in times[:]]
             rows.append({"network": network, "batch": workload.batch, "runs": runs, "images_per_second": speeds})
             print(f"{network:13} {runs} at once   {sum(speeds):8,.0f} images/s", flush=True)
-    device = torch.device(arguments.device)
     result = {"benchmark": "together", "machine": describe_environment(device), "rows": rows}
     report(result, arguments.json, together_table)

@@ -22,22 +22,27 @@ from l2bn.benchmarks.measure import (
     Action,
     add_common_arguments,
     count,
+    device_of,
     interleaved,
     peak_memory,
     synchronise,
     undisturbed,
 )
-from l2bn.benchmarks.paths import epochs_of, ours, plain, timm
+from l2bn.benchmarks.paths import compute, epochs_of, ours, plain, timm
 from l2bn.benchmarks.report import Result, Row, hardware, page, prose, report, table, with_earlier_rows
 from l2bn.benchmarks.workload import NETWORKS, NORMS, Workload, build, make_workload
 from l2bn.data.loader import Batch
-from l2bn.training.compute import free_as_usual, keep_freed_memory, should_compile
+from l2bn.errors import UserError
+from l2bn.training.compute import PRECISIONS, free_as_usual, keep_freed_memory, should_compile
 from l2bn.training.environment import describe_environment
 from l2bn.training.loop import Trainer
 
 STEPS = {32: 10, 224: 6}  # of an epoch, by image size
 LONG_RUN = 39_000  # updates: CIFAR, 200 epochs of 256 images
 COMPILERS = {"eager": False, "compiled": True, "graphs": "graphs"}
+EXACT = "32-true"
+# Options without a meaning beside --together have no default in the parser, so that it is known which are given.
+DEFAULTS: dict[str, Any] = {"callers": ["eager", "compiled"], "precision": EXACT, "seconds": 60.0}
 PHASES = ("data", "forward", "backward", "optimizer")
 
 
@@ -180,10 +185,26 @@ loop: PIL transforms, a DataLoader with 2 workers, eager, contiguous, loss and a
 timm's loader: `create_loader`, 2 workers (random resized crops), in the same loop with timm's SGD. Both free
 memory as glibc does by default, ours keeps it. ×: images/s relative to the plain loop's, which has BN. The phases
 of a step are in milliseconds; waiting: the share of data in the step. Memory: peak bytes in a step above those
-held before it. Arithmetic: rate of convolutions and matrix products, as a share of the machine's rate of large
-matrix products ({rate} GFLOP/s, the better of two libraries). *: the choice of `compute.compile=auto` for a run of
-39,000 updates.
+held before it. {arithmetic} *: the choice of `compute.compile=auto` for a run of 39,000 updates.
 """
+
+# The rates of matrix products, and the two loops beside ours, are measured in float32.
+SHARE = """
+Arithmetic: rate of convolutions and matrix products, as a share of the machine's rate of large matrix products
+({rate} GFLOP/s, the better of two libraries).
+"""
+UNEQUAL = """
+Ours computes in {precision}, the plain loop and timm's loader in float32: × compares paths of unequal precision.
+"""
+TF32 = "All paths round the factors of convolutions and matrix products to TF32."  # a switch of the process
+
+
+def arithmetic(result: Result) -> str:
+    """What the page says of the arithmetic of its paths."""
+    precision = result["precision"]
+    if precision == EXACT:
+        return SHARE.format(rate=f"{max(result['matrix_products'].values()) / 1e9:,.0f}")
+    return TF32 if precision == "tf32-mixed" else UNEQUAL.format(precision=precision)
 
 
 def speed_up(row: Row, rows: list[Row]) -> float:
@@ -193,7 +214,8 @@ def speed_up(row: Row, rows: list[Row]) -> float:
 
 
 def train_table(result: Result) -> str:
-    rows, best = result["rows"], max(result["matrix_products"].values())
+    rows = result["rows"]
+    best = [max(result["matrix_products"].values())] if result["precision"] == EXACT else []
     lines = []
     for row in rows:
         name = NAMES.get(row["path"]) or f"ours, {row['norm'].upper()}, {row['caller']}{'*' * row['auto']}"
@@ -207,14 +229,15 @@ def train_table(result: Result) -> str:
             (
                 *(f"{row['network']}, {row['batch']} × {row['size']}²", name),
                 *(f"{speed:,.0f}" if speed >= 100 else f"{speed:.1f}", f"{speed_up(row, rows):.2f}"),
-                *(*phases, f"{speed * row['flops_per_image'] / best:.0%}"),
+                *phases,
+                *(f"{speed * row['flops_per_image'] / rate:.0%}" for rate in best),
             )
         )
-    numbers = ("images/s", "×", *PHASES, "waiting", "memory", "arithmetic")
+    numbers = ("images/s", "×", *PHASES, "waiting", "memory", *(["arithmetic"] if best else []))
     return page(
         "Training: images/s",
         f"{hardware(result)}, {result['precision']}.",
-        prose(EXPLANATION.format(rate=f"{best / 1e9:,.0f}")),
+        prose(EXPLANATION.format(arithmetic=arithmetic(result))),
         table(("network", "path", *(f">{name}" for name in numbers)), lines),
         f"Images: {', '.join(sorted({row['images'] for row in rows}))}.",
     )
@@ -245,7 +268,8 @@ def plot_train(result: Result, path: Path) -> None:
             panel.bar(at, [speed_up(row, rows) for row in found], width, label=label, color=colour)
     panel.axhline(1, color="black", linewidth=1)
     panel.set_xticks(range(len(networks)), networks)
-    panel.set_ylabel("images/s, relative to the plain loop")
+    unequal = "" if result["precision"] in (EXACT, "tf32-mixed") else " in float32"
+    panel.set_ylabel(f"images/s, relative to the plain loop{unequal}")
     panel.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=len(BARS), frameon=False)
     figure.savefig(path, dpi=150)
@@ -259,10 +283,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser, NETWORKS)
     parser.add_argument("--root", type=Path, help="folder of real images (default: noise)")
     parser.add_argument("--norms", nargs="+", choices=NORMS, default=list(NORMS))
-    parser.add_argument("--callers", nargs="+", choices=COMPILERS, default=["eager", "compiled"])
-    parser.add_argument("--precision", default="32-true", help="of this project's trainer (default: 32-true)")
+    parser.add_argument("--callers", nargs="+", choices=COMPILERS, help="(default: eager compiled)")
+    parser.add_argument("--precision", choices=PRECISIONS, help="of this project's trainer (default: 32-true)")
     parser.add_argument("--batch", type=count, help="images a step (default: 128 at 32x32, 32 at 224x224)")
-    parser.add_argument("--seconds", type=float, default=60.0, help="measuring time of a network (default: 60)")
+    parser.add_argument("--seconds", type=float, help="measuring time of a network (default: 60)")
     parser.add_argument("--rounds", type=count, default=5, help="fewest epochs of each path (default: 5)")
     parser.add_argument(
         "--together",
@@ -276,10 +300,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Raises UserError. With --json, the networks measured before in the same setting keep their rows."""
+    given = [name for name in (*DEFAULTS, "profile") if getattr(arguments, name) is not None]
     if arguments.together:
+        if given:
+            raise UserError(
+                "--together measures eager runs in float32 for --rounds epochs and has no "
+                f"{', '.join(f'--{name}' for name in given)}: leave out one or the other"
+            )
         together.run(arguments)
         return
-    device = torch.device(arguments.device)
+    for name in DEFAULTS.keys() - given:
+        setattr(arguments, name, DEFAULTS[name])
+    device = device_of(arguments)
+    try:
+        for caller in arguments.callers:
+            compute(device, compile=COMPILERS[caller], precision=arguments.precision, threads=arguments.threads)
+    except ValueError as error:
+        raise UserError(f"--callers, --precision or --threads: {error}") from error
     workloads = (
         make_workload(name, arguments.root, STEPS[NETWORKS[name].size], arguments.batch)
         for name in arguments.networks
@@ -298,6 +335,8 @@ def run(arguments: argparse.Namespace) -> None:
                 f"{row['images_per_second']:9.1f} images/s",
                 flush=True,
             )
-    result |= {"machine": describe_environment(device), "matrix_products": matrix_product_rates(device)}
+    result["machine"] = describe_environment(device)
+    if arguments.precision == EXACT:
+        result["matrix_products"] = matrix_product_rates(device)
     result["rows"] = with_earlier_rows(arguments.json, result)
     report(result, arguments.json, train_table, plot_train, "images/s relative to the plain loop")

@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from lightning_fabric import Fabric
@@ -23,6 +23,8 @@ from l2bn.processes import available_cores
 log = logging.getLogger(__name__)
 
 Compile = Literal["auto", "graphs"] | bool
+Precision = Literal["32-true", "tf32-mixed", "bf16-mixed", "16-mixed"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 MOST = 1024  # threads or workers: far above what a machine has, far below what brings one down
 
@@ -71,7 +73,7 @@ class Compute:
     device: Literal["auto", "cpu", "cuda"]
     devices: int
     sync_bn: bool
-    precision: Literal["32-true", "tf32-mixed", "bf16-mixed", "16-mixed"]
+    precision: Precision
     compile: Compile
     channels_last: bool
     deterministic: bool
