@@ -201,6 +201,7 @@ def many_shards(count: int, samples: int) -> Shards:
     shard = torch.arange(total) // samples
     return Shards(
         tuple(Path(f"{i}.tar") for i in range(count)),
+        ((0, 0, 0),) * count,
         shard,
         shard,
         shard,
