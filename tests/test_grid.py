@@ -250,7 +250,8 @@ def test_a_data_set_is_what_its_file_says(name: str, tmp_path: Path, composed: C
     splits: Splits = Builder().build(node, "dataset")
     label = node["label"] or Path(node["root"]).name
     # A stand-in for a published set holds fewer images, which its label says; no published number stands beside it.
-    assert splits.label == label or splits.label.startswith(f"{label}, {len(splits.train):,} and ")
+    said = f"{label}, {len(splits.train):,} and ", f"{label}, tested on its training images"
+    assert splits.label == label or splits.label.startswith(said)
     assert splits.baseline == (node["baseline"] if splits.label == label else None)
     assert len(splits.classes) in (0, splits.num_classes)
     for split in (splits.train, splits.test):
