@@ -387,6 +387,20 @@ def test_runs_side_by_side_die_with_their_sweep(tmp_path: Path) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_process_begins_with_requests_to_stop_blocked() -> None:
+    """The first one, too, with which Python starts a process of its own."""
+    code = (
+        "from pathlib import Path\nfrom l2bn.training import sweep\nif __name__ == '__main__':\n"
+        "    process = sweep._start(bool, {})\n"
+        "    print(Path(f'/proc/{process.pid}/status').read_text().partition('SigBlk:')[2].split()[0])\n"
+        "    process.kill()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    blocked = int(done.stdout, 16)
+    assert all(blocked >> (number - 1) & 1 for number in (signal.SIGINT, signal.SIGTERM))
+
+
 def environment_after(seconds: float, path: Path) -> Callable[[], Any]:
     """A job that writes its GPU, its threads and when it began and ended."""
     code = "[now.append(time.time()), time.sleep({}), now.append(time.time()), path.write_text(json.dumps([*map("

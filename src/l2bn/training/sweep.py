@@ -11,6 +11,7 @@ import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import takewhile
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -121,6 +122,7 @@ def run_processes(jobs: Sequence[Callable[[], bool]], n_jobs: int) -> list[str |
 def _start(job: Callable[[], bool], environment: dict[str, str]) -> BaseProcess:
     """Start a process that calls a job. It begins with requests to stop blocked, until it can handle them."""
     process = multiprocessing.get_context("spawn").Process(target=_serve, args=(job,))
+    resource_tracker.ensure_running()  # the first start would do so, and unblock the signals behind it
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         with env_override(environment):
