@@ -204,7 +204,7 @@ class Record:
 
     @property
     def setting(self) -> str:
-        """What the run shares with those it is compared with, beside the names of its folder; see `setting_of`."""
+        """The conditions besides the names of its folder that a run shares with those it is compared with."""
         return setting_of(self.precision, self.identity.get("devices", 1), self.identity.get("sync_bn", False))
 
     def metrics(self) -> list[Metrics]:

@@ -200,7 +200,7 @@ TF32 = "All paths round the factors of convolutions and matrix products to TF32.
 
 
 def arithmetic(result: Result) -> str:
-    """What the page says of the arithmetic of its paths."""
+    """The page's sentence on the arithmetic of its paths."""
     precision = result["precision"]
     if precision == EXACT:
         return SHARE.format(rate=f"{max(result['matrix_products'].values()) / 1e9:,.0f}")
@@ -215,7 +215,7 @@ def speed_up(row: Row, rows: list[Row]) -> float:
 
 def train_table(result: Result) -> str:
     rows = result["rows"]
-    best = [max(result["matrix_products"].values())] if result["precision"] == EXACT else []
+    best = max(result["matrix_products"].values()) if result["precision"] == EXACT else None
     lines = []
     for row in rows:
         name = NAMES.get(row["path"]) or f"ours, {row['norm'].upper()}, {row['caller']}{'*' * row['auto']}"
@@ -230,7 +230,7 @@ def train_table(result: Result) -> str:
                 *(f"{row['network']}, {row['batch']} × {row['size']}²", name),
                 *(f"{speed:,.0f}" if speed >= 100 else f"{speed:.1f}", f"{speed_up(row, rows):.2f}"),
                 *phases,
-                *(f"{speed * row['flops_per_image'] / rate:.0%}" for rate in best),
+                *([f"{speed * row['flops_per_image'] / best:.0%}"] if best else []),
             )
         )
     numbers = ("images/s", "×", *PHASES, "waiting", "memory", *(["arithmetic"] if best else []))

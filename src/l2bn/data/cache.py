@@ -1,5 +1,6 @@
 """Files made from other files, kept for the next run, and made again when one of their sources has changed."""
 
+import fcntl
 import glob
 import hashlib
 import logging
@@ -13,7 +14,6 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from filelock import FileLock, Timeout
 from numpy.lib.format import read_array, write_array
 from rich.console import Console
 from rich.progress import track
@@ -117,20 +117,20 @@ def making(file: Path) -> Iterator[None]:
     folder cannot be made.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(file.with_name(f"{file.name}.lock"))
-    with suppress(OSError, NotImplementedError):
+    path = file.with_name(f"{file.name}.lock")
+    with ExitStack() as stack:
+        with suppress(OSError):
+            lock = stack.enter_context(path.open("a"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info("waiting for another process, which makes %s", file)
+                fcntl.flock(lock, fcntl.LOCK_EX)
         try:
-            lock.acquire(timeout=1)
-        except Timeout:
-            log.info("waiting for another process, which makes %s", file)
-            lock.acquire()
-    try:
-        yield
-    finally:
-        if lock.is_locked:
+            yield
+        finally:
             with suppress(OSError):
-                Path(lock.lock_file).unlink()  # who has it open already finds the file made
-            lock.release()
+                path.unlink()  # who has it open already finds the file made
 
 
 def write_arrays(stream: BinaryIO, state: str, arrays: Arrays) -> None:

@@ -252,7 +252,7 @@ def _check_conditions(records: Iterable[Record], place: Place) -> None:
 
 
 def _conditions(record: Record) -> dict[str, object]:
-    """What the runs of a cell must share, by dotted names; only runs of one norm share what is below `norm`."""
+    """The values that the runs of a cell must share, by dotted names; those below `norm`, the runs of one norm."""
     found = {name: value for name, value in _flat(record.identity) if name not in ("seed", "norm")}
     found |= {"setting": record.setting, "train_images": record.train_images, "test_images": record.test_images}
     return found | ({"images.files": record.images["files"]} if record.images else {})

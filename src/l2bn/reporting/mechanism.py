@@ -374,8 +374,7 @@ def rate_note(study: Study) -> str:
     return (
         f"Of {len(results)} settings, the 95 % interval lies above 0 in {above} and below in {below}, uncorrected. "
         f"Mean over the {runs}, one value per seed: {signed(mean.mean)} points, 95 % interval {interval(mean)}, "
-        f"n = {mean.n}. "
-        f"Diverged: {lost[BN]} of BN, {lost[L2BN]} of L2BN."
+        f"n = {mean.n}. Diverged: {lost[BN]} of BN, {lost[L2BN]} of L2BN."
     )
 
 

@@ -159,9 +159,8 @@ class Board:
                 for name, value in zip(bounds, (mean, mean - std, mean + std), strict=True):
                     writer.add_scalar(name, value, epoch)
         if charts:
-            writer.add_custom_scalars(
-                {SPREAD: dict(reversed(charts.items()))}
-            )  # the tab shows the last chart first
+            # The tab shows the last chart first.
+            writer.add_custom_scalars({SPREAD: dict(reversed(charts.items()))})
         for tag, text in texts.items():
             writer.add_text(tag, text)
         writer.close()

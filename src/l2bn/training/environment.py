@@ -86,7 +86,10 @@ def own_source(config: Mapping[str, Any]) -> str | None:
     found: dict[str, Path] = {}
     for place, name in flatten(config):
         if place.rpartition(".")[2] == "_target_":
-            _add_own(str(name).rpartition(".")[0], found)
+            module = str(name)
+            while module and module not in sys.modules:  # a class's method has two names behind the module's
+                module = module.rpartition(".")[0]
+            _add_own(module, found)
     return _digest(found) if found else None
 
 
