@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,15 @@ def write_set(root: Path, *differences: tuple[float, ...]) -> None:
 
 def of_accuracy(root: Path) -> SetFinding:
     return judge_set(ACCURATE, SET, arms_of(read_evidence(root)), SET.seeds)
+
+
+def test_a_set_may_have_a_backbone_in_a_setting_of_its_own(tmp_path: Path) -> None:
+    write_set(tmp_path, SMALL, SMALL)
+    write_pairs(tmp_path, [70.0] * 3, SMALL, backbone="net2", precision="tf32-mixed", **RUNS)
+    mixed = replace(SET, settings={"net2": "tf32-mixed"})
+    found = judge_set(ACCURATE, mixed, arms_of(read_evidence(tmp_path)), mixed.seeds)
+    assert (found.ended, found.verdict) == (18, "supported")
+    assert (of_accuracy(tmp_path).ended, of_accuracy(tmp_path).verdict) == (12, "not decided")
 
 
 def minus(values: tuple[float, ...]) -> tuple[float, ...]:
@@ -377,6 +387,7 @@ def test_the_first_set_is_that_of_the_cpu_grid() -> None:
         "sets: 1",
         "sets: [{label: x}]",
         "sets: [{label: x, dataset: d, recipe: r, setting: s, backbones: [], seeds: [0]}]",
+        "sets: [{label: x, dataset: d, recipe: r, setting: s, settings: {z: t}, backbones: [a], seeds: [0]}]",
     ],
 )
 def test_a_file_of_sets_with_a_mistake_is_named(text: str, tmp_path: Path) -> None:

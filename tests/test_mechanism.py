@@ -186,6 +186,14 @@ def test_figures_show_what_the_records_hold(evidence: Evidence) -> None:
         assert list(curves.lines[0].get_ydata()) == pytest.approx([0.44, 0.33, 0.22])
 
 
+def test_no_panel_of_a_shared_axis_is_cut_off(evidence: Evidence) -> None:
+    with mpl.rc_context(RC):
+        panels = norms_by_depth(pair_of(evidence)).axes
+    for panel in panels:  # the norms at the output, 1.0, are above all at the input
+        bottom, top = panel.get_ylim()
+        assert all(bottom <= value < top for line in panel.lines for value in np.asarray(line.get_ydata()))
+
+
 def test_the_plane_is_that_of_both_networks_and_turns_no_way_by_chance() -> None:
     generator = np.random.default_rng(0)
     features = generator.normal(size=(200, 6)) * [5, 3, 1, 1, 1, 1] + 7

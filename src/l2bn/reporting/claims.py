@@ -15,8 +15,8 @@ neither, in `within_share`, which falls when classes get compact and when they s
 claim, so no p-value is corrected; the others are shown and decide nothing.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -245,7 +245,10 @@ def _records(arms: Sequence[Arm]) -> str:
 
 @dataclass(frozen=True)
 class RunSet:
-    """A named set of runs, fixed before the first of them was published; see `results/reference/sets.yaml`."""
+    """A named set of runs, fixed before the first of them was published; see `results/reference/sets.yaml`.
+
+    settings: of the backbones that were measured in another setting than `setting`.
+    """
 
     label: str
     dataset: str
@@ -255,6 +258,7 @@ class RunSet:
     seeds: tuple[int, ...]
     more_seeds: tuple[int, ...] = ()
     control: tuple[str, tuple[str, ...]] | None = None  # norm and backbones
+    settings: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def figure(self) -> str:
@@ -262,13 +266,15 @@ class RunSet:
         return f"differences-{self.dataset}-{self.recipe}"
 
     def holds(self, cell: Cell) -> bool:
-        names = (cell.dataset, cell.recipe, cell.setting)
-        return names == (self.dataset, self.recipe, self.setting) and cell.backbone in self.backbones
+        return cell.backbone in self.backbones and cell == self._cell(cell.backbone)
 
     def cells(self, norm: str) -> list[Cell]:
         """The cells in which a norm is run; none where the set has no runs of it."""
         norms = {BN: self.backbones, L2BN: self.backbones} | dict([self.control] if self.control else [])
-        return [Cell(self.dataset, self.recipe, backbone, self.setting) for backbone in norms.get(norm, ())]
+        return [self._cell(backbone) for backbone in norms.get(norm, ())]
+
+    def _cell(self, backbone: str) -> Cell:
+        return Cell(self.dataset, self.recipe, backbone, self.settings.get(backbone, self.setting))
 
     def runs(self, question: Question, seeds: Sequence[int]) -> list[tuple[Cell, str, int]]:
         """Cell, norm and seed of the runs that must have ended before a question is judged."""
@@ -291,6 +297,8 @@ def _run_set(entry: dict[str, Any]) -> RunSet:
     lists = {key: tuple(entry[key]) for key in ("backbones", "seeds", "more_seeds") if key in entry}
     if not lists["backbones"] or not lists["seeds"]:
         raise ValueError("backbones and seeds of a set must not be empty")
+    if other := set(entry.get("settings", {})) - set(lists["backbones"]):
+        raise ValueError(f"settings name {', '.join(sorted(other))}, which is none of the backbones")
     control = entry.get("control")
     return RunSet(**entry | lists | {"control": control and (control["norm"], tuple(control["backbones"]))})
 

@@ -382,9 +382,9 @@ def norms_by_depth(pair: Comparison) -> Figure:
             panel.plot(
                 range(1, len(between) + 1), between, **{**style, **hollow}, markersize=3, markeredgewidth=0.7
             )
-        panel.set_ylim(bottom=0)
         panel.set_xlim(left=0.2)
         _depth_axis(panel)
+    panels[0].set_ylim(bottom=0)  # the axis of both: it follows the values no longer
     panels[0].set_ylabel("std / mean of the samples' l2 norms")
     handles, _ = panels[0].get_legend_handles_labels()
     hollow_key = Line2D([], [], color=GREY, linestyle="", marker="o", markerfacecolor="white", markersize=3)
