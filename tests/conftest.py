@@ -30,9 +30,9 @@ settings.load_profile("fixed")
 
 QUIET = ("progress=false", "compute.workers=0")
 # Eight updates an epoch on real digits: enough to see an epoch end, and quick.
-TINY = ("dataset.subset=256", "dataset.image_size=16", *QUIET)
+TINY = ("dataset.subset=256", "dataset.image_size=8", *QUIET)
 # Two updates an epoch.
-TINIEST = ("dataset.subset=64", "dataset.image_size=16", "dataset.validation=0.05")
+TINIEST = ("dataset.subset=64", "dataset.image_size=8", "dataset.validation=0.05")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -178,7 +178,6 @@ COMMANDS = [
     "norm=bn,l2bn",
     "+recipe.epoch=3",
     "recipe.epochs=0",
-    "seed=null",
     "dataset=cifar10 dataset.download=false dataset.root=nowhere",
     "compute.device=cpu compute.precision=16-mixed",
     "backbone._target_=torch.os.system",

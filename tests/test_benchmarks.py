@@ -78,7 +78,10 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Measured:
     ("name", "options"),
     [
         ("norm", ["--networks", "ResNet-20", "--maps", "1", "--callers", "eager"]),
-        ("step", ["--networks", "ResNet-20", "--callers", "eager", "--layouts", "contiguous", "--batch", "4"]),
+        pytest.param(
+            *("step", ["--networks", "ResNet-20", "--callers", "eager", "--layouts", "contiguous", "--batch", "4"]),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_norms_are_measured(name: str, options: list[str], measured: Measured) -> None:

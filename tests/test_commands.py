@@ -17,7 +17,7 @@ from l2bn.errors import UserError
 from l2bn.failures import told_plainly
 from l2bn.records import read_metrics
 
-RUN = "runs/digits,image_size=16,subset=256/resnet20/bn/short,epochs=1/seed0"
+RUN = "runs/digits,image_size=8,subset=256/resnet20/bn/short,epochs=1/seed0"
 CONFIG, SUMMARY, METRICS = (f"{RUN}/{name}" for name in ("config.yaml", "summary.json", "metrics.jsonl"))
 
 

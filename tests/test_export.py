@@ -13,7 +13,7 @@ from l2bn import swap_norm
 SIZE = 64
 
 
-@pytest.fixture(params=["resnet18", "mobilenet_v2"])
+@pytest.fixture(params=["resnet18", pytest.param("mobilenet_v2", marks=pytest.mark.slow)])
 def model(request: pytest.FixtureRequest) -> nn.Module:
     torch.manual_seed(0)
     model = torchvision.models.get_model(request.param, weights=None, num_classes=10)

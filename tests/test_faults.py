@@ -4,6 +4,7 @@ After each fault the same command runs again, and its result must equal that of 
 """
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -181,8 +182,7 @@ OUTPUTS = {
 }
 
 
-@pytest.mark.parametrize("progress", ["true", "false"])
-@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize(("output", "progress"), zip(OUTPUTS, itertools.cycle(["true", "false"]), strict=False))
 def test_output_that_cannot_be_written_ends_no_run(output: str, progress: str, tmp_path: Path) -> None:
     """The result is in files: the run is trained to its end, with exit code 0, and no file of it is blamed."""
     options = " ".join([f"runs_dir={tmp_path}", "norm=bn", "recipe.epochs=2", *TINIEST, f"progress={progress}"])

@@ -420,8 +420,15 @@ def test_an_activation_that_cuts_off_stores_no_map_more(side: int, layout: str) 
     assert saved["l2bn"] == saved["bn"], saved
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("side", [4, 16])
+@pytest.mark.parametrize(
+    ("side", "layout"),
+    [
+        (16, "contiguous"),
+        (4, "channels_last"),
+        pytest.param(4, "contiguous", marks=pytest.mark.slow),
+        pytest.param(16, "channels_last", marks=pytest.mark.slow),
+    ],
+)
 def test_a_compiled_step_holds_as_many_maps_as_with_batch_norm(side: int, layout: str) -> None:
     """The gradient of a layer's input is written where that was, and no map is copied into another layout."""
     torch.compiler.reset()

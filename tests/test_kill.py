@@ -22,7 +22,7 @@ from test_training import drawn, equal, results, weights
 SEED = 20220706
 # Two updates an epoch and a checkpoint after each: something is always being written.
 RUN = (*TINIEST, "recipe.epochs=24", "checkpoint.every_steps=1")
-FEW = 5
+FEW = 3
 MANY = {
     "one process": (30, ("norm=l2bn",)),
     "two devices": (12, ("norm=bn", "compute.device=cpu", "compute.devices=2")),

@@ -188,7 +188,7 @@ def test_the_grid_of_any_experiment_is_readable_in_80_columns(experiment: str) -
         check_readable(plan_sweep(compose_sweep(rest)))
 
 
-@pytest.mark.parametrize("seeds", [1, 5, 6, 7, 20, 156])
+@pytest.mark.parametrize("seeds", [1, 5, 6, 7, 20, 101])
 def test_the_grid_of_any_number_of_seeds_is_readable_in_80_columns(seeds: int) -> None:
     with composing(["norm=bn,l2bn", "backbone=resnet20,mobilenetv2_x0_5", f"seed=range({seeds})"]) as (_, rest):
         runs = plan_sweep(compose_sweep(rest))

@@ -117,7 +117,7 @@ def test_a_runs_dir_that_cannot_be_made_is_reported_as_for_a_single_run(multirun
 # What becomes of the runs.
 
 FOUR = ("norm=bn", "seed=0,1,2,3", "recipe.epochs=1", *TINIEST)
-CELL = "digits,image_size=16,subset=64,validation=0.05/resnet20/bn/short,epochs=1"
+CELL = "digits,image_size=8,subset=64,validation=0.05/resnet20/bn/short,epochs=1"
 
 
 def test_issued_again_a_sweep_has_nothing_to_do(multirun: Sweep, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from l2bn.training.plan import Cell
 from local_slurm import free_port
 
 SMALL = (*TINIEST, "recipe.epochs=2", *QUIET)
-DATASET = "digits,image_size=16,subset=64,validation=0.05"
+DATASET = "digits,image_size=8,subset=64,validation=0.05"
 
 
 def events(record: Record) -> Any:

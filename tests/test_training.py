@@ -89,7 +89,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, updates: int) -> None:
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_twenty_updates_lower_the_loss(norm: str, train: Train, losses: list[float]) -> None:
-    images = ("dataset.subset=160", "dataset.image_size=16", "dataset.augmentation=null")
+    images = ("dataset.subset=160", "dataset.image_size=8", "dataset.augmentation=null")
     train(f"norm={norm}", *images, "recipe.epochs=4", "recipe.lr=0.05", *QUIET)
     assert len(losses) == 20
     assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
@@ -253,7 +253,7 @@ def test_a_finished_run_is_left_alone(train: Train, losses: list[float]) -> None
 
 def test_the_record_holds_what_the_run_was(train: Train) -> None:
     record = train("norm=l2bn", EPOCHS, *TINY, "seed=3")
-    dataset = "digits,image_size=16,subset=256"
+    dataset = "digits,image_size=8,subset=256"
     assert record.folder.parts[-5:] == (dataset, "resnet20", "l2bn", "short,epochs=2", "seed3")
     assert (record.dataset, record.norm, record.seed) == (dataset, "l2bn", 3)
     assert record.parameters == 272_474
