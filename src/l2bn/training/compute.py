@@ -154,8 +154,8 @@ UPDATES = {"cpu": 1_000, "cuda": 20_000}
 """Steps from which compilation pays off, where it makes a step faster at all.
 
 cpu: 66 s on two cores for ShuffleNetV2, cached per machine, against 0.1 s saved per step of 128 images.
-cuda: compiled runs were not measured yet; 60 s against 3 ms per step is a guess. On an H100 a step of ResNet-20 with
-128 images takes 2.6 ms of the GPU and, in eager code, 10.6 ms of the host with BN and 29 ms with L2BN.
+cuda: compiled runs were not measured yet; 60 s against 3 ms per step is a guess. On an H100 a step of ResNet-20
+with 128 images takes 2.6 ms of the GPU and, in eager code, 10.6 ms of the host with BN and 29 ms with L2BN.
 """
 
 VECTOR = 16  # float32 values in the widest vector register, that of AVX-512
