@@ -182,7 +182,9 @@ OUTPUTS = {
 }
 
 
-@pytest.mark.parametrize(("output", "progress"), zip(OUTPUTS, itertools.cycle(["true", "false"]), strict=False))
+@pytest.mark.parametrize(
+    ("output", "progress"), list(zip(OUTPUTS, itertools.cycle(["true", "false"]), strict=False))
+)
 def test_output_that_cannot_be_written_ends_no_run(output: str, progress: str, tmp_path: Path) -> None:
     """The result is in files: the run is trained to its end, with exit code 0, and no file of it is blamed."""
     options = " ".join([f"runs_dir={tmp_path}", "norm=bn", "recipe.epochs=2", *TINIEST, f"progress={progress}"])

@@ -5,6 +5,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from l2bn.errors import UserError
@@ -310,7 +311,9 @@ def readme_with_block(readme: str, evidence: Evidence, run_set: RunSet) -> str:
     if not found or not closed or BEGIN in after or END in after:
         raise UserError(f"the README must hold the lines {BEGIN} and {END} once, in this order")
     rows = [row for row in grid(arms_of(evidence)) if run_set.holds(row.cell)]
-    parts = [BEGIN, _answer(rows, run_set), markdown(grid_table(rows)).strip("\n")]
+    table = grid_table(rows)
+    table = replace(table, notes=[" ".join(table.notes)] if table.notes else [])
+    parts = [BEGIN, _answer(rows, run_set), markdown(table).strip("\n")]
     if any(row.differences() for row in rows):
         parts.append(f"![Paired differences, {run_set.label}](results/figures/{run_set.figure}.png)")
     return before + "\n\n".join(parts) + f"\n\n{END}{after}"
