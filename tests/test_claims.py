@@ -386,8 +386,12 @@ def test_the_first_set_is_that_of_the_cpu_grid() -> None:
         "",
         "sets: 1",
         "sets: [{label: x}]",
-        "sets: [{label: x, dataset: d, recipe: r, setting: s, backbones: [], seeds: [0]}]",
-        "sets: [{label: x, dataset: d, recipe: r, setting: s, settings: {z: t}, backbones: [a], seeds: [0]}]",
+        "sets: [{label: x, dataset: d, recipe: r, seeds: [0], setting: 32-true, backbones: []}]",
+        "sets: [{label: x, dataset: d, recipe: r, seeds: [0], setting: float32, backbones: [a]}]",
+        *(
+            f"sets: [{{label: x, dataset: d, recipe: r, seeds: [0], backbones: [a], setting: 32-true, {own}}}]"
+            for own in ("settings: {z: 32-true}", "settings: {a: fp32}", "settings: [a]", "settings: {a: 32}")
+        ),
     ],
 )
 def test_a_file_of_sets_with_a_mistake_is_named(text: str, tmp_path: Path) -> None:

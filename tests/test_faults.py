@@ -4,7 +4,6 @@ After each fault the same command runs again, and its result must equal that of 
 """
 
 import contextlib
-import itertools
 import multiprocessing
 import os
 import shutil
@@ -182,12 +181,10 @@ OUTPUTS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("output", "progress"), list(zip(OUTPUTS, itertools.cycle(["true", "false"]), strict=False))
-)
-def test_output_that_cannot_be_written_ends_no_run(output: str, progress: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_output_that_cannot_be_written_ends_no_run(output: str, tmp_path: Path) -> None:
     """The result is in files: the run is trained to its end, with exit code 0, and no file of it is blamed."""
-    options = " ".join([f"runs_dir={tmp_path}", "norm=bn", "recipe.epochs=2", *TINIEST, f"progress={progress}"])
+    options = " ".join([f"runs_dir={tmp_path}", "norm=bn", "recipe.epochs=2", *TINIEST, "progress=true"])
     run = f"{sys.executable} {ROOT}/scripts/train.py {options} compute.workers=0"
     command = f"set -o pipefail; {run} {OUTPUTS[output]}"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}

@@ -87,13 +87,12 @@ def finish(runs: Path, start: Start) -> list[Record]:
     return records
 
 
-def kill_once(runs: Path, start: Start, draw: random.Random, life: float) -> str:
+def kill_once(runs: Path, start: Start, draw: random.Random, life: float, imports: float) -> str:
     """Start the run and kill it: "at a write", "at an instant", or "" if it ended before."""
     process = start(runs)
     began = time.monotonic()
     at_a_write = draw.random() < 0.3
-    # A third of a life goes by before the first update; killing there proves little.
-    instant = began + life * draw.uniform(0.3, 1.0)
+    instant = began + life * draw.uniform(imports, 1.0)
     while process.poll() is None:
         writing = at_a_write and any(runs.rglob("checkpoints/.*.tmp"))
         if writing or time.monotonic() > instant + (life if at_a_write else 0):
@@ -104,8 +103,11 @@ def kill_once(runs: Path, start: Start, draw: random.Random, life: float) -> str
     return ""
 
 
-def endure(kills: int, start: Start, folder: Path) -> None:
-    """Kill the run so many times, in as many folders as that takes, and hold each against one left alone."""
+def endure(kills: int, start: Start, folder: Path, imports: float) -> None:
+    """Kill the run so many times, in as many folders as that takes, and hold each against one left alone.
+
+    imports: the share of a run's life that goes by before its first update; killing there proves little.
+    """
     draw = random.Random(SEED)
     began = time.monotonic()
     whole = finish(folder / "whole", start)
@@ -115,7 +117,7 @@ def endure(kills: int, start: Start, folder: Path) -> None:
     while len(done) < kills:
         attempt += 1
         runs = folder / f"killed{attempt}"
-        while len(done) < kills and (how := kill_once(runs, start, draw, life)):
+        while len(done) < kills and (how := kill_once(runs, start, draw, life, imports)):
             done.append(how)
             for record in read_records(runs)[0]:  # what claims to be finished is
                 assert record.last["epoch"] == record.epochs
@@ -131,10 +133,10 @@ def endure(kills: int, start: Start, folder: Path) -> None:
 
 def test_a_few_kills(tmp_path: Path) -> None:
     assert run(tmp_path / "first") == 0  # starts the process that the others are forked from
-    endure(FEW, functools.partial(Forked, options=("norm=l2bn",)), tmp_path)
+    endure(FEW, functools.partial(Forked, options=("norm=l2bn",)), tmp_path, imports=0.1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kills", "options"), MANY.values(), ids=MANY)
 def test_many_kills(kills: int, options: tuple[str, ...], tmp_path: Path) -> None:
-    endure(kills, functools.partial(command, options=options), tmp_path)
+    endure(kills, functools.partial(command, options=options), tmp_path, imports=0.3)

@@ -222,14 +222,8 @@ def _warn_once(reason: str) -> None:
     )
 
 
-def select_kernels(
-    model: nn.Module, device: torch.device | str, updates: int, *, in_compiled_model: bool = False
-) -> str:
+def select_kernels(model: nn.Module, device: torch.device | str, updates: int) -> str:
     """Decide, for a run of so many updates, how the L2BN layers left at fused="auto" are computed.
-
-    On a GPU only a compiled model has fused kernels. From eager code Python launches each of the several parts of a
-    kernel by itself: on an H100 a step of ResNet-20 took 29 ms so, of which the GPU computed for 3, while the
-    control `l2bn_mean_norm`, composed plainly of as many operators as L2BN, trained 1.8 times as many images/s.
 
     Returns the entry of the run's record: "fused", "plain", or "stock" for a model without L2BN. Logs one line with
     the reason.
@@ -242,14 +236,8 @@ def select_kernels(
     undecided = [layer for layer in layers if layer.fused == "auto"]
     if undecided:
         needed = UPDATES_A_CHANNEL_COUNT * len({layer.num_features for layer in undecided})
-        launched_singly = torch.device(device).type == "cuda" and not in_compiled_model
-        works = updates >= needed and not launched_singly and compiler_works(torch.device(device).type)
-        if launched_singly:
-            logger.info(
-                "L2BN takes the plain composition: from eager code a GPU waits longer for fused kernels; "
-                "compute.compile=true has them"
-            )
-        elif updates < needed:
+        works = updates >= needed and compiler_works(torch.device(device).type)
+        if updates < needed:
             logger.info(
                 "L2BN takes the plain composition: %d updates do not repay the compilation (%d would)",
                 updates,

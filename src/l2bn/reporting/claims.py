@@ -28,6 +28,7 @@ from l2bn.reporting.comparison import FULL_EPOCHS, Arm, Comparison, arms_of, com
 from l2bn.reporting.evidence import BN, L2BN, TOP1, Cell, Evidence, Task
 from l2bn.reporting.formatting import (
     NONE,
+    PRECISIONS,
     Table,
     escape_markdown,
     in_words,
@@ -286,7 +287,7 @@ def read_sets(path: Path) -> list[RunSet]:
     """The sets of a file. Raises UserError where it is missing or not laid out as its header says."""
     try:
         return [_run_set(entry) for entry in yaml.safe_load(path.read_text(encoding="utf-8"))["sets"]]
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} cannot be used as the sets of runs: {type(error).__name__}: {error}; "
             "its header says how it is laid out"
@@ -297,8 +298,12 @@ def _run_set(entry: dict[str, Any]) -> RunSet:
     lists = {key: tuple(entry[key]) for key in ("backbones", "seeds", "more_seeds") if key in entry}
     if not lists["backbones"] or not lists["seeds"]:
         raise ValueError("backbones and seeds of a set must not be empty")
-    if other := set(entry.get("settings", {})) - set(lists["backbones"]):
+    settings = entry.get("settings", {})
+    if other := settings.keys() - set(lists["backbones"]):
         raise ValueError(f"settings name {', '.join(sorted(other))}, which is none of the backbones")
+    precisions = {setting.partition(",")[0] for setting in (entry["setting"], *settings.values())}
+    if unknown := precisions - set(PRECISIONS):
+        raise ValueError(f"no precision is {', '.join(sorted(unknown))}; take one of {', '.join(PRECISIONS)}")
     control = entry.get("control")
     return RunSet(**entry | lists | {"control": control and (control["norm"], tuple(control["backbones"]))})
 

@@ -82,7 +82,12 @@ def plural(noun: str, count: int) -> str:
 
 # ---- Names --------------------------------------------------------------------------------------------------
 
-PRECISIONS = {"32-true": "float32", "bf16-mixed": "mixed bfloat16", "16-mixed": "mixed float16"}
+PRECISIONS = {
+    "32-true": "float32",
+    "tf32-mixed": "float32 with products in TF32",
+    "bf16-mixed": "mixed bfloat16",
+    "16-mixed": "mixed float16",
+}
 
 
 def in_words(folder: str) -> str:

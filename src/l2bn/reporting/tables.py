@@ -334,8 +334,8 @@ def _answer(rows: Sequence[Comparison], run_set: RunSet) -> str:
         beyond = f"L2BN − BN is {_points(others)}, over {plural('network', others.n)} and all their seeds"
     return (
         f"**In these {escape_markdown(networks)}: {found}.** For other networks like them, {beyond}. The rules "
-        "were fixed before the runs; [claims.md](results/claims.md) has them, and the verdicts on the paper's "
-        "other claims."
+        "were fixed before the first of these runs was published; [claims.md](results/claims.md) has them, and the "
+        "verdicts on the paper's other claims."
     )
 
 

@@ -142,9 +142,8 @@ class Compute:
             network.to(memory_format=torch.channels_last)
         if self.sync_bn:
             convert_sync(network)
-        compiles = should_compile(self.compile, network, device, updates)
-        kernels = select_kernels(network, device, updates, in_compiled_model=compiles)
-        if compiles:
+        kernels = select_kernels(network, device, updates)
+        if should_compile(self.compile, network, device, updates):
             return Placed(network, compiled(network, self.compile), f"{kernels}+compiled")
         return Placed(network, network, kernels)
 
