@@ -150,6 +150,6 @@ def test_a_browser_shows_the_pairs_of_a_sweep(train: Train, page: Any, tensorboa
     page.reload()
     table = page.locator("vaadin-grid")
     for record in records:
-        table.get_by_text(f"{record.last['test/top1']:.3f}").first.wait_for()
+        table.get_by_text(f"{record.last['test/top1']:#.5g}").first.wait_for()  # its five digits
     for norm in ("bn", "l2bn"):
         assert table.get_by_text(norm, exact=True).count() == 2
