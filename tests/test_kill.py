@@ -35,7 +35,7 @@ MANY = {
 
 
 class Process(Protocol):
-    """What `subprocess.Popen` and `Forked` have in common."""
+    """The methods that `subprocess.Popen` and `Forked` share."""
 
     def poll(self) -> int | None: ...
 
@@ -48,6 +48,8 @@ Start = Callable[[Path], Process]
 
 
 class Forked:
+    """A run in a process forked from one that has imported everything already."""
+
     def __init__(self, runs: Path, options: tuple[str, ...]) -> None:
         self._process = begin(runs, (*options, *RUN))
 
@@ -63,7 +65,7 @@ class Forked:
 
 
 def command(runs: Path, options: tuple[str, ...]) -> Process:
-    command = [
+    arguments = [
         sys.executable,
         str(ROOT / "scripts" / "train.py"),
         *options,
@@ -72,7 +74,7 @@ def command(runs: Path, options: tuple[str, ...]) -> Process:
         "progress=false",
     ]
     return subprocess.Popen(
-        command,
+        arguments,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
