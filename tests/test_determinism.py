@@ -105,12 +105,13 @@ def test_ranks_drop_out_features_of_their_own(
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("norm", ["bn", "l2bn"])
+@pytest.mark.parametrize(("norm", "compiler"), [("bn", "false"), ("l2bn", "false"), ("l2bn", "graphs")])
 def test_cuda_gives_the_same_bits_with_the_deterministic_switch(
-    norm: str, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    norm: str, compiler: str, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Twice, and once more after a stop in the second epoch."""
-    options = (f"norm={norm}", "compute.device=cuda", "compute.deterministic=true", EPOCHS, *TINY)
+    options = (f"norm={norm}", "compute.device=cuda", f"compute.compile={compiler}", "compute.deterministic=true")
+    options = (*options, EPOCHS, *TINY)
     one = train(*options)
     other = train(*options, f"runs_dir={tmp_path / 'again'}")
     with monkeypatch.context() as patch:

@@ -257,6 +257,33 @@ def test_a_gpu_has_the_losses_of_the_plain_loop(norm: str, compiler: bool | str)
 
 @pytest.mark.cuda
 @needs_cuda
+@pytest.mark.parametrize(
+    ("dtype", "precision", "tolerance"),
+    [(torch.float64, "32-true", 1e-8), (torch.float32, "bf16-mixed", 1e-2), (torch.float32, "16-mixed", 1e-2)],
+)
+@pytest.mark.parametrize("norm", ["bn", "l2bn"])
+def test_a_recorded_network_takes_the_steps_of_an_eager_one(
+    norm: str, dtype: torch.dtype, precision: str, tolerance: float
+) -> None:
+    """Running statistics and dropout's random numbers too, which recording uses up."""
+    losses, states = [], []
+    for compiler in (False, "graphs"):
+        net = Net(norm, dtype, small=True)
+        assert isinstance(net.body, nn.Sequential)
+        net.body.insert(len(net.body) - 1, nn.Dropout(0.3))
+        placing = compute(device="cuda", precision=precision, compile=compiler)
+        placing.set_up()
+        made = trainer(placing.fabric(), placing, net, 0.05)
+        made.train_epoch(Position(epoch=EPOCH))
+        losses.append(torch.stack(made.seen))
+        states.append({key: value for key, value in net.state_dict().items() if not key.endswith("weight")})
+    torch.testing.assert_close(losses[1], losses[0], rtol=tolerance, atol=0)
+    torch.testing.assert_close(states[1], states[0], rtol=tolerance, atol=tolerance)
+    assert losses[0][0] != losses[0][-1]
+
+
+@pytest.mark.cuda
+@needs_cuda
 @pytest.mark.parametrize("precision", ["32-true", "tf32-mixed", "bf16-mixed", "16-mixed"])
 def test_the_host_never_waits_within_an_epoch(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("l2bn.training.loop.CHECK_EVERY", 3)

@@ -12,7 +12,7 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.strategies.ddp import DDPStrategy
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from l2bn.errors import UserError
@@ -55,7 +55,7 @@ class Placed(NamedTuple):
     """A network on its device."""
 
     network: nn.Module  # the weights, for evaluation and checkpoints
-    trained: nn.Module  # the same network, possibly compiled
+    trained: nn.Module  # the same network, possibly compiled or recorded
     kernels: str  # the kernels it runs on, as in `Record.kernels`
 
 
@@ -100,6 +100,8 @@ class Compute:
             if getattr(self, key) == value and not self._is_cuda:
                 other = "compile=true or auto" if key == "compile" else "precision=bf16-mixed or 32-true"
                 raise ValueError(f"{key} {value} needs a CUDA device; take {other}")
+        if self.compile == "graphs" and self.devices > 1:
+            raise ValueError(f"compile graphs serves one device, not {self.devices}; take compile=true or auto")
 
     @property
     def _is_cuda(self) -> bool:
@@ -143,8 +145,11 @@ class Compute:
         if self.sync_bn:
             convert_sync(network)
         kernels = select_kernels(network, device, updates)
+        if self.compile == "graphs":
+            return Placed(network, Recorded(network), kernels)
         if should_compile(self.compile, network, device, updates):
-            return Placed(network, compiled(network, self.compile), f"{kernels}+compiled")
+            compiled: Any = torch.compile(network, dynamic=False)  # at its first call, for batches of one size
+            return Placed(network, compiled, f"{kernels}+compiled")
         return Placed(network, network, kernels)
 
 
@@ -200,13 +205,48 @@ def _has_odd_channels(model: nn.Module) -> bool:
     return 2 * sum(count % VECTOR != 0 for count in channels) > len(channels)
 
 
-def compiled(network: nn.Module, wanted: Compile) -> nn.Module:
-    """Return the network, to be compiled by Inductor at its first call, for batches of one size.
+# CUDA graphs.
 
-    "graphs" launches the kernels of a step as one CUDA graph.
+
+class Recorded(nn.Module):
+    """A network whose kernels are recorded at its first training batch and replayed at each later one.
+
+    Forward and backward are a CUDA graph each, which the host launches at once: it needs longer to launch a small
+    network's kernels one by one than the GPU to run them. They are the kernels of eager code, so nothing is
+    compiled, and the results are the same. Batches of another size, and evaluation, run from eager code.
     """
-    options: dict[str, Any] = {"mode": "reduce-overhead"} if wanted == "graphs" else {}
-    return torch.compile(network, dynamic=False, **options)  # type: ignore[return-value]
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self._recordings: dict[torch.Size, nn.Module] = {}  # one; a plain dict, so that it is no submodule
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the network's logits (N, K). Raises UserError for a network that cannot be recorded."""
+        if not (self.training and torch.is_grad_enabled()):
+            return self.network(x)
+        if not self._recordings:
+            self._recordings[x.shape] = self._record(x)
+        return self._recordings.get(x.shape, self.network)(x)
+
+    def _record(self, x: Tensor) -> nn.Module:
+        # Recording takes warm-up steps, which must leave no trace in running statistics and random numbers.
+        buffers, random = [b.clone() for b in self.network.buffers()], torch.cuda.get_rng_state(x.device)
+        autocast, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        try:
+            # Casts of weights must not be cached: a replay would take the weights of the recording.
+            with torch.autocast("cuda", dtype, enabled=autocast, cache_enabled=False):
+                recording: Any = torch.cuda.make_graphed_callables(nn.Sequential(self.network), (x.clone(),))
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(
+                f"compute.compile=graphs: this network cannot be recorded ({reason}); take compute.compile=false"
+            ) from error
+        with torch.no_grad():
+            for buffer, before in zip(self.network.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+        torch.cuda.set_rng_state(random, x.device)
+        return recording
 
 
 # CPU memory.
