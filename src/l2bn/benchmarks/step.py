@@ -8,11 +8,13 @@ import torch
 from torch import nn
 
 from l2bn.benchmarks.measure import Action, add_common_arguments, count, interleaved, peak_memory, set_up
-from l2bn.benchmarks.norm import CALLERS, LAYOUTS
+from l2bn.benchmarks.norm import CALLERS as LAYER_CALLERS
+from l2bn.benchmarks.norm import LAYOUTS
 from l2bn.benchmarks.report import Result, hardware, page, prose, ratio, report, table, with_earlier_rows
 from l2bn.benchmarks.workload import NETWORKS, Norm, build
+from l2bn.errors import UserError
 from l2bn.norms.l2bn import convert
-from l2bn.training.compute import keep_freed_memory
+from l2bn.training.compute import Recorded, keep_freed_memory
 from l2bn.training.environment import describe_environment
 
 NORMS: dict[str, Norm] = {
@@ -21,11 +23,17 @@ NORMS: dict[str, Norm] = {
     "fused": lambda bn: convert(bn, fused="on"),
 }
 
+CALLERS = (*LAYER_CALLERS, "graphs")  # graphs: as compute.compile=graphs
+
 
 def training_step(network: str, norm: str, caller: str, layout: str, batch: int, device: torch.device) -> Action:
     memory_format: Any = LAYOUTS[layout]
     model = build(network, NORMS[norm]).to(device).to(memory_format=memory_format)
-    run: Any = torch.compile(model, fullgraph=True) if caller == "compiled" else model
+    run: Any = model
+    if caller == "compiled":
+        run = torch.compile(model, fullgraph=True)
+    elif caller == "graphs":
+        run = Recorded(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     size = NETWORKS[network].size
     x = torch.randn(batch, 3, size, size, device=device).to(memory_format=memory_format)
@@ -42,7 +50,7 @@ def training_step(network: str, norm: str, caller: str, layout: str, batch: int,
 
 EXPLANATION = """
 Forward, backward and SGD; ratios to the same network with BN, measured in turn in one process. Memory: most bytes
-held at once within the step.
+held at once within the step; graphs: as `compute.compile=graphs`, whose memory is held between steps, too.
 """
 
 
@@ -54,10 +62,10 @@ def step_table(result: Result) -> str:
                 str(row["batch"]),
                 row["layout"],
                 row["caller"],
-                f"{row['seconds']['bn'] * 1e3:.0f} ms",
+                f"{row['seconds']['bn'] * 1e3:.{1 if row['seconds']['bn'] < 0.01 else 0}f} ms",
             ),
             *(f"{ratio(row, norm):.2f}" for norm in ("naive", "fused")),
-            *(f"{ratio(row, norm, 'peak_bytes'):.3f}" for norm in ("naive", "fused")),
+            *(f"{ratio(row, norm, 'peak_bytes'):.3f}" if row["peak_bytes"] else "–" for norm in ("naive", "fused")),
         )
         for row in result["rows"]
     ]
@@ -78,7 +86,7 @@ def step_table(result: Result) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser, NETWORKS, ["ResNet-20", "MobileNetV2", "ResNet-50"])
-    parser.add_argument("--callers", nargs="+", choices=CALLERS, default=list(CALLERS))
+    parser.add_argument("--callers", nargs="+", choices=CALLERS, default=list(LAYER_CALLERS))
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--batch", type=count, help="images a step (default: 128 at 32x32, 32 at 224x224)")
     parser.add_argument("--seconds", type=float, default=20.0, help="measuring time of a row (default: 20)")
@@ -88,6 +96,10 @@ def run(arguments: argparse.Namespace) -> None:
     """With --json, the networks measured before in the same setting keep their rows."""
     keep_freed_memory()  # as a run does
     device = set_up(arguments)
+    if "graphs" in arguments.callers and device.type != "cuda":
+        raise UserError(
+            f"--callers graphs records CUDA graphs, and --device is {device.type}: take eager or compiled"
+        )
     rows = []
     for network, layout, caller in product(arguments.networks, arguments.layouts, arguments.callers):
         torch.compiler.reset()  # after eight compiled variants of a function it would fall back to eager
@@ -95,14 +107,18 @@ def run(arguments: argparse.Namespace) -> None:
         steps = {norm: training_step(network, norm, caller, layout, batch, device) for norm in NORMS}
         for step in steps.values():
             step()  # compiles, and makes the optimizer's state, which is no part of a step's own memory
-        memory = {norm: peak_memory(step, device) for norm, step in steps.items()}
+        memory = {norm: peak_memory(step, device) for norm, step in steps.items() if caller != "graphs"}
         times = interleaved(steps, device, arguments.seconds, fewest=5)
         names = {"network": network, "batch": batch, "layout": layout, "caller": caller}
         rows.append({**names, "seconds": times, "peak_bytes": memory})
         print(
             f"{network:13} {layout:14} {caller:9} BN {times['bn'] * 1e3:7.1f} ms   naive "
             f"{times['naive'] / times['bn']:5.2f}   fused {times['fused'] / times['bn']:5.2f}   "
-            f"memory {memory['naive'] / memory['bn']:5.3f} and {memory['fused'] / memory['bn']:5.3f}",
+            + (
+                f"memory {memory['naive'] / memory['bn']:5.3f} and {memory['fused'] / memory['bn']:5.3f}"
+                if memory
+                else ""
+            ),
             flush=True,
         )
     result: Result = {"benchmark": "step", "machine": describe_environment(device), "rows": rows}
