@@ -24,7 +24,7 @@ from l2bn.training.compute import UPDATES, Compute, should_compile
 from l2bn.training.instantiate import Builder
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-MANY, FEW = max(UPDATES.values()), min(UPDATES.values()) - 1
+MANY, FEW = UPDATES, UPDATES - 1
 
 
 def compute(**options: Any) -> Compute:
@@ -103,11 +103,11 @@ def works(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
     return bool(request.param)
 
 
-@pytest.mark.parametrize("wanted", [True, False, "graphs"])
+@pytest.mark.parametrize("wanted", [True, False])
 def test_a_wish_to_compile_is_followed_or_refused(wanted: Any, works: bool) -> None:
     model = backbone("resnet20")
     if wanted and not works:
-        with pytest.raises(UserError, match=r"compile=(true|graphs), but no compiler works for cpu.*install one"):
+        with pytest.raises(UserError, match=r"compile=true, but no compiler works for cpu.*install one"):
             should_compile(wanted, model, CPU, 1)
     else:
         assert should_compile(wanted, model, CPU, 1) == bool(wanted)
@@ -122,8 +122,7 @@ def test_no_short_run_is_compiled_unasked(name: str) -> None:
 def test_on_a_cpu_networks_are_compiled_whose_channels_fill_no_vectors(works: bool) -> None:
     for name in ("resnet20", "vgg16", "mobilenetv2_x1_0", "shufflenetv2_x0_5"):
         assert not should_compile("auto", backbone(name), CPU, MANY)
-    assert should_compile("auto", backbone("shufflenetv2_x1_0"), CPU, UPDATES["cpu"]) == works
-    assert should_compile("auto", backbone("resnet20"), CUDA, UPDATES["cuda"]) == works
+    assert should_compile("auto", backbone("shufflenetv2_x1_0"), CPU, UPDATES) == works
 
 
 def test_a_run_without_a_compiler_says_so_where_it_was_to_be_compiled(tmp_path: Path) -> None:
@@ -136,6 +135,28 @@ def test_a_run_without_a_compiler_says_so_where_it_was_to_be_compiled(tmp_path: 
     assert done.returncode == 1
     assert "compute.compile=true, but no compiler works for cpu here" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["resnet20", "shufflenetv2_x1_0"])
+def test_nothing_is_compiled_on_a_gpu_unasked(name: str) -> None:
+    assert not should_compile("auto", backbone(name), CUDA, MANY)
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "in_memory"),
+    [
+        ({}, CPU, True),
+        ({}, CUDA, False),
+        ({"compile": False}, CUDA, True),
+        ({"devices": 2}, CUDA, True),
+        ({"precision": "bf16-mixed"}, CUDA, True),
+    ],
+)
+def test_graphs_are_recorded_unasked_only_where_that_was_measured(
+    options: dict[str, Any], device: torch.device, in_memory: bool
+) -> None:
+    assert compute(device="cpu", compile="auto").records(CUDA, in_memory=True)
+    assert not compute(**{"device": "cpu", "compile": "auto", **options}).records(device, in_memory)
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA])

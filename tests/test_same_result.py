@@ -68,8 +68,8 @@ def recipe(lr: float) -> Recipe:
     return replace(paths.recipe(BATCH, epochs=1, lr=lr), schedule=MultiStep(milestones=[2]))
 
 
-def compute(**options: Any) -> Compute:
-    return paths.compute(torch.device("cpu"), **{"threads": 1, "workers": 0, **options})
+def compute(device: str = "cpu", **options: Any) -> Compute:
+    return paths.compute(torch.device(device), **{"threads": 1, "workers": 0, **options})
 
 
 class Losses(Trainer):

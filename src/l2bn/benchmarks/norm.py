@@ -146,6 +146,7 @@ def memory_ratio(cells: list[Row]) -> str:
 def plot_norm(result: Result, path: Path) -> None:
     """Ratio against the size of the map, one panel a way of calling, in training."""
     import matplotlib.pyplot as plt  # here, for a slow import that only a written report needs
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     training = [cell for cell in result["cells"] if cell["phase"] == "training"]
     callers = [caller for caller in CALLERS if caller in {cell["caller"] for cell in training}]
@@ -164,6 +165,9 @@ def plot_norm(result: Result, path: Path) -> None:
         panel.text(0.99, 1.03, "BN", transform=panel.get_yaxis_transform(), ha="right", va="bottom")
         panel.set(title=f"called {'from eager code' if caller == 'eager' else 'in a compiled model'}")
         panel.set(xscale="log", yscale="log", xlabel="size of the map (MiB)")
+        panel.xaxis.set_major_locator(LogLocator(base=2, numticks=9))
+        panel.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        panel.margins(x=0.12)
         panel.set_yticks([0.25, 0.5, 1, 2, 4, 8], ["1/4", "1/2", "1", "2", "4", "8"])
         panel.minorticks_off()
         panel.grid(alpha=0.3)

@@ -32,6 +32,7 @@ from l2bn.benchmarks.paths import compute, epochs_of, ours, plain, timm
 from l2bn.benchmarks.report import Result, Row, hardware, page, prose, report, table, with_earlier_rows
 from l2bn.benchmarks.workload import NETWORKS, NORMS, Workload, build, make_workload
 from l2bn.data.loader import Batch
+from l2bn.data.splits import Images
 from l2bn.errors import UserError
 from l2bn.training.compute import PRECISIONS, free_as_usual, keep_freed_memory, should_compile
 from l2bn.training.environment import describe_environment
@@ -129,7 +130,11 @@ def measure(workload: Workload, arguments: argparse.Namespace, device: torch.dev
     with undisturbed():
         for action in actions.values():
             action()
-    auto = "compiled" if should_compile("auto", build(workload.network), device, LONG_RUN) else "eager"
+    in_memory = isinstance(workload.splits.train, Images)
+    if compute(device, compile="auto", precision=arguments.precision).records(device, in_memory):
+        auto = "graphs"
+    else:
+        auto = "compiled" if should_compile("auto", build(workload.network), device, LONG_RUN) else "eager"
     seconds = interleaved(actions, device, arguments.seconds, fewest=arguments.rounds, warm_up=0)
     rows: list[Row] = []
     for (path, norm, caller), taken in seconds.items():
@@ -248,8 +253,10 @@ BARS = {
     ("timm", "bn", "eager"): ("timm, BN", "tab:brown"),
     ("ours", "bn", "eager"): ("ours, BN", "tab:blue"),
     ("ours", "bn", "compiled"): ("compiled", "tab:cyan"),
+    ("ours", "bn", "graphs"): ("graphs", "tab:cyan"),
     ("ours", "l2bn", "eager"): ("ours, L2BN", "tab:orange"),
     ("ours", "l2bn", "compiled"): ("compiled", "tab:pink"),
+    ("ours", "l2bn", "graphs"): ("graphs", "tab:pink"),
 }
 
 
@@ -260,18 +267,19 @@ def plot_train(result: Result, path: Path) -> None:
     rows = result["rows"]
     networks = list(dict.fromkeys(row["network"] for row in rows))
     figure, panel = plt.subplots(figsize=(9, 3.4), layout="constrained")
-    width = 0.8 / len(BARS)
-    for place, (kind, (label, colour)) in enumerate(BARS.items()):
+    measured = {(row["path"], row["norm"], row["caller"]) for row in rows}
+    bars = {kind: bar for kind, bar in BARS.items() if kind in measured}
+    width = 0.8 / len(bars)
+    for place, (kind, (label, colour)) in enumerate(bars.items()):
         found = [row for row in rows if (row["path"], row["norm"], row["caller"]) == kind]
-        if found:
-            at = [networks.index(row["network"]) + (place - len(BARS) / 2 + 0.5) * width for row in found]
-            panel.bar(at, [speed_up(row, rows) for row in found], width, label=label, color=colour)
+        at = [networks.index(row["network"]) + (place - len(bars) / 2 + 0.5) * width for row in found]
+        panel.bar(at, [speed_up(row, rows) for row in found], width, label=label, color=colour)
     panel.axhline(1, color="black", linewidth=1)
     panel.set_xticks(range(len(networks)), networks)
     unequal = "" if result["precision"] in (EXACT, "tf32-mixed") else " in float32"
     panel.set_ylabel(f"images/s, relative to the plain loop{unequal}")
     panel.grid(axis="y", alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=len(BARS), frameon=False)
+    figure.legend(loc="outside lower center", ncols=len(bars), frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -137,30 +137,48 @@ class Compute:
             plugins=LightningEnvironment(),
         )
 
-    def place(self, model: nn.Module, device: torch.device, updates: int) -> Placed:
-        """Move a model to its device for a run of `updates` steps. Raises UserError, see `should_compile`."""
+    def place(self, model: nn.Module, device: torch.device, updates: int, in_memory: bool = False) -> Placed:
+        """Move a model to its device for a run of `updates` steps.
+
+        in_memory: whether its images are on the device, which `records` asks. Raises UserError, see
+        `should_compile`.
+        """
         network = model.to(device)
         if self.channels_last:
             network.to(memory_format=torch.channels_last)
         if self.sync_bn:
             convert_sync(network)
         kernels = select_kernels(network, device, updates)
-        if self.compile == "graphs":
+        if self.records(device, in_memory):
             return Placed(network, Recorded(network), kernels)
         if should_compile(self.compile, network, device, updates):
             compiled: Any = torch.compile(network, dynamic=False)  # at its first call, for batches of one size
             return Placed(network, compiled, f"{kernels}+compiled")
         return Placed(network, network, kernels)
 
+    def records(self, device: torch.device, in_memory: bool) -> bool:
+        """Return whether a run replays CUDA graphs.
+
+        "auto" does where that was measured to work: on one device, without autocast, for images in memory. With
+        others a thread copies images, and what it calls may not be called while a graph is recorded.
+        """
+        if self.compile != "auto":
+            return self.compile == "graphs"
+        exact = self.precision in ("32-true", "tf32-mixed")
+        if not (device.type == "cuda" and self.devices == 1 and in_memory and exact):
+            return False
+        log.info(
+            "the kernels of a step are recorded as CUDA graphs; compute.compile=false launches them one by one"
+        )
+        return True
+
 
 # Compilation.
 
-UPDATES = {"cpu": 1_000, "cuda": 20_000}
-"""Steps from which compilation pays off, where it makes a step faster at all.
+UPDATES = 1_000
+"""Steps from which compilation pays off on a CPU, where it makes a step faster at all.
 
-cpu: 66 s on two cores for ShuffleNetV2, cached per machine, against 0.1 s saved per step of 128 images.
-cuda: compiled runs were not measured yet; 60 s against 3 ms per step is a guess. On an H100 a step of ResNet-20
-with 128 images takes 2.6 ms of the GPU and, in eager code, 10.6 ms of the host with BN and 29 ms with L2BN.
+It takes 66 s on two cores for ShuffleNetV2, cached per machine, and saves 0.1 s per step of 128 images.
 """
 
 VECTOR = 16  # float32 values in the widest vector register, that of AVX-512
@@ -170,12 +188,11 @@ def should_compile(wanted: Compile, model: nn.Module, device: torch.device, upda
     """Return whether a run of `updates` steps compiles its network.
 
     "auto" depends only on network, machine and number of steps, so that both norms of a comparison, and a resumed
-    run, get the same answer. If a compiler works,
-
-    - on CUDA, runs of at least `UPDATES["cuda"]` steps are compiled;
-    - on a CPU, the same with `UPDATES["cpu"]`, but only networks whose channels do not fill the vector registers
-      (ShuffleNetV2): PyTorch's batch norm then takes up to eight times as long, and compiled kernels do not. Other
-      networks gain nothing, because the convolutions, which are the same, take four fifths of the time.
+    run, get the same answer. On a CPU with a compiler, runs of at least `UPDATES` steps are compiled, but only
+    networks whose channels do not fill the vector registers (ShuffleNetV2): PyTorch's batch norm then takes up to
+    eight times as long, and compiled kernels do not. Other networks gain nothing, because the convolutions, which
+    are the same, take four fifths of the time. On CUDA "auto" never compiles: compiled networks were not measured
+    there, and small ones replay CUDA graphs instead.
 
     Figures are in results/benchmarks/train.md. Raises UserError if compilation is requested and no compiler works.
     """
@@ -186,11 +203,10 @@ def should_compile(wanted: Compile, model: nn.Module, device: torch.device, upda
                 "install one (g++, as in Debian's build-essential), or take compute.compile=auto or false"
             )
         return bool(wanted)
-    needed = UPDATES.get(device.type)
-    if needed is None or (device.type == "cpu" and not _has_odd_channels(model)):
+    if device.type != "cpu" or not _has_odd_channels(model):
         return False
-    if updates < needed:
-        log.info("the network is not compiled: it pays off from %d steps, and this run has %d", needed, updates)
+    if updates < UPDATES:
+        log.info("the network is not compiled: it pays off from %d steps, and this run has %d", UPDATES, updates)
         return False
     if not compiler_works(device.type):
         log.info("the network is not compiled: no compiler works for %s", device.type)
@@ -235,8 +251,13 @@ class Recorded(nn.Module):
         autocast, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         try:
             # Casts of weights must not be cached: a replay would take the weights of the recording.
-            with torch.autocast("cuda", dtype, enabled=autocast, cache_enabled=False):
+            with warnings.catch_warnings(), torch.autocast("cuda", dtype, enabled=autocast, cache_enabled=False):
+                # torch 2.11 warms up on one stream and records on another.
+                warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
+                warnings.filterwarnings("ignore", message="Attempting to run cuBLAS, but there was no current CUDA")
                 recording: Any = torch.cuda.make_graphed_callables(nn.Sequential(self.network), (x.clone(),))
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
             raise UserError(

@@ -14,6 +14,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 
 from l2bn.backbones.cost import count_parameters
 from l2bn.data.loader import Loader, evaluation_loader, training_loader
+from l2bn.data.splits import Images as InMemory
 from l2bn.data.splits import Splits, stratified_order
 from l2bn.errors import UserError, optional_output
 from l2bn.failures import RESUMES, explained, noted
@@ -117,7 +118,12 @@ class Session:
         self.steps, self.epochs = len(self.train_loader), built.recipe.epochs
         # Several processes share the memory of this run: its images may stay there, its weights must not.
         own = copy.deepcopy(built.model) if fabric.world_size > 1 else built.model
-        self.network, trained, kernels = built.compute.place(own, fabric.device, updates=self.epochs * self.steps)
+        self.network, trained, kernels = built.compute.place(
+            own,
+            fabric.device,
+            updates=self.epochs * self.steps,
+            in_memory=isinstance(built.splits.train, InMemory),
+        )
         if trained is not self.network:
             # torch compiles eight networks of one class in a process and then no more: leave them to later runs.
             stack.callback(torch.compiler.reset)
