@@ -155,8 +155,20 @@ def test_nothing_is_compiled_on_a_gpu_unasked(name: str) -> None:
 def test_graphs_are_recorded_unasked_only_where_that_was_measured(
     options: dict[str, Any], device: torch.device, in_memory: bool
 ) -> None:
-    assert compute(device="cpu", compile="auto").records(CUDA, in_memory=True)
-    assert not compute(**{"device": "cpu", "compile": "auto", **options}).records(device, in_memory)
+    model = backbone("shufflenetv2_x0_5")
+    assert compute(device="cpu", compile="auto").records(model, CUDA, in_memory=True)
+    assert not compute(**{"device": "cpu", "compile": "auto", **options}).records(model, device, in_memory)
+
+
+class OwnLayer(nn.Identity):
+    """Like a user's own, which may decide anew at each step."""
+
+
+def test_a_users_own_layer_is_not_recorded_unasked(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    model = nn.Sequential(backbone("resnet20"), OwnLayer())
+    assert not compute(device="cpu", compile="auto").records(model, CUDA, in_memory=True)
+    assert "compute.compile=graphs records them, too, if OwnLayer always does the same" in caplog.text
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA])

@@ -130,11 +130,11 @@ def measure(workload: Workload, arguments: argparse.Namespace, device: torch.dev
     with undisturbed():
         for action in actions.values():
             action()
-    in_memory = isinstance(workload.splits.train, Images)
-    if compute(device, compile="auto", precision=arguments.precision).records(device, in_memory):
+    model, in_memory = build(workload.network), isinstance(workload.splits.train, Images)
+    if compute(device, compile="auto", precision=arguments.precision).records(model, device, in_memory):
         auto = "graphs"
     else:
-        auto = "compiled" if should_compile("auto", build(workload.network), device, LONG_RUN) else "eager"
+        auto = "compiled" if should_compile("auto", model, device, LONG_RUN) else "eager"
     seconds = interleaved(actions, device, arguments.seconds, fewest=arguments.rounds, warm_up=0)
     rows: list[Row] = []
     for (path, norm, caller), taken in seconds.items():

@@ -26,6 +26,8 @@ Compile = Literal["auto", "graphs"] | bool
 Precision = Literal["32-true", "tf32-mixed", "bf16-mixed", "16-mixed"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
+KNOWN = ("torch", "torchvision", "timm", "l2bn")  # packages whose layers do the same at every training step
+
 MOST = 1024  # threads or workers: far above what a machine has, far below what brings one down
 
 
@@ -149,23 +151,33 @@ class Compute:
         if self.sync_bn:
             convert_sync(network)
         kernels = select_kernels(network, device, updates)
-        if self.records(device, in_memory):
+        if self.records(network, device, in_memory):
             return Placed(network, Recorded(network), kernels)
         if should_compile(self.compile, network, device, updates):
             compiled: Any = torch.compile(network, dynamic=False)  # at its first call, for batches of one size
             return Placed(network, compiled, f"{kernels}+compiled")
         return Placed(network, network, kernels)
 
-    def records(self, device: torch.device, in_memory: bool) -> bool:
+    def records(self, network: nn.Module, device: torch.device, in_memory: bool) -> bool:
         """Return whether a run replays CUDA graphs.
 
         "auto" does where that was measured to work: on one device, without autocast, for images in memory. With
-        others a thread copies images, and what it calls may not be called while a graph is recorded.
+        others a thread copies images, and what it calls may not be called while a graph is recorded. It also needs
+        layers of known libraries: a replay would silently repeat what a user's own layer decided in Python, such as
+        a schedule of its momentum.
         """
         if self.compile != "auto":
             return self.compile == "graphs"
         exact = self.precision in ("32-true", "tf32-mixed")
         if not (device.type == "cuda" and self.devices == 1 and in_memory and exact):
+            return False
+        own = {type(layer) for layer in network.modules() if type(layer).__module__.partition(".")[0] not in KNOWN}
+        if own:
+            log.info(
+                "the kernels of a step are launched one by one: compute.compile=graphs records them, too, if %s "
+                "always does the same",
+                ", ".join(sorted(layer.__name__ for layer in own)),
+            )
             return False
         log.info(
             "the kernels of a step are recorded as CUDA graphs; compute.compile=false launches them one by one"
@@ -261,7 +273,7 @@ class Recorded(nn.Module):
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
             raise UserError(
-                f"compute.compile=graphs: this network cannot be recorded ({reason}); take compute.compile=false"
+                f"this network's kernels cannot be recorded as CUDA graphs ({reason}); take compute.compile=false"
             ) from error
         with torch.no_grad():
             for buffer, before in zip(self.network.buffers(), buffers, strict=True):
