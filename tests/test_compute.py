@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,17 @@ import pytest
 import torch
 import yaml
 from lightning_fabric.accelerators import MPSAccelerator
-from torch import nn
+from torch import Tensor, nn
 
 from conftest import ROOT, TINY, Train
 from l2bn.errors import UserError
 from l2bn.norms.l2bn import convert
+from l2bn.norms.stepped import put_before
 from l2bn.norms.swap import swap_norm
 from l2bn.records import FEATURES
 from l2bn.training import compute as compute_module
 from l2bn.training.compute import UPDATES, Compute, should_compile
+from l2bn.training.graphs import Recorded
 from l2bn.training.instantiate import Builder
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -125,6 +128,51 @@ def test_on_a_cpu_networks_are_compiled_whose_channels_fill_no_vectors(works: bo
     assert should_compile("auto", backbone("shufflenetv2_x1_0"), CPU, UPDATES) == works
 
 
+@pytest.fixture
+def _recorder_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warms up as torch's does, and leaves the kernels to eager code; test_same_result.py has the real one."""
+
+    def warmed_up(network: nn.Module, batch: tuple[Tensor], allow_unused_input: bool) -> nn.Module:
+        for _ in range(3):
+            network(*batch).sum().backward()
+        return network
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", warmed_up)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda _: torch.get_rng_state())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, _: torch.set_rng_state(state))
+
+
+@pytest.mark.usefixtures("_recorder_on_the_cpu")
+def test_recording_leaves_no_trace() -> None:
+    """In running statistics and random numbers; batches of another size and evaluation are as before."""
+
+    def answers(record: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5))
+        model = Recorded(network) if record else network
+        logits = [
+            model.train(mode)(torch.randn(n, 3, 8, 8)) for n, mode in ((4, True), (4, True), (3, True), (5, False))
+        ]
+        return [*logits, *network.buffers()]
+
+    torch.testing.assert_close(answers(record=True), answers(record=False), rtol=0, atol=0)
+
+
+def test_a_failed_recording_names_the_first_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", fail)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda _: None)
+    with pytest.raises(
+        UserError, match=r"\(operation not permitted when stream is capturing\); take compute.compile=false"
+    ):
+        Recorded(nn.Linear(2, 2))(torch.randn(3, 2))
+
+
 def test_a_run_without_a_compiler_says_so_where_it_was_to_be_compiled(tmp_path: Path) -> None:
     """The command, where no compiler is to be found."""
     command = [sys.executable, str(ROOT / "scripts/train.py"), "compute.compile=true", "norm=bn", *TINY]
@@ -156,19 +204,52 @@ def test_graphs_are_recorded_unasked_only_where_that_was_measured(
     options: dict[str, Any], device: torch.device, in_memory: bool
 ) -> None:
     model = backbone("shufflenetv2_x0_5")
-    assert compute(device="cpu", compile="auto").records(model, CUDA, in_memory=True)
-    assert not compute(**{"device": "cpu", "compile": "auto", **options}).records(model, device, in_memory)
+    assert compute(device="cpu", compile="auto").replays_graphs(model, CUDA, in_memory=True)
+    assert not compute(**{"device": "cpu", "compile": "auto", **options}).replays_graphs(model, device, in_memory)
 
 
 class OwnLayer(nn.Identity):
     """Like a user's own, which may decide anew at each step."""
 
 
-def test_a_users_own_layer_is_not_recorded_unasked(caplog: pytest.LogCaptureFixture) -> None:
+def own_layer(model: nn.Module) -> None:
+    model.extra = OwnLayer()
+
+
+def own_step(model: nn.Module) -> None:
+    swap_norm(model, lambda bn: put_before(bn, lambda x, scale: x, "unit"))
+
+
+def own_forward(model: nn.Module) -> None:
+    model.forward = lambda x: x  # type: ignore[method-assign]
+
+
+def own_hook(model: nn.Module) -> None:
+    model.register_forward_hook(lambda *_: None)
+
+
+def cumulative_statistics(model: nn.Module) -> None:
+    swap_norm(model, lambda bn: nn.BatchNorm2d(bn.num_features, momentum=None))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (own_layer, "OwnLayer"),
+        (own_step, "BatchNorm2d"),
+        (own_forward, "with a forward of its own"),
+        (own_hook, "with hooks"),
+        (cumulative_statistics, "BatchNorm2d with momentum null"),
+    ],
+)
+def test_what_may_decide_anew_at_each_step_is_not_recorded_unasked(
+    change: Callable[[nn.Module], None], named: str, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO")
-    model = nn.Sequential(backbone("resnet20"), OwnLayer())
-    assert not compute(device="cpu", compile="auto").records(model, CUDA, in_memory=True)
-    assert "compute.compile=graphs records them, too, if OwnLayer always does the same" in caplog.text
+    model = backbone("resnet20")
+    change(model)
+    assert not compute(device="cpu", compile="auto").replays_graphs(model, CUDA, in_memory=True)
+    assert f"{named} may do other things at other steps" in caplog.text
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA])

@@ -126,7 +126,7 @@ def explained(run: object, folder: Path) -> Iterator[None]:
         if isinstance(error, MemoryError) or any(words in reason for words in OUT_OF_MEMORY):
             raise UserError(
                 f"{run}: out of memory: {reason.partition('. ')[0] or type(error).__name__}; take a smaller "
-                "recipe.batch_size, more compute.devices or compute.precision=bf16-mixed"
+                "recipe.batch_size, more compute.devices, compute.precision=bf16-mixed or compute.compile=false"
             ) from error
         if "deterministic" in reason:
             raise UserError(f"{run}: {reason}\ntake compute.deterministic=false or another backbone") from error

@@ -179,8 +179,9 @@ class Record:
     label: str  # the data set as tables call it
     baseline: str | None  # the published rows it may be compared with
     precision: str
-    # "stock", "plain" or "fused"; with "+compiled" where the model was compiled. A run that was resumed with others
-    # has all of them, in the order of their first use, with THEN between them.
+    # "stock", "plain" or "fused"; with "+compiled" or "+graphs" where the model was compiled or replayed from CUDA
+    # graphs. A run that was resumed with others has all of them, in the order of their first use, with THEN
+    # between them.
     kernels: str
     hash: str  # of the identity
     identity: dict[str, Any]

@@ -14,8 +14,9 @@ from l2bn.benchmarks.report import Result, hardware, page, prose, ratio, report,
 from l2bn.benchmarks.workload import NETWORKS, Norm, build
 from l2bn.errors import UserError
 from l2bn.norms.l2bn import convert
-from l2bn.training.compute import Recorded, keep_freed_memory
+from l2bn.training.compute import keep_freed_memory
 from l2bn.training.environment import describe_environment
+from l2bn.training.graphs import Recorded
 
 NORMS: dict[str, Norm] = {
     "bn": lambda bn: bn,
@@ -50,8 +51,11 @@ def training_step(network: str, norm: str, caller: str, layout: str, batch: int,
 
 EXPLANATION = """
 Forward, backward and SGD; ratios to the same network with BN, measured in turn in one process. Memory: most bytes
-held at once within the step; graphs: as `compute.compile=graphs`, whose memory is held between steps, too.
+held at once within the step.{graphs}
 """
+
+
+GRAPHS = " graphs: replayed as by `compute.compile=graphs`, with memory that is held between steps, too."
 
 
 def step_table(result: Result) -> str:
@@ -81,7 +85,8 @@ def step_table(result: Result) -> str:
         ">memory, fused",
     )
     title = "A whole training step: time and memory against batch norm's"
-    return page(title, f"{hardware(result)}.", prose(EXPLANATION), table(columns, rows))
+    graphs = GRAPHS if any(row["caller"] == "graphs" for row in result["rows"]) else ""
+    return page(title, f"{hardware(result)}.", prose(EXPLANATION.format(graphs=graphs)), table(columns, rows))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -131,7 +131,7 @@ def measure(workload: Workload, arguments: argparse.Namespace, device: torch.dev
         for action in actions.values():
             action()
     model, in_memory = build(workload.network), isinstance(workload.splits.train, Images)
-    if compute(device, compile="auto", precision=arguments.precision).records(model, device, in_memory):
+    if compute(device, compile="auto", precision=arguments.precision).replays_graphs(model, device, in_memory):
         auto = "graphs"
     else:
         auto = "compiled" if should_compile("auto", model, device, LONG_RUN) else "eager"
@@ -145,7 +145,8 @@ def measure(workload: Workload, arguments: argparse.Namespace, device: torch.dev
             trainer = trainers[path, norm, caller]
             row["auto"] = caller == auto
             with undisturbed():
-                row["peak_bytes"] = memory_of_a_step(trainer, device)
+                if caller != "graphs":  # whose memory is held between steps, too
+                    row["peak_bytes"] = memory_of_a_step(trainer, device)
                 row["seconds"] = min((phases_of(trainer, device) for _ in range(3)), key=itemgetter("step"))
         rows.append(row)
     return rows
@@ -229,7 +230,10 @@ def train_table(result: Result) -> str:
         if "seconds" in row:
             seconds = row["seconds"]
             phases = [f"{1e3 * seconds[phase]:.3g}" for phase in PHASES]
-            phases += [f"{seconds['data'] / seconds['step']:.1%}", f"{row['peak_bytes'] / 2**20:,.0f} MiB"]
+            phases += [
+                f"{seconds['data'] / seconds['step']:.1%}",
+                f"{row['peak_bytes'] / 2**20:,.0f} MiB" if "peak_bytes" in row else "–",
+            ]
         lines.append(
             (
                 *(f"{row['network']}, {row['batch']} × {row['size']}²", name),

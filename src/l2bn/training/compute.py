@@ -12,21 +12,20 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.strategies.ddp import DDPStrategy
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from l2bn.errors import UserError
 from l2bn.kernels.compiler import DEVICES, compiler_works, select_kernels
 from l2bn.norms.sync import convert_sync
 from l2bn.processes import available_cores
+from l2bn.training.graphs import Recorded, layers_that_may_decide
 
 log = logging.getLogger(__name__)
 
 Compile = Literal["auto", "graphs"] | bool
 Precision = Literal["32-true", "tf32-mixed", "bf16-mixed", "16-mixed"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-
-KNOWN = ("torch", "torchvision", "timm", "l2bn")  # packages whose layers do the same at every training step
 
 MOST = 1024  # threads or workers: far above what a machine has, far below what brings one down
 
@@ -142,8 +141,7 @@ class Compute:
     def place(self, model: nn.Module, device: torch.device, updates: int, in_memory: bool = False) -> Placed:
         """Move a model to its device for a run of `updates` steps.
 
-        in_memory: whether its images are on the device, which `records` asks. Raises UserError, see
-        `should_compile`.
+        in_memory: whether its images are all in memory. Raises UserError, see `should_compile`.
         """
         network = model.to(device)
         if self.channels_last:
@@ -151,37 +149,34 @@ class Compute:
         if self.sync_bn:
             convert_sync(network)
         kernels = select_kernels(network, device, updates)
-        if self.records(network, device, in_memory):
-            return Placed(network, Recorded(network), kernels)
+        if self.replays_graphs(network, device, in_memory):
+            return Placed(network, Recorded(network), f"{kernels}+graphs")
         if should_compile(self.compile, network, device, updates):
             compiled: Any = torch.compile(network, dynamic=False)  # at its first call, for batches of one size
             return Placed(network, compiled, f"{kernels}+compiled")
         return Placed(network, network, kernels)
 
-    def records(self, network: nn.Module, device: torch.device, in_memory: bool) -> bool:
-        """Return whether a run replays CUDA graphs.
+    def replays_graphs(self, network: nn.Module, device: torch.device, in_memory: bool) -> bool:
+        """Return whether a run replays CUDA graphs; `place` has the arguments.
 
-        "auto" does where that was measured to work: on one device, without autocast, for images in memory. With
-        others a thread copies images, and what it calls may not be called while a graph is recorded. It also needs
-        layers of known libraries: a replay would silently repeat what a user's own layer decided in Python, such as
-        a schedule of its momentum.
+        "auto" does where that was measured to work: on one device, without autocast, for images in memory. Other
+        images are copied by a thread, and what it calls may not be called while a graph is recorded.
         """
         if self.compile != "auto":
             return self.compile == "graphs"
-        exact = self.precision in ("32-true", "tf32-mixed")
-        if not (device.type == "cuda" and self.devices == 1 and in_memory and exact):
+        if not (device.type == "cuda" and self.devices == 1 and in_memory):
             return False
-        own = {type(layer) for layer in network.modules() if type(layer).__module__.partition(".")[0] not in KNOWN}
-        if own:
+        if self.precision not in ("32-true", "tf32-mixed"):
+            return False
+        unknown = layers_that_may_decide(network)
+        if unknown:
             log.info(
-                "the kernels of a step are launched one by one: compute.compile=graphs records them, too, if %s "
-                "always does the same",
-                ", ".join(sorted(layer.__name__ for layer in own)),
+                "this run does not replay CUDA graphs, because %s may do other things at other steps; if not, "
+                "compute.compile=graphs is faster",
+                ", ".join(unknown),
             )
             return False
-        log.info(
-            "the kernels of a step are recorded as CUDA graphs; compute.compile=false launches them one by one"
-        )
+        log.info("this run replays CUDA graphs; compute.compile=false launches each kernel by itself")
         return True
 
 
@@ -204,14 +199,14 @@ def should_compile(wanted: Compile, model: nn.Module, device: torch.device, upda
     networks whose channels do not fill the vector registers (ShuffleNetV2): PyTorch's batch norm then takes up to
     eight times as long, and compiled kernels do not. Other networks gain nothing, because the convolutions, which
     are the same, take four fifths of the time. On CUDA "auto" never compiles: compiled networks were not measured
-    there, and small ones replay CUDA graphs instead.
+    there, and those with images in memory replay CUDA graphs instead.
 
     Figures are in results/benchmarks/train.md. Raises UserError if compilation is requested and no compiler works.
     """
     if wanted != "auto":
         if wanted and device.type in DEVICES and not compiler_works(device.type):
             raise UserError(
-                f"compute.compile={str(wanted).lower()}, but no compiler works for {device.type} here: "
+                f"compute.compile=true, but no compiler works for {device.type} here: "
                 "install one (g++, as in Debian's build-essential), or take compute.compile=auto or false"
             )
         return bool(wanted)
@@ -231,55 +226,6 @@ def _has_odd_channels(model: nn.Module) -> bool:
     """Return whether most convolutions have a number of channels that the vector width does not divide."""
     channels = [layer.out_channels for layer in model.modules() if isinstance(layer, nn.Conv2d)]
     return 2 * sum(count % VECTOR != 0 for count in channels) > len(channels)
-
-
-# CUDA graphs.
-
-
-class Recorded(nn.Module):
-    """A network whose kernels are recorded at its first training batch and replayed at each later one.
-
-    Forward and backward are a CUDA graph each, which the host launches at once: it needs longer to launch a small
-    network's kernels one by one than the GPU to run them. They are the kernels of eager code, so nothing is
-    compiled, and the results are the same. Batches of another size, and evaluation, run from eager code.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-        self._recordings: dict[torch.Size, nn.Module] = {}  # one; a plain dict, so that it is no submodule
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the network's logits (N, K). Raises UserError for a network that cannot be recorded."""
-        if not (self.training and torch.is_grad_enabled()):
-            return self.network(x)
-        if not self._recordings:
-            self._recordings[x.shape] = self._record(x)
-        return self._recordings.get(x.shape, self.network)(x)
-
-    def _record(self, x: Tensor) -> nn.Module:
-        # Recording takes warm-up steps, which must leave no trace in running statistics and random numbers.
-        buffers, random = [b.clone() for b in self.network.buffers()], torch.cuda.get_rng_state(x.device)
-        autocast, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-        try:
-            # Casts of weights must not be cached: a replay would take the weights of the recording.
-            with warnings.catch_warnings(), torch.autocast("cuda", dtype, enabled=autocast, cache_enabled=False):
-                # torch 2.11 warms up on one stream and records on another.
-                warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
-                warnings.filterwarnings("ignore", message="Attempting to run cuBLAS, but there was no current CUDA")
-                recording: Any = torch.cuda.make_graphed_callables(nn.Sequential(self.network), (x.clone(),))
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise UserError(
-                f"this network's kernels cannot be recorded as CUDA graphs ({reason}); take compute.compile=false"
-            ) from error
-        with torch.no_grad():
-            for buffer, before in zip(self.network.buffers(), buffers, strict=True):
-                buffer.copy_(before)
-        torch.cuda.set_rng_state(random, x.device)
-        return recording
 
 
 # CPU memory.
