@@ -71,6 +71,7 @@ def claims(arguments: argparse.Namespace) -> Sequence[Problem]:
     text = claims_markdown(evidence, read_sets(SETS))
     print(text)
     if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text, encoding="utf-8")
         print(out)
     return evidence.problems

@@ -130,6 +130,16 @@ def test_a_run_that_lies_there_twice_counts_once(epochs: int, tmp_path: Path) ->
     assert curves_of(find_runs(tmp_path / "runs")) == before
 
 
+@pytest.mark.parametrize("content", [b"\xff", b"seed: 2026-99-99", b"[" * 10_000])
+def test_a_folder_whose_configuration_is_no_yaml_is_passed_over(content: bytes, tmp_path: Path) -> None:
+    pairs(tmp_path / "runs")
+    before = curves_of(find_runs(tmp_path / "runs"))
+    pairs(tmp_path / "runs/other")
+    for path in (tmp_path / "runs/other").rglob(CONFIG):
+        path.write_bytes(content)
+    assert curves_of(find_runs(tmp_path / "runs")) == before
+
+
 def test_a_diverged_run_cuts_no_curve_and_is_named(tmp_path: Path) -> None:
     pairs(tmp_path / "runs")
     before = curves_of(find_runs(tmp_path / "runs"))

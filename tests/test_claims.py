@@ -385,6 +385,7 @@ def test_the_first_set_is_that_of_the_cpu_grid() -> None:
     [
         "",
         "sets: 1",
+        "sets: []",
         "sets: [{label: x}]",
         "sets: [{label: x, dataset: d, recipe: r, seeds: [0], setting: 32-true, backbones: []}]",
         "sets: [{label: x, dataset: d, recipe: r, seeds: [0], setting: float32, backbones: [a]}]",

@@ -363,6 +363,11 @@ def listing() -> str:
     return overview(width=110).plain
 
 
+@pytest.mark.parametrize("width", [1, 40, 53, 62])
+def test_the_list_fits_a_narrow_terminal_or_is_cut_to_the_names(width: int) -> None:
+    assert set(NAMES["norm"]) <= set(overview(["norm"], width).plain.split())
+
+
 @pytest.mark.parametrize("group", [*GROUPS, "experiment"])
 def test_the_list_has_a_line_for_each_choice(group: str, listing: str) -> None:
     for choice in choices(group):

@@ -16,7 +16,20 @@ from l2bn.errors import UserError
 from l2bn.records import FEATURES, SAMPLE, STATISTICS, write_lines
 from l2bn.reporting.claims import CLAIMS
 from l2bn.reporting.comparison import Arm, Comparison, arms_of
-from l2bn.reporting.evidence import BN, INPUT, L2BN, PENULTIMATE, SHRINK, Evidence, Place, read_evidence
+from l2bn.reporting.evidence import (
+    BN,
+    DETACHED,
+    INPUT,
+    L2BN,
+    MEAN_NORM,
+    PENULTIMATE,
+    RMS,
+    SHRINK,
+    WITHIN_SHARE,
+    Evidence,
+    Place,
+    read_evidence,
+)
 from l2bn.reporting.figures import (
     RC,
     accuracy_over_eps,
@@ -29,14 +42,10 @@ from l2bn.reporting.figures import (
     write_mechanism_figures,
 )
 from l2bn.reporting.mechanism import (
-    DETACHED,
     EPS,
-    MEAN_NORM,
     OF_CONTROLS,
     RATES,
-    RMS,
     TRAP,
-    WITHIN_SHARE,
     eps_table,
     features_csv,
     measured_pairs,
@@ -228,6 +237,19 @@ def test_the_map_shows_the_same_images_of_both_arms(evidence: Evidence) -> None:
         assert np.abs(drawn) == pytest.approx(np.abs(expected), abs=1e-3)
     (pair.reference.records[0].folder / SAMPLE).unlink()
     assert pair.sampled[0] == 1
+
+
+@pytest.mark.parametrize("arm", ["bn", "l2bn"])
+def test_a_damaged_sample_is_named_and_no_map_is_drawn(arm: str, root: Path, tmp_path: Path) -> None:
+    """The run, not its cell; the other figures are drawn."""
+    pair = pair_of(read_evidence(root, features=True))
+    assert pair.sampled is not None
+    damaged = pair.sampled[1 if arm == "bn" else 2]
+    (damaged / SAMPLE).write_bytes(b"no sample")
+    paths, problems = write_mechanism_figures(read_mechanism(root, tmp_path), tmp_path / "figures")
+    assert [problem.folder for problem in problems] == [damaged]
+    assert any(path.name.startswith("norms-") for path in paths)
+    assert not any(path.name.startswith("map-") for path in paths)
 
 
 # ---- Claims -------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from l2bn.training.checkpoint import Checkpoints
 from l2bn.training.existing import analyze
 from l2bn.training.journal import Journal
 from l2bn.training.loop import Trainer
-from l2bn.training.observation import AnalysisPolicy, Network, compare_statistics
+from l2bn.training.observation import AnalysisPolicy, compare_statistics
 from test_training import EPOCHS, equal, results, stop_after, weights
 
 STATISTICS_OFTEN = ("analysis=statistics", "analysis.statistics_every=4")
@@ -221,7 +221,7 @@ def test_by_batch_statistics_is_as_in_training_but_for_dropout_and_nothing_moves
             accuracies[kind] = 100 * (other(images).argmax(1) == labels).double().mean().item()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     alone: Any = SimpleNamespace(world_size=1, device=torch.device("cpu"), autocast=nullcontext)
-    row = compare_statistics(Network(module=model.train(), layers=names, classes=5), loader, alone, 30)
+    row = compare_statistics(model.train(), names, 5, loader, alone, 30)
     assert {"running": row["running/top1"], "batch": row["batch/top1"]} == pytest.approx(accuracies)
     assert row["step"] == 30
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

@@ -131,6 +131,12 @@ def test_what_hydra_refuses_is_one_message(given: str, named: list[str]) -> None
         assert word in str(error.value)
 
 
+@pytest.mark.parametrize("given", ["seed=null", "seed=0,null"])
+def test_a_sweep_takes_no_seed_for_another(given: str) -> None:
+    with pytest.raises(UserError, match="seed must be a whole number, not None"):
+        planned(given)
+
+
 # Sweeps over experiments.
 
 

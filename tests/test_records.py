@@ -310,6 +310,13 @@ def test_publishing_does_not_replace_another_result(tmp_path: Path) -> None:
         publish(written(tmp_path / "other", seconds=9.0).folder, tmp_path / "records")
 
 
+def test_publishing_names_a_damaged_record_in_its_place(tmp_path: Path) -> None:
+    folder = publish(written(tmp_path / "one").folder, tmp_path / "records")
+    (folder / SUMMARY).write_text("{")
+    with pytest.raises(FileExistsError, match=rf"{folder} holds a damaged record \({SUMMARY}.*move it away"):
+        publish(tmp_path / "one", tmp_path / "records")
+
+
 def test_publishing_needs_an_ended_run(tmp_path: Path) -> None:
     written(tmp_path / "run")
     (tmp_path / "run" / SUMMARY).unlink()

@@ -22,9 +22,10 @@ from l2bn.backbones.resnet import cifar_resnet
 from l2bn.benchmarks import paths
 from l2bn.data.augment import CropFlip
 from l2bn.data.loader import training_loader
-from l2bn.data.splits import Fingerprint, Images, Splits
+from l2bn.data.splits import Images, Splits
 from l2bn.norms.l2bn import convert
 from l2bn.norms.swap import swap_norm
+from l2bn.records import Fingerprint
 from l2bn.seeding import generator
 from l2bn.training.compute import Compute
 from l2bn.training.loop import DelayedMin, Position, Trainer
@@ -38,7 +39,9 @@ def splits() -> Splits:
     random = torch.Generator().manual_seed(5)
     images = torch.randint(0, 256, (STEPS * BATCH, 3, SIZE, SIZE), dtype=torch.uint8, generator=random)
     split = Images(images, torch.randint(10, (len(images),), generator=random))
-    return Splits(split, split, 10, SIZE, MEAN, STD, CropFlip(2), "noise", None, Fingerprint("noise"))
+    return Splits(
+        split, split, 10, SIZE, MEAN, STD, CropFlip(2), "noise", None, Fingerprint(files="noise", pixels=None)
+    )
 
 
 def small_net() -> nn.Module:

@@ -122,8 +122,13 @@ CHECKED = ConfigDict(strict=True, extra="forbid")
 
 
 @with_config(CHECKED)
-class Images(TypedDict):
-    """The fingerprint of the images that a run saw (`l2bn.data.splits.Fingerprint`)."""
+class Fingerprint(TypedDict):
+    """The images of a data set, before any subset is taken: two runs with equal `files` saw the same images.
+
+    files: digest over name, label and content of each file; the size in bytes stands for the content of images that
+    are decoded when asked. pixels: digest of the decoded uint8 pixels and labels, None for images that are decoded
+    when asked. Another version of a decoder may change the pixels of equal files.
+    """
 
     files: str
     pixels: str | None
@@ -195,7 +200,7 @@ class Record:
     best: Epoch  # the epoch of the best test/top1: chosen on the test set, so shown and never the result
     seconds: Number
     divergence: str | None = None  # place and kind, of a diverged run
-    images: Images | None = None  # older records have none
+    images: Fingerprint | None = None  # older records have none
 
     def __post_init__(self) -> None:
         if self.status == "finished" and self.last.get("epoch") != self.epochs:
@@ -427,7 +432,7 @@ def publish(folder: Path, destination: Path) -> Path:
 
     Checkpoints and TensorBoard's files stay behind, and so do the paths of this machine in `config.yaml`.
     Raises InvalidRecordError if the run has not ended or is damaged, or if published runs of the same data set saw
-    other images; FileExistsError if another result of the same cell and seed is published.
+    other images; FileExistsError if another result of the same cell and seed is published, or a damaged one.
     """
     record = Record.read(folder)
     record.metrics()
@@ -441,8 +446,17 @@ def publish(folder: Path, destination: Path) -> Path:
                 "dataset.label=NAME"
             )
     target = destination / record.dataset / record.backbone / record.norm / record.recipe / f"seed{record.seed}"
-    if (target / SUMMARY).exists() and Record.read(target) != record:
-        raise FileExistsError(f"{target} holds another result of this cell and seed; move it away to replace it")
+    if (target / SUMMARY).exists():
+        try:
+            published = Record.read(target)
+        except InvalidRecordError as error:
+            raise FileExistsError(
+                f"{target} holds a damaged record ({error}); move it away to replace it"
+            ) from error
+        if published != record:
+            raise FileExistsError(
+                f"{target} holds another result of this cell and seed; move it away to replace it"
+            )
     target.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_durably(target / name, content)

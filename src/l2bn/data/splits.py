@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from l2bn.errors import UserError
+from l2bn.records import Fingerprint
 from l2bn.seeding import generator
 
 log = logging.getLogger(__name__)
@@ -100,19 +101,6 @@ class Augmentation(ABC):
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         return self.apply(images, self.draw(len(images), generator).to(images.device))
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """The images of a data set, before any subset is taken: two runs with equal `files` saw the same images.
-
-    files: digest over name, label and content of each file; the size in bytes stands for the content of images that
-    are decoded when asked. pixels: digest of the decoded uint8 pixels and labels, None for images that are decoded
-    when asked. Another version of a decoder may change the pixels of equal files.
-    """
-
-    files: str
-    pixels: str | None = None
 
 
 def digest(parts: Iterable[str | bytes | Tensor]) -> str:
@@ -273,7 +261,7 @@ def _fingerprint(train: Split, test: Split, files: str | None) -> Fingerprint:
     pixels = None
     if isinstance(train, Images) and isinstance(test, Images):
         pixels = digest([train.images, test.images, labels])
-    return Fingerprint(files or pixels or labels, pixels)
+    return Fingerprint(files=files or pixels or labels, pixels=pixels)
 
 
 def check_image_size(size: int) -> None:

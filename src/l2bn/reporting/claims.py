@@ -25,7 +25,18 @@ import yaml
 
 from l2bn.errors import UserError
 from l2bn.reporting.comparison import FULL_EPOCHS, Arm, Comparison, arms_of, compare, grid, pooled
-from l2bn.reporting.evidence import BN, L2BN, TOP1, Cell, Evidence, Task
+from l2bn.reporting.evidence import (
+    ANGLE_MEAN,
+    BN,
+    L2BN,
+    MEAN_NORM,
+    NORM_CV,
+    TOP1,
+    WITHIN_SHARE,
+    Cell,
+    Evidence,
+    Task,
+)
 from l2bn.reporting.formatting import (
     NONE,
     PRECISIONS,
@@ -40,7 +51,6 @@ from l2bn.reporting.formatting import (
     probability,
     signed,
 )
-from l2bn.reporting.mechanism import ANGLE_MEAN, MEAN_NORM, NORM_CV, WITHIN_SHARE
 from l2bn.reporting.statistics import LEVEL, MIN_PAIRS, Estimate, fixed_estimate, holm
 
 Verdict = Literal["supported", "contradicted", "not decided at this n", "not decided", "not measured"]
@@ -202,7 +212,11 @@ def _better(task: Task, arms: Sequence[Arm]) -> Finding:
         f"{plural('data set × backbone cell', result.n)}, {plural('backbone', len(backbones))}."
     ]
     if result.n:
-        tail = f"95 % interval {interval(result)}, p {probability(result.p, result)}" if result.p else result.reason
+        tail = (
+            f"95 % interval {interval(result)}, p {probability(result.p, result)}"
+            if result.p is not None
+            else result.reason
+        )
         evidence.append(f"Pooled L2BN − BN: {signed(result.mean)} points, {tail}.")
     evidence.append(f"Diverged of that length: {diverged[BN]} of BN, {diverged[L2BN]} of L2BN.")
     verdict = _verdict(result, len(backbones), 1)
@@ -286,7 +300,10 @@ class RunSet:
 def read_sets(path: Path) -> list[RunSet]:
     """The sets of a file. Raises UserError where it is missing or not laid out as its header says."""
     try:
-        return [_run_set(entry) for entry in yaml.safe_load(path.read_text(encoding="utf-8"))["sets"]]
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))["sets"]
+        if not entries:
+            raise ValueError("there is no set")
+        return [_run_set(entry) for entry in entries]
     except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} cannot be used as the sets of runs: {type(error).__name__}: {error}; "

@@ -33,6 +33,7 @@ from l2bn.records import (
 )
 
 BN, L2BN = "bn", "l2bn"
+RMS, DETACHED, MEAN_NORM = "l2bn_rms", "l2bn_detached", "l2bn_mean_norm"
 
 TOP1, BEST = "top1", "best_top1"
 """Test top-1 in percent after the last epoch, the result of a run; and after the best epoch, which is chosen on the
@@ -40,6 +41,8 @@ test set, hence optimistic and never the result."""
 
 PENULTIMATE, INPUT, OUTPUT, SHRINK = "penultimate", "input", "output", "shrink"
 FEATURES = (SHRINK, *(f"{place}/{name}" for place in (INPUT, OUTPUT, PENULTIMATE) for name in MEASURES))
+WITHIN_SHARE, ANGLE_MEAN = f"{PENULTIMATE}/within_share", f"{PENULTIMATE}/angle_mean"
+NORM_CV = f"{INPUT}/norm_cv"
 
 
 # ---- Cells and their names ----------------------------------------------------------------------------------

@@ -28,18 +28,21 @@ from numpy.typing import NDArray
 from l2bn.records import InvalidRecordError, Problem, Record, Sample, read_sample
 from l2bn.reporting.claims import ACCURATE, RunSet, for_other_networks, judge_set
 from l2bn.reporting.comparison import FULL_EPOCHS, Arm, Comparison, arms_of, grid, pooled
-from l2bn.reporting.evidence import BN, INPUT, L2BN, OUTPUT, PENULTIMATE, Evidence, by_layer, measure
-from l2bn.reporting.formatting import conditions, file_name, in_words, mean_std, plural, signed, title
-from l2bn.reporting.mechanism import (
+from l2bn.reporting.evidence import (
     ANGLE_MEAN,
+    BN,
+    INPUT,
+    L2BN,
+    OUTPUT,
+    PENULTIMATE,
     RMS,
     WITHIN_SHARE,
-    Mechanism,
-    Study,
-    TrapStudy,
-    measured_pairs,
-    shrink_factors,
+    Evidence,
+    by_layer,
+    measure,
 )
+from l2bn.reporting.formatting import conditions, file_name, in_words, mean_std, plural, signed, title
+from l2bn.reporting.mechanism import Mechanism, Study, TrapStudy, measured_pairs, shrink_factors
 from l2bn.reporting.statistics import Estimate, estimate
 
 # Black, and the vermilion and blue of Okabe and Ito (2008).
@@ -128,13 +131,15 @@ def write_mechanism_figures(mechanism: Mechanism, folder: Path) -> tuple[list[Pa
                 paths += save_figure(through_training(pair), folder, f"training-{name}")
             if not pair.sampled:
                 continue
-            seed, *folders = pair.sampled
-            try:
-                samples = [read_sample(folder) for folder in folders]
-            except InvalidRecordError as error:
-                problems.append(Problem(folders[1].parent, str(error)))
-                continue
-            paths += save_figure(feature_map(pair, seed, *(s for s in samples if s)), folder, f"map-{name}")
+            seed, *sampled = pair.sampled
+            samples: list[Sample] = []
+            for run in sampled:
+                try:
+                    samples += filter(None, [read_sample(run)])
+                except InvalidRecordError as error:
+                    problems.append(Problem(run, str(error)))
+            if len(samples) == len(sampled):
+                paths += save_figure(feature_map(pair, seed, *samples), folder, f"map-{name}")
         for study in mechanism.eps:
             paths += save_figure(accuracy_over_eps(study), folder, f"eps-{file_name(study.cell)}")
         for study in mechanism.rates:

@@ -8,6 +8,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple, cast
@@ -25,15 +26,21 @@ from l2bn.records import (
 )
 from l2bn.reporting.comparison import Arm, Comparison, arms_of, by_cell, compare, differences
 from l2bn.reporting.evidence import (
+    ANGLE_MEAN,
     BN,
     BY_NAME,
+    DETACHED,
     FEATURES,
     INPUT,
     L2BN,
+    MEAN_NORM,
+    NORM_CV,
     OUTPUT,
     PENULTIMATE,
+    RMS,
     SHRINK,
     TOP1,
+    WITHIN_SHARE,
     Cell,
     Evidence,
     Place,
@@ -62,12 +69,6 @@ from l2bn.reporting.formatting import (
     title,
 )
 from l2bn.reporting.statistics import Estimate, estimate, holm
-
-RMS, DETACHED, MEAN_NORM = "l2bn_rms", "l2bn_detached", "l2bn_mean_norm"
-
-WITHIN_SHARE, ANGLE_MEAN = f"{PENULTIMATE}/within_share", f"{PENULTIMATE}/angle_mean"
-NORM_CV = f"{INPUT}/norm_cv"
-
 
 # ---- Features -----------------------------------------------------------------------------------------------
 
@@ -489,7 +490,7 @@ class Mechanism:
     traps: Sequence[TrapStudy]
     problems: Sequence[Problem]
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """8 hexadecimal digits over everything that the tables are made from."""
         parts = [features_csv(self.arms), studies_csv(self.eps, self.rates)]

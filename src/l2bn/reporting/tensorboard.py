@@ -20,7 +20,6 @@ from l2bn.records import (
     CONFIG,
     METRICS,
     SUMMARY,
-    InvalidRecordError,
     Record,
     natural_order,
     read_features,
@@ -28,14 +27,14 @@ from l2bn.records import (
     setting_of,
 )
 from l2bn.reporting.comparison import arms_of, by_cell, compare
-from l2bn.reporting.evidence import BN, Cell, Evidence, measure, read_evidence
+from l2bn.reporting.evidence import ANGLE_MEAN, BN, WITHIN_SHARE, Cell, Evidence, measure, read_evidence
 from l2bn.reporting.formatting import interval, mean_std_n, plural, signed
 
 QUANTITIES = {
     "test/top1": "test top-1, percent",
     "train/loss": "training loss",
-    "penultimate/within_share": "within share",
-    "penultimate/angle_mean": "mean angle, degrees",
+    WITHIN_SHARE: "within share",
+    ANGLE_MEAN: "mean angle, degrees",
 }
 """The curves of an arm and their names: accuracy, loss, and the measures that decide claims 2 and 3."""
 
@@ -69,7 +68,7 @@ def find_runs(root: Path) -> list[Run]:
             features = read_features(path.parent)
             ended = (path.parent / SUMMARY).exists()
             diverged = ended and Record.read(path.parent).status == "diverged"
-        except (OSError, InvalidRecordError, yaml.YAMLError, AttributeError, KeyError, TypeError):
+        except (OSError, ValueError, RecursionError, yaml.YAMLError, AttributeError, KeyError, TypeError):
             continue  # also while a run is writing a line
         curves: dict[str, dict[int, float]] = defaultdict(dict)
         for quantity in QUANTITIES:

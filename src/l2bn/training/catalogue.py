@@ -139,7 +139,7 @@ def overview(
         text.append(f"{heads}\n" if backbones else "\n", style="dim")
         for row in rows:
             cost = _cost_columns(row.cost) if row.cost else ""
-            room = width - names - len(cost) - 2
+            room = max(width - names - len(cost) - 2, 1)  # below, `shorten` raises
             text.append(f"{row.name:<{names}}", style="cyan").append(cost)
             text.append(f"  {shorten(row.summary, room, placeholder=' …')}\n")
         if backbones:

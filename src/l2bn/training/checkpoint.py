@@ -22,7 +22,7 @@ from torch import nn
 
 from l2bn.errors import UserError
 from l2bn.failures import fitting
-from l2bn.records import write_durably
+from l2bn.records import Fingerprint, write_durably
 from l2bn.training.loop import Position, Totals
 from l2bn.training.plan import PlannedRun, check_identity, check_images
 
@@ -147,7 +147,7 @@ class State:
         self,
         fabric: Fabric,
         run: PlannedRun,
-        images: dict[str, str | None],
+        images: Fingerprint,
         policy: CheckpointPolicy,
         network: nn.Module,
         optimizer: torch.optim.Optimizer,

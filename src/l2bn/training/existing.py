@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,7 @@ class OpenedRun:
 
     def load(self, state: dict[str, Any]) -> None:
         """Load the weights of a checkpoint. Raises UserError if it does not fit, or is of other images."""
-        check_images(state.get("images"), asdict(self.built.splits.fingerprint), self.folder)
+        check_images(state.get("images"), self.built.splits.fingerprint, self.folder)
         with fitting(self.folder):
             self.network.load_state_dict(state["model"])
 

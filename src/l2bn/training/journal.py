@@ -83,8 +83,28 @@ class Journal:
         self._draw_statistics(row)
 
     def conclude(self, record: Record) -> None:
-        """Add the result to TensorBoard; for tables the record holds it."""
-        add_hparams(self._writer, record)
+        """Add the run's cell, main settings and final test accuracy to TensorBoard's HParams tab.
+
+        `SummaryWriter.add_hparams` would open a second run beside it. A diverged run has no accuracy.
+        """
+        from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # type: ignore[import-untyped]
+        from torch.utils.tensorboard.summary import hparams
+
+        recipe = record.identity["recipe"]
+        cell = {name: getattr(record, name) for name in ("dataset", "backbone", "norm", "recipe", "seed")}
+        values = cell | {"lr": recipe["lr"], "batch": recipe["batch_size"], "epochs": record.epochs}
+        values["precision"] = record.precision
+        if record.status == "finished":
+            self._writer.add_scalar(FINAL, record.last["test/top1"], record.epochs)
+        columns, start, end = hparams(values, {FINAL: None})  # type: ignore[no-untyped-call]
+        # The tab shows five columns until others are ticked: those that differ among runs, and then by their names.
+        data = columns.value[0].metadata.plugin_data
+        content = HParamsPluginData.FromString(data.content)
+        for column in content.experiment.hparam_infos:
+            column.differs = column.name in cell
+        data.content = content.SerializeToString()
+        for summary in (columns, start, end):
+            self._writer.file_writer.add_summary(summary)
 
     def close(self) -> None:
         self._writer.close()
@@ -174,31 +194,6 @@ def layout(cell: Cell) -> Mapping[str, Mapping[str, Any]]:
         for end, (_, name) in COMPARED.items()
     }
     return {TITLE: charts}
-
-
-def add_hparams(writer: Any, record: Record) -> None:
-    """Write a run's cell, main settings and final test accuracy for the HParams tab, with the run's own writer.
-
-    `SummaryWriter.add_hparams` would open a second run beside it. A diverged run has no accuracy.
-    """
-    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # type: ignore[import-untyped]
-    from torch.utils.tensorboard.summary import hparams
-
-    recipe = record.identity["recipe"]
-    cell = {name: getattr(record, name) for name in ("dataset", "backbone", "norm", "recipe", "seed")}
-    values = cell | {"lr": recipe["lr"], "batch": recipe["batch_size"], "epochs": record.epochs}
-    values["precision"] = record.precision
-    if record.status == "finished":
-        writer.add_scalar(FINAL, record.last["test/top1"], record.epochs)
-    columns, start, end = hparams(values, {FINAL: None})  # type: ignore[no-untyped-call]
-    # The tab shows five columns until others are ticked: those that differ among runs, and then by their names.
-    data = columns.value[0].metadata.plugin_data
-    content = HParamsPluginData.FromString(data.content)
-    for column in content.experiment.hparam_infos:
-        column.differs = column.name in cell
-    data.content = content.SerializeToString()
-    for summary in (columns, start, end):
-        writer.file_writer.add_summary(summary)
 
 
 def _tag(cell: Cell, end: str) -> str:

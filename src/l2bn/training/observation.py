@@ -4,10 +4,9 @@ They do not change what the run computes, and are no part of its identity.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from lightning_fabric import Fabric
@@ -60,36 +59,26 @@ def check_observable(policy: AnalysisPolicy, model: nn.Module, classes: int) -> 
             raise UserError(f"analysis: {error}; take analysis=off") from error
 
 
-@dataclass(frozen=True, kw_only=True)
-class Network:
-    """A network to measure: its module, the names of its norm layers, the number of classes."""
-
-    module: nn.Module
-    layers: tuple[str, ...]
-    classes: int
-
-
 @dataclass(kw_only=True)
 class Observer:
     """Measures the network of a run on the schedule of its policy, and writes the results to its journal.
 
-    make_shuffled: makes a loader of the test images that mixes the classes, because batch statistics depend on the
+    layers: the names of the network's norm layers.
+    shuffled: returns a loader of the test images that mixes the classes, because batch statistics depend on the
     other images of a batch.
     journal: None in all processes but that of rank 0.
     """
 
     policy: AnalysisPolicy
     fabric: Fabric
-    network: Network
-    make_shuffled: Callable[[], Loader]
+    network: nn.Module
+    layers: tuple[str, ...]
+    classes: int
+    shuffled: Callable[[], Loader]
     epochs: int
     steps: int
     journal: Journal | None
     _found: tuple[FeatureRow, Sample] | None = field(default=None, init=False)
-
-    @cached_property
-    def _shuffled(self) -> Loader:
-        return self.make_shuffled()
 
     @contextmanager
     def watch(self, epoch: int) -> Iterator[BeforeBatch | None]:
@@ -97,7 +86,7 @@ class Observer:
         if not self.policy.measures_after(epoch, self.epochs):
             yield None
             return
-        probe = Probe(self.network.module, self.network.layers, self.network.classes)
+        probe = Probe(self.network, self.layers, self.classes)
         with probe.attached():
             yield probe.expect
         self._found = collect(probe, self.fabric, epoch, epoch * self.steps)
@@ -114,7 +103,7 @@ class Observer:
         """Compare running and batch statistics, if that is due."""
         update = position.epoch * self.steps + position.step
         if update <= self.policy.statistics_until and update % self.policy.statistics_every == 0:
-            row = compare_statistics(self.network, self._shuffled, self.fabric, update)
+            row = compare_statistics(self.network, self.layers, self.classes, self.shuffled(), self.fabric, update)
             if self.journal:
                 self.journal.append_statistics(row)
 
@@ -128,10 +117,15 @@ def collect(probe: Probe, fabric: Fabric, epoch: int, step: int) -> tuple[Featur
 
 
 @torch.inference_mode()
-def compare_statistics(network: Network, loader: Loader, fabric: Fabric, update: int) -> StatisticsRow:
-    """Return loss and accuracy with running and with batch statistics; the network stays as it was."""
+def compare_statistics(
+    network: nn.Module, names: Sequence[str], classes: int, loader: Loader, fabric: Fabric, update: int
+) -> StatisticsRow:
+    """Return loss and accuracy with running and with batch statistics of the norm layers of these names.
+
+    The network stays as it was.
+    """
     row: StatisticsRow = {"step": update}
-    layers = [network.module.get_submodule(name) for name in network.layers]
+    layers = [network.get_submodule(name) for name in names]
     saved = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers()]
 
     def use_batch_statistics(_: Tensor) -> None:
@@ -139,9 +133,9 @@ def compare_statistics(network: Network, loader: Loader, fabric: Fabric, update:
             layer.train()
 
     for kind, before_batch in (("running", None), ("batch", use_batch_statistics)):
-        loss, top1, _ = evaluate(network.module, loader, network.classes, fabric, before_batch)
+        loss, top1, _ = evaluate(network, loader, classes, fabric, before_batch)
         row |= {f"{kind}/loss": loss if math.isfinite(loss) else None, f"{kind}/top1": top1}
     for buffer, content in saved:
         buffer.copy_(content)
-    network.module.train()
+    network.train()
     return row

@@ -418,14 +418,14 @@ class _Planner:
         """Yield the runs of a sweep: the product of its values, those of the experiment first."""
         for job in self._jobs([*parameters, *arguments]):
             try:
-                full, seed = self._compose(sweep, job)
+                full, seeds = self._compose(sweep, job)
                 if (own := _parameters(full)) != parameters:  # a sweep over experiments
                     yield from self.expand(sweep, own, job)
                     continue
                 if _plain(full.hydra.launcher) != _plain(sweep.hydra.launcher):
                     raise UserError("a sweep has one launcher: choose it on the command line, launcher=NAME")
                 config = OmegaConf.masked_copy(full, [str(key) for key in full if key != "hydra"])
-                if seed is not None:
+                for seed in seeds:
                     OmegaConf.update(config, "seed", seed)
                 with _as_in_job(full):
                     run = self.plan(config, full.hydra.runtime.choices, job)
@@ -441,13 +441,13 @@ class _Planner:
             (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
         return jobs
 
-    def _compose(self, sweep: DictConfig, job: list[str]) -> tuple[DictConfig, object]:
-        """Return the configuration of a job and the seed to set in it, which changes no other value."""
+    def _compose(self, sweep: DictConfig, job: list[str]) -> tuple[DictConfig, list[Any]]:
+        """Return the configuration of a job and the seeds given for it, one or none: they change nothing else."""
         others = tuple(override for override in job if not override.startswith("seed="))
         if others not in self._composed:
             self._composed[others] = self._loader.load_sweep_config(sweep, list(others))
         seeds = OverridesParser.create().parse_overrides([override for override in job if override not in others])
-        return self._composed[others], seeds[0].value() if seeds else None
+        return self._composed[others], [seed.value() for seed in seeds]
 
     def plan(self, config: DictConfig, choices: Mapping[str, str | None], overrides: Sequence[str]) -> PlannedRun:
         """Return the run of a configuration and its choices, with its settings checked and its cell named."""

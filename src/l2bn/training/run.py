@@ -4,7 +4,6 @@ import contextlib
 import functools
 import logging
 from collections.abc import Iterable
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -13,12 +12,12 @@ from omegaconf import DictConfig
 from torch import nn
 
 from l2bn.data.loader import check_batch_size
-from l2bn.data.splits import Fingerprint, Splits
+from l2bn.data.splits import Splits
 from l2bn.errors import UserError
 from l2bn.failures import describe, note_failure
 from l2bn.norms.swap import norm_layers, swap_norm
 from l2bn.norms.sync import counterparts
-from l2bn.records import CONFIG, SUMMARY, InvalidRecordError, Record
+from l2bn.records import CONFIG, SUMMARY, Fingerprint, InvalidRecordError, Record
 from l2bn.seeding import derive_seed
 from l2bn.training.checkpoint import CheckpointPolicy
 from l2bn.training.compute import Compute, quieten
@@ -153,7 +152,7 @@ def check_ended(runs: Iterable[tuple[Record, PlannedRun]]) -> None:
             found[key] = _fingerprint(planned)
         present = found[key]
         if present is not None:
-            check_images(record.images, asdict(present), record.folder)
+            check_images(record.images, present, record.folder)
 
 
 def _fingerprint(planned: PlannedRun) -> Fingerprint | None:

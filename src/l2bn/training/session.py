@@ -15,19 +15,18 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 
 from l2bn.backbones.cost import count_parameters
 from l2bn.data.loader import Loader, evaluation_loader, training_loader
-from l2bn.data.splits import Images as InMemory
-from l2bn.data.splits import Splits, stratified_order
+from l2bn.data.splits import Images, Splits, stratified_order
 from l2bn.errors import UserError, optional_output
 from l2bn.failures import RESUMES, explained, noted
 from l2bn.norms.l2bn import warn_if_few_updates
-from l2bn.records import CONFIG, SUMMARY, Images, Record, write_durably
+from l2bn.records import CONFIG, SUMMARY, Record, write_durably
 from l2bn.training.checkpoint import CheckpointPolicy, State
 from l2bn.training.compute import Compute
 from l2bn.training.environment import note_start
 from l2bn.training.interruption import EXIT_CODE, Interruption, follow_parent, sole_owner
 from l2bn.training.journal import Journal
 from l2bn.training.loop import DelayedMin, DivergedError, Position, Trainer, forget_peak_memory
-from l2bn.training.observation import AnalysisPolicy, Network, Observer
+from l2bn.training.observation import AnalysisPolicy, Observer
 from l2bn.training.optim import Recipe
 from l2bn.training.plan import PlannedRun
 from l2bn.training.progress import ProgressDisplay
@@ -124,14 +123,14 @@ class Session:
             own,
             fabric.device,
             updates=self.epochs * self.steps,
-            in_memory=isinstance(built.splits.train, InMemory),
+            in_memory=isinstance(built.splits.train, Images),
         )
         if kernels.endswith("+compiled"):
             # torch compiles eight networks of one class in a process and then no more: leave them to later runs.
             stack.callback(torch.compiler.reset)
         self.model, self.optimizer = fabric.setup(trained, built.recipe.optimizer(self.network))
 
-        images = asdict(built.splits.fingerprint)
+        images = built.splits.fingerprint
         self.state = State(fabric, run, images, built.checkpoint, self.network, self.optimizer)
         self.position = self.state.restore()
         self.journal: Journal | None = None
@@ -144,20 +143,22 @@ class Session:
         self.observer = Observer(
             policy=built.analysis,
             fabric=fabric,
-            network=Network(module=self.network, layers=built.norm_layers, classes=built.splits.num_classes),
-            make_shuffled=functools.partial(make_shuffled_loader, built, fabric),
+            network=self.network,
+            layers=built.norm_layers,
+            classes=built.splits.num_classes,
+            shuffled=functools.cache(functools.partial(make_shuffled_loader, built, fabric)),
             epochs=self.epochs,
             steps=self.steps,
             journal=self.journal,
         )
-        display = ProgressDisplay(
+        self.display = ProgressDisplay(
             str(run.cell),
             epochs=self.epochs,
             steps=self.steps,
             batch_size=built.recipe.batch_size,
             shown=lead and run.config["progress"],
         )
-        self.display = stack.enter_context(display)
+        stack.enter_context(self.display.bar)
 
     def run(self) -> None:
         """Train to the end, or until the run diverges, and write its weights and its record."""
@@ -281,5 +282,5 @@ def make_record(built: BuiltRun, position: Position, kernels: str, divergence: s
         best=max(rows, key=lambda row: row["test/top1"] or 0.0) if rows else {},
         seconds=sum(row["seconds"] or 0.0 for row in rows),
         divergence=divergence,
-        images=Images(files=splits.fingerprint.files, pixels=splits.fingerprint.pixels),
+        images=splits.fingerprint,
     )
