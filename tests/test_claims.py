@@ -215,6 +215,13 @@ def test_sound_is_not_pooled_with_images(tmp_path: Path) -> None:
     assert verdict(tmp_path, 5) == before
 
 
+def test_sound_by_a_file_of_the_users_own_is_no_image(tmp_path: Path) -> None:
+    identity = {"dataset": {"_target_": "l2bn.data.sound.sound_folder"}}
+    for net in range(3):
+        write_pairs(tmp_path, [70.0] * 3, SMALL, dataset="urban8k", backbone=f"net{net}", identity=identity)
+    assert verdict(tmp_path, 5)[0] == "not measured"
+
+
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_features_of_sound_are_not_pooled_with_those_of_images(number: int, tmp_path: Path) -> None:
     def write(dataset: str, net: int, better: float) -> None:

@@ -241,13 +241,35 @@ def test_activations_in_place_and_views_are_allowed() -> None:
     torch.testing.assert_close(*gradients)
 
 
-def test_inputs_of_any_strides() -> None:
-    torch.manual_seed(0)
-    base = torch.randn(6, 4, 5, 6)
-    for x in (base[..., ::2], base.transpose(2, 3)[:, :, ::2], base[:, :1].expand(6, 4, 5, 6)[..., :3]):
-        with mock.patch.object(autograd, "run_kernel", uncompiled):
-            ours = L2BatchNorm2d(x.shape[1], fused="on")(x)
-        torch.testing.assert_close(ours, L2BatchNorm2d(x.shape[1], fused="off")(x))
+BASE = torch.randn(6, 4, 5, 6, generator=torch.Generator().manual_seed(0))
+STRIDED = {
+    "every second": BASE[..., ::2],
+    "transposed": BASE.transpose(2, 3)[:, :, ::2],
+    "expanded": BASE[:, :1].expand(6, 4, 5, 6)[..., :3],
+    "tokens": BASE.flatten(2).transpose(1, 2).contiguous().transpose(1, 2).unsqueeze(-1),
+    "tokens, first": BASE.flatten(2).transpose(1, 2).contiguous().transpose(1, 2).unsqueeze(2),
+    "channels_last, one column": BASE[..., :1].contiguous(memory_format=torch.channels_last),
+    "channels_last, one row": BASE[:, :, :1].contiguous(memory_format=torch.channels_last),
+    "channels_last, one position": BASE[:, :, :1, :1].contiguous(memory_format=torch.channels_last),
+    "one sample": BASE[:1],
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", STRIDED)
+def test_inputs_of_any_strides(name: str, training: bool) -> None:
+    """The definition gets them contiguous: torch's batch norm, on a CPU, has other gradients for tokens."""
+    found = []
+    for path in ("on", "off"):
+        x = STRIDED[name] if path == "on" else STRIDED[name].contiguous()
+        x = x.detach().requires_grad_(training)
+        layer = L2BatchNorm2d(x.shape[1], fused=path).train(training)
+        with mock.patch.object(autograd, "run_kernel", uncompiled), torch.set_grad_enabled(training):
+            y = layer(x)
+            found.append([y])
+            if training:
+                found[-1] += torch.autograd.grad(y, x, torch.linspace(-1, 1, y.numel()).view(y.shape).square())
+    torch.testing.assert_close(found[0], found[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from l2bn.errors import UserError
-from l2bn.records import FEATURES, SAMPLE, STATISTICS, write_lines
+from l2bn.records import FEATURES, SAMPLE, STATISTICS, read_statistics, write_lines
 from l2bn.reporting.claims import CLAIMS
 from l2bn.reporting.comparison import Arm, Comparison, arms_of
 from l2bn.reporting.evidence import (
@@ -474,6 +474,15 @@ def test_the_mean_over_settings_takes_whole_settings_of_the_studys_seeds(
     assert found.result.mean == (2.0 if taken else None)
 
 
+def test_two_values_of_eps_are_told_apart(tmp_path: Path) -> None:
+    for eps in (1e-5, 1.2e-5, 2.5e-5):
+        for norm in (BN, L2BN):
+            identity = {"norm": {"eps": eps}, "recipe": STUDIED}
+            write_run(tmp_path, norm=f"{norm},eps={eps:g}", identity=identity, epochs=5)
+    (study,) = studies_of(read_evidence(tmp_path, features=True, place=place_by_eps))
+    assert [row[0] for row in eps_table(study).rows] == ["1e-05", "1.2e-05", "2.5e-05"]
+
+
 def write_trap(root: Path, norm: str, lags: Sequence[int]) -> None:
     for seed, lag in enumerate(lags):
         record = write_run(root, norm=norm, seed=seed)
@@ -500,6 +509,10 @@ def test_the_trap_table_says_when_running_statistics_have_caught_up(tmp_path: Pa
         *(("bn", "running"), ("bn", "batch"), ("l2bn", "running"), ("l2bn", "batch")),
     ]
     assert rows[0][-2:] == ("10", "3")
+    record = write_run(tmp_path, norm=BN, seed=3, status="diverged")
+    write_lines(record.folder / STATISTICS, read_statistics(write_run(tmp_path, norm=BN, seed=0).folder)[:3])
+    (study,), _ = trap_studies(read_evidence(tmp_path).records)
+    assert trap_table(study).rows[0] == (*rows[0][:-1], "3; 1 diverged")
     assert rows[2][-2:] == ("120 to 140, 1 never", "3")
     assert rows[2][2:8] == ("10.00", "10.00", "10.00", "63.33", "63.33", "63.33")
     with mpl.rc_context(RC):

@@ -84,6 +84,14 @@ def test_every_way_a_run_may_stand_is_shown(runs: dict[str, PlannedRun], tmp_pat
     assert "loss is nan in epoch 1, step 7" in text
 
 
+def test_a_sweep_takes_at_least_as_long_as_its_longest_run(runs: dict[str, PlannedRun]) -> None:
+    begin(runs["resnet20/bn/0"], 9, seconds=10.0)
+    begin(runs["resnet20/bn/1"], 1, seconds=100.0)
+    with sole_owner(runs["resnet20/bn/0"].folder), sole_owner(runs["resnet20/bn/1"].folder):
+        text = shown([runs["resnet20/bn/0"], runs["resnet20/bn/1"]])
+    assert "about 15 min of training left with 2 at a time" in text
+
+
 def test_the_norms_of_a_pair_stand_below_each_other_whatever_the_sweep_goes_through_first(tmp_path: Path) -> None:
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         sweep = compose_sweep([f"runs_dir={tmp_path}", "norm=l2bn,bn", "backbone=vgg11,resnet20"])

@@ -18,7 +18,7 @@ from matplotlib.text import Text
 from rich.console import Console
 
 from l2bn.errors import UserError
-from l2bn.records import SUMMARY, natural_order
+from l2bn.records import ENVIRONMENT, SUMMARY, natural_order
 from l2bn.reporting.claims import RunSet, claims_markdown, read_sets
 from l2bn.reporting.comparison import arms_of, grid, other_norms, pooled
 from l2bn.reporting.evidence import Evidence, read_evidence
@@ -324,6 +324,40 @@ def test_images_that_are_not_proven_equal_are_paired_with_a_note(
     table, shown = documents(evidence, reference)["grid.md"], in_terminal(evidence)
     assert ("Images not proven equal" in table) is ("images not proven equal" in shown) is bool(note)
     assert f"fingerprints: {note}." in table or not note
+
+
+@pytest.mark.parametrize(
+    ("bn", "l2bn", "note"),
+    [
+        (["cpu"], ["cpu"], ""),
+        (["NVIDIA H100", "cpu"], ["cpu", "NVIDIA A100"], ""),
+        (["cpu"], ["NVIDIA H100"], "seed 1 in 1 row (CIFAR-10, resnet20)"),
+        (["cpu"], ["NVIDIA H100", "cpu"], "seed 1 in 1 row (CIFAR-10, resnet20)"),
+    ],
+)
+def test_a_pair_made_on_a_cpu_and_on_a_gpu_is_noted(
+    bn: list[str], l2bn: list[str], note: str, tmp_path: Path, reference: Reference
+) -> None:
+    """Pairs of one row may be of several kinds of device; a run may have gone on on another."""
+    for norm, devices in (("bn", bn), ("l2bn", l2bn)):
+        for seed, own in ((0, ["cpu"]), (1, devices)):
+            record = write_run(tmp_path, norm=norm, seed=seed)
+            starts = [{"device": device} for device in own]
+            (record.folder / ENVIRONMENT).write_text(json.dumps({"starts": starts}))
+    evidence = read_evidence(tmp_path)
+    table, shown = documents(evidence, reference)["grid.md"], in_terminal(evidence)
+    assert (f"with other random numbers: {note}." in table) is bool(note)
+    assert ("on a CPU and on a GPU: seed 1" in shown) is bool(note)
+
+
+def test_differences_without_a_spread_give_no_number_of_seeds(tmp_path: Path, reference: Reference) -> None:
+    for seed in range(3):
+        write_run(tmp_path, norm="bn", seed=seed, accuracy=90.0 + seed)
+        write_run(tmp_path, norm="l2bn", seed=seed, accuracy=90.5 + seed)
+    evidence = read_evidence(tmp_path)
+    table = documents(evidence, reference)["grid.md"]
+    assert "80 % power: not known, since the measured differences have no spread." in table
+    assert rows_of(evidence, reference)[0]["seeds_needed"] == ""
 
 
 def test_seeds_norms_and_new_options_are_no_unequal_conditions(tmp_path: Path) -> None:

@@ -129,7 +129,8 @@ def as_rows(x: Tensor, axis: int) -> Tensor:
 
 
 def as_map(rows: Tensor, like: Tensor, axis: int) -> Tensor:
-    if axis == 2 or like.stride(-1) == 1:  # the latter: one position, where both formats have the same strides
+    # At one position both formats have the same strides. The stride comes first: to ask a size is to fix it.
+    if axis == 2 or (like.stride(-1) == 1 and math.prod(like.shape[2:]) == 1):
         return rows.reshape(like.shape)
     return rows.reshape(like.movedim(1, -1).shape).movedim(-1, 1)
 

@@ -8,7 +8,7 @@ The result of a run is its test accuracy after the last epoch. A diverged run ha
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, product
 from pathlib import Path
 from typing import cast
@@ -190,9 +190,9 @@ def grid(arms: Sequence[Arm]) -> list[Comparison]:
     for cell in run:
         if "," not in cell.dataset + cell.backbone:
             sweeps[cell.recipe, cell.setting].append(cell)
-    for (recipe, setting), cells in sweeps.items():
-        names = product({cell.dataset for cell in cells}, {cell.backbone for cell in cells})
-        planned = {Cell(dataset, recipe, backbone, setting) for dataset, backbone in names}
+    for cells in sweeps.values():
+        backbones = {cell.backbone for cell in cells}
+        planned = {replace(cell, backbone=backbone) for cell, backbone in product(cells, backbones)}
         comparisons += [Comparison(cell, L2BN, None, None, labels[cell.dataset]) for cell in planned - run.keys()]
     return sorted(comparisons, key=lambda comparison: comparison.cell.order)
 

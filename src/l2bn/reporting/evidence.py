@@ -8,8 +8,11 @@ and measure: "penultimate/within_share"; at norm layers ("input/norm_cv", "outpu
 all of them. A diverged run has no values.
 """
 
+import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +24,7 @@ import pandas as pd
 from l2bn.errors import UserError
 from l2bn.records import (
     COST_KEYS,
+    ENVIRONMENT,
     MEASURES,
     THEN,
     FeatureRow,
@@ -65,11 +69,7 @@ class Cell:
     backbone: str
     setting: str
     value: tuple[float, ...] = ()  # what a study varies: eps, or batch size and learning rate
-
-    @property
-    def task(self) -> Task:
-        """The contents of the data set, by its choice."""
-        return TASKS.get(self.dataset.partition(",")[0], "images")
+    task: Task = field(default="images", compare=False)  # the contents of the data set
 
     @property
     def order(self) -> tuple[object, ...]:
@@ -80,7 +80,15 @@ class Cell:
 
 def cell_of(record: Record) -> Cell:
     """The cell of a run."""
-    return Cell(record.dataset, record.recipe, record.backbone, record.setting)
+    return Cell(record.dataset, record.recipe, record.backbone, record.setting, task=task_of(record))
+
+
+def task_of(record: Record) -> Task:
+    """The contents of a record's data set: by its choice, else by the function that a user's own file names."""
+    dataset = record.identity.get("dataset")
+    target = str(dataset.get("_target_")) if isinstance(dataset, dict) else ""
+    own: Task = "sound" if target.startswith("l2bn.data.sound.") else "images"
+    return TASKS.get(record.dataset.partition(",")[0], own)
 
 
 def overrides(name: str) -> dict[str, str]:
@@ -304,3 +312,17 @@ def images_in_words(records: Sequence[Record]) -> str:
             "no fingerprint" if missing == len(found) else f"no fingerprint in {missing} of {len(found)} runs"
         )
     return ", ".join(notes)
+
+
+def unlike_devices(records: Iterable[Record]) -> str:
+    """The seeds whose runs were not all made on one kind of device, in words; empty without such.
+
+    Their random numbers, as of dropout, differ. A record that does not say its device is passed over.
+    """
+    kinds: dict[int, set[frozenset[str]]] = defaultdict(set)
+    for record in records:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            starts = json.loads((record.folder / ENVIRONMENT).read_text())["starts"]
+            kinds[record.seed].add(frozenset("CPU" if start["device"] == "cpu" else "GPU" for start in starts))
+    seeds = [str(seed) for seed, found in sorted(kinds.items()) if len(found) > 1]
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}" if seeds else ""

@@ -9,7 +9,7 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import cycle, groupby
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from l2bn.reporting.evidence import (
     measure,
 )
 from l2bn.reporting.formatting import conditions, file_name, in_words, mean_std, plural, signed, title
-from l2bn.reporting.mechanism import Mechanism, Study, TrapStudy, measured_pairs, shrink_factors
+from l2bn.reporting.mechanism import Mechanism, Study, TrapStudy, eps_text, measured_pairs, shrink_factors
 from l2bn.reporting.statistics import Estimate, estimate
 
 # Black, and the vermilion and blue of Okabe and Ito (2008).
@@ -356,7 +356,7 @@ def _dots(lines: Sequence[Line]) -> Figure:
     axes.set_axisbelow(True)
     axes.set_xlabel(
         "L2BN − BN, test top-1 after the last epoch (points)\n"
-        "line: 95 % interval; hollow: n too small for one; ticks: single seeds"
+        "line: 95 % interval; hollow: none (n too small or no spread); ticks: single seeds"
     )
     return figure
 
@@ -395,7 +395,8 @@ def norms_by_depth(pair: Comparison) -> Figure:
     hollow_key = Line2D([], [], color=GREY, linestyle="", marker="o", markerfacecolor="white", markersize=3)
     labels = [*(handle.get_label() for handle in handles), "between classes"]
     panels[0].legend([*handles, hollow_key], labels, handlelength=2.6)
-    _finish(figure, f"{title(pair.label, pair.cell)}; band: ± std over seeds")
+    band = "; band: ± std over seeds" if any(len(arm.features) > 1 for arm in pair.arms) else ""
+    _finish(figure, title(pair.label, pair.cell) + band)
     return figure
 
 
@@ -430,7 +431,8 @@ def through_training(pair: Comparison) -> Figure:
     for panel in panels[2:]:
         panel.set_xlabel("epoch")
     panels[0].legend(handlelength=2.6)
-    _finish(figure, f"{title(pair.label, pair.cell)}; band: ± std over seeds")
+    band = "; band: ± std over seeds" if any(len(arm.features) > 1 for arm in pair.arms) else ""
+    _finish(figure, title(pair.label, pair.cell) + band)
     return figure
 
 
@@ -508,7 +510,7 @@ def _log_axis(panel: Axes, name: str, values: Sequence[float], texts: Sequence[s
 def accuracy_over_eps(study: Study) -> Figure:
     """Left: accuracy over eps, each seed a dash. Right: the shrink factor of each norm layer with norm 1."""
     figure, (left, right) = _panels(6.6, 2.9)
-    values = {eps: f"{eps:.0e}".replace("e-0", "e-") for (eps,) in study.values}
+    values = {eps: eps_text(eps).replace("e-0", "e-") for (eps,) in study.values}
     left.set_title("test top-1 after the last epoch (%)")
     for index, (norm, style) in enumerate(OF_EPS.items()):
         runs = [(eps, study.at(norm, eps)) for eps in values]
@@ -517,8 +519,9 @@ def accuracy_over_eps(study: Study) -> Figure:
     _log_axis(left, "eps", list(values), list(values.values()))
     left.legend(handlelength=2.6)
     right.set_title("shrink factor, L2BN at norm 1")
-    greys = [f"{0.15 + 0.2 * i:.2f}" for i in range(len(values))]
-    for (eps, text), grey, marker in zip(values.items(), greys, "osD^v", strict=False):
+    apart = min(0.2, 0.7 / max(len(values) - 1, 1))
+    greys = [f"{0.15 + apart * i:.2f}" for i in range(len(values))]
+    for (eps, text), grey, marker in zip(values.items(), greys, cycle("osD^v"), strict=False):
         layers = shrink_factors(study.at(L2BN, eps))
         if layers:
             depth = range(1, len(layers) + 1)
@@ -568,5 +571,6 @@ def accuracy_over_updates(study: TrapStudy) -> Figure:
         panel.set_xlabel("updates")
         panel.legend(loc="lower right", handlelength=2.6, title=f"n = {study.norms[norm]}")
     panels[0].set_ylabel("test top-1 (%)")
-    _finish(figure, f"{title(study.label, study.cell)}; band: range over seeds")
+    band = "; band: range over seeds" if any(seeds > 1 for seeds in study.norms.values()) else ""
+    _finish(figure, title(study.label, study.cell) + band)
     return figure

@@ -6,8 +6,8 @@ All numbers are made from records. The reading is a text by hand that names the 
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -282,6 +282,12 @@ def shrink_factors(arm: Arm | None) -> list[float]:
     return [fmean(values) for values in zip(*filter(None, runs), strict=True)]
 
 
+def eps_text(eps: float) -> str:
+    """1e-05, and 2.5e-05 where one digit is not all of it."""
+    short = f"{eps:.0e}"
+    return short if float(short) == eps else f"{eps:g}"
+
+
 def eps_table(study: Study) -> Table:
     """Accuracy over eps, L2BN against BN at the same eps, and the shrink factors of the layers' outputs."""
     columns = (
@@ -295,7 +301,7 @@ def eps_table(study: Study) -> Table:
         results = (cell for arm in others for cell in mean_interval(estimate(differences(bn, arm))))
         layers = map(shrink_factors, arms)
         shrink = (f"{fmean(factors):.3f} ({min(factors):.3f})" if factors else NONE for factors in layers)
-        rows.append((f"{eps:.0e}", *map(mean_std_n, arms), *results, *shrink))
+        rows.append((eps_text(eps), *map(mean_std_n, arms), *results, *shrink))
     return Table("Accuracy over eps", columns, rows, names=0)
 
 
@@ -425,7 +431,8 @@ class TrapStudy:
 
     cell: Cell
     label: str
-    rows: pd.DataFrame  # norm, seed, step, and accuracy by both statistics
+    rows: pd.DataFrame  # of finished runs: norm, seed, step, and accuracy by both statistics
+    diverged: Mapping[str, int] = field(default_factory=dict)  # norm to number of runs
 
     @property
     def norms(self) -> dict[str, int]:
@@ -451,7 +458,11 @@ class TrapStudy:
 def trap_studies(records: Iterable[Record]) -> tuple[list[TrapStudy], list[Problem]]:
     """The records that hold a comparison of statistics, by cell, and those that cannot be read."""
     rows, problems = [], []
+    lost: dict[Cell, Counter[str]] = defaultdict(Counter)
     for record in records:
+        if record.status == "diverged":
+            lost[cell_of(record)][record.norm] += 1
+            continue
         names = {"cell": cell_of(record), "label": label_of(record), "norm": record.norm, "seed": record.seed}
         try:
             rows += [names | row for row in read_statistics(record.folder)]
@@ -459,7 +470,10 @@ def trap_studies(records: Iterable[Record]) -> tuple[list[TrapStudy], list[Probl
             problems.append(Problem(record.folder, str(error)))
     frame = pd.DataFrame(rows, columns=["cell", "label", "norm", "seed", "step", "running/top1", "batch/top1"])
     groups = frame.groupby("cell", sort=False)
-    studies = [TrapStudy(cast("Cell", cell), group["label"].iloc[-1], group) for cell, group in groups]
+    studies = [
+        TrapStudy(cast("Cell", cell), group["label"].iloc[-1], group, lost[cast("Cell", cell)])
+        for cell, group in groups
+    ]
     return sorted(studies, key=lambda study: study.cell.order), problems
 
 
@@ -472,7 +486,8 @@ def trap_table(study: TrapStudy) -> Table:
             means = study.curve(norm, kind).mean(axis="columns")
             shown = (f"{means[step]:.2f}" if step in means else NONE for step in SHOWN_UPDATES)
             when = study.caught_up(norm) if kind == "running" else ""
-            rows.append((norm, kind, *shown, when, str(seeds)))
+            gone = study.diverged.get(norm, 0)
+            rows.append((norm, kind, *shown, when, f"{seeds}; {gone} diverged" if gone else str(seeds)))
     return Table("Accuracy by running and by batch statistics", columns, rows, names=2)
 
 
@@ -586,7 +601,8 @@ def mechanism_documents(mechanism: Mechanism, reading: str, figures: str = "figu
 
 
 def _summary(mechanism: Mechanism) -> str:
-    measured = sum(len(arm.features) for arm in mechanism.arms)
+    arms = [*mechanism.arms, *(arm for study in mechanism.eps for arm in study.arms)]
+    measured = sum(len(arm.features) for arm in arms)
     unproven = sum(record.images is None for record in mechanism.records)
     left_out = f", {plural('unreadable record', len(mechanism.problems))} left out" if mechanism.problems else ""
     return (

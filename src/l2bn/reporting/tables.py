@@ -11,7 +11,7 @@ from pathlib import Path
 from l2bn.errors import UserError
 from l2bn.reporting.claims import ACCURATE, MIN_BACKBONES, RunSet, for_other_networks, judge_set
 from l2bn.reporting.comparison import FULL_EPOCHS, Arm, Comparison, arms_of, grid, holm_over, other_norms, pooled
-from l2bn.reporting.evidence import BEST, BN, L2BN, Evidence, images_in_words
+from l2bn.reporting.evidence import BEST, BN, L2BN, Evidence, images_in_words, unlike_devices
 from l2bn.reporting.formatting import (
     NONE,
     Table,
@@ -29,7 +29,7 @@ from l2bn.reporting.formatting import (
     signed,
 )
 from l2bn.reporting.published import EPOCHS, Reference
-from l2bn.reporting.statistics import MIN_PAIRS, Estimate, pooled_spread, seeds_needed
+from l2bn.reporting.statistics import MIN_PAIRS, NO_SPREAD, Estimate, pooled_spread, seeds_needed
 
 TARGET = 0.3
 """The difference, in points, for which a line gives the number of seeds needed."""
@@ -55,6 +55,7 @@ def grid_table(rows: Sequence[Comparison], reference: Reference | None = None, c
         *recipes,
         *_kernels(rows, "L2BN"),
         *_images(rows),
+        *_devices(rows),
         *counts,
     ]
     if reference is None:
@@ -96,7 +97,7 @@ def norms_table(rows: Sequence[Comparison]) -> Table:
     names, recipes = _names(rows)
     names["Norm"] = [in_words(row.norm) for row in rows]
     note = "Test top-1 in percent after the last epoch, as in the grid; Holm's correction over these rows."
-    notes = [note, *recipes, *_kernels(rows, "the norm"), *_images(rows)]
+    notes = [note, *recipes, *_kernels(rows, "the norm"), *_images(rows), *_devices(rows)]
     return _table("Other norms against BN", names | _accuracies(rows, "Norm"), notes, len(names))
 
 
@@ -194,6 +195,12 @@ def _images(rows: Sequence[Comparison]) -> list[str]:
     return [f"Images not proven equal by their fingerprints: {', '.join(groups)}."] if groups else []
 
 
+def _devices(rows: Sequence[Comparison]) -> list[str]:
+    """The rows in which runs of a pair were made on different kinds of device."""
+    groups = _grouped(rows, lambda row: unlike_devices(row.records), lambda _: True)
+    return [f"Pairs made on a CPU and on a GPU, with other random numbers: {', '.join(groups)}."] if groups else []
+
+
 def _grouped(
     rows: Sequence[Comparison], text: Callable[[Comparison], str], named: Callable[[str], bool]
 ) -> list[str]:
@@ -231,6 +238,8 @@ def _seeds(rows: Sequence[Comparison]) -> str:
     aim = f"Seeds to see {TARGET} points with 80 % power: "
     if spread is None:
         return aim + "not known, since the spread of a paired difference needs two seeds in a cell."
+    if spread.std < NO_SPREAD:
+        return aim + "not known, since the measured differences have no spread."
     likely, low, high = (seeds_needed(std, TARGET) for std in (spread.std, spread.low, spread.high))
     return (
         f"{aim}{likely} ({low} to {high}), at a paired difference's measured standard deviation of "
@@ -259,7 +268,7 @@ def grid_csv(rows: Sequence[Comparison], reference: Reference, norm: str) -> str
         lines.append(
             row.row(norm=norm)
             | {f"{name}_best_epoch_mean": arm.estimate(BEST).mean if arm else None for name, arm in arms}
-            | {"p_holm": corrected, "seeds_needed": None if std is None else seeds_needed(std)}
+            | {"p_holm": corrected, "seeds_needed": None if std is None or std < NO_SPREAD else seeds_needed(std)}
             | {"published_bn": found and found.accuracy, "published_kind": found and found.kind}
             | {"published_source": found and found.source, "distance": found and found.distance}
             | {f"paper_{key}": reference.paper(row).get(key) for key in ("bn", "l2bn", "where")}

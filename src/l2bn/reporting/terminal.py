@@ -19,6 +19,7 @@ from l2bn.reporting.evidence import (
     Evidence,
     images_in_words,
     kernels_in_words,
+    unlike_devices,
 )
 from l2bn.reporting.formatting import NONE, lost, mean_interval, mean_std, names_of, plural, setting
 from l2bn.reporting.statistics import estimate
@@ -65,6 +66,8 @@ def _cell(cell: Cell, arms: Sequence[Arm]) -> list[RenderableType]:
             notes.append(f"{arm.norm}: kernels {kernels}, which agree within rounding")
     images = images_in_words([run for arm in arms for run in arm.records])
     notes += [f"images not proven equal: {images}"] if images else []
+    unlike = unlike_devices([run for arm in arms for run in arm.records])
+    notes += [f"runs of a pair made on a CPU and on a GPU: {unlike}"] if unlike else []
     head = " · ".join((*names_of(arms[0].label, cell), setting(cell)))
     return [Text(head, style="bold"), table, *(Text(note, style="dim") for note in notes)]
 

@@ -255,7 +255,7 @@ def _progress(runs: Sequence[Status]) -> Text:
     known = [seconds for seconds in left if not math.isnan(seconds)]
     at_once = max(1, sum(status.standing == "running" for status in runs))
     if any(known):
-        text.append(f"; about {duration(sum(known) / at_once)} of training left")
+        text.append(f"; about {duration(max(sum(known) / at_once, max(known)))} of training left")
         text.append(f" with {at_once} at a time" if at_once > 1 else "")
     if len(known) < len(left):
         text.append(f"; {len(left) - len(known)} of unknown pace")
