@@ -4,16 +4,18 @@ That progress shown or not changes nothing, and that a stop changes nothing, is 
 """
 
 import functools
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from conftest import QUIET, TINY, Train, decoding
-from l2bn.seeding import derive_seed
+from l2bn.seeding import derive_seed, seed_global
 from l2bn.training import run
 from l2bn.training.session import BuiltRun
 from test_training import EPOCHS, equal, results, stop_after, weights
@@ -48,6 +50,16 @@ def test_the_number_of_data_workers_changes_nothing(photographs: Path, train: Tr
     for record in records[1:]:
         assert results(record) == results(records[0])
         assert equal(weights(record), weights(records[0]))
+
+
+def test_a_seed_governs_the_generators_of_a_users_own_network_too() -> None:
+    def drawn(seed: int) -> tuple[float, float, float]:
+        seed_global(seed, torch.device("cpu"))
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    first, again, other = drawn(derive_seed(0, "weights")), drawn(derive_seed(0, "weights")), drawn(1)
+    assert first == again
+    assert not set(first) & set(other)
 
 
 def test_a_place_in_the_run_has_a_seed_of_its_own() -> None:

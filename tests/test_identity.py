@@ -66,6 +66,15 @@ def test_a_run_may_move_between_machines(path: tuple[str, ...], value: object) -
     assert name_cell(config, DEFAULTS, CHOICES) == name_cell(DEFAULTS, DEFAULTS, CHOICES)
 
 
+def test_an_option_of_the_users_own_is_no_key_of_the_machine() -> None:
+    """Where the suite has no such key, the name of one may mean anything."""
+    for group in ("backbone", "norm", "recipe"):
+        for key in ("root", "cache", "workers", "download", "devkit"):
+            config = changed(group, key, to=True)
+            assert f"{key}=True" in str(name_cell(config, DEFAULTS, CHOICES))
+            assert hash_identity(identity(config)) != hash_identity(identity(DEFAULTS))
+
+
 @pytest.mark.parametrize(("key", "value"), [("precision", "bf16-mixed"), ("devices", 2), ("sync_bn", True)])
 def test_what_else_changes_the_result_is_in_the_hash(key: str, value: object) -> None:
     config = changed("compute", key, to=value)

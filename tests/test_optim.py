@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from l2bn.training.optim import Cosine, CosineRestarts, Exponential, MultiStep, OneCycle, Recipe
+from l2bn.training.optim import Cosine, CosineRestarts, Exponential, MultiStep, OneCycle, Recipe, Schedule
 
 SETTINGS = {
     "epochs": 10,
@@ -121,6 +121,24 @@ def test_weight_decay_may_spare_norms_and_biases() -> None:
 def test_a_value_out_of_range_is_named(key: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"^{key} must .*{value}"):
         Recipe(**{**SETTINGS, key: value})
+
+
+@pytest.mark.parametrize(
+    ("schedule", "epochs", "told"),
+    [
+        (MultiStep(milestones=[100, 150]), 50, "milestones 100, 150"),
+        (MultiStep(milestones=[100, 150]), 120, "milestones 150"),
+        (MultiStep(milestones=[100, 150]), 151, ""),
+        (Cosine(warmup_epochs=5), 5, "still warming up"),
+        (Cosine(warmup_epochs=5), 6, ""),
+        (Exponential(gamma=0.9), 1, ""),
+    ],
+)
+def test_a_run_that_ends_before_its_learning_rate_has_fallen_says_so(
+    schedule: Schedule, epochs: int, told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    Recipe(**{**SETTINGS, "schedule": schedule, "epochs": epochs}).warn_if_cut_off()
+    assert (told in caplog.text) if told else not caplog.text
 
 
 def test_nesterov_needs_momentum() -> None:

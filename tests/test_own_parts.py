@@ -113,6 +113,35 @@ def test_own_code_is_that_of_all_own_modules(tmp_path: Path, monkeypatch: pytest
     assert own_source(node) not in (None, before)
 
 
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from .settings import WIDTH",
+        "from . import settings",
+        "import own_kit.settings",
+        "from own_kit.settings import *",
+    ],
+)
+def test_a_module_of_which_only_values_are_imported_is_own_code_too(
+    statement: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    kit = tmp_path / "own_kit"
+    kit.mkdir()
+    (kit / "__init__.py").write_text("")
+    (kit / "settings.py").write_text("WIDTH = 16\n")
+    (kit / "parts.py").write_text(f"{statement}\ndef convert(bn): ...\n")
+    importlib.import_module("own_kit.parts")
+    node = {"norm": {"_target_": "own_kit.parts.convert"}}
+    digests = [own_source(node)]
+    for name in ("settings", "__init__"):
+        (kit / f"{name}.py").write_text("WIDTH = 64\n")
+        digests.append(own_source(node))
+    for name in ("own_kit.parts", "own_kit.settings", "own_kit"):
+        sys.modules.pop(name)  # for the next statement
+    assert len(set(digests)) == 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
 def test_own_parts_are_trained_and_opened_again(launcher: str, mine: Path, tmp_path: Path) -> None:

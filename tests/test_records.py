@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -308,6 +309,15 @@ def test_publishing_does_not_replace_another_result(tmp_path: Path) -> None:
     publish(written(tmp_path / "one").folder, tmp_path / "records")
     with pytest.raises(FileExistsError, match="another result"):
         publish(written(tmp_path / "other", seconds=9.0).folder, tmp_path / "records")
+
+
+def test_records_behind_links_to_folders_are_found_once(tmp_path: Path) -> None:
+    record = written(tmp_path / "elsewhere" / "run")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/loop").symlink_to(tmp_path / "elsewhere")
+    assert [found.folder for found in read_records(tmp_path / "runs")[0]] == [tmp_path / "runs/linked/run"]
+    assert read_records(tmp_path / "runs")[0][0] == replace(record, folder=tmp_path / "runs/linked/run")
 
 
 def test_publishing_names_a_damaged_record_in_its_place(tmp_path: Path) -> None:

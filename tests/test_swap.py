@@ -251,3 +251,34 @@ def test_behaviour_that_would_be_lost_is_refused(name: str, make: Callable[[], n
     with pytest.raises(TypeError, match=reason):
         swap_norm(model, name)
     assert all(a is b for a, b in zip(model, before, strict=True)), "a refused swap changed the model"
+
+
+@pytest.mark.parametrize("norm", [path.stem for path in NORMS if path.stem not in ("bn", "group_norm")])
+def test_no_norm_becomes_batch_norm_again(norm: str) -> None:
+    """Both arms of a comparison would be of that norm."""
+    model = small()
+    swap_norm(model, {"l2bn_rms": "l2bn"}.get(norm, norm))
+    with pytest.raises(TypeError, match="build the model anew"):
+        swap_norm(model, "bn")
+
+
+class Reached(nn.Module):
+    """Reaches its layer by another reference than the registered module, as older code does."""
+
+    def __init__(self, hold: Callable[[nn.Module], object]) -> None:
+        super().__init__()
+        self.bn0 = nn.BatchNorm1d(3)
+        self.held = hold(self.bn0)
+
+
+@pytest.mark.parametrize(
+    "hold", [lambda bn: [bn], lambda bn: (bn,), lambda bn: {"first": [bn]}, lambda bn: [nn.Identity(), {"a": bn}]]
+)
+def test_a_layer_that_a_swap_would_not_reach_is_refused(hold: Callable[[nn.Module], object]) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), Reached(hold))
+    before = dict(model.named_modules())
+    with pytest.raises(TypeError, match=r"1\.held refers to a batch norm layer beside the registered modules"):
+        swap_norm(model, "l2bn")
+    assert dict(model.named_modules()) == before
+    assert swap_norm(model, "bn") == 2  # nothing is replaced
+    assert swap_norm(Reached(lambda _: [nn.Identity(), {"a": 1}]), "l2bn") == 1

@@ -14,6 +14,7 @@ Tables and figures read nothing but records. pydantic checks what is read. `load
 commands start fast.
 """
 
+import fnmatch
 import itertools
 import json
 import math
@@ -252,10 +253,26 @@ def _first(error: ValidationError) -> str:
     return f"{place}: {reason}, not {repr(fault['input'])[:60]}" if place else reason
 
 
+def files_under(root: Path, pattern: str) -> list[Path]:
+    """The files under a folder whose names match, in the order of their paths; links to folders are followed.
+
+    `Path.rglob` does not follow them. A folder that several links lead to counts once.
+    """
+    seen: set[str] = set()
+    found = []
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        folders[:] = [] if real in seen else sorted(folders)
+        if real not in seen:
+            found += [Path(folder, name) for name in fnmatch.filter(files, pattern)]
+        seen.add(real)
+    return sorted(found)
+
+
 def read_records(root: Path) -> tuple[list[Record], list[Problem]]:
     """Every ended run under a folder, in the order of their paths, and the folders that had to be left out."""
     records, problems = [], []
-    for path in sorted(root.rglob(SUMMARY)):
+    for path in files_under(root, SUMMARY):
         try:
             records.append(Record.read(path.parent))
         except InvalidRecordError as error:
@@ -416,15 +433,16 @@ def write_sample(folder: Path, sample: Sample) -> None:
 
 # Publishing.
 
-MACHINE_PATHS = frozenset({"root", "devkit", "cache", "runs_dir"})
+MACHINE_PATHS = frozenset({"root", "devkit", "cache"})  # of a data set
 """Keys of `config.yaml` that give places on a machine, and nothing of the run."""
 
 
-def without_machine_paths(node: Any) -> Any:
-    """A node of `config.yaml`, and those in it, without the places on the machine."""
-    if not isinstance(node, dict):
-        return node
-    return {key: without_machine_paths(value) for key, value in node.items() if key not in MACHINE_PATHS}
+def without_machine_paths(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of `config.yaml` without the places on the machine."""
+    kept = {key: value for key, value in config.items() if key != "runs_dir"}
+    if isinstance(kept.get("dataset"), dict):
+        kept["dataset"] = {key: value for key, value in kept["dataset"].items() if key not in MACHINE_PATHS}
+    return kept
 
 
 def publish(folder: Path, destination: Path) -> Path:

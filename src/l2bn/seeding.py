@@ -6,7 +6,9 @@ which they finish.
 """
 
 import hashlib
+import random
 
+import numpy as np
 import torch
 
 
@@ -23,10 +25,13 @@ def generator(seed: int, purpose: str, *position: int) -> torch.Generator:
 
 
 def seed_global(seed: int, device: torch.device) -> None:
-    """Seed the generators that dropout and the like draw from: the CPU's and the device's.
+    """Seed the generators that weights, dropout and the like are drawn from: Python's, NumPy's, torch's.
 
-    `torch.manual_seed` seeds every kind of device, which takes ten times as long.
+    Of torch's the CPU's and the device's: `torch.manual_seed` seeds every kind of device, which takes ten times as
+    long. A network of the user's own may draw from Python's and NumPy's.
     """
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed)

@@ -23,7 +23,7 @@ from torch.utils.data._utils import signal_handling
 from l2bn.data.splits import Augmentation, Images, Split, Splits
 from l2bn.errors import UserError
 from l2bn.processes import end_with_parent, leave_signals_to_parent
-from l2bn.seeding import derive_seed, generator
+from l2bn.seeding import derive_seed, generator, seed_global
 
 Batch = tuple[Tensor, Tensor]
 
@@ -317,7 +317,7 @@ class _Reader(Dataset[Batch | UserError]):
             for index in indices:
                 if self.seed is not None:
                     # By index, not by place in the batch, so that batch size and ranks do not matter.
-                    torch.default_generator.manual_seed(derive_seed(self.seed, "sample", epoch, index))
+                    seed_global(derive_seed(self.seed, "sample", epoch, index), torch.device("cpu"))
                 try:
                     samples.append(self.split[index])
                 except UserError as error:

@@ -24,7 +24,6 @@ from torch.fx.proxy import Proxy, TraceError
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from l2bn.kernels.formulas import batch_norm, widened
-from l2bn.norms.bn import check_options
 from l2bn.norms.l2_step import Scale, is_rms
 from l2bn.norms.swap import in_place_of, stock_name
 
@@ -218,3 +217,11 @@ def put_before(
     layer = stepped(bn, COUNTERPARTS, scale, eps, momentum)
     layer.step = step
     return layer
+
+
+def check_options(eps: float | None, momentum: float | None) -> None:
+    """Raise ValueError for an eps or momentum, other than None, that batch norm can't compute with."""
+    if eps is not None and eps <= 0:
+        raise ValueError(f"eps must be greater than 0, not {eps}")
+    if momentum is not None and not 0 <= momentum <= 1:
+        raise ValueError(f"momentum must lie in [0, 1], not {momentum}")

@@ -9,7 +9,7 @@ import functools
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pkgutil import iter_modules
@@ -36,7 +36,8 @@ def swap_norm(model: nn.Module, norm: str | Norm) -> int:
 
     Raises:
         ValueError: no norm has this name, the model has no batch norm layer to replace, or `last` is already bound.
-        TypeError: the norm can't stand for one of the layers.
+        TypeError: the norm can't stand for one of the layers, or the model also reaches it by an attribute that is
+            no registered module, such as a list, where the old layer would stay.
         In both cases nothing is changed.
     """
     convert = _named(norm) if isinstance(norm, str) else norm
@@ -54,6 +55,7 @@ def swap_norm(model: nn.Module, norm: str | Norm) -> int:
         replacements = {layer: convert(layer, last=layer is layers[-1]) for layer in layers}
     else:
         replacements = {layer: convert(layer) for layer in layers}
+    _refuse_other_references(model, {layer for layer, other in replacements.items() if other is not layer})
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child in replacements:
@@ -65,6 +67,26 @@ def swap_norm(model: nn.Module, norm: str | Norm) -> int:
         ", ".join(sorted({type(layer).__name__ for layer in replacements.values()})),
     )
     return len(layers)
+
+
+def _refuse_other_references(model: nn.Module, replaced: set[nn.Module]) -> None:
+    for path, parent in model.named_modules():
+        for name, value in vars(parent).items():
+            if name != "_modules" and any(layer in replaced for layer in _modules_in(value)):
+                raise TypeError(
+                    f"{path or type(model).__name__}.{name} refers to a batch norm layer beside the registered "
+                    "modules, and a swap would not reach it there: hold it in an nn.ModuleList or nn.ModuleDict"
+                )
+
+
+def _modules_in(value: object) -> Iterator[nn.Module]:
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _modules_in(list(value.values()))
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            yield from _modules_in(item)
 
 
 def norm_layers(model: nn.Module) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from l2bn.records import (
     METRICS,
     SUMMARY,
     Record,
+    files_under,
     natural_order,
     read_features,
     read_metrics,
@@ -57,7 +58,7 @@ def find_runs(root: Path) -> list[Run]:
     Of a run that lies there twice, as one and its replay, the longer is taken. Other folders are passed over.
     """
     longest: dict[tuple[Cell, str, int], tuple[int, Run]] = {}
-    for path in sorted(root.rglob(METRICS)):
+    for path in files_under(root, METRICS):
         try:
             config = yaml.safe_load((path.parent / CONFIG).read_text())
             names, compute = config["cell"], config["compute"]

@@ -194,7 +194,10 @@ class State:
             check_identity(state["identity"], self._run.identity, folder)
             check_images(state.get("images"), self._images, folder)
             self._network.load_state_dict(state["model"])
+            own = [(group["fused"], group["foreach"]) for group in self._optimizer.param_groups]
             self._optimizer.load_state_dict(state["optimizer"])
+            for group, (fused, foreach) in zip(self._optimizer.param_groups, own, strict=True):
+                group["fused"], group["foreach"] = fused, foreach  # of this device, not of the checkpoint's
             for parameter, kept in self._optimizer.state.items():
                 # In the memory format of the parameters, which may have changed since it was saved.
                 if kept.get("momentum_buffer") is not None:

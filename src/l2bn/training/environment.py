@@ -1,16 +1,17 @@
 """The facts about machine and software that a record carries: this whitelist and nothing else of either."""
 
+import ast
 import hashlib
-import inspect
 import json
 import logging
 import platform
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import metadata
+from importlib.util import resolve_name
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +112,24 @@ def _add_own(name: str, found: dict[str, Path]) -> None:
     if name in found or not file.is_file() or any(file.is_relative_to(folder) for folder in INSTALLED):
         return
     found[name] = file
-    for value in vars(module).values():
-        if inspect.ismodule(value):
-            _add_own(value.__name__, found)
-        elif inspect.isclass(value) or inspect.isfunction(value):
-            _add_own(value.__module__, found)
+    package = getattr(module, "__package__", None) or ""
+    for other in _imports(file, package):
+        _add_own(other, found)
+
+
+def _imports(file: Path, package: str) -> Iterator[str]:
+    """Yield the names of the modules that a Python file of a package may import, and of their packages."""
+    statements = ast.walk(ast.parse(file.read_bytes())) if file.suffix == ".py" else ()
+    for node in statements:
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and (package or not node.level):
+            base = resolve_name("." * node.level + (node.module or ""), package)
+            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        for name in names:
+            parts = name.split(".")
+            yield from (".".join(parts[:length]) for length in range(1, len(parts) + 1))
 
 
 def _earlier_starts(path: Path) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ import yaml
 from hydra.utils import get_object
 
 from l2bn.errors import UserError
-from l2bn.records import MACHINE_PATHS, is_finite_number
+from l2bn.records import MACHINE_PATHS, files_under, is_finite_number
 
 
 def _find_configs() -> Path:
@@ -187,7 +187,7 @@ def _shown(folder: Path) -> str:
 def _yaml_files(folder: Path) -> dict[str, Any]:
     """Return the content of every YAML file of a folder, by its path there, without those that cannot be read."""
     contents = {}
-    for path in sorted(folder.rglob("*.yaml")):
+    for path in files_under(folder, "*.yaml"):
         if is_hidden(path.relative_to(folder)):
             continue
         try:

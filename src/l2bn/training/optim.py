@@ -3,6 +3,7 @@
 A schedule is a pure function of the position in the run, so that checkpoints need not hold its state.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from itertools import pairwise
 
 import torch
 from torch import nn
+
+log = logging.getLogger(__name__)
 
 LARGEST = torch.finfo(torch.float32).max
 LARGEST_MIXUP = 1000  # from this alpha on, the share drawn from the beta distribution is 1/2 to two digits
@@ -160,6 +163,17 @@ class Recipe:
     def learning_rate(self, epoch: float) -> float:
         """Return the learning rate of the step that begins after `epoch` epochs, with fractions."""
         return self.lr * self.schedule(epoch, self.epochs)
+
+    def warn_if_cut_off(self) -> None:
+        """Log where the run ends before its learning rate has taken its course."""
+        late = [epoch for epoch in getattr(self.schedule, "milestones", []) if epoch >= self.epochs]
+        if late or getattr(self.schedule, "warmup_epochs", 0) >= self.epochs:
+            log.warning(
+                "the run ends after %d epochs, before its learning rate has taken its course (%s): give "
+                "recipe.schedule's epochs for a run of this length",
+                self.epochs,
+                f"milestones {', '.join(map(str, late))}" if late else "it is still warming up",
+            )
 
     def optimizer(self, model: nn.Module) -> torch.optim.SGD:
         """Return SGD over the parameters, with weight decay on all or only on weights of two or more axes.

@@ -38,7 +38,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from l2bn.errors import UserError
 from l2bn.failures import explain, explained_overrides
-from l2bn.records import CONFIG, is_plain_name
+from l2bn.records import CONFIG, files_under, is_plain_name
 from l2bn.training.instantiate import CONFIGS, Builder, check_mapping, check_type, flatten, is_hidden
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,10 @@ def make_folder(folder: Path) -> None:
 
 # Where the files are, how they are read and which kernels compute the same thing change the result by rounding at
 # most: a run can move between machines.
-MACHINE_KEYS = frozenset({"root", "devkit", "download", "cache", "workers", "fused"})
+MACHINE_KEYS = {
+    "dataset": frozenset({"root", "devkit", "download", "cache", "workers"}),
+    "norm": frozenset({"fused"}),
+}
 
 LONGEST_NAME = 200  # bytes; file systems allow 255
 
@@ -134,14 +137,18 @@ class Cell:
 
 def name_cell(config: Config, defaults: Config, choices: Mapping[str, str]) -> Cell:
     """Return the cell of a configuration; `defaults` is the configuration that the choices alone compose to."""
-    names = {group: _name(choices[group], config[group], defaults[group]) for group in GROUPS}
+    names = {
+        group: _name(choices[group], *(_without_machine_keys(group, tree[group]) for tree in (config, defaults)))
+        for group in GROUPS
+    }
     return Cell(**names, seed=config["seed"])
 
 
 def identity(config: Config) -> dict[str, Any]:
     """Return the part of a configuration that can change the result."""
     compute = {key: config["compute"][key] for key in COMPUTE_KEYS}
-    return {**{group: _without_machine_keys(config[group]) for group in GROUPS}, **compute, "seed": config["seed"]}
+    chosen = {group: _without_machine_keys(group, config[group]) for group in GROUPS}
+    return {**chosen, **compute, "seed": config["seed"]}
 
 
 def hash_identity(content: Config) -> str:
@@ -190,15 +197,15 @@ def check_images(stored: Mapping[str, Any] | None, present: Mapping[str, Any], p
 
 def _name(choice: str, node: Config, default: Config) -> str:
     """Return a choice and the values overridden in it: "l2bn,eps=0.001"."""
-    a, b = (_values(_without_machine_keys(tree)) for tree in (node, default))
+    a, b = _values(node), _values(default)
     changed = [f"{key}={a.get(key)}" for key in sorted(a.keys() | b.keys()) if a.get(key, ...) != b.get(key, ...)]
     name = ",".join([choice, *changed])
     name = "".join("_" if letter in "/ " or not letter.isprintable() else letter for letter in name)
     return name if len(name.encode()) <= LONGEST_NAME else f"{choice},{_digest(name)}"
 
 
-def _without_machine_keys(node: Config) -> dict[str, Any]:
-    return {key: value for key, value in node.items() if key not in MACHINE_KEYS}
+def _without_machine_keys(group: str, node: Config) -> dict[str, Any]:
+    return {key: value for key, value in node.items() if key not in MACHINE_KEYS.get(group, ())}
 
 
 def _values(tree: Config) -> dict[str, Any]:
@@ -553,7 +560,7 @@ def read_config(folder: Path) -> PlannedRun:
 def find_runs(root: Path) -> list[PlannedRun]:
     """Return every run that has begun under a folder; skip files that are not the configuration of a run."""
     runs = []
-    for path in sorted(root.rglob(CONFIG)):
+    for path in files_under(root, CONFIG):
         with contextlib.suppress(OSError, ValueError, IndexError):  # IndexError: too few folders for a cell
             run = read_config(path.parent)
             place = path.parents[len(run.cell.path.parts)]

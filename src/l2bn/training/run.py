@@ -18,7 +18,7 @@ from l2bn.failures import describe, note_failure
 from l2bn.norms.swap import norm_layers, swap_norm
 from l2bn.norms.sync import counterparts
 from l2bn.records import CONFIG, SUMMARY, Fingerprint, InvalidRecordError, Record
-from l2bn.seeding import derive_seed
+from l2bn.seeding import derive_seed, seed_global
 from l2bn.training.checkpoint import CheckpointPolicy
 from l2bn.training.compute import Compute, quieten
 from l2bn.training.environment import warn_of_other_source
@@ -102,7 +102,7 @@ def note_other_lengths(planned: PlannedRun) -> None:
             if [line.partition(":")[0] for line in changed] == ["recipe.epochs"]:
                 log.info(
                     "%s is an equal run with another number of epochs; this one starts from its first epoch, "
-                    "because the learning rate follows the number of epochs",
+                    "because a schedule may follow the number of epochs",
                     path.parent,
                 )
 
@@ -184,7 +184,7 @@ def build_run(planned: PlannedRun) -> BuiltRun:
     norm = builder.build(config["norm"], "norm", functools.partial)
     splits: Splits = builder.build(config["dataset"], "dataset", Splits)
     check_batch_size(parts["recipe"].batch_size, len(splits.train), parts["compute"].devices)
-    torch.manual_seed(derive_seed(planned.cell.seed, "weights"))
+    seed_global(derive_seed(planned.cell.seed, "weights"), torch.device("cpu"))
     if "num_classes" in config["backbone"]:
         raise UserError(
             f"backbone.num_classes follows from the data set, which has {splits.num_classes}: leave it out"

@@ -136,6 +136,7 @@ class Session:
         self.journal: Journal | None = None
         if lead:
             warn_if_few_updates(built.model, self.epochs * self.steps)
+            built.recipe.warn_if_cut_off()
             self.kernels = note_start(run.folder, fabric.device, kernels, run.config)
             step = self.position.epoch * self.steps + self.position.step
             self.journal = Journal(run.folder, run.cell, self.position.rows, step)
