@@ -213,7 +213,8 @@ def tau2020(folder: Path, _: dict[str, Any], train: int, test: int) -> None:
         lines = ["filename\tscene_label"]
         for index in range(count):
             scene = ("airport", "bus", "metro")[index % 3]
-            name = f"audio/{scene}-lisbon-{1000 + (part == 'train')}-{index:05}-a.wav"
+            location = 2000 + index // 6 if part == "train" else 1000
+            name = f"audio/{scene}-lisbon-{location}-{index:05}-a.wav"
             write_clip(folder / name, index + 1000 * (part == "train"))
             lines.append(f"{name}\t{scene}")
         (folder / "evaluation_setup" / f"fold1_{part}.csv").write_text("\n".join(lines) + "\n")

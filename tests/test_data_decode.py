@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from l2bn.data.decode import CHUNK, read_all, read_rgb
 from l2bn.errors import UserError
@@ -191,6 +191,32 @@ def test_the_name_of_a_file_does_not_matter(tmp_path: Path) -> None:
 def test_a_damaged_file_is_named(content: bytes) -> None:
     with pytest.raises(UserError, match=r"^some/file\.jpg: cannot be decoded \(.+\); replace the file"):
         read_rgb(content, "some/file.jpg")
+
+
+def half_zeros(content: bytes) -> bytes:
+    return content[: len(content) // 2] + bytes(len(content) - len(content) // 2)
+
+
+@pytest.mark.parametrize(("kind", "options"), [("JPEG", {}), ("WEBP", {}), ("WEBP", {"lossless": True})], ids=str)
+def test_a_download_that_was_broken_off_is_named(kind: str, options: dict[str, Any]) -> None:
+    """Zeros stand for what is missing, and decoders show gray or black; zeros behind a whole file are harmless."""
+    content = encoded(Image.fromarray(pixels(1, 64, 64)[0]), kind, **options)
+    with pytest.raises(UserError, match="its end is filled with zeros"):
+        read_rgb(half_zeros(content), "name")
+    np.testing.assert_array_equal(decoded(content + bytes(4096)), decoded(content))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+@pytest.mark.parametrize("orientation", [0, *range(1, 10)])
+def test_a_photograph_is_turned_as_its_camera_says_where_that_is_asked(orientation: int, mode: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(pixels(1, 8, 8)[0]).convert(mode)
+    content = encoded(stored, "PNG", exif=exif)
+    turned = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB"))
+    np.testing.assert_array_equal(np.asarray(read_rgb(content, "name", upright=True)), turned)
+    np.testing.assert_array_equal(decoded(content), np.asarray(stored.convert("RGB")))
+    assert (turned == decoded(content)).all() == (orientation in (0, 1, 9))
 
 
 def test_a_file_that_went_away_is_named(tmp_path: Path) -> None:

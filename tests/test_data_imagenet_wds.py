@@ -1,6 +1,7 @@
 """Shards: the same images and labels as the files they were packed from, found by an index."""
 
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -309,6 +310,39 @@ def test_a_truncated_shard_is_named(shards: Path, length: int) -> None:
     file = shards / "train-000001.tar"
     file.write_bytes(file.read_bytes()[:length])
     with pytest.raises(UserError, match=r"train-000001\.tar"):
+        read(shards)
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "a flipped bit in a header": lambda tar: (
+        tar[: 8 * 512 + 3] + bytes([tar[8 * 512 + 3] ^ 1]) + tar[8 * 512 + 4 :]
+    ),
+    "two files in one": lambda tar: tar + tar,
+    "cut at the end of a member": lambda tar: tar.rstrip(b"\0") + b"\0" * (-len(tar.rstrip(b"\0")) % 512),
+    "cut within the next header": lambda tar: tar[: 8 * 512 + 100],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_shard_loses_no_samples_in_silence(shards: Path, damage: str) -> None:
+    """tarfile takes what is no header for the end."""
+    with tarfile.open(shards / "train-000001.tar", "w") as tar:
+        for index in range(4):  # a header and a block of content each
+            add_member(tar, f"{index}.cls", b"0")
+            add_member(tar, f"{index}.jpg", b"x" * 400)
+    file = shards / "train-000001.tar"
+    read(shards)
+    file.write_bytes(DAMAGES[damage](file.read_bytes()))
+    with pytest.raises(UserError, match=r"train-000001\.tar (is cut short or damaged after|cannot be read)"):
+        read(shards)
+
+
+def test_a_name_with_a_second_dot_is_refused(shards: Path) -> None:
+    """The name of a sample ends at its first dot."""
+    with tarfile.open(shards / "train-000001.tar", "a") as tar:
+        add_member(tar, "IMG_1.edit.jpg", b"x")
+        add_member(tar, "IMG_1.edit.cls", b"0")
+    with pytest.raises(UserError, match=r"IMG_1\.edit\.cls is the class of no sample"):
         read(shards)
 
 

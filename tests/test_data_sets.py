@@ -55,11 +55,16 @@ def test_a_data_set_makes_batches(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_data_set_offers_subset_and_validation(name: str, tmp_path: Path) -> None:
-    overrides = [*write(name, tmp_path), "dataset.subset=8", "dataset.validation=0.5"]
-    splits = build(name, overrides)
-    assert len(splits.train) == 8
-    assert splits.label.endswith(", validation 0.5, 8 images")
+    """A subset that leaves a class that is tested untrained is refused."""
+    overrides = [*write(name, tmp_path, train=200), "dataset.validation=0.5"]  # two of each class of CIFAR-100
+    trained = len(build(name, overrides).train)
+    size = trained - 1 if trained > 8 else 8
+    splits = build(name, [*overrides, f"dataset.subset={size}"])
+    assert len(splits.train) == size
+    assert splits.label.endswith(f", validation 0.5, {size} images")
     assert splits.baseline is None
+    with pytest.raises(UserError, match=r"subset=1 leaves \d+ of \d+ classes without training images"):
+        build(name, [*overrides, "dataset.subset=1"])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -19,7 +19,7 @@ from hypothesis.extra.numpy import arrays
 
 from l2bn.data import sound
 from l2bn.data.sound import LogMel, _slope, esc50, sound_folder, tau2020
-from l2bn.data.splits import Splits
+from l2bn.data.splits import Images, Splits, make_splits
 from l2bn.errors import UserError
 from official_formats import esc50 as write_esc50
 from official_formats import sound_folder as write_folder
@@ -37,6 +37,21 @@ def tone(hertz: float, amplitude: float = 0.5, seconds: float = LENGTH / RATE, r
 
 def noise(seed: int = 0, length: int = LENGTH) -> Any:
     return np.random.default_rng(seed).normal(0, 0.1, length)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_validation_holds_out_whole_recordings(share: float) -> None:
+    """Clips of one recording are alike. 40 recordings of 4 clips, 4 classes."""
+    recordings = torch.arange(160) // 4
+    labels = recordings % 4
+    images = torch.arange(160, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+    split = Images(images, labels)
+    common: Any = {"label": "Clips", "mean": [0.0] * 3, "std": [1.0] * 3, "validation": share}
+    made = make_splits(split, split, 4, 2, groups=recordings, **common)
+    trained, held = (set((part.images[:, 0, 0, 0] // 4).tolist()) for part in (made.train, made.test))
+    assert not trained & held
+    assert len(trained | held) == 40
+    assert torch.bincount(made.test.labels).tolist() == [40 * share] * 4
 
 
 # ---- Spectrograms ---------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from hydra import initialize_config_dir
 from PIL import Image
 
 from conftest import ROOT, AtUpdate, Train, train_in
-from l2bn.data.folder import image_folder
+from l2bn.data.folder import CONTENTS, _content, image_folder
 from l2bn.data.imagenet import imagenet
 from l2bn.data.splits import digest
 from l2bn.errors import UserError
@@ -208,6 +208,28 @@ def test_a_published_set_that_is_not_whole_says_so_and_loses_its_baseline(
     assert "has 16 training and 16 test images in 2 classes; here are 15 and 16 in 2" in caplog.text
     (root / "train/b/0.bmp").unlink()
     assert read() == ("Gray, 14 and 16 images", None)
+
+
+def test_other_pixels_than_the_official_ones_have_no_published_accuracy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the names of files and classes and their order."""
+
+    def read(name: str) -> tuple[str, str | None]:
+        splits = image_folder(str(tmp_path / name), cache=str(tmp_path / "cache"), baseline="own", **GRAY)
+        return splits.label, splits.baseline
+
+    draw(tmp_path / "official")
+    arrays = image_folder(str(tmp_path / "official"), cache=str(tmp_path / "cache"), **GRAY)
+    monkeypatch.setitem(CONTENTS, "own", _content([arrays.train, arrays.test]))
+    assert read("official") == ("Gray", "own")
+    shutil.copytree(tmp_path / "official", tmp_path / "renamed")
+    for part in ("train", "test"):
+        (tmp_path / "renamed" / part / "a").rename(tmp_path / "renamed" / part / "z")
+    assert read("renamed") == ("Gray", "own")
+    shutil.copytree(tmp_path / "official", tmp_path / "other")
+    (tmp_path / "other/train/a/0.bmp").rename(tmp_path / "other/train/b/of a.bmp")
+    assert read("other") == ("Gray, other pixels", None)
 
 
 @pytest.mark.slow

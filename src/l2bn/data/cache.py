@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 Arrays = list[npt.NDArray[Any]]
 T = TypeVar("T")
 
-FORMAT = "2"  # raise it when the same sources give other arrays
+FORMAT = "3"  # raise it when the same sources give other arrays
 DAY = 24 * 60 * 60  # seconds; a temporary file that nobody has written to for so long is left from a killed process
 
 
@@ -162,6 +162,8 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
     try:
         with temporary.open("xb") as stream:
             yield stream
+            stream.flush()
+            os.fsync(stream.fileno())  # a rename may reach the disk before the content does
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)

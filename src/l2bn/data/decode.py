@@ -7,12 +7,13 @@ from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from l2bn.data.cache import tracked
 from l2bn.errors import UserError
@@ -23,24 +24,49 @@ T = TypeVar("T")
 CHUNK = 16  # images that a decoding process takes at a time
 WORTH_A_PROCESS = 64  # images
 BITS_PER_SAMPLE, LARGEST_VALUE = 258, 281  # tags of TIFF
+ORIENTATION = ExifTags.Base.Orientation
+LEAST_FILLED = 64  # bytes of zeros at a file's end
 DIM = 4096  # a 16-bit image that stays below holds at most 12 bits of its 16: it would be nearly black
 
 
-def read_rgb(source: Path | bytes | bytearray, name: str) -> Image.Image:
+def read_rgb(source: Path | bytes | bytearray, name: str, *, upright: bool = False) -> Image.Image:
     """Decode a file or its bytes: grayscale repeated, CMYK converted, 16 bits scaled to 8, transparency on white.
 
+    upright: turn the image as its EXIF orientation says, which cameras leave to the viewer.
     Raises `UserError` with `name` if it is damaged, cut short, no image, or has a range that it does not state.
     """
     try:
-        with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
+        content = source.read_bytes() if isinstance(source, Path) else bytes(source)
+        if _is_zero_filled(content):
+            raise ValueError("its end is filled with zeros")
+        with Image.open(io.BytesIO(content)) as image:
             wide = any(re.search(";16[BLN]", str(tile[-1])) for tile in image.tile)  # of which Pillow keeps 8 bits
             image.load()
-            return _to_rgb(image, wide)
+            return _upright(_to_rgb(image, wide), image) if upright else _to_rgb(image, wide)
     except FileNotFoundError:
         raise UserError(f"{name}: the file is gone; it existed when its folder was listed") from None
     # Pillow's decoders report damage by all of these.
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise UserError(f"{name}: cannot be decoded ({error}); replace the file") from error
+
+
+def _upright(decoded: Image.Image, image: Image.Image) -> Image.Image:
+    exif = Image.Exif()
+    with suppress(OSError, SyntaxError, ValueError, EOFError, struct.error):  # a damaged tag turns nothing
+        exif[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
+        decoded.info["exif"] = exif.tobytes()
+        return ImageOps.exif_transpose(decoded)
+    return decoded
+
+
+def _is_zero_filled(content: bytes) -> bool:
+    """Tell whether a broken download left zeros for the rest, which decoders take for gray or black."""
+    end = content.rstrip(b"\0")
+    if len(content) - len(end) < LEAST_FILLED:
+        return False
+    if content[:2] == b"\xff\xd8":  # JPEG: no end of the image behind its last scan
+        return end.rfind(b"\xff\xd9") < end.rfind(b"\xff\xda")
+    return content[8:12] == b"WEBP" and len(end) + LEAST_FILLED <= 8 + int.from_bytes(content[4:8], "little")
 
 
 def _to_rgb(image: Image.Image, wide: bool) -> Image.Image:

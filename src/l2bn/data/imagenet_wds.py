@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 # divides LANES therefore splits the shards among the workers, and any number makes the same batches.
 LANES = 24
 WINDOW = 4  # shards of a lane whose samples are shuffled together
+PADDING = 2**20  # bytes of zeros that a tar file may end in; tools write 10 KiB
 MOST_CLASSES = 10**6
 UNEVEN = 0.1  # squared relative deviation of the classes' shares from shard to shard that a batch may have
 
@@ -296,7 +297,14 @@ def _samples(file: Path) -> list[tuple[int, int, int, bytes]]:
                         "pack it again with a key for each sample"
                     )
                 parts[f".{kind.lower()}"] = member
+            _check_end(file, tar)
             for key, parts in found.items():
+                unread = next((kind for kind in parts if kind.endswith(".cls") and kind != ".cls"), None)
+                if unread is not None:
+                    raise UserError(
+                        f"{file}: {key}{unread} is the class of no sample, because the name of a sample ends at "
+                        "its first dot; pack it again under names without other dots"
+                    )
                 image = next((parts[suffix] for suffix in IMAGES.suffixes if suffix in parts), None)
                 label = tar.extractfile(parts[".cls"]) if ".cls" in parts else None
                 if image is None and label is None:
@@ -319,3 +327,18 @@ def _samples(file: Path) -> list[tuple[int, int, int, bytes]]:
     if not samples:
         raise UserError(f"no samples in {file}; remove the file or pack it anew")
     return samples
+
+
+def _check_end(file: Path, tar: tarfile.TarFile) -> None:
+    """Raise UserError unless a shard that was read to its end ends as a tar file does, in a block of zeros.
+
+    tarfile takes a damaged header for the end, and so the first block of zeros between two files in one.
+    """
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    rest = tar.fileobj.read(PADDING + 1)
+    if not tarfile.BLOCKSIZE <= len(rest) <= PADDING or rest.strip(b"\0"):
+        raise UserError(
+            f"{file} is cut short or damaged after {len(tar.getmembers()):,} files, or is several tar files in "
+            "one: fetch it or pack it again"
+        )

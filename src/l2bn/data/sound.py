@@ -154,7 +154,10 @@ def esc50(
         whole = (whole[0], whole[1] - whole[2], whole[2])
     variant += [f"from {ending} files" for ending in sorted({Path(name).suffix for name in clips.names} - {".wav"})]
     train = clips.select((folds != fold) & (folds != (fold if leave_out is None else leave_out)))
-    return _make_splits(train, clips.select(folds == fold), whole=whole, variant=", ".join(variant), **common)
+    recordings = [Path(name).name.partition("-")[2].partition("-")[0] for name in train.names]  # behind the fold
+    return _make_splits(
+        train, clips.select(folds == fold), recordings, whole=whole, variant=", ".join(variant), **common
+    )
 
 
 def tau2020(root: str, spectrogram: LogMel, cache: str | None = None, **common: Unpack[Common]) -> Splits:
@@ -169,7 +172,11 @@ def tau2020(root: str, spectrogram: LogMel, cache: str | None = None, **common: 
     train, test = (_rows(table, *names, delimiter="\t") for table in tables)
     clips = _read_clips(_listed([*train, *test], "scene_label", tables[0]), spectrogram, cache)
     trained = torch.arange(len(clips.names)) < len(train)
-    return _make_splits(clips.select(trained), clips.select(~trained), whole=(10, 13_965, 2_970), **common)
+    places = [Path(name).name.split("-")[:3] for name in clips.names[: len(train)]]  # scene, city, location
+    recordings = ["-".join(place) for place in places]
+    return _make_splits(
+        clips.select(trained), clips.select(~trained), recordings, whole=(10, 13_965, 2_970), **common
+    )
 
 
 def sound_folder(
@@ -185,7 +192,7 @@ def sound_folder(
     trees = list_parts(folder, train, test, common, SOUND)
     clips = [_read_clips(tree, spectrogram, cache) for tree in trees]
     common["label"] = label_of(folder, common.get("label"))
-    return _make_splits(clips[0], clips[-1], **common)
+    return _make_splits(clips[0], clips[-1], None, **common)
 
 
 def _rows(
@@ -251,7 +258,11 @@ class _Clips:
         return _Clips(self.images.select(places), self.classes, names, contents)
 
 
-def _make_splits(train: _Clips, test: _Clips, **options: Any) -> Splits:
+def _make_splits(train: _Clips, test: _Clips, recordings: Sequence[str] | None, **options: Any) -> Splits:
+    """recordings: of each training clip, its recording or place; a validation split holds out whole ones."""
+    if recordings is not None:
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(recordings))}
+        options["groups"] = torch.tensor([numbers[name] for name in recordings])
     parts: list[str | Tensor] = []
     for clips in (train, test):
         parts += [*clips.names, *clips.contents, clips.images.labels]

@@ -7,7 +7,8 @@ import hashlib
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self, TypedDict, Unpack
 
@@ -156,6 +157,7 @@ def make_splits(
     whole: tuple[int, int, int] | None = None,
     intact: bool = True,
     variant: str = "",
+    groups: Tensor | None = None,
     **common: Unpack[Common],
 ) -> Splits:
     """The data set after its common choices.
@@ -163,7 +165,8 @@ def make_splits(
     files: digest over the files that the images come from (`Fingerprint`). Without one, the pixels in memory or the
     labels stand for them. whole: classes, training and test images of the published data set; None: those of
     `PUBLISHED`, if the label or the baseline occurs there. intact: False if checksums show that the files are not
-    the published ones. variant: what was done to the images.
+    the published ones. variant: what was done to the images. groups: (training images,), a number for each;
+    `validation` holds out whole groups, as the clips of one recording, which are alike.
 
     With `validation`, the held-out share is taken first and `subset` from what remains, so that it is the same for
     every subset. These choices, a variant, and a data set that is not the whole published one are added to the
@@ -172,11 +175,11 @@ def make_splits(
 
     Raises `UserError` for a choice that the data cannot fulfil.
     """
-    untrained = sorted(set(test.labels.tolist()) - set(train.labels.tolist()))
+    untrained = _untrained(train, test, classes)
     if untrained:
-        name = classes[untrained[0]] if classes else untrained[0]
         raise UserError(
-            f"classes differ: the class {name} has test images and no training images; add some, or remove it"
+            f"classes differ: the class {untrained[0]} has test images and no training images; "
+            "add some, or remove it"
         )
     fingerprint = _fingerprint(train, test, files)
     label, baseline = common.get("label") or "", common.get("baseline")
@@ -203,13 +206,28 @@ def make_splits(
                 "give a share that leaves images on both sides"
             )
         order = stratified_order(train.labels, "validation")
-        train, test = train.select(order[count:].sort().values), train.select(order[:count].sort().values, test)
+        held = torch.arange(len(order)) < count
+        if groups is not None:
+            held = _held_out(train.labels, groups, order, count)
+            if held.all() or not held.any():
+                raise UserError(
+                    f"dataset.validation={validation} would hold out {int(held.sum())} of {len(held)} training "
+                    "clips, because the clips of one recording stay together; give another share"
+                )
+        train, test = train.select(order[~held].sort().values), train.select(order[held].sort().values, test)
         label += f", validation {validation:g}"
     if subset is not None:
         if not 1 <= subset <= len(train):
             raise UserError(f"dataset.subset={subset}: give a number from 1 to {len(train)} (training images)")
         train = train.select(stratified_order(train.labels, "subset")[:subset].sort().values)
         label += f", {subset:,} images"
+    untrained = _untrained(train, test, classes)
+    if untrained:
+        given = f"dataset.validation={validation:g}" if subset is None else f"dataset.subset={subset}"
+        raise UserError(
+            f"{given} leaves {len(untrained)} of {num_classes} classes without training images, {untrained[0]} "
+            "among them, which are tested: keep more training images"
+        )
     if whole is None and (known := _known(train, test)):
         log.warning(
             "%s: %s of %s test images are training images too, pixel for pixel, and accuracy counts them as if "
@@ -231,6 +249,24 @@ def make_splits(
         fingerprint=fingerprint,
         classes=classes,
     )
+
+
+def _untrained(train: Split, test: Split, classes: Sequence[str]) -> list[str]:
+    """Return the classes, by name or number, that have test images and no training images."""
+    numbers = sorted(set(test.labels.tolist()) - set(train.labels.tolist()))
+    return [classes[number] if classes else str(number) for number in numbers]
+
+
+def _held_out(labels: Tensor, groups: Tensor, order: Tensor, count: int) -> Tensor:
+    """Return which places of a stratified order to hold out: whole groups, about `count` images in all."""
+    sizes = Counter(groups.tolist())
+    room = torch.bincount(labels[order[:count]], minlength=int(labels.max()) + 1).tolist()  # by class
+    held: set[int] = set()
+    for group, label in zip(groups[order].tolist(), labels[order].tolist(), strict=True):
+        if group not in held and sizes[group] <= room[label]:
+            held.add(group)
+            room[label] -= sizes[group]
+    return torch.tensor([group in held for group in groups[order].tolist()])
 
 
 def _is_whole(train: Split, test: Split, num_classes: int, whole: tuple[int, int, int]) -> bool:
