@@ -56,7 +56,7 @@ def test_a_data_set_makes_batches(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_data_set_offers_subset_and_validation(name: str, tmp_path: Path) -> None:
     """A subset that leaves a class that is tested untrained is refused."""
-    overrides = [*write(name, tmp_path, train=400), "dataset.validation=0.5"]  # two a side of each class of CIFAR-100
+    overrides = [*write(name, tmp_path, train=400), "dataset.validation=0.5"]  # of CIFAR-100, two of each class
     trained = len(build(name, overrides).train)
     size = trained - 1 if trained > 8 else 8
     splits = build(name, [*overrides, f"dataset.subset={size}"])
