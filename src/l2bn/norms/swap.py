@@ -40,6 +40,22 @@ def swap_norm(model: nn.Module, norm: str | Norm) -> int:
             no registered module, such as a list, where the old layer would stay.
         In both cases nothing is changed.
     """
+    layers = replacements(model, norm)
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in layers:
+                setattr(parent, name, layers[child])
+    logger.info(
+        "%s: %d batch norm layers now are %s",
+        type(model).__name__,
+        len(layers),
+        ", ".join(sorted({type(layer).__name__ for layer in layers.values()})),
+    )
+    return len(layers)
+
+
+def replacements(model: nn.Module, norm: str | Norm) -> dict[nn.Module, nn.Module]:
+    """Return what `swap_norm` would put in the place of each batch norm layer; raises as it does."""
     convert = _named(norm) if isinstance(norm, str) else norm
     layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
     if not layers:
@@ -49,24 +65,15 @@ def swap_norm(model: nn.Module, norm: str | Norm) -> int:
         )
     if model in layers:
         raise ValueError(f"the model is itself a {type(model).__name__}, which nothing holds: convert it")
+    found: dict[nn.Module, nn.Module]
     if "last" in inspect.signature(convert).parameters:
         if isinstance(convert, functools.partial) and "last" in convert.keywords:
             raise ValueError("last can't be set: the swap finds the last batch norm layer; leave it out")
-        replacements = {layer: convert(layer, last=layer is layers[-1]) for layer in layers}
+        found = {layer: convert(layer, last=layer is layers[-1]) for layer in layers}
     else:
-        replacements = {layer: convert(layer) for layer in layers}
-    _refuse_other_references(model, {layer for layer, other in replacements.items() if other is not layer})
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child in replacements:
-                setattr(parent, name, replacements[child])
-    logger.info(
-        "%s: %d batch norm layers now are %s",
-        type(model).__name__,
-        len(layers),
-        ", ".join(sorted({type(layer).__name__ for layer in replacements.values()})),
-    )
-    return len(layers)
+        found = {layer: convert(layer) for layer in layers}
+    _refuse_other_references(model, {layer for layer, other in found.items() if other is not layer})
+    return found
 
 
 def _refuse_other_references(model: nn.Module, replaced: set[nn.Module]) -> None:

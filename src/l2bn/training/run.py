@@ -15,7 +15,7 @@ from l2bn.data.loader import check_batch_size
 from l2bn.data.splits import Splits
 from l2bn.errors import UserError
 from l2bn.failures import describe, note_failure
-from l2bn.norms.swap import norm_layers, swap_norm
+from l2bn.norms.swap import norm_layers, replacements, swap_norm
 from l2bn.norms.sync import counterparts
 from l2bn.records import CONFIG, SUMMARY, Fingerprint, InvalidRecordError, Record
 from l2bn.seeding import derive_seed, seed_global
@@ -39,6 +39,9 @@ from l2bn.training.plan import (
 from l2bn.training.session import BuiltRun, launch
 
 log = logging.getLogger(__name__)
+
+OURS = ("l2bn.norms.", *(f"l2bn.backbones.{name}." for name in ("resnet", "vgg", "shufflenetv2", "mobilenetv2")))
+"""Networks and norms that can be built before a sweep, without a device."""
 
 PARTS = {"recipe": Recipe, "compute": Compute, "checkpoint": CheckpointPolicy, "analysis": AnalysisPolicy}
 """The nodes without a `_target_`, and what each describes."""
@@ -164,17 +167,33 @@ def _fingerprint(planned: PlannedRun) -> Fingerprint | None:
     return splits.fingerprint
 
 
-def check(planned: PlannedRun) -> None:
-    """Check a run's configuration without its data, its network and its machine. Raises UserError."""
+def check(planned: PlannedRun, tried: set[str] | None = None) -> None:
+    """Check a run's configuration without its data and its machine. Raises UserError.
+
+    tried: networks with their norms that other runs have had checked; this run's is added.
+    """
     config, builder = planned.config, planned.builder
     for name, kind in PARTS.items():
         if kind is Compute:  # this machine may lack the devices of the job's
             builder.fit(kind, config[name], name)
         else:
             builder.call(kind, config[name], name)
-    builder.build(config["norm"], "norm", functools.partial)
+    norm = builder.build(config["norm"], "norm", functools.partial)
     builder.check(config["dataset"], "dataset")
-    builder.check({**config["backbone"], "num_classes": 2}, "backbone")
+    backbone = {**config["backbone"], "num_classes": 2}
+    builder.check(backbone, "backbone")
+    network = yaml.safe_dump([backbone, config["norm"]])
+    # A network of the user's own or of a library may need its files, or no device but a real one.
+    ours = all(node["_target_"].startswith(OURS) for node in (backbone, config["norm"]))
+    if ours and (tried is None or network not in tried):
+        with torch.device("meta"):
+            model = builder.build(backbone, "backbone", nn.Module)
+        try:
+            replacements(model, norm)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"norm: {error}") from error
+        if tried is not None:
+            tried.add(network)
 
 
 def build_run(planned: PlannedRun) -> BuiltRun:

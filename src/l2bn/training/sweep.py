@@ -49,9 +49,10 @@ def run_sweep(runs: Sequence[PlannedRun], launch: Launch) -> int:
     ended_before = {status.run.folder for status in before if status.ended}
     todo = [run for run in runs if run.folder not in ended_before]
     check_ended((Record.read(status.run.folder), status.run) for status in before if status.ended)
+    tried: set[str] = set()
     for run in todo:
         try:
-            check(run)
+            check(run, tried)
         except UserError as error:
             raise UserError(f"{run.cell}: {error}") from error
     for folder in dict.fromkeys(Path(run.config["runs_dir"]) for run in todo):
