@@ -29,6 +29,7 @@ import test_data_folder
 import test_data_imagenet
 import test_data_imagenet_wds
 import test_data_loader
+import test_data_sets
 import test_data_sound
 import test_data_splits
 import test_divergence
@@ -240,6 +241,23 @@ PROMISES_ON_IMAGES: dict[str, list[Callable[..., Any]]] = {
         test_data_loader.test_one_class_is_refused,
         test_data_imagenet_wds.test_classes_without_training_images_are_refused,
         test_data_splits.test_a_class_without_training_images_is_refused,
+    ],
+    "`subset` or `validation` leaves a class that is tested without training images": [
+        test_data_sets.test_a_data_set_offers_subset_and_validation,
+    ],
+    "zeros stand for the rest of a broken download (JPEG, WebP); a shard is cut, damaged or several in one": [
+        test_data_decode.test_a_download_that_was_broken_off_is_named,
+        test_data_imagenet_wds.test_a_truncated_shard_is_named,
+        test_data_imagenet_wds.test_a_damaged_shard_loses_no_samples_in_silence,
+    ],
+    "a photograph is stored lying, with an EXIF orientation": [
+        test_data_decode.test_a_photograph_is_turned_as_its_camera_says_where_that_is_asked,
+    ],
+    "a folder of CIFAR-100 has other pixels than the official files (re-encoded, resized)": [
+        test_fingerprint.test_other_pixels_than_the_official_ones_have_no_published_accuracy,
+    ],
+    "clips of one recording (ESC-50) or place (TAU) are alike": [
+        test_data_sound.test_validation_holds_out_whole_recordings,
     ],
     "test images are copies of training images": [
         test_data_splits.test_test_images_that_are_training_images_are_counted_in_the_label,

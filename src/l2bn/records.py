@@ -440,9 +440,13 @@ MACHINE_PATHS = frozenset({"root", "devkit", "cache"})  # of a data set
 def without_machine_paths(config: Mapping[str, Any]) -> dict[str, Any]:
     """The content of `config.yaml` without the places on the machine."""
     kept = {key: value for key, value in config.items() if key != "runs_dir"}
-    if isinstance(kept.get("dataset"), dict):
-        kept["dataset"] = {key: value for key, value in kept["dataset"].items() if key not in MACHINE_PATHS}
-    return kept
+    return kept | ({"dataset": _without_paths(kept["dataset"])} if "dataset" in kept else {})
+
+
+def _without_paths(node: Any) -> Any:
+    if not isinstance(node, dict):
+        return node
+    return {key: _without_paths(value) for key, value in node.items() if key not in MACHINE_PATHS}
 
 
 def publish(folder: Path, destination: Path) -> Path:

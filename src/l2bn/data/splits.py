@@ -170,8 +170,9 @@ def make_splits(
 
     With `validation`, the held-out share is taken first and `subset` from what remains, so that it is the same for
     every subset. These choices, a variant, and a data set that is not the whole published one are added to the
-    label and drop the baseline: no published accuracy belongs beside theirs. So is the number of test images that
-    are training images too, in a data set that is not published.
+    label and drop the baseline: no published accuracy belongs beside theirs. So are the number of classes that they
+    leave without training images, and of test images that are training images too in a data set that is not
+    published.
 
     Raises `UserError` for a choice that the data cannot fulfil.
     """
@@ -221,13 +222,13 @@ def make_splits(
             raise UserError(f"dataset.subset={subset}: give a number from 1 to {len(train)} (training images)")
         train = train.select(stratified_order(train.labels, "subset")[:subset].sort().values)
         label += f", {subset:,} images"
-    untrained = _untrained(train, test, classes)
-    if untrained:
-        given = f"dataset.validation={validation:g}" if subset is None else f"dataset.subset={subset}"
-        raise UserError(
-            f"{given} leaves {len(untrained)} of {num_classes} classes without training images, {untrained[0]} "
-            "among them, which are tested: keep more training images"
+    if untrained := _untrained(train, test, classes):
+        log.warning(
+            "%s: %s of %s classes have test images and no training images, %s among them, and are always answered "
+            "wrong. The label says so; take a larger dataset.subset or a smaller dataset.validation",
+            *(label, len(untrained), num_classes, untrained[0]),
         )
+        label += f", {len(untrained)} of {num_classes} classes untrained"
     if whole is None and (known := _known(train, test)):
         log.warning(
             "%s: %s of %s test images are training images too, pixel for pixel, and accuracy counts them as if "
