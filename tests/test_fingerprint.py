@@ -17,9 +17,9 @@ from hydra import initialize_config_dir
 from PIL import Image
 
 from conftest import ROOT, AtUpdate, Train, train_in
-from l2bn.data.folder import CONTENTS, _content, image_folder
+from l2bn.data.folder import image_folder
 from l2bn.data.imagenet import imagenet
-from l2bn.data.splits import digest
+from l2bn.data.splits import CONTENTS, PUBLISHED, _contents, digest
 from l2bn.errors import UserError
 from l2bn.records import SUMMARY, InvalidRecordError, Record, publish
 from l2bn.training.existing import analyze, evaluate_run
@@ -221,14 +221,15 @@ def test_other_pixels_than_the_official_ones_have_no_published_accuracy(
 
     draw(tmp_path / "official")
     arrays = image_folder(str(tmp_path / "official"), cache=str(tmp_path / "cache"), **GRAY)
-    monkeypatch.setitem(CONTENTS, "own", _content([arrays.train, arrays.test]))
+    monkeypatch.setitem(PUBLISHED, "own", (2, 16, 16))
+    monkeypatch.setitem(CONTENTS, "own", _contents(arrays.train, arrays.test))
     assert read("official") == ("Gray", "own")
     shutil.copytree(tmp_path / "official", tmp_path / "renamed")
     for part in ("train", "test"):
         (tmp_path / "renamed" / part / "a").rename(tmp_path / "renamed" / part / "z")
     assert read("renamed") == ("Gray", "own")
     shutil.copytree(tmp_path / "official", tmp_path / "other")
-    (tmp_path / "other/train/a/0.bmp").rename(tmp_path / "other/train/b/of a.bmp")
+    swap(tmp_path / "other/train/a/0.bmp", tmp_path / "other/train/b/0.bmp")
     assert read("other") == ("Gray, other pixels", None)
 
 

@@ -262,10 +262,12 @@ def files_under(root: Path, pattern: str) -> list[Path]:
     found = []
     for folder, folders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
-        folders[:] = [] if real in seen else sorted(folders)
-        if real not in seen:
-            found += [Path(folder, name) for name in fnmatch.filter(files, pattern)]
+        if real in seen:
+            folders.clear()
+            continue
         seen.add(real)
+        folders.sort()
+        found += [Path(folder, name) for name in fnmatch.filter(files, pattern)]
     return sorted(found)
 
 

@@ -119,11 +119,8 @@ def run(arguments: argparse.Namespace) -> None:
         print(
             f"{network:13} {layout:14} {caller:9} BN {times['bn'] * 1e3:7.1f} ms   naive "
             f"{times['naive'] / times['bn']:5.2f}   fused {times['fused'] / times['bn']:5.2f}   "
-            + (
-                f"memory {memory['naive'] / memory['bn']:5.3f} and {memory['fused'] / memory['bn']:5.3f}"
-                if memory
-                else ""
-            ),
+            + " and ".join(f"{memory[norm] / memory['bn']:5.3f}" for norm in ("naive", "fused") if memory)
+            + (" of the memory" if memory else ""),
             flush=True,
         )
     result: Result = {"benchmark": "step", "machine": describe_environment(device), "rows": rows}

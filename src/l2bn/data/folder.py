@@ -4,10 +4,9 @@ Every image is decoded once, in parallel, into a cache: one file of uint8 arrays
 the tree has changed. It also holds the digest of the files' contents.
 """
 
-import hashlib
 import logging
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -27,9 +26,6 @@ from l2bn.data.splits import Common, Images, Splits, check_image_size, digest, m
 from l2bn.errors import UserError
 
 log = logging.getLogger(__name__)
-
-CONTENTS = {"cifar100": "a68833fedbf5a4532486bcfce4491844"}
-"""`_content` of data sets whose published accuracies may stand beside those on a folder of images, by baseline."""
 
 
 @dataclass(frozen=True)
@@ -87,31 +83,9 @@ def image_folder(
             "set dataset.image_size"
         )
     common["label"] = label_of(folder, common.get("label"))
-    variant = ""
-    official = CONTENTS.get(common.get("baseline") or "")
-    if official is not None and official != _content(splits):
-        variant = "other pixels"
-        log.warning(
-            "%s has other pixels than the official files of %s: re-encoded, resized or in other classes. The label "
-            "says so, and no published accuracy will stand beside the result",
-            *(folder, common["label"]),
-        )
     whole = None if counts is None else (counts[0], counts[0] * counts[1], counts[0] * counts[2])
     classes = trees[0].classes
-    return make_splits(
-        splits[0], splits[-1], len(classes), sizes[0], classes, files=files, whole=whole, variant=variant, **common
-    )
-
-
-def _content(splits: Sequence[Images]) -> str:
-    """A digest over the images of each class, whatever the order of images and the names of files and classes."""
-    parts = []
-    for split in splits:
-        classes: dict[int, list[bytes]] = defaultdict(list)
-        for image, label in zip(split.images, split.labels.tolist(), strict=True):
-            classes[label].append(hashlib.blake2b(image.contiguous().numpy().data, digest_size=16).digest())
-        parts += sorted(b"".join(sorted(images)) for images in classes.values())
-    return digest(parts)
+    return make_splits(splits[0], splits[-1], len(classes), sizes[0], classes, files=files, whole=whole, **common)
 
 
 def label_of(folder: Path, label: str | None) -> str:

@@ -155,9 +155,8 @@ def esc50(
     variant += [f"from {ending} files" for ending in sorted({Path(name).suffix for name in clips.names} - {".wav"})]
     train = clips.select((folds != fold) & (folds != (fold if leave_out is None else leave_out)))
     recordings = [Path(name).name.partition("-")[2].partition("-")[0] for name in train.names]  # behind the fold
-    return _make_splits(
-        train, clips.select(folds == fold), recordings, whole=whole, variant=", ".join(variant), **common
-    )
+    test = clips.select(folds == fold)
+    return _make_splits(train, test, recordings, whole=whole, variant=", ".join(variant), **common)
 
 
 def tau2020(root: str, spectrogram: LogMel, cache: str | None = None, **common: Unpack[Common]) -> Splits:
@@ -172,11 +171,10 @@ def tau2020(root: str, spectrogram: LogMel, cache: str | None = None, **common: 
     train, test = (_rows(table, *names, delimiter="\t") for table in tables)
     clips = _read_clips(_listed([*train, *test], "scene_label", tables[0]), spectrogram, cache)
     trained = torch.arange(len(clips.names)) < len(train)
-    places = [Path(name).name.split("-")[:3] for name in clips.names[: len(train)]]  # scene, city, location
-    recordings = ["-".join(place) for place in places]
-    return _make_splits(
-        clips.select(trained), clips.select(~trained), recordings, whole=(10, 13_965, 2_970), **common
-    )
+    # The names begin with scene, city and location.
+    places = ["-".join(Path(name).name.split("-")[:3]) for name in clips.names[: len(train)]]
+    parts = clips.select(trained), clips.select(~trained)
+    return _make_splits(*parts, places, whole=(10, 13_965, 2_970), **common)
 
 
 def sound_folder(
@@ -192,7 +190,7 @@ def sound_folder(
     trees = list_parts(folder, train, test, common, SOUND)
     clips = [_read_clips(tree, spectrogram, cache) for tree in trees]
     common["label"] = label_of(folder, common.get("label"))
-    return _make_splits(clips[0], clips[-1], None, **common)
+    return _make_splits(clips[0], clips[-1], **common)
 
 
 def _rows(
@@ -258,7 +256,7 @@ class _Clips:
         return _Clips(self.images.select(places), self.classes, names, contents)
 
 
-def _make_splits(train: _Clips, test: _Clips, recordings: Sequence[str] | None, **options: Any) -> Splits:
+def _make_splits(train: _Clips, test: _Clips, recordings: Sequence[str] | None = None, **options: Any) -> Splits:
     """recordings: of each training clip, its recording or place; a validation split holds out whole ones."""
     if recordings is not None:
         numbers = {name: number for number, name in enumerate(dict.fromkeys(recordings))}

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self, TypedDict, Unpack
@@ -29,6 +29,9 @@ PUBLISHED = {
     **dict.fromkeys(("ImageNet", "imagenet"), (1_000, 1_281_167, 50_000)),
     "Imagenette (128 pixels)": (10, 9_469, 3_925),
 }
+
+# `_contents` of the official files, by baseline, where folders of converted images are common.
+CONTENTS = {"cifar100": "a68833fedbf5a4532486bcfce4491844"}
 
 # A subset and a validation split are part of the data set, not of a run: every seed trains on the same images.
 SPLIT_SEED = 0
@@ -194,6 +197,13 @@ def make_splits(
             *(label, *(f"{number:,}" for number in (*whole[1:], whole[0], len(train), len(test), num_classes))),
         )
         label, baseline = f"{label}, {len(train):,} and {len(test):,} images", None
+    elif baseline in CONTENTS and CONTENTS[baseline] != _contents(train, test):
+        log.warning(
+            "%s has other pixels than the official files: re-encoded, resized or in other classes. The label says "
+            "so, and no published accuracy will stand beside the result",
+            label,
+        )
+        label, baseline = f"{label}, other pixels", None
     if variant:
         label, baseline = f"{label}, {variant}", None
     subset, validation = common.get("subset"), common.get("validation", 0.0)
@@ -291,6 +301,19 @@ def _known(train: Split, test: Split) -> int:
 
 def _content(image: Tensor) -> bytes:
     return hashlib.blake2b(image.contiguous().numpy().data, digest_size=16).digest()
+
+
+def _contents(*splits: Split) -> str | None:
+    """A digest over the images of each class, whatever the order of images and classes; None for images on disk."""
+    parts = []
+    for split in splits:
+        if not isinstance(split, Images):
+            return None
+        classes: dict[int, list[bytes]] = defaultdict(list)
+        for image, label in zip(split.images, split.labels.tolist(), strict=True):
+            classes[label].append(_content(image))
+        parts += sorted(b"".join(sorted(images)) for images in classes.values())
+    return digest(parts)
 
 
 def _fingerprint(train: Split, test: Split, files: str | None) -> Fingerprint:

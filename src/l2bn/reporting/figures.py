@@ -168,12 +168,15 @@ def _panels(width: float, height: float, rows: int = 1, columns: int = 2, **shar
     return figure, list(figure.subplots(rows, columns, squeeze=False, **shared).flatten())
 
 
-def _finish(figure: Figure, text: str) -> None:
-    """Horizontal grid lines behind the curves of each panel, and a title above all."""
+def _finish(figure: Figure, text: str, band: str = "", seeds: Iterable[int] = ()) -> None:
+    """Horizontal grid lines behind the curves of each panel, and a title above all.
+
+    band: what the bands show, named in the title if one of the numbers of seeds gives a band.
+    """
     for axes in figure.axes:
         axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
         axes.set_axisbelow(True)
-    _title(figure, text)
+    _title(figure, text + (f"; band: {band} over seeds" if any(n > 1 for n in seeds) else ""))
 
 
 def _title(figure: Figure, text: str) -> None:
@@ -222,9 +225,8 @@ def curves(comparisons: Sequence[Comparison], found: Curves) -> Figure:
             panel.set_xlabel("epoch")
     for panel in panels[len(comparisons) :]:
         panel.set_axis_off()
-    several = any(len(arm.of()) > 1 for comparison in comparisons for arm in comparison.arms)
     named = ": ".join([comparisons[0].label, *(shared if len(shared) == 1 else ())])
-    _finish(figure, named + ("; band: ± std over seeds" if several else ""))
+    _finish(figure, named, "± std", (len(arm.of()) for comparison in comparisons for arm in comparison.arms))
     return figure
 
 
@@ -395,8 +397,7 @@ def norms_by_depth(pair: Comparison) -> Figure:
     hollow_key = Line2D([], [], color=GREY, linestyle="", marker="o", markerfacecolor="white", markersize=3)
     labels = [*(handle.get_label() for handle in handles), "between classes"]
     panels[0].legend([*handles, hollow_key], labels, handlelength=2.6)
-    band = "; band: ± std over seeds" if any(len(arm.features) > 1 for arm in pair.arms) else ""
-    _finish(figure, title(pair.label, pair.cell) + band)
+    _finish(figure, title(pair.label, pair.cell), "± std", (len(arm.features) for arm in pair.arms))
     return figure
 
 
@@ -431,8 +432,7 @@ def through_training(pair: Comparison) -> Figure:
     for panel in panels[2:]:
         panel.set_xlabel("epoch")
     panels[0].legend(handlelength=2.6)
-    band = "; band: ± std over seeds" if any(len(arm.features) > 1 for arm in pair.arms) else ""
-    _finish(figure, title(pair.label, pair.cell) + band)
+    _finish(figure, title(pair.label, pair.cell), "± std", (len(arm.features) for arm in pair.arms))
     return figure
 
 
@@ -571,6 +571,5 @@ def accuracy_over_updates(study: TrapStudy) -> Figure:
         panel.set_xlabel("updates")
         panel.legend(loc="lower right", handlelength=2.6, title=f"n = {study.norms[norm]}")
     panels[0].set_ylabel("test top-1 (%)")
-    band = "; band: range over seeds" if any(seeds > 1 for seeds in study.norms.values()) else ""
-    _finish(figure, title(study.label, study.cell) + band)
+    _finish(figure, title(study.label, study.cell), "range", study.norms.values())
     return figure

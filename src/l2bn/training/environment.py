@@ -9,9 +9,11 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import metadata
 from importlib.util import resolve_name
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -119,17 +121,20 @@ def _add_own(name: str, found: dict[str, Path]) -> None:
 
 def _imports(file: Path, package: str) -> Iterator[str]:
     """Yield the names of the modules that a Python file of a package may import, and of their packages."""
-    statements = ast.walk(ast.parse(file.read_bytes())) if file.suffix == ".py" else ()
+    try:
+        statements = list(ast.walk(ast.parse(file.read_bytes())))
+    except (SyntaxError, ValueError):  # a compiled module, or a file that was edited since it was imported
+        return
     for node in statements:
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and (package or not node.level):
-            base = resolve_name("." * node.level + (node.module or ""), package)
-            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.ImportFrom):
+            with suppress(ImportError):  # it leads out of its package
+                base = resolve_name("." * node.level + (node.module or ""), package)
+                names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
         for name in names:
-            parts = name.split(".")
-            yield from (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+            yield from accumulate(name.split("."), "{}.{}".format)
 
 
 def _earlier_starts(path: Path) -> list[dict[str, Any]]:

@@ -144,9 +144,10 @@ def check_ended(runs: Iterable[tuple[Record, PlannedRun]]) -> None:
     of the user's own is a warning.
     """
     found: dict[str, Fingerprint | None] = {}
+    tried: set[str] = set()
     for record, planned in runs:
         with contextlib.suppress(UserError):  # the code is gone
-            check(planned)  # imports it
+            check(planned, tried)  # imports it
             warn_of_other_source(record.folder, planned.config)
         if record.images is None:
             continue
@@ -185,15 +186,15 @@ def check(planned: PlannedRun, tried: set[str] | None = None) -> None:
     network = yaml.safe_dump([backbone, config["norm"]])
     # A network of the user's own or of a library may need its files, or no device but a real one.
     ours = all(node["_target_"].startswith(OURS) for node in (backbone, config["norm"]))
-    if ours and (tried is None or network not in tried):
+    tried = set() if tried is None else tried
+    if ours and network not in tried:
+        tried.add(network)
         with torch.device("meta"):
             model = builder.build(backbone, "backbone", nn.Module)
         try:
             replacements(model, norm)
         except (ValueError, TypeError) as error:
             raise UserError(f"norm: {error}") from error
-        if tried is not None:
-            tried.add(network)
 
 
 def build_run(planned: PlannedRun) -> BuiltRun:
