@@ -251,6 +251,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 
 @pytest.mark.cuda
 @needs_cuda
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # of torch 2.11's own compiler
 @pytest.mark.parametrize("compiler", [False, True, "graphs"])
 @pytest.mark.parametrize("norm", ["bn", "l2bn"])
 def test_a_gpu_has_the_losses_of_the_plain_loop(norm: str, compiler: bool | str) -> None:
@@ -287,6 +288,7 @@ def test_a_recorded_network_takes_the_steps_of_an_eager_one(
 
 @pytest.mark.cuda
 @needs_cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("precision", ["32-true", "tf32-mixed", "bf16-mixed", "16-mixed"])
 def test_the_host_never_waits_within_an_epoch(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("l2bn.training.loop.CHECK_EVERY", 3)

@@ -19,7 +19,12 @@ from torch.autograd import forward_ad
 logger = logging.getLogger(__name__)
 
 Fused = Literal["auto", "on", "off"]
-"""A layer's kernels: "auto", where a compiler works; "on", always, or the call fails; "off", the definition."""
+"""A layer's kernels: "auto", where a compiler works; "on", always, or the call fails; "off", the definition. With a
+torch before 2.15 a compiled model takes the definition in any case (`TRACED`)."""
+
+TRACED = torch.__version__ >= "2.15"
+"""Whether a compiled model takes the kernels' formulas into its graph. Their gradients are 0 there in torch 2.11, and
+graphs of open sizes do not compile in 2.12 to 2.14. Eager code is right with all of them."""
 
 DEVICES = ("cpu", "cuda")  # inductor's kernels are tested there, and float64 exists
 
@@ -56,7 +61,7 @@ def operators_must_be_seen(*tensors: Tensor) -> bool:
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()  # an exported graph shows the definition
+        return torch.compiler.is_exporting() or not TRACED  # an exported graph shows the definition
     return (
         any(type(t) not in (Tensor, nn.Parameter) for t in tensors)
         or any(map(torch._C._functorch.is_legacy_batchedtensor, tensors))  # autograd's own batched backward
