@@ -23,8 +23,8 @@ Fused = Literal["auto", "on", "off"]
 torch before 2.15 a compiled model takes the definition in any case (`TRACED`)."""
 
 TRACED = torch.__version__ >= "2.15"
-"""Whether a compiled model takes the kernels' formulas into its graph. Their gradients are 0 there in torch 2.11, and
-graphs of open sizes do not compile in 2.12 to 2.14. Eager code is right with all of them."""
+"""Whether a compiled model takes the kernels' formulas into its graph. In torch 2.11 their gradients
+are 0 there, and in 2.12 to 2.14 graphs of open sizes don't compile. Eager code is right in each."""
 
 DEVICES = ("cpu", "cuda")  # inductor's kernels are tested there, and float64 exists
 
