@@ -135,6 +135,15 @@ def test_many_data_sets_are_not_various_models(tmp_path: Path) -> None:
     assert verdict(tmp_path, 5)[0] == "not decided at this n"
 
 
+def test_options_of_a_network_make_no_other_network(tmp_path: Path) -> None:
+    for number, shift in enumerate((0.2, 0.3, 0.4)):
+        backbone = f"resnet20,dropout=0.{number}"
+        write_pairs(tmp_path, [90.0] * 3, [shift, shift + 0.1, shift - 0.1], backbone=backbone)
+    found, evidence = verdict(tmp_path, 5)
+    assert found == "not decided at this n"
+    assert "1 data set × backbone cell, 1 backbone." in evidence
+
+
 def test_models_lost_to_divergence_forbid_support(tmp_path: Path) -> None:
     write_grid(tmp_path, [0.2, 0.3, 0.4])
     write_run(tmp_path, backbone="net9", norm="l2bn", status="diverged")

@@ -228,6 +228,14 @@ def own_hook(model: nn.Module) -> None:
     model.register_forward_hook(lambda *_: None)
 
 
+def hook_before_backward(model: nn.Module) -> None:
+    model.register_full_backward_pre_hook(lambda *_: None)
+
+
+def hook_of_a_parameter(model: nn.Module) -> None:
+    next(model.parameters()).register_hook(lambda gradient: gradient / 2)
+
+
 def cumulative_statistics(model: nn.Module) -> None:
     swap_norm(model, lambda bn: nn.BatchNorm2d(bn.num_features, momentum=None))
 
@@ -239,6 +247,8 @@ def cumulative_statistics(model: nn.Module) -> None:
         (own_step, "BatchNorm2d"),
         (own_forward, "with a forward of its own"),
         (own_hook, "with hooks"),
+        (hook_before_backward, "with hooks"),
+        (hook_of_a_parameter, "Conv2d with hooks of its parameters"),
         (cumulative_statistics, "BatchNorm2d with momentum null"),
     ],
 )

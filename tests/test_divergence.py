@@ -63,6 +63,12 @@ def test_a_weight_that_reaches_no_loss(train: Train, at_update: AtUpdate) -> Non
     diverged(record, "layer1.0.bn1.bias is not finite after epoch 2", 1)
 
 
+def test_infinities_that_belong_to_a_network(train: Train, at_update: AtUpdate) -> None:
+    """Such as those of an attention's mask."""
+    at_update(1, lambda trainer: trainer.network.register_buffer("mask", torch.full((2, 2), -INFINITY)))
+    assert train(EPOCHS, *TINY).status == "finished"
+
+
 def test_the_last_update_of_a_run(train: Train, at_update: AtUpdate) -> None:
     """No loss follows on it that could tell."""
 

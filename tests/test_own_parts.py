@@ -1,5 +1,6 @@
 """A user's own parts from outside the repository: found wherever a run is planned, trained or opened."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -28,6 +29,19 @@ def data(**common):
 def network(num_classes: int, width: int = 8, **others: "not importable") -> nn.Module:
     layers = nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     return nn.Sequential(*layers, nn.Linear(width, num_classes))
+
+class Tokens(nn.Module):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv, self.bn, self.head = nn.Conv2d(3, 8, 4, 4), nn.BatchNorm1d(8), nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        tokens = self.conv(x).flatten(2).transpose(1, 2)
+        return self.head(self.bn(tokens.reshape(-1, 8)).view(tokens.shape).mean(1))
+
+def pooled(num_classes: int) -> nn.Module:
+    layers = nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(8)
+    return nn.Sequential(*layers, nn.Linear(8, num_classes))
 
 def convert(bn: nn.Module, limit: float) -> nn.Module:
     return nn.Sequential(nn.Hardtanh(-limit, limit), bn)
@@ -164,6 +178,26 @@ def test_own_parts_are_trained_and_opened_again(launcher: str, mine: Path, tmp_p
         replay(run, str(tmp_path / "third"))
     assert "Traceback" not in script("evaluate", run, code=1)
     assert not (tmp_path / "third").exists()
+
+
+@pytest.mark.parametrize(
+    ("network", "given", "said"),
+    [
+        ("Tokens", ["norm=bn"], ""),
+        ("Tokens", ["norm=l2bn"], "norm: 1 norm layers of this network, bn first, see a batch of tokens"),
+        ("Tokens", ["norm=bn", "analysis=on"], "analysis: 1 norm layers of this network"),
+        ("pooled", ["norm=bn", "recipe.batch_size=1"], "take a larger recipe.batch_size"),
+    ],
+)
+def test_what_a_norm_cannot_take_is_one_message(
+    network: str, given: list[str], said: str, mine: Path, tmp_path: Path
+) -> None:
+    """Of tokens an l2 norm is not that of an image's feature; one value has no variance."""
+    (mine / "backbone/other.yaml").write_text(f"# Mine.\n_target_: own_parts.{network}\n")
+    options = ["dataset=mine", "backbone=other", "recipe=quick", "dataset.subset=64", "progress=false", *given]
+    expected = pytest.raises(UserError, match=said) if said else contextlib.nullcontext()
+    with composing([*options, f"runs_dir={tmp_path / 'runs'}"], [mine]) as (_, overrides), expected:
+        train_composed(*composed(overrides))
 
 
 @pytest.mark.slow

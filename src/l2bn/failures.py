@@ -113,7 +113,7 @@ def explained_overrides(overrides: Sequence[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def explained(run: object, folder: Path) -> Iterator[None]:
-    """Turn disk-full and out-of-memory errors, and missing deterministic kernels, of a run into UserError."""
+    """Turn into UserError: a full disk or memory, no deterministic kernel, one value a channel in a batch."""
     try:
         yield
     except OSError as error:
@@ -121,8 +121,12 @@ def explained(run: object, folder: Path) -> Iterator[None]:
         raise UserError(
             f"{run}: cannot write {place}: {error.strerror or error}; once that is corrected, {RESUMES}"
         ) from error
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+    except (MemoryError, RuntimeError, ValueError) as error:  # torch.OutOfMemoryError is a RuntimeError
         reason = str(error)
+        if "more than 1 value per channel" in reason:  # batch norm's own words
+            raise UserError(
+                f"{run}: {reason}\ntake a larger recipe.batch_size, or fewer compute.devices"
+            ) from error
         if isinstance(error, MemoryError) or any(words in reason for words in OUT_OF_MEMORY):
             raise UserError(
                 f"{run}: out of memory: {reason.partition('. ')[0] or type(error).__name__}; take a smaller "

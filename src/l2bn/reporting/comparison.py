@@ -207,15 +207,23 @@ def holm_over(comparisons: Iterable[Comparison]) -> list[float | None]:
     return holm([comparison.difference().p for comparison in comparisons])
 
 
+def network_of(cell: Cell) -> str:
+    """The cell's backbone without its options: `resnet20,dropout=0.3` is no other network than `resnet20`."""
+    name, *options = cell.backbone.split(",")
+    return ",".join(
+        [name, *(option for option in options if option.startswith("name="))]
+    )  # timm's and torchvision's
+
+
 def pooled(comparisons: Iterable[Comparison], quantity: str = TOP1) -> Estimate:
     """The pooled paired estimate (`statistics.pooled_estimate`) over data set x backbone.
 
-    A pair that was run under several recipes or settings is one observation, not several: the mean differences of
-    its rows stand in one cell.
+    A pair that was run under several recipes, settings or options of its backbone is one observation, not several:
+    the mean differences of its rows stand in one cell.
     """
     cells: dict[tuple[str, str], list[float]] = defaultdict(list)
     for comparison in comparisons:
         mean = comparison.difference(quantity).mean
         if mean is not None:
-            cells[comparison.cell.dataset, comparison.cell.backbone].append(mean)
+            cells[comparison.cell.dataset, network_of(comparison.cell)].append(mean)
     return pooled_estimate(list(cells.values()))

@@ -315,14 +315,15 @@ def images_in_words(records: Sequence[Record]) -> str:
 
 
 def unlike_devices(records: Iterable[Record]) -> str:
-    """The seeds whose runs were not all made on one kind of device, in words; empty without such.
+    """The seeds of which not all runs were made on one kind of device from start to end, in words; empty without.
 
-    Their random numbers, as of dropout, differ. A record that does not say its device is passed over.
+    A record that does not say its device is passed over.
     """
     kinds: dict[int, set[frozenset[str]]] = defaultdict(set)
     for record in records:
         with suppress(OSError, ValueError, KeyError, TypeError):
             starts = json.loads((record.folder / ENVIRONMENT).read_text())["starts"]
             kinds[record.seed].add(frozenset("CPU" if start["device"] == "cpu" else "GPU" for start in starts))
-    seeds = [str(seed) for seed, found in sorted(kinds.items()) if len(found) > 1]
+    # Two runs that both changed the device may have done so at different epochs.
+    seeds = [str(seed) for seed, found in sorted(kinds.items()) if len(found) > 1 or any(len(k) > 1 for k in found)]
     return f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}" if seeds else ""

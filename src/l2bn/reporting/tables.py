@@ -198,7 +198,10 @@ def _images(rows: Sequence[Comparison]) -> list[str]:
 def _devices(rows: Sequence[Comparison]) -> list[str]:
     """The rows in which runs of a pair were made on different kinds of device."""
     groups = _grouped(rows, lambda row: unlike_devices(row.records), lambda _: True)
-    return [f"Pairs made on a CPU and on a GPU, with other random numbers: {', '.join(groups)}."] if groups else []
+    text = (
+        "Pairs made in part on a CPU and in part on a GPU, which round differently and mask other units in dropout"
+    )
+    return [f"{text}: {', '.join(groups)}."] if groups else []
 
 
 def _grouped(
@@ -342,9 +345,9 @@ def _answer(rows: Sequence[Comparison], run_set: RunSet) -> str:
     if others.mean is not None:
         beyond = f"L2BN − BN is {_points(others)}, over {plural('network', others.n)} and all their seeds"
     return (
-        f"**In these {escape_markdown(networks)}: {found}.** For other networks like them, {beyond}. The rules "
-        "were fixed before the first of these runs was published; [claims.md](results/claims.md) has them, and the "
-        "verdicts on the paper's other claims."
+        f"**In these {escape_markdown(networks)}: {found}.** For other networks like them, {beyond}. The "
+        "statistical rules were fixed before the first of these runs was published; [claims.md](results/claims.md) "
+        "has them, and the verdicts on the paper's other claims."
     )
 
 

@@ -67,7 +67,7 @@ def _cell(cell: Cell, arms: Sequence[Arm]) -> list[RenderableType]:
     images = images_in_words([run for arm in arms for run in arm.records])
     notes += [f"images not proven equal: {images}"] if images else []
     unlike = unlike_devices([run for arm in arms for run in arm.records])
-    notes += [f"runs of a pair made on a CPU and on a GPU: {unlike}"] if unlike else []
+    notes += [f"pairs made in part on a CPU and in part on a GPU: {unlike}"] if unlike else []
     head = " · ".join((*names_of(arms[0].label, cell), setting(cell)))
     return [Text(head, style="bold"), table, *(Text(note, style="dim") for note in notes)]
 

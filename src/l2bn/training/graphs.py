@@ -17,6 +17,8 @@ from l2bn.errors import UserError
 KNOWN = ("torch", "torchvision", "timm", "l2bn")
 """Packages whose layers, as far as they were read, do the same at every training step."""
 
+HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+
 
 class Recorded(nn.Module):
     """A network that is recorded at its first training batch, as a graph of forward and one of backward.
@@ -81,7 +83,8 @@ def layers_that_may_decide(network: nn.Module) -> list[str]:
     """Return the names of layers that a recording might freeze: what they decide in Python, a replay repeats.
 
     Such are classes of a user's own, layers with hooks or with another forward or step than their class's, and
-    batch norm with cumulative statistics, which reads a count from the device.
+    batch norm with cumulative statistics, which reads a count from the device. Hooks of parameters would act twice,
+    in the recording and behind it.
     """
     return sorted(set(_that_may_decide(network)))
 
@@ -94,8 +97,10 @@ def _that_may_decide(network: nn.Module) -> Iterator[str]:
             yield name
         elif "forward" in own:
             yield f"{name} with a forward of its own"
-        elif any(own[hooks] for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")):
+        elif any(own[f"_{hooks}"] for hooks in HOOKS):
             yield f"{name} with hooks"
+        elif any(parameter._backward_hooks for parameter in layer.parameters(recurse=False)):
+            yield f"{name} with hooks of its parameters"
         elif isinstance(layer, _BatchNorm) and layer.track_running_stats and layer.momentum is None:
             yield f"{name} with momentum null"
 

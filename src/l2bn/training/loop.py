@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from l2bn.data.loader import Loader
 from l2bn.records import Metrics
@@ -256,8 +257,18 @@ def evaluate(
 
 
 def first_not_finite(network: nn.Module) -> str | None:
-    """Return the first parameter or buffer with a NaN or infinity, which need not reach the loss."""
-    tensors = {name: tensor for name, tensor in network.state_dict().items() if tensor.is_floating_point()}
+    """Return the first parameter or running statistic with a NaN or infinity, which need not reach the loss.
+
+    Other buffers may hold infinities that belong there, as a mask of attention does.
+    """
+    of_norms = {
+        f"{layer}.{name}": buffer
+        for layer, module in network.named_modules()
+        if isinstance(module, _BatchNorm)
+        for name, buffer in module.named_buffers(recurse=False)
+    }
+    both = {**dict(network.named_parameters()), **of_norms}
+    tensors = {name: tensor for name, tensor in both.items() if tensor.is_floating_point()}
     finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
     return next((name for name, fine in zip(tensors, finite, strict=True) if not fine), None)
 

@@ -15,6 +15,7 @@ from l2bn.data.loader import check_batch_size
 from l2bn.data.splits import Splits
 from l2bn.errors import UserError
 from l2bn.failures import describe, note_failure
+from l2bn.norms.stepped import SteppedBatchNorm
 from l2bn.norms.swap import norm_layers, replacements, swap_norm
 from l2bn.norms.sync import counterparts
 from l2bn.records import CONFIG, SUMMARY, Fingerprint, InvalidRecordError, Record
@@ -211,8 +212,8 @@ def build_run(planned: PlannedRun) -> BuiltRun:
         )
     backbone = {**config["backbone"], "num_classes": splits.num_classes}
     model: nn.Module = builder.build(backbone, "backbone", nn.Module)
-    check_fit(model, splits)
     layers = norm_layers(model)
+    regrouped = check_fit(model, splits, layers)
     try:
         swap_norm(model, norm)
         if parts["compute"].sync_bn:
@@ -220,12 +221,23 @@ def build_run(planned: PlannedRun) -> BuiltRun:
     except (ValueError, TypeError) as error:
         raise UserError(f"norm: {error}") from error
     check_observable(parts["analysis"], model, splits.num_classes)
+    check_samples(regrouped, model, measured=parts["analysis"].every != 0)
     return BuiltRun(run=planned, splits=splits, model=model, norm_layers=layers, **parts)
 
 
-def check_fit(model: nn.Module, splits: Splits) -> None:
-    """Raise UserError unless the model turns an image of the data set into a logit for each class."""
+def check_fit(model: nn.Module, splits: Splits, layers: Iterable[str]) -> list[str]:
+    """Return those of the norm layers that see another batch than the images, as of tokens or windows.
+
+    Raises UserError unless the model turns an image of the data set into a logit for each class.
+    """
     size, classes = splits.image_size, splits.num_classes
+    regrouped: list[str] = []
+
+    def note(name: str, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if len(inputs[0]) != 1:
+            regrouped.append(name)
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(functools.partial(note, name)) for name in layers]
     model.eval()
     try:
         with torch.no_grad():
@@ -237,8 +249,22 @@ def check_fit(model: nn.Module, splits: Splits) -> None:
         ) from error
     finally:
         model.train()
+        for hook in hooks:
+            hook.remove()
     if not isinstance(logits, torch.Tensor) or logits.shape != (1, classes):
         found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise UserError(
             f"backbone: for one image this network returns {found}, not (1, {classes}), a logit for each class"
+        )
+    return list(dict.fromkeys(regrouped))
+
+
+def check_samples(regrouped: list[str], model: nn.Module, *, measured: bool) -> None:
+    """Raise UserError where l2 norms or features of samples are wanted of layers that see tokens or windows."""
+    stepped = any(isinstance(model.get_submodule(name), SteppedBatchNorm) for name in regrouped)
+    if regrouped and (stepped or measured):
+        key, remedy = ("norm", "take norm=bn") if stepped else ("analysis", "take analysis=off")
+        raise UserError(
+            f"{key}: {len(regrouped)} norm layers of this network, {regrouped[0]} first, see a batch of tokens or "
+            f"windows: an image is not one sample there, and has no l2 norm; {remedy}, or another backbone"
         )
