@@ -71,7 +71,6 @@ bench-train: setup ## images/s in training and evaluation, beside the plain loop
 	$(BENCH) train $(MADE)/train.json $(ARGS)
 	$(BENCH) evaluation $(MADE)/evaluation.json
 	$(BENCH) train --together 2 $(MADE)/together.json
-	$(BENCH) floor $(MADE)/floor.json
 
 bench-data: setup ## images/s of the data pipelines alone
 	$(BENCH) data $(MADE)/data.json $(ARGS)

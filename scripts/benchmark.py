@@ -8,19 +8,18 @@ python scripts/benchmark.py evaluation --json results/benchmarks/evaluation.json
 python scripts/benchmark.py train --together 2 --json results/benchmarks/together.json    several runs at once
 python scripts/benchmark.py waiting --json results/benchmarks/waiting.json  threads on a busy machine
 python scripts/benchmark.py accuracy --root FOLDER --json results/benchmarks/accuracy.json
-python scripts/benchmark.py floor --json results/benchmarks/floor.json      the least a GPU needs, computed
 """
 
 import argparse
 
-from l2bn.benchmarks import accuracy, data, evaluation, floor, norm, step, train, waiting
+from l2bn.benchmarks import accuracy, data, evaluation, norm, step, train, waiting
 from l2bn.failures import told_plainly
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for benchmark in (norm, step, train, data, evaluation, waiting, accuracy, floor):
+    for benchmark in (norm, step, train, data, evaluation, waiting, accuracy):
         command = commands.add_parser(benchmark.__name__.rpartition(".")[2], description=benchmark.__doc__)
         benchmark.add_arguments(command)
         command.set_defaults(run=benchmark.run)

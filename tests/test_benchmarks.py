@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from conftest import ROOT
-from l2bn.benchmarks import accuracy, data, evaluation, floor, measure, norm, report, step, together, train, waiting
+from l2bn.benchmarks import accuracy, data, evaluation, measure, norm, report, step, together, train, waiting
 from l2bn.benchmarks.workload import CLASSES
 from l2bn.errors import UserError
 from l2bn.reporting.formatting import interval, signed
@@ -27,7 +27,6 @@ TABLES = {
     "together": together.together_table,
     "waiting": waiting.waiting_table,
     "accuracy": accuracy.accuracy_table,
-    "floor": floor.floor_table,
 }
 COMMITTED = sorted(str(path.relative_to(RESULTS).with_suffix("")) for path in RESULTS.glob("**/*.json"))
 assert len(COMMITTED) >= 2
@@ -142,15 +141,6 @@ def test_arithmetic_is_what_torchvision_says_of_its_networks() -> None:
         products = 1e9 * weights.IMAGENET1K_V1.meta["_ops"]  # and their sums, of forward; at 1,000 classes
         counted = train.flops_of(network)
         assert counted == pytest.approx(3 * 2 * products, rel=2e-3)
-
-
-def test_the_least_time_is_that_of_arithmetic_and_bytes() -> None:
-    row = floor.floors("ResNet-20")
-    # Of three stages, the first map too, and two of shortcuts: channels x pixels.
-    assert row["map_values_per_image"] == 7 * 16 * 32 * 32 + 7 * 32 * 16 * 16 + 7 * 64 * 8 * 8
-    flops = 6 * 40.81e6  # as the network is published, three times two for each product
-    assert row["arithmetic_seconds"]["float32"] == pytest.approx(200 * 50_000 * flops / 67e12, rel=1e-3)
-    assert row["bytes_seconds"]["bfloat16"] == row["bytes_seconds"]["float32"] / 2
 
 
 def test_a_trace_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

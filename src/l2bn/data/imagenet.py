@@ -11,10 +11,10 @@ import os
 import re
 from collections import Counter
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Self, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -123,8 +123,24 @@ def evaluation_transform(image_size: int) -> Transform:
     return v2.Compose([v2.Resize(round(image_size * 8 / 7), antialias=True), v2.CenterCrop(image_size)])
 
 
+class OnDisk(Dataset[tuple[Tensor, int]]):
+    """A split of images that are decoded when asked: a frozen data class with an entry per image in each array."""
+
+    labels: Tensor  # (N,) int64
+    transform: Transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def select(self, indices: Tensor, like: Any = None) -> Self:
+        values: Any = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        values |= {key: value[indices] for key, value in values.items() if isinstance(value, Tensor)}
+        values |= {key: value[indices.numpy()] for key, value in values.items() if isinstance(value, np.ndarray)}
+        return type(self)(**values | ({} if like is None else {"transform": like.transform}))
+
+
 @dataclass(frozen=True)
-class ImageFiles(Dataset[tuple[Tensor, int]]):
+class ImageFiles(OnDisk):
     """Image files decoded when asked."""
 
     folder: Path
@@ -136,20 +152,13 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
     def of(cls, tree: Tree, transform: Transform) -> "ImageFiles":
         return cls(tree.folder, np.array([os.fsencode(name) for name in tree.names]), tree.labels, transform)
 
-    def __len__(self) -> int:
-        return len(self.names)
-
     def __getitem__(self, index: int, /) -> tuple[Tensor, int]:
         path = self.folder / os.fsdecode(self.names[index])
         return self.transform(pil_to_tensor(read_rgb(path, str(path)))), int(self.labels[index])
 
-    def select(self, indices: Tensor, like: Any = None) -> "ImageFiles":
-        transform = self.transform if like is None else like.transform
-        return replace(self, names=self.names[indices.numpy()], labels=self.labels[indices], transform=transform)
-
 
 @dataclass(frozen=True)
-class DecodedImages(Dataset[tuple[Tensor, int]]):
+class DecodedImages(OnDisk):
     """Images of any size in one file of pixels, read when asked."""
 
     file: Path
@@ -160,24 +169,11 @@ class DecodedImages(Dataset[tuple[Tensor, int]]):
     labels: Tensor  # (N,) int64
     transform: Transform
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def __getitem__(self, index: int, /) -> tuple[Tensor, int]:
         shape = int(self.height[index]), int(self.width[index]), 3
         content = read_bytes(self.file, self.version, int(self.offset[index]), math.prod(shape))
         image = torch.frombuffer(content, dtype=torch.uint8).view(shape).permute(2, 0, 1)
         return self.transform(image), int(self.labels[index])
-
-    def select(self, indices: Tensor, like: Any = None) -> "DecodedImages":
-        return replace(
-            self,
-            offset=self.offset[indices],
-            height=self.height[indices],
-            width=self.width[indices],
-            labels=self.labels[indices],
-            transform=self.transform if like is None else like.transform,
-        )
 
 
 Version = tuple[int, int, int]

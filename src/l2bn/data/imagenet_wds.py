@@ -12,16 +12,15 @@ import logging
 import math
 import tarfile
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 from webdataset import ShardWriter
 
@@ -31,6 +30,7 @@ from l2bn.data.folder import IMAGES, Tree, scan
 from l2bn.data.imagenet import (
     DEVKIT,
     LICENCE,
+    OnDisk,
     Version,
     evaluation_transform,
     list_splits,
@@ -107,7 +107,7 @@ def _class_names(file: Path) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Shards(Dataset[tuple[Tensor, int]]):
+class Shards(OnDisk):
     """Samples in tar files, found by an index and decoded when asked; sorted by shard.
 
     mixed: each shard holds the classes in about the shares of all shards.
@@ -123,9 +123,6 @@ class Shards(Dataset[tuple[Tensor, int]]):
     transform: Transform
     mixed: bool = True
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def digest(self) -> str:
         """Digest over the shards' names and the name, the size in bytes and the label of each sample."""
         return digest(
@@ -138,17 +135,6 @@ class Shards(Dataset[tuple[Tensor, int]]):
         content = read_bytes(path, self.versions[shard], int(self.offset[index]), int(self.size[index]))
         image = read_rgb(content, f"{path}: {self.names[index].decode(errors='replace')}")
         return self.transform(pil_to_tensor(image)), int(self.labels[index])
-
-    def select(self, indices: Tensor, like: Any = None) -> "Shards":
-        return replace(
-            self,
-            shard=self.shard[indices],
-            offset=self.offset[indices],
-            size=self.size[indices],
-            labels=self.labels[indices],
-            names=self.names[indices.numpy()],
-            transform=self.transform if like is None else like.transform,
-        )
 
     def plan(self, generator: torch.Generator, batch_size: int) -> list[Tensor]:
         """The samples at each step of an epoch.

@@ -571,19 +571,19 @@ SECTIONS = {
 """The sections of the document in their order, and the text at the head of each."""
 
 
-def mechanism_documents(mechanism: Mechanism, reading: str, figures: str = "figures") -> dict[str, str]:
+def mechanism_documents(mechanism: Mechanism, reading: str) -> dict[str, str]:
     """File name to text: `mechanism.md`, and the CSV files beside it.
 
-    `reading` is the text by hand, `figures` the path from `mechanism.md` to the folder of figures.
+    `reading` is the text by hand.
     """
     pairs = measured_pairs(mechanism.arms)
     found = (
         [markdown(summary_table(pairs))] if pairs else [],
-        [part for pair in pairs for part in _features(pair, figures)],
+        [part for pair in pairs for part in _features(pair)],
         [part for cell, norms in by_cell(mechanism.arms) for part in _controls(cell, norms)],
-        [part for study in mechanism.eps for part in _eps(study, figures)],
-        [part for trap in mechanism.traps for part in _trap(trap, figures)],
-        [part for study in mechanism.rates for part in _rates(study, figures)],
+        [part for study in mechanism.eps for part in _eps(study)],
+        [part for trap in mechanism.traps for part in _trap(trap)],
+        [part for study in mechanism.rates for part in _rates(study)],
     )
     parts = [
         "# Mechanism: why would it work?",
@@ -628,15 +628,15 @@ def _labelled(reading: str, digest: str) -> str:
     return f"## Reading\n\n{label}\n\n{reading[found.end() :]}"
 
 
-def _features(pair: Comparison, figures: str) -> list[str]:
+def _features(pair: Comparison) -> list[str]:
     """All measures of one cell, and its figures."""
     name = file_name(pair.cell)
     parts = [f"### {title(pair.label, pair.cell)}", markdown(pair_table(pair))]
-    parts.append(f"![Spread of the norms at each norm layer]({figures}/norms-{name}.png)")
+    parts.append(f"![Spread of the norms at each norm layer](figures/norms-{name}.png)")
     if pair.measured_epochs:
-        parts.append(f"![Compactness and separation over the epochs]({figures}/training-{name}.png)")
+        parts.append(f"![Compactness and separation over the epochs](figures/training-{name}.png)")
     if pair.sampled:
-        parts.append(f"![Penultimate features on the plane of their joint PCA]({figures}/map-{name}.png)")
+        parts.append(f"![Penultimate features on the plane of their joint PCA](figures/map-{name}.png)")
     return parts
 
 
@@ -649,29 +649,29 @@ def _controls(cell: Cell, norms: Sequence[Arm]) -> list[str]:
     return [f"### {title(norms[0].label, cell)}", *tables, *([_titled(steps)] if steps.rows else [])]
 
 
-def _eps(study: Study, figures: str) -> list[str]:
+def _eps(study: Study) -> list[str]:
     return [
         f"### {title(study.label, study.cell)}: eps",
         markdown(eps_table(study)),
         _titled(parts_table(study)),
-        f"![Accuracy and shrink factors over eps]({figures}/eps-{file_name(study.cell)}.png)",
+        f"![Accuracy and shrink factors over eps](figures/eps-{file_name(study.cell)}.png)",
     ]
 
 
-def _trap(study: TrapStudy, figures: str) -> list[str]:
+def _trap(study: TrapStudy) -> list[str]:
     return [
         f"### {title(study.label, study.cell)}: statistics",
         markdown(trap_table(study)),
-        f"![Accuracy by running and batch statistics]({figures}/trap-{file_name(study.cell)}.png)",
+        f"![Accuracy by running and batch statistics](figures/trap-{file_name(study.cell)}.png)",
     ]
 
 
-def _rates(study: Study, figures: str) -> list[str]:
+def _rates(study: Study) -> list[str]:
     return [
         f"### {study.label}, {in_words(study.cell.backbone)}: learning rates",
         markdown(rate_table(study)),
         rate_note(study),
-        f"![Accuracy over learning rates and batch sizes]({figures}/rates-{file_name(study.cell)}.png)",
+        f"![Accuracy over learning rates and batch sizes](figures/rates-{file_name(study.cell)}.png)",
     ]
 
 
