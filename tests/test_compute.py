@@ -284,6 +284,17 @@ def test_a_compiled_run_is_recorded_as_such_and_can_be_looked_into(train: Train)
     assert (loss, top1) == (pytest.approx(record.last["test/loss"]), record.last["test/top1"])
 
 
+@pytest.mark.parametrize(("norm", "kernels"), [("bn", "stock+compiled"), ("l2bn", "plain+compiled")])
+def test_an_older_torch_compiles_the_definition_and_the_record_says_so(
+    norm: str, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("l2bn.training.compute.TRACED", False)
+    monkeypatch.setattr(torch, "compile", lambda network, **_: network)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    swap_norm(model, norm)
+    assert compute(device="cpu", compile=True).place(model, CPU, MANY).kernels == kernels
+
+
 @pytest.mark.slow
 def test_each_run_of_a_process_is_compiled(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's limit is the process's; above it networks run as they are, and the record would say otherwise."""

@@ -184,8 +184,12 @@ def test_own_parts_are_trained_and_opened_again(launcher: str, mine: Path, tmp_p
     ("network", "given", "said"),
     [
         ("Tokens", ["norm=bn"], ""),
-        ("Tokens", ["norm=l2bn"], "norm: 1 norm layers of this network, bn first, see a batch of tokens"),
-        ("Tokens", ["norm=bn", "analysis=on"], "analysis: 1 norm layers of this network"),
+        (
+            "Tokens",
+            ["norm=l2bn"],
+            r"norm: norm layers of this network see a batch of tokens or windows \(bn and 0 more\)",
+        ),
+        ("Tokens", ["norm=bn", "analysis=on"], "analysis: norm layers of this network see"),
         ("pooled", ["norm=bn", "recipe.batch_size=1"], "take a larger recipe.batch_size"),
     ],
 )

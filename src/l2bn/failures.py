@@ -113,7 +113,7 @@ def explained_overrides(overrides: Sequence[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def explained(run: object, folder: Path) -> Iterator[None]:
-    """Turn into UserError: a full disk or memory, no deterministic kernel, one value a channel in a batch."""
+    """Turn full disks and memories, missing deterministic kernels and batches of one value into UserError."""
     try:
         yield
     except OSError as error:

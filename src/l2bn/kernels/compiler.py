@@ -23,7 +23,7 @@ Fused = Literal["auto", "on", "off"]
 torch before 2.15 a compiled model takes the definition in any case (`TRACED`)."""
 
 TRACED = torch.__version__ >= "2.15"
-"""Whether a compiled model takes the kernels' formulas into its graph. In torch 2.11 their gradients
+"""True if a compiled model takes the kernels' formulas into its graph. In torch 2.11 their gradients
 are 0 there, and in 2.12 to 2.14 graphs of open sizes don't compile. Eager code is right in each."""
 
 DEVICES = ("cpu", "cuda")  # inductor's kernels are tested there, and float64 exists

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import yaml
 
 from l2bn.errors import UserError
-from l2bn.reporting.comparison import FULL_EPOCHS, Arm, Comparison, arms_of, compare, grid, network_of, pooled
+from l2bn.reporting.comparison import FULL_EPOCHS, Arm, Comparison, arms_of, backbone_of, compare, grid, pooled
 from l2bn.reporting.evidence import (
     ANGLE_MEAN,
     BN,
@@ -129,7 +129,7 @@ def for_other_networks(rows: Iterable[Comparison]) -> Estimate:
     """The pooled paired difference in accuracy from rows that count, all seeds; under `MIN_BACKBONES` n alone."""
     counted = [row for row in rows if is_counted(row)]
     result = pooled(counted)
-    return result if len({network_of(row.cell) for row in counted}) >= MIN_BACKBONES else Estimate(result.n)
+    return result if len({backbone_of(row.cell) for row in counted}) >= MIN_BACKBONES else Estimate(result.n)
 
 
 def _verdict(result: Estimate, backbones: int, better: int) -> Verdict:
@@ -170,7 +170,7 @@ def _judge_features(question: Question, arms: Sequence[Arm]) -> Finding:
             f"{', '.join(mean_interval(result, digits))}, n = {result.n}{unequal}"
         )
     counted = [row for row in pairs if is_counted(row, quantity)]
-    result, backbones = pooled(counted, quantity), {network_of(row.cell) for row in counted}
+    result, backbones = pooled(counted, quantity), {backbone_of(row.cell) for row in counted}
     evidence = (
         f"{quantity.partition('/')[2]} of the penultimate features, L2BN − {reference}: {'; '.join(cells)}. "
         f"{len(counted)} of {plural('cell', len(pairs))} count ({plural('backbone', len(backbones))})."
@@ -186,7 +186,7 @@ def _no_parameters_added(arms: Sequence[Arm]) -> Finding:
     if not pairs:
         return Finding("0 cells hold both arms.", "not measured")
     unequal = [row for row in pairs if len({record.parameters for record in row.records}) > 1]
-    backbones = len({network_of(row.cell) for row in pairs})
+    backbones = len({backbone_of(row.cell) for row in pairs})
     evidence = (
         f"BN and L2BN have equal parameter counts in {len(pairs) - len(unequal)} of "
         f"{plural('cell', len(pairs))} ({plural('backbone', backbones)})."
@@ -204,7 +204,7 @@ def _better(task: Task, arms: Sequence[Arm]) -> Finding:
     if not rows:
         return Finding(f"0 cells of {task} hold a pair of finished runs of BN and L2BN.", "not measured")
     counted = [row for row in rows if is_counted(row)]
-    result, backbones = pooled(counted), {network_of(row.cell) for row in counted}
+    result, backbones = pooled(counted), {backbone_of(row.cell) for row in counted}
     long = [arm for row in cells if row.full_length for arm in row.arms]
     diverged = {norm: sum(arm.diverged for arm in long if arm.norm == norm) for norm in (BN, L2BN)}
     evidence = [

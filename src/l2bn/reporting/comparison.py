@@ -207,7 +207,7 @@ def holm_over(comparisons: Iterable[Comparison]) -> list[float | None]:
     return holm([comparison.difference().p for comparison in comparisons])
 
 
-def network_of(cell: Cell) -> str:
+def backbone_of(cell: Cell) -> str:
     """The cell's backbone without its options: `resnet20,dropout=0.3` is no other network than `resnet20`."""
     name, *options = cell.backbone.split(",")
     return ",".join(
@@ -225,5 +225,5 @@ def pooled(comparisons: Iterable[Comparison], quantity: str = TOP1) -> Estimate:
     for comparison in comparisons:
         mean = comparison.difference(quantity).mean
         if mean is not None:
-            cells[comparison.cell.dataset, network_of(comparison.cell)].append(mean)
+            cells[comparison.cell.dataset, backbone_of(comparison.cell)].append(mean)
     return pooled_estimate(list(cells.values()))

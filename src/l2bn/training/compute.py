@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from l2bn.errors import UserError
-from l2bn.kernels.compiler import DEVICES, compiler_works, select_kernels
+from l2bn.kernels.compiler import DEVICES, TRACED, compiler_works, select_kernels
 from l2bn.norms.sync import convert_sync
 from l2bn.processes import available_cores
 from l2bn.training.graphs import Recorded, layers_that_may_decide
@@ -153,7 +153,8 @@ class Compute:
             return Placed(network, Recorded(network), f"{kernels}+graphs")
         if should_compile(self.compile, network, device, updates):
             compiled: Any = torch.compile(network, dynamic=False)  # at its first call, for batches of one size
-            return Placed(network, compiled, f"{kernels}+compiled")
+            traced = kernels if TRACED or kernels == "stock" else "plain"
+            return Placed(network, compiled, f"{traced}+compiled")
         return Placed(network, network, kernels)
 
     def replays_graphs(self, network: nn.Module, device: torch.device, in_memory: bool) -> bool:

@@ -18,7 +18,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from l2bn.data.loader import Loader
 from l2bn.records import Metrics
@@ -261,14 +260,8 @@ def first_not_finite(network: nn.Module) -> str | None:
 
     Other buffers may hold infinities that belong there, as a mask of attention does.
     """
-    of_norms = {
-        f"{layer}.{name}": buffer
-        for layer, module in network.named_modules()
-        if isinstance(module, _BatchNorm)
-        for name, buffer in module.named_buffers(recurse=False)
-    }
-    both = {**dict(network.named_parameters()), **of_norms}
-    tensors = {name: tensor for name, tensor in both.items() if tensor.is_floating_point()}
+    tensors: dict[str, Tensor] = dict(network.named_parameters())
+    tensors |= {name: buffer for name, buffer in network.named_buffers() if "running_" in name.rpartition(".")[2]}
     finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
     return next((name for name, fine in zip(tensors, finite, strict=True) if not fine), None)
 

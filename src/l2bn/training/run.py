@@ -233,11 +233,11 @@ def check_fit(model: nn.Module, splits: Splits, layers: Iterable[str]) -> list[s
     size, classes = splits.image_size, splits.num_classes
     regrouped: list[str] = []
 
-    def note(name: str, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        if len(inputs[0]) != 1:
+    def note(name: str, _: nn.Module, __: object, output: torch.Tensor) -> None:
+        if len(output) != 1:
             regrouped.append(name)
 
-    hooks = [model.get_submodule(name).register_forward_pre_hook(functools.partial(note, name)) for name in layers]
+    hooks = [model.get_submodule(name).register_forward_hook(functools.partial(note, name)) for name in layers]
     model.eval()
     try:
         with torch.no_grad():
@@ -265,6 +265,6 @@ def check_samples(regrouped: list[str], model: nn.Module, *, measured: bool) -> 
     if regrouped and (stepped or measured):
         key, remedy = ("norm", "take norm=bn") if stepped else ("analysis", "take analysis=off")
         raise UserError(
-            f"{key}: {len(regrouped)} norm layers of this network, {regrouped[0]} first, see a batch of tokens or "
-            f"windows: an image is not one sample there, and has no l2 norm; {remedy}, or another backbone"
+            f"{key}: norm layers of this network see a batch of tokens or windows ({regrouped[0]} and "
+            f"{len(regrouped) - 1} more): an image is not one sample there; {remedy}, or another backbone"
         )
