@@ -1,6 +1,5 @@
 """Archives are unpacked whole or not at all, and into their own folder only."""
 
-import os
 import tarfile
 from pathlib import Path
 
@@ -37,46 +36,31 @@ def device(name: str) -> tarfile.TarInfo:
     [
         tarfile.TarInfo("../outside"),
         tarfile.TarInfo("data/../../outside"),
-        tarfile.TarInfo("/outside"),
-        tarfile.TarInfo("beside"),
         link("data/link", "../../outside"),
         link("data/link", "/etc/passwd"),
         link("data/link", "../outside", tarfile.LNKTYPE),
         device("data/device"),
     ],
-    ids=["parent", "parent of a member", "absolute", "beside", "symbolic", "absolute link", "hard link", "device"],
+    ids=["parent", "parent of a member", "symbolic", "absolute link", "hard link", "device"],
 )
 def test_an_archive_that_would_write_outside_its_folder_is_refused(tmp_path: Path, member: tarfile.TarInfo) -> None:
     root = tmp_path / "root"
     root.mkdir()
     path = archive(tmp_path, member)
-    with pytest.raises(UserError, match=f"is refused: its member {member.name} is no plain file") as caught:
+    with pytest.raises(UserError, match=f"cannot be unpacked into .*{member.name}") as caught:
         unpack(path, root, "data")
     assert str(path) in str(caught.value)
     assert not list(root.iterdir())
     assert sorted(tmp_path.iterdir()) == [path, root]
 
 
-def test_no_extraction_filter_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python 3.11.0 to 3.11.3 has none."""
-    monkeypatch.setattr(tarfile.TarFile, "extractall", lambda *_, **__: pytest.fail("called"))
-    monkeypatch.setattr(tarfile.TarFile, "extract", lambda *_, **__: pytest.fail("called"))
-    monkeypatch.delattr(tarfile, "FilterError")
-    monkeypatch.delattr(tarfile, "data_filter")
-    unpack(archive(tmp_path), tmp_path, "data")
-    assert (tmp_path / "data" / "file").read_bytes() == b"content"
-
-
-def test_modes_follow_the_users_umask(tmp_path: Path) -> None:
-    private = tarfile.TarInfo("data/private")
-    private.mode = 0o600
-    before = os.umask(0o027)
-    try:
-        unpack(archive(tmp_path, private), tmp_path, "data")
-    finally:
-        os.umask(before)
-    assert (tmp_path / "data").stat().st_mode & 0o777 == 0o750
-    assert (tmp_path / "data" / "private").stat().st_mode & 0o777 == 0o640
+@pytest.mark.parametrize("name", ["/outside", "beside"])
+def test_what_lies_beside_the_folder_stays_behind(tmp_path: Path, name: str) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    unpack(archive(tmp_path, tarfile.TarInfo(name)), root, "data")
+    assert [path.name for path in root.rglob("*")] == ["data", "file"]
+    assert not Path("/outside").exists()
 
 
 def test_a_truncated_archive_leaves_nothing(tmp_path: Path) -> None:
