@@ -13,7 +13,7 @@ import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypedDict, Unpack, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -28,24 +28,21 @@ from l2bn.seeding import derive_seed, generator, seed_global
 Batch = tuple[Tensor, Tensor]
 
 
-class Loader(Protocol):
-    """Iterates over epochs of normalised batches on the device."""
-
-    batch_size: int  # over all ranks
-
-    def __len__(self) -> int:
-        """Batches per epoch."""
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Batches from step `start` on: (n, 3, H, W) float32, normalised, and (n,) int64, both on the device."""
-
-
 @runtime_checkable
 class ShardedSplit(Protocol):
     """A split in files of many samples that are fastest to read in the order of its own plan."""
 
     def plan(self, generator: torch.Generator, batch_size: int) -> list[Tensor]:
         """The samples of each step of an epoch: `batch_size` indices, each index at most once per epoch."""
+
+
+class Placing(TypedDict, total=False):
+    """Where and how batches are made; nothing of it changes a sample."""
+
+    rank: int  # of this process among `world_size`
+    world_size: int
+    workers: int  # processes that decode images; a split in memory needs none
+    channels_last: bool
 
 
 def training_loader(
@@ -55,21 +52,30 @@ def training_loader(
     batch_size: int,
     seed: int,
     device: torch.device | str,
-    rank: int = 0,
-    world_size: int = 1,
-    workers: int = 0,
-    channels_last: bool = False,
-) -> Loader:
+    **placing: Unpack[Placing],
+) -> "Loader":
     """Batches in random order, augmented; an epoch leaves out the samples that would not fill its last batch.
 
-    batch_size: over all ranks. workers: processes that decode images; a split in memory needs none.
-    Raises `UserError` for a single class, and as `check_batch_size`.
+    batch_size: over all ranks. Raises `UserError` for a single class, and as `check_batch_size`.
     """
-    check_batch_size(batch_size, len(split), world_size)
+    check_batch_size(batch_size, len(split), placing.get("world_size", 1))
     if splits.num_classes < 2:
         raise UserError(f"{splits.label} has one class: every answer would be right; give images of two or more")
-    kind = _MemoryLoader if isinstance(split, Images) else _WorkerLoader
-    return kind(split, splits, batch_size, seed, torch.device(device), rank, world_size, workers, channels_last)
+    return _kind(split)(split, splits, batch_size, seed, torch.device(device), **placing)
+
+
+def evaluation_loader(
+    split: Split, *, splits: Splits, batch_size: int, device: torch.device | str, **placing: Unpack[Placing]
+) -> "Loader":
+    """Batches of every sample once, in order, not augmented.
+
+    The last batch may be smaller; a rank whose slice of it is empty skips it.
+    """
+    return _kind(split)(split, splits, batch_size, None, torch.device(device), **placing)
+
+
+def _kind(split: Split) -> "type[_MemoryLoader | _WorkerLoader]":
+    return _MemoryLoader if isinstance(split, Images) else _WorkerLoader
 
 
 def check_batch_size(batch_size: int, images: int, world_size: int = 1) -> None:
@@ -85,47 +91,23 @@ def check_batch_size(batch_size: int, images: int, world_size: int = 1) -> None:
         )
 
 
-def evaluation_loader(
-    split: Split,
-    *,
-    splits: Splits,
-    batch_size: int,
-    device: torch.device | str,
-    rank: int = 0,
-    world_size: int = 1,
-    workers: int = 0,
-    channels_last: bool = False,
-) -> Loader:
-    """Batches of every sample once, in order, not augmented.
-
-    The last batch may be smaller; a rank whose slice of it is empty skips it.
-    """
-    kind = _MemoryLoader if isinstance(split, Images) else _WorkerLoader
-    return kind(split, splits, batch_size, None, torch.device(device), rank, world_size, workers, channels_last)
-
-
-class _Loader(ABC):
+class Loader(ABC):
     """Plans batches, and augments and normalises them on the device; subclasses fetch the samples."""
 
     def __init__(
         self,
         split: Split,
         splits: Splits,
-        batch_size: int,
+        batch_size: int,  # over all ranks
         seed: int | None,  # None: evaluation
         device: torch.device,
-        rank: int,
-        world_size: int,
-        workers: int,
-        channels_last: bool,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        channels_last: bool = False,
     ) -> None:
-        self.split = split
-        self.batch_size = batch_size
-        self.seed = seed
-        self.device = device
-        self.rank = rank
-        self.world_size = world_size
-        self.workers = workers
+        self.split, self.batch_size, self.seed = split, batch_size, seed
+        self.device, self.rank, self.world_size, self.workers = device, rank, world_size, workers
         self.augmentation: Augmentation | None = None if seed is None else splits.augmentation
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         # Repeated for a whole row of pixels: three numbers at a time would not fill a vector register.
@@ -138,12 +120,14 @@ class _Loader(ABC):
         """The samples of the steps as uint8 on the device, one or several steps at a time with the size of each."""
 
     def __len__(self) -> int:
+        """Batches per epoch."""
         if self.seed is not None:
             return len(self.split) // self.batch_size
         full, rest = divmod(len(self.split), self.batch_size)
         return full + (self._slice(rest).stop > self._slice(rest).start)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Batches from step `start` on: (n, 3, H, W) float32, normalised, and (n,) int64, both on the device."""
         batches = self._batches(epoch, start)
         return batches if self._stream is None else _made_ahead(batches, self._stream)
 
@@ -216,7 +200,7 @@ def _made_ahead(batches: Iterator[Batch], stream: torch.cuda.Stream) -> Iterator
         yield batch
 
 
-class _MemoryLoader(_Loader):
+class _MemoryLoader(Loader):
     """Images that live on the device as uint8."""
 
     @cached_property
@@ -249,7 +233,7 @@ class _MemoryLoader(_Loader):
 MOST_STEPS_AT_A_TIME, MOST_BYTES_AT_A_TIME = 16, 64 * 2**20
 
 
-class _WorkerLoader(_Loader):
+class _WorkerLoader(Loader):
     """Images decoded by worker processes, copied to the device while it computes."""
 
     _loader: DataLoader[Batch | UserError] | None = None
