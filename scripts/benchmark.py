@@ -1,4 +1,4 @@
-"""Measure speed and memory; prints a table, and with --json also writes result, table and plot.
+"""Measure speed and memory; prints a table, and with --json also writes result and table.
 
 python scripts/benchmark.py norm --json results/benchmarks/norm.json        the layer alone
 python scripts/benchmark.py step --json results/benchmarks/step.json        whole training steps

@@ -24,7 +24,7 @@ def add_common_arguments(
     parser: argparse.ArgumentParser, networks: Iterable[str], default: Iterable[str] | None = None
 ) -> None:
     """Add the options of the measuring benchmarks; `default` are the networks measured, all without it."""
-    parser.add_argument("--json", type=Path, help="write the result here, and its table and plot beside it")
+    parser.add_argument("--json", type=Path, help="write the result here, and its table beside it")
     parser.add_argument("--networks", nargs="+", choices=list(networks), default=list(default or networks))
     add_device_arguments(parser)
 

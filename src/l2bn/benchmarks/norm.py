@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
-from pathlib import Path
 from statistics import geometric_mean
 from types import FunctionType
 from typing import Any
@@ -143,40 +142,6 @@ def memory_ratio(cells: list[Row]) -> str:
     return f"{geometric_mean(ratio(c, 'fused', 'peak_bytes') for c in seen):.3f}" if seen else "–"
 
 
-def plot_norm(result: Result, path: Path) -> None:
-    """Ratio against the size of the map, one panel a way of calling, in training."""
-    import matplotlib.pyplot as plt  # here, for a slow import that only a written report needs
-    from matplotlib.ticker import LogLocator, StrMethodFormatter
-
-    training = [cell for cell in result["cells"] if cell["phase"] == "training"]
-    callers = [caller for caller in CALLERS if caller in {cell["caller"] for cell in training}]
-    figure, grid = plt.subplots(
-        1, len(callers), figsize=(4.5 * len(callers), 3.6), sharey=True, squeeze=False, layout="constrained"
-    )
-    panels = grid[0]
-    for panel, caller in zip(panels, callers, strict=True):
-        kinds = product((("naive", "tab:gray"), ("fused", "tab:blue")), zip(LAYOUTS, "o^", strict=True))
-        for (norm, colour), (layout, marker) in kinds:
-            cells = [cell for cell in training if (cell["caller"], cell["layout"]) == (caller, layout)]
-            sizes = [math.prod(cell["shape"]) * 4 / 2**20 for cell in cells]
-            style: dict[str, Any] = {"s": 22, "color": colour, "marker": marker, "alpha": 0.85}
-            panel.scatter(sizes, [ratio(cell, norm) for cell in cells], **style, label=f"{norm}, {layout}")
-        panel.axhline(1, color="black", linewidth=1)
-        panel.text(0.99, 1.03, "BN", transform=panel.get_yaxis_transform(), ha="right", va="bottom")
-        panel.set(title=f"called {'from eager code' if caller == 'eager' else 'in a compiled model'}")
-        panel.set(xscale="log", yscale="log", xlabel="size of the map (MiB)")
-        panel.xaxis.set_major_locator(LogLocator(base=2, numticks=9))
-        panel.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        panel.margins(x=0.12)
-        panel.set_yticks([0.25, 0.5, 1, 2, 4, 8], ["1/4", "1/2", "1", "2", "4", "8"])
-        panel.minorticks_off()
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("time of forward and backward / BN's")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     networks = ["ResNet-20", "VGG-16", "MobileNetV2", "ShuffleNetV2", "ResNet-50"]
     add_common_arguments(parser, networks)
@@ -202,4 +167,4 @@ def run(arguments: argparse.Namespace) -> None:
                 flush=True,
             )
     result = {"benchmark": "norm", "machine": describe_environment(device), "cells": measured}
-    report(result, arguments.json, norm_table, plot_norm, "time against the map's size")
+    report(result, arguments.json, norm_table)

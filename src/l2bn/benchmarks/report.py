@@ -1,4 +1,4 @@
-"""From a benchmark's result to what a reader sees: JSON, a page with tables, and for some a plot."""
+"""From a benchmark's result to what a reader sees: JSON, and a page with tables."""
 
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -47,19 +47,13 @@ def report(
     result: Result,
     path: Path | None,
     make_page: Callable[[Result], str],
-    plot: Callable[[Result, Path], None] | None = None,
-    caption: str = "",
 ) -> None:
-    """Print the page of a result; with a path, write the result there, and page and plot beside it."""
+    """Print the page of a result; with a path, write the result there, and the page beside it."""
     if path is not None:  # before the page, because it is what took the time
         write_json(path, result)
     text = make_page(result)
     if path is not None:
-        picture = ""
-        if plot:
-            plot(result, path.with_suffix(".png"))
-            picture = f"\n![{caption}]({path.stem}.png)\n"
-        write_durably(path.with_suffix(".md"), text + picture)
+        write_durably(path.with_suffix(".md"), text)
     print("\n" + text)
 
 

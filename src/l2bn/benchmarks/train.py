@@ -252,42 +252,6 @@ def train_table(result: Result) -> str:
     )
 
 
-BARS = {
-    ("plain", "bn", "eager"): ("plain loop, BN", "tab:gray"),
-    ("timm", "bn", "eager"): ("timm, BN", "tab:brown"),
-    ("ours", "bn", "eager"): ("ours, BN", "tab:blue"),
-    ("ours", "bn", "compiled"): ("compiled", "tab:cyan"),
-    ("ours", "bn", "graphs"): ("graphs", "tab:cyan"),
-    ("ours", "l2bn", "eager"): ("ours, L2BN", "tab:orange"),
-    ("ours", "l2bn", "compiled"): ("compiled", "tab:pink"),
-    ("ours", "l2bn", "graphs"): ("graphs", "tab:pink"),
-}
-
-
-def plot_train(result: Result, path: Path) -> None:
-    """Plot images/s relative to the plain loop's, a group of bars per network."""
-    import matplotlib.pyplot as plt  # here, for a slow import that only a written report needs
-
-    rows = result["rows"]
-    networks = list(dict.fromkeys(row["network"] for row in rows))
-    figure, panel = plt.subplots(figsize=(9, 3.4), layout="constrained")
-    measured = {(row["path"], row["norm"], row["caller"]) for row in rows}
-    bars = {kind: bar for kind, bar in BARS.items() if kind in measured}
-    width = 0.8 / len(bars)
-    for place, (kind, (label, colour)) in enumerate(bars.items()):
-        found = [row for row in rows if (row["path"], row["norm"], row["caller"]) == kind]
-        at = [networks.index(row["network"]) + (place - len(bars) / 2 + 0.5) * width for row in found]
-        panel.bar(at, [speed_up(row, rows) for row in found], width, label=label, color=colour)
-    panel.axhline(1, color="black", linewidth=1)
-    panel.set_xticks(range(len(networks)), networks)
-    unequal = "" if result["precision"] in (EXACT, "tf32-mixed") else " in float32"
-    panel.set_ylabel(f"images/s, relative to the plain loop{unequal}")
-    panel.grid(axis="y", alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=len(bars), frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 # ---- The command ----------------------------------------------------------------------------------------------
 
 
@@ -351,4 +315,4 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.precision == EXACT:
         result["matrix_products"] = matrix_product_rates(device)
     result["rows"] = with_earlier_rows(arguments.json, result)
-    report(result, arguments.json, train_table, plot_train, "images/s relative to the plain loop")
+    report(result, arguments.json, train_table)
