@@ -78,7 +78,6 @@ WRONG: list[tuple[list[str], dict[str, str], list[str]]] = [
         {},
         ["--together", "--callers", "leave out"],
     ),
-    (["benchmark.py", "train", "--precision", "half"], {}, ["--precision", "half", "bf16-mixed"]),
     (["benchmark.py", "nets"], {}, ["nets", "norm"]),
 ]
 

@@ -34,16 +34,15 @@ from l2bn.benchmarks.workload import NETWORKS, NORMS, Workload, build, make_work
 from l2bn.data.loader import Batch
 from l2bn.data.splits import Images
 from l2bn.errors import UserError
-from l2bn.training.compute import PRECISIONS, free_as_usual, keep_freed_memory, should_compile
+from l2bn.training.compute import free_as_usual, keep_freed_memory, should_compile
 from l2bn.training.environment import describe_environment
 from l2bn.training.loop import Trainer
 
 STEPS = {32: 10, 224: 6}  # of an epoch, by image size
 LONG_RUN = 39_000  # updates: CIFAR, 200 epochs of 256 images
 COMPILERS = {"eager": False, "compiled": True, "graphs": "graphs"}
-EXACT = "32-true"
 # Options without a meaning beside --together have no default in the parser, so that it is known which are given.
-DEFAULTS: dict[str, Any] = {"callers": ["eager", "compiled"], "precision": EXACT, "seconds": 60.0}
+DEFAULTS: dict[str, Any] = {"callers": ["eager", "compiled"], "seconds": 60.0}
 PHASES = ("data", "forward", "backward", "optimizer")
 
 
@@ -117,13 +116,14 @@ def matrix_product_rates(device: torch.device, seconds: float = 3.0) -> dict[str
 def measure(workload: Workload, arguments: argparse.Namespace, device: torch.device) -> list[Row]:
     """Time all paths in turn; a row for each."""
     torch.compiler.reset()  # after eight compiled variants of a function it would fall back to eager
-    options = {"threads": arguments.threads, "precision": arguments.precision}
     actions: dict[tuple[str, str, str], Action] = {}
     trainers: dict[tuple[str, str, str], Trainer] = {}
     for norm in arguments.norms:
         for caller in arguments.callers:
             key = "ours", norm, caller
-            actions[key], trainers[key] = ours(workload, norm, device, compile=COMPILERS[caller], **options)
+            actions[key], trainers[key] = ours(
+                workload, norm, device, compile=COMPILERS[caller], threads=arguments.threads
+            )
             compile_now(trainers[key])
     actions["plain", "bn", "eager"] = by_itself(plain(workload, device))
     actions["timm", "bn", "eager"] = by_itself(timm(workload, device))
@@ -131,7 +131,7 @@ def measure(workload: Workload, arguments: argparse.Namespace, device: torch.dev
         for action in actions.values():
             action()
     model, in_memory = build(workload.network), isinstance(workload.splits.train, Images)
-    if compute(device, compile="auto", precision=arguments.precision).replays_graphs(model, device, in_memory):
+    if compute(device, compile="auto").replays_graphs(model, device, in_memory):
         auto = "graphs"
     else:
         auto = "compiled" if should_compile("auto", model, device, LONG_RUN) else "eager"
@@ -171,16 +171,6 @@ def compile_now(trainer: Trainer) -> None:
     trainer.optimizer.zero_grad()
 
 
-def write_trace(workload: Workload, path: Path, device: torch.device, **options: Any) -> None:
-    """Write a trace of a few training steps, for Perfetto (ui.perfetto.dev)."""
-    action, _ = ours(workload, "bn", device, **options)
-    action()
-    with torch.profiler.profile(record_shapes=True) as profile:  # of every kind of device that there is
-        action()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    profile.export_chrome_trace(str(path))
-
-
 # ---- The page -------------------------------------------------------------------------------------------------
 
 NAMES = {"plain": "plain loop", "timm": "timm's loader"}
@@ -191,26 +181,10 @@ loop: PIL transforms, a DataLoader with 2 workers, eager, contiguous, loss and a
 timm's loader: `create_loader`, 2 workers (random resized crops), in the same loop with timm's SGD. Both free
 memory as glibc does by default, ours keeps it. ×: images/s relative to the plain loop's, which has BN. The phases
 of a step are in milliseconds; waiting: the share of data in the step. Memory: peak bytes in a step above those
-held before it. {arithmetic} *: the choice of `compute.compile=auto` for a run of 39,000 updates.
+held before it. Arithmetic: rate of convolutions and matrix products, as a share of the machine's rate of large
+matrix products ({rate} GFLOP/s, the better of two libraries). *: the choice of `compute.compile=auto` for a run of
+39,000 updates.
 """
-
-# The rates of matrix products, and the two loops beside ours, are measured in float32.
-SHARE = """
-Arithmetic: rate of convolutions and matrix products, as a share of the machine's rate of large matrix products
-({rate} GFLOP/s, the better of two libraries).
-"""
-UNEQUAL = """
-Ours computes in {precision}, the plain loop and timm's loader in float32: × compares paths of unequal precision.
-"""
-TF32 = "All paths round the factors of convolutions and matrix products to TF32."  # a switch of the process
-
-
-def arithmetic(result: Result) -> str:
-    """The page's sentence on the arithmetic of its paths."""
-    precision = result["precision"]
-    if precision == EXACT:
-        return SHARE.format(rate=f"{max(result['matrix_products'].values()) / 1e9:,.0f}")
-    return TF32 if precision == "tf32-mixed" else UNEQUAL.format(precision=precision)
 
 
 def speed_up(row: Row, rows: list[Row]) -> float:
@@ -221,7 +195,7 @@ def speed_up(row: Row, rows: list[Row]) -> float:
 
 def train_table(result: Result) -> str:
     rows = result["rows"]
-    best = max(result["matrix_products"].values()) if result["precision"] == EXACT else None
+    best = max(result["matrix_products"].values())
     lines = []
     for row in rows:
         name = NAMES.get(row["path"]) or f"ours, {row['norm'].upper()}, {row['caller']}{'*' * row['auto']}"
@@ -239,14 +213,14 @@ def train_table(result: Result) -> str:
                 *(f"{row['network']}, {row['batch']} × {row['size']}²", name),
                 *(f"{speed:,.0f}" if speed >= 100 else f"{speed:.1f}", f"{speed_up(row, rows):.2f}"),
                 *phases,
-                *([f"{speed * row['flops_per_image'] / best:.0%}"] if best else []),
+                f"{speed * row['flops_per_image'] / best:.0%}",
             )
         )
-    numbers = ("images/s", "×", *PHASES, "waiting", "memory", *(["arithmetic"] if best else []))
+    numbers = ("images/s", "×", *PHASES, "waiting", "memory", "arithmetic")
     return page(
         "Training: images/s",
         f"{hardware(result)}, {result['precision']}.",
-        prose(EXPLANATION.format(arithmetic=arithmetic(result))),
+        prose(EXPLANATION.format(rate=f"{best / 1e9:,.0f}")),
         table(("network", "path", *(f">{name}" for name in numbers)), lines),
         f"Images: {', '.join(sorted({row['images'] for row in rows}))}.",
     )
@@ -260,7 +234,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", type=Path, help="folder of real images (default: noise)")
     parser.add_argument("--norms", nargs="+", choices=NORMS, default=list(NORMS))
     parser.add_argument("--callers", nargs="+", choices=COMPILERS, help="(default: eager compiled)")
-    parser.add_argument("--precision", choices=PRECISIONS, help="of this project's trainer (default: 32-true)")
     parser.add_argument("--batch", type=count, help="images a step (default: 128 at 32x32, 32 at 224x224)")
     parser.add_argument("--seconds", type=float, help="measuring time of a network (default: 60)")
     parser.add_argument("--rounds", type=count, default=5, help="fewest epochs of each path (default: 5)")
@@ -271,12 +244,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUNS",
         help="instead, images/s of so many runs side by side and of one alone, of the first norm",
     )
-    parser.add_argument("--profile", type=Path, help="instead, write a trace of the first network's steps here")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Raises UserError. With --json, the networks measured before in the same setting keep their rows."""
-    given = [name for name in (*DEFAULTS, "profile") if getattr(arguments, name) is not None]
+    given = [name for name in DEFAULTS if getattr(arguments, name) is not None]
     if arguments.together:
         if given:
             raise UserError(
@@ -290,19 +262,14 @@ def run(arguments: argparse.Namespace) -> None:
     device = device_of(arguments)
     try:
         for caller in arguments.callers:
-            compute(device, compile=COMPILERS[caller], precision=arguments.precision, threads=arguments.threads)
+            compute(device, compile=COMPILERS[caller], threads=arguments.threads)
     except ValueError as error:
-        raise UserError(f"--callers, --precision or --threads: {error}") from error
+        raise UserError(f"--callers or --threads: {error}") from error
     workloads = (
         make_workload(name, arguments.root, STEPS[NETWORKS[name].size], arguments.batch)
         for name in arguments.networks
     )
-    if arguments.profile:
-        options = {"threads": arguments.threads, "precision": arguments.precision}
-        write_trace(next(workloads), arguments.profile, device, **options)
-        print(f"{arguments.profile}: open it at https://ui.perfetto.dev")
-        return
-    result: Result = {"benchmark": "train", "precision": arguments.precision, "rows": []}
+    result: Result = {"benchmark": "train", "precision": "32-true", "rows": []}
     for workload in workloads:
         for row in measure(workload, arguments, device):
             result["rows"].append({**row, "flops_per_image": flops_of(workload.network)})
@@ -312,7 +279,6 @@ def run(arguments: argparse.Namespace) -> None:
                 flush=True,
             )
     result["machine"] = describe_environment(device)
-    if arguments.precision == EXACT:
-        result["matrix_products"] = matrix_product_rates(device)
+    result["matrix_products"] = matrix_product_rates(device)
     result["rows"] = with_earlier_rows(arguments.json, result)
     report(result, arguments.json, train_table)
