@@ -9,7 +9,7 @@ from torch import nn
 from torch.fx.experimental.optimization import fuse
 
 from l2bn.benchmarks.measure import Action, add_common_arguments, count, interleaved, set_up
-from l2bn.benchmarks.report import Result, hardware, page, prose, report, table, with_earlier_rows
+from l2bn.benchmarks.report import Result, hardware, page, prose, report, table
 from l2bn.benchmarks.workload import NETWORKS, NORMS, build
 from l2bn.training.compute import keep_freed_memory
 from l2bn.training.environment import describe_environment
@@ -63,7 +63,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """With --json, the networks measured before in the same setting keep their rows."""
     keep_freed_memory()  # as a run does
     device = set_up(arguments)
     rows = []
@@ -79,5 +78,4 @@ def run(arguments: argparse.Namespace) -> None:
         text = "   ".join(f"{KINDS[kind]} {speed:8,.0f}" for kind, speed in speeds.items())
         print(f"{network:13} {caller:9} {text} images/s", flush=True)
     result: Result = {"benchmark": "evaluation", "machine": describe_environment(device), "rows": rows}
-    result["rows"] = with_earlier_rows(arguments.json, result)
     report(result, arguments.json, evaluation_table)

@@ -50,35 +50,8 @@ def report(
 ) -> None:
     """Print the page of a result; with a path, write the result there, and the page beside it."""
     if path is not None:  # before the page, because it is what took the time
-        write_json(path, result)
+        write_durably(path, json.dumps(result, indent=1) + "\n")
     text = make_page(result)
     if path is not None:
         write_durably(path.with_suffix(".md"), text)
     print("\n" + text)
-
-
-def write_json(path: Path, result: Result) -> None:
-    write_durably(path, json.dumps(result, indent=1) + "\n")
-
-
-def with_earlier_rows(path: Path | None, result: Result) -> list[Row]:
-    """The rows of a result, and those of an earlier one for networks that were not measured now.
-
-    The earlier result must be of the same benchmark, kind of machine and precision. Networks keep their order.
-    """
-    now: list[Row] = result["rows"]
-    try:
-        earlier = json.loads(path.read_text()) if path else {}
-        if _setting(earlier) != _setting(result):
-            return now
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # not there, or no result
-        return now
-    measured = {row["network"] for row in now}
-    order = list(dict.fromkeys(row["network"] for row in [*earlier["rows"], *now]))
-    kept = [row for row in earlier["rows"] if row["network"] not in measured]
-    return sorted(kept + now, key=lambda row: order.index(row["network"]))
-
-
-def _setting(result: Result) -> list[Any]:
-    same = ("device", "processor", "threads", "packages")
-    return [result.get("benchmark"), result.get("precision"), *(result["machine"][key] for key in same)]

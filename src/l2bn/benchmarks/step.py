@@ -10,7 +10,7 @@ from torch import nn
 from l2bn.benchmarks.measure import Action, add_common_arguments, count, interleaved, peak_memory, set_up
 from l2bn.benchmarks.norm import CALLERS as LAYER_CALLERS
 from l2bn.benchmarks.norm import LAYOUTS
-from l2bn.benchmarks.report import Result, hardware, page, prose, ratio, report, table, with_earlier_rows
+from l2bn.benchmarks.report import Result, hardware, page, prose, ratio, report, table
 from l2bn.benchmarks.workload import NETWORKS, Norm, build
 from l2bn.errors import UserError
 from l2bn.norms.l2bn import convert
@@ -98,7 +98,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """With --json, the networks measured before in the same setting keep their rows."""
     keep_freed_memory()  # as a run does
     device = set_up(arguments)
     if "graphs" in arguments.callers and device.type != "cuda":
@@ -124,5 +123,4 @@ def run(arguments: argparse.Namespace) -> None:
             flush=True,
         )
     result: Result = {"benchmark": "step", "machine": describe_environment(device), "rows": rows}
-    result["rows"] = with_earlier_rows(arguments.json, result)
     report(result, arguments.json, step_table)

@@ -29,7 +29,7 @@ from l2bn.benchmarks.measure import (
     undisturbed,
 )
 from l2bn.benchmarks.paths import compute, epochs_of, ours, plain, timm
-from l2bn.benchmarks.report import Result, Row, hardware, page, prose, report, table, with_earlier_rows
+from l2bn.benchmarks.report import Result, Row, hardware, page, prose, report, table
 from l2bn.benchmarks.workload import NETWORKS, NORMS, Workload, build, make_workload
 from l2bn.data.loader import Batch
 from l2bn.data.splits import Images
@@ -247,7 +247,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Raises UserError. With --json, the networks measured before in the same setting keep their rows."""
+    """Raises UserError."""
     given = [name for name in DEFAULTS if getattr(arguments, name) is not None]
     if arguments.together:
         if given:
@@ -280,5 +280,4 @@ def run(arguments: argparse.Namespace) -> None:
             )
     result["machine"] = describe_environment(device)
     result["matrix_products"] = matrix_product_rates(device)
-    result["rows"] = with_earlier_rows(arguments.json, result)
     report(result, arguments.json, train_table)
