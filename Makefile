@@ -70,7 +70,7 @@ bench-step: setup ## time whole training steps with BN and with L2BN
 bench-train: setup ## images/s in training and evaluation, beside the plain loop; several runs side by side
 	$(BENCH) train $(MADE)/train.json $(ARGS)
 	$(BENCH) evaluation $(MADE)/evaluation.json
-	$(BENCH) train --together 2 $(MADE)/together.json
+	$(BENCH) together $(MADE)/together.json
 
 bench-data: setup ## images/s of the data pipelines alone
 	$(BENCH) data $(MADE)/data.json $(ARGS)

@@ -1,35 +1,65 @@
-"""Measure speed and memory; prints a table, and with --json also writes result and table.
+"""Measure speed and memory; prints a page with a table, and with --json also writes the result and its page.
 
 python scripts/benchmark.py norm --json results/benchmarks/norm.json        the layer alone
 python scripts/benchmark.py step --json results/benchmarks/step.json        whole training steps
 python scripts/benchmark.py train --json results/benchmarks/train.json      training as a run has it
+python scripts/benchmark.py together --json results/benchmarks/together.json    several runs at once
 python scripts/benchmark.py data --json results/benchmarks/data.json        making batches
 python scripts/benchmark.py evaluation --json results/benchmarks/evaluation.json
-python scripts/benchmark.py train --together 2 --json results/benchmarks/together.json    several runs at once
 python scripts/benchmark.py waiting --json results/benchmarks/waiting.json  threads on a busy machine
 python scripts/benchmark.py accuracy --root FOLDER --json results/benchmarks/accuracy.json
+python scripts/benchmark.py pages       write the pages in results/benchmarks again, from the results there
+
+The GPU is measured where torch finds one; CUDA_VISIBLE_DEVICES= hides it. OMP_NUM_THREADS sets the CPU's threads.
 """
 
 import argparse
+import json
+from pathlib import Path
 
-from l2bn.benchmarks import accuracy, data, evaluation, norm, step, train, waiting
+from l2bn.benchmarks import accuracy, data, evaluation, measure, norm, step, together, train, waiting
 from l2bn.failures import told_plainly
+from l2bn.records import write_durably
+from l2bn.training.environment import describe_environment
+
+BENCHMARKS = {
+    module.__name__.rpartition(".")[2]: module
+    for module in (norm, step, train, together, data, evaluation, waiting, accuracy)
+}
+RESULTS = Path("results/benchmarks")
+
+
+def page_of(result: measure.Result) -> str:
+    page: str = BENCHMARKS[result["benchmark"]].make_page(result)
+    return page
+
+
+def write_pages() -> None:
+    for path in sorted(RESULTS.rglob("*.json")):
+        write_durably(path.with_suffix(".md"), page_of(json.loads(path.read_text())))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    for benchmark in (norm, step, train, data, evaluation, waiting, accuracy):
-        command = commands.add_parser(benchmark.__name__.rpartition(".")[2], description=benchmark.__doc__)
+    commands = parser.add_subparsers(dest="benchmark", required=True)
+    commands.add_parser("pages", description=write_pages.__doc__)
+    for name, benchmark in BENCHMARKS.items():
+        command = commands.add_parser(name, description=benchmark.__doc__)
+        command.add_argument("--json", type=Path, help="write the result here, and its page beside it")
         benchmark.add_arguments(command)
-        command.set_defaults(run=benchmark.run)
     arguments = parser.parse_args()
+    if arguments.benchmark == "pages":
+        write_pages()
+        return
     if arguments.json:  # now, not after the hour that a measurement may take
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.open("a").close()
-        if not arguments.json.stat().st_size:
-            arguments.json.unlink()
-    arguments.run(arguments)
+        arguments.json.touch()
+    measured = BENCHMARKS[arguments.benchmark].run(arguments)
+    result = {"benchmark": arguments.benchmark, "machine": describe_environment(measure.DEVICE), **measured}
+    if arguments.json:
+        write_durably(arguments.json, json.dumps(result, indent=1) + "\n")
+        write_durably(arguments.json.with_suffix(".md"), page_of(result))
+    print("\n" + page_of(result))
 
 
 if __name__ == "__main__":

@@ -11,31 +11,28 @@ import torch
 from PIL import Image
 
 from conftest import ROOT
-from l2bn.benchmarks import accuracy, data, evaluation, measure, norm, step, together, train, waiting
+from l2bn.benchmarks import accuracy, data, evaluation, measure, norm, train, waiting
 from l2bn.benchmarks.workload import CLASSES
-from l2bn.errors import UserError
 from l2bn.reporting.formatting import interval, signed
 from l2bn.reporting.statistics import estimate, paired_differences
 
 RESULTS = ROOT / "results" / "benchmarks"
-TABLES = {
-    "norm": norm.norm_table,
-    "step": step.step_table,
-    "train": train.train_table,
-    "data": data.data_table,
-    "evaluation": evaluation.evaluation_table,
-    "together": together.together_table,
-    "waiting": waiting.waiting_table,
-    "accuracy": accuracy.accuracy_table,
-}
-COMMITTED = sorted(str(path.relative_to(RESULTS).with_suffix("")) for path in RESULTS.glob("**/*.json"))
-assert len(COMMITTED) >= 2
 
 
-@pytest.mark.parametrize("name", COMMITTED)
-def test_committed_tables_are_made_from_the_committed_results(name: str) -> None:
-    result = json.loads((RESULTS / f"{name}.json").read_text())
-    assert (RESULTS / f"{name}.md").read_text() == TABLES[Path(name).name](result)
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module `scripts/benchmark.py`."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import benchmark
+
+    return benchmark
+
+
+def test_committed_pages_are_made_from_the_committed_results(command: Any) -> None:
+    paths = list(RESULTS.rglob("*.json"))
+    assert {path.stem for path in paths} == set(command.BENCHMARKS)
+    for path in paths:
+        assert path.with_suffix(".md").read_text() == command.page_of(json.loads(path.read_text()))
 
 
 def test_the_readmes_costs_of_evaluation_and_its_accuracy_are_those_of_the_committed_results() -> None:
@@ -53,37 +50,23 @@ Measured = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Measured:
-    """Run a benchmark's command and return what it wrote; its table must be there, too."""
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    import benchmark
+def measured(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Measured:
+    """Run a benchmark's command and return what it wrote; its page must be there, too."""
 
-    def measured(name: str, *options: str, writes: str = "") -> dict[str, Any]:
+    def measured(name: str, *options: str) -> dict[str, Any]:
         path = tmp_path / f"{name}.json"
         monkeypatch.setattr(sys, "argv", ["benchmark.py", name, *options, "--json", str(path)])
-        benchmark.main()
+        command.main()
         result = json.loads(path.read_text())
-        assert result["benchmark"] == (writes or name)
+        assert result["benchmark"] == name
         assert result["machine"]["packages"]["torch"]
-        text = (tmp_path / f"{name}.md").read_text()
-        assert text == TABLES[writes or name](result)
+        assert path.with_suffix(".md").read_text() == command.page_of(result)
         return result
 
     return measured
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("norm", ["--networks", "ResNet-20", "--maps", "1", "--callers", "eager"]),
-        pytest.param(
-            *("step", ["--networks", "ResNet-20", "--callers", "eager", "--layouts", "contiguous", "--batch", "4"]),
-            marks=pytest.mark.slow,
-        ),
-    ],
-)
-def test_the_norms_are_measured(name: str, options: list[str], measured: Measured) -> None:
-    rows = measured(name, *options, "--seconds", "0.01")["cells" if name == "norm" else "rows"]
+def check_norms(rows: list[dict[str, Any]]) -> None:
     assert rows
     for row in rows:
         assert min(row["seconds"].values()) > 0
@@ -91,12 +74,24 @@ def test_the_norms_are_measured(name: str, options: list[str], measured: Measure
         assert row["peak_bytes"]["naive"] > row["peak_bytes"]["fused"]
 
 
-SHORT = ["--networks", "ResNet-20", "--threads", "1", "--seconds", "0.01"]
+def test_layers_are_measured(measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert norm.maps_of("ResNet-20") == [(128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8)]
+    monkeypatch.setattr(norm, "maps_of", lambda _: [(128, 16, 32, 32)])
+    monkeypatch.setattr(norm, "CALLERS", ["eager"])
+    check_norms(measured("norm", "--networks", "ResNet-20", "--seconds", "0.01")["cells"])
 
 
-def test_training_is_measured_beside_the_plain_loops(measured: Measured) -> None:
-    options = [*SHORT, "--callers", "eager", "--norms", "bn", "--batch", "4", "--rounds", "1"]
-    rows = {row["path"]: row for row in measured("train", *options)["rows"]}
+@pytest.mark.slow
+def test_steps_are_measured(measured: Measured) -> None:
+    check_norms(measured("step", *SHORT, "--callers", "eager", "--batch", "4")["rows"])
+
+
+SHORT = ["--networks", "ResNet-20", "--seconds", "0.01"]
+
+
+def test_training_is_measured_beside_the_plain_loops(measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "NORMS", ["bn"])
+    rows = {row["path"]: row for row in measured("train", *SHORT, "--callers", "eager", "--batch", "4")["rows"]}
     assert rows.keys() == {"ours", "plain", "timm"}
     assert all(row["images_per_second"] > 0 for row in rows.values())
     ours = rows["ours"]
@@ -129,15 +124,18 @@ def test_arithmetic_is_what_torchvision_says_of_its_networks() -> None:
         assert counted == pytest.approx(3 * 2 * products, rel=2e-3)
 
 
-def test_pipelines_are_measured(measured: Measured) -> None:
-    (row,) = measured("data", *SHORT, "--rounds", "1")["rows"]
+def test_pipelines_are_measured(measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(data.STEPS, "ResNet-20", 10)
+    (row,) = measured("data", *SHORT)["rows"]
     assert min(row["images_per_second"].values()) > 0
     # In seconds of any machine, however busy: without a Python call for each image.
     assert row["images_per_second"]["ours"] > 3 * row["images_per_second"]["plain"]
 
 
-def test_evaluation_is_measured(measured: Measured) -> None:
-    (row,) = measured("evaluation", *SHORT, "--callers", "eager", "--batch", "4")["rows"]
+def test_evaluation_is_measured(measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "CALLERS", ["eager"])
+    monkeypatch.setattr(evaluation, "BATCH", {32: 4})
+    (row,) = measured("evaluation", *SHORT)["rows"]
     assert row["images_per_second"].keys() == {"bn", "folded", "l2bn"}
     assert min(row["images_per_second"].values()) > 0
 
@@ -152,15 +150,14 @@ def test_folding_leaves_no_batch_norm_and_the_same_outputs() -> None:
 
 @pytest.mark.slow
 def test_runs_at_once_are_measured(measured: Measured) -> None:
-    options = ["--together", "2", "--networks", "ResNet-20", "--batch", "4", "--rounds", "1"]
-    rows = measured("train", *options, writes="together")["rows"]
+    rows = measured("together", "--networks", "ResNet-20", "--batch", "4")["rows"]
     assert [row["runs"] for row in rows] == [1, 2]
     assert [len(row["images_per_second"]) for row in rows] == [1, 2]
 
 
 @pytest.mark.slow
 def test_waiting_threads_are_measured(measured: Measured) -> None:
-    rows = measured("waiting", "--networks", "ResNet-20", "--batches", "4", "--seconds", "0.01")["rows"]
+    rows = measured("waiting", *SHORT, "--batches", "4")["rows"]
     assert [sorted(row["seconds"]) for row in rows] == [sorted(waiting.LOADS)]
     assert all(min(seconds.values()) > 0 for seconds in rows[0]["seconds"].values())
 
@@ -173,37 +170,7 @@ def test_accuracies_are_measured(measured: Measured, tmp_path: Path) -> None:
             folder.mkdir(parents=True)
             for copy in range(copies):
                 Image.fromarray(pixels[label].numpy()).save(folder / f"{copy}.png")
-    options = ["--root", str(tmp_path / "images"), "--images", "128", "--epochs", "1", "--threads", "1"]
+    options = ["--root", str(tmp_path / "images"), "--images", "128", "--epochs", "1"]
     runs = measured("accuracy", *options, "--seeds", "2")["runs"]
     assert [(run["path"], run["seed"]) for run in runs] == [("ours", 0), ("plain", 0), ("ours", 1), ("plain", 1)]
     assert all(0 <= run["accuracy"] <= 100 for run in runs)
-
-
-NO_DEVICES = ["foo", "meta", *([] if torch.cuda.is_available() else ["cuda"])]
-ON_A_DEVICE = [["norm"], ["step"], ["data"], ["evaluation"], ["train"], ["train", "--together", "2"]]
-
-
-@pytest.mark.parametrize("device", NO_DEVICES)
-@pytest.mark.parametrize("command", [*ON_A_DEVICE, ["accuracy", "--root", "nowhere"]], ids=" ".join)
-def test_a_device_without_arithmetic_is_refused_before_anything_is_measured(
-    command: list[str], device: str, measured: Measured
-) -> None:
-    with pytest.raises(UserError, match=f"--device is {device}, .* take cpu"):
-        measured(*command, "--device", device)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [["--callers", "eager"], ["--callers", "eager", "--seconds", "1"]],
-    ids=" ".join,
-)
-def test_what_runs_side_by_side_would_ignore_is_refused(options: list[str], measured: Measured) -> None:
-    with pytest.raises(UserError, match="--together measures eager runs in float32") as error:
-        measured("train", "--together", "2", *options)
-    assert all(option in str(error.value) for option in options if option.startswith("--"))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can do it")
-def test_what_this_device_cannot_do_is_refused(measured: Measured) -> None:
-    with pytest.raises(UserError, match="graphs needs a CUDA device"):
-        measured("train", "--callers", "graphs")

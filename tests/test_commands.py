@@ -72,12 +72,7 @@ WRONG: list[tuple[list[str], dict[str, str], list[str]]] = [
     (["benchmark.py", "norm", "--json", "/proc/x.json"], {}, ["/proc/x.json"]),
     (["benchmark.py", "step", "--batch", "0"], {}, ["--batch", "number from 1", "0"]),
     (["benchmark.py", "waiting", "--batches", "128", "-8"], {}, ["--batches", "number from 1", "-8"]),
-    (["benchmark.py", "step", "--device", "foo"], {}, ["--device", "foo", "take cpu"]),
-    (
-        ["benchmark.py", "train", "--together", "2", "--callers", "eager"],
-        {},
-        ["--together", "--callers", "leave out"],
-    ),
+    (["benchmark.py", "train", "--callers", "lazy"], {}, ["--callers", "lazy", "compiled"]),
     (["benchmark.py", "nets"], {}, ["nets", "norm"]),
 ]
 

@@ -19,7 +19,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from l2bn.backbones.resnet import cifar_resnet
-from l2bn.benchmarks import paths
+from l2bn.benchmarks import workload
 from l2bn.data.augment import CropFlip
 from l2bn.data.loader import training_loader
 from l2bn.data.splits import Images, Splits
@@ -68,11 +68,11 @@ class Net(nn.Module):
 
 
 def recipe(lr: float) -> Recipe:
-    return replace(paths.recipe(BATCH, epochs=1, lr=lr), schedule=MultiStep(milestones=[2]))
+    return replace(workload.recipe(BATCH, epochs=1, lr=lr), schedule=MultiStep(milestones=[2]))
 
 
 def compute(device: str = "cpu", **options: Any) -> Compute:
-    return paths.compute(torch.device(device), **{"threads": 1, "workers": 0, **options})
+    return workload.compute(**{"device": device, "threads": 1, "workers": 0, **options})
 
 
 class Losses(Trainer):

@@ -4,20 +4,29 @@ The two runs of a seed start from the same weights; order and augmentation of th
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from l2bn.benchmarks.measure import add_device_arguments, count, set_up
-from l2bn.benchmarks.paths import compute, pictures, plain_epoch, recipe, trainer_of
-from l2bn.benchmarks.report import Result, Row, hardware, page, prose, report, table
-from l2bn.benchmarks.workload import CLASSES, NETWORKS, Workload, small_images
+from l2bn.benchmarks.measure import DEVICE, Result, Row, count, page, table
+from l2bn.benchmarks.workload import (
+    CLASSES,
+    NETWORKS,
+    Workload,
+    compute,
+    pictures,
+    plain_epoch,
+    recipe,
+    trainer_of,
+)
+from l2bn.data.augment import CropFlip
+from l2bn.data.folder import image_folder
 from l2bn.data.loader import evaluation_loader
-from l2bn.reporting.formatting import mean_std
+from l2bn.reporting.formatting import interval, mean_std, signed
 from l2bn.reporting.statistics import estimate, paired_differences
 from l2bn.seeding import derive_seed
-from l2bn.training.environment import describe_environment
 from l2bn.training.loop import Position, evaluate
 from l2bn.training.optim import Recipe
 
@@ -30,18 +39,17 @@ def initial(seed: int) -> nn.Module:
     return NETWORKS[NETWORK].build()
 
 
-def train_ours(workload: Workload, learning: Recipe, seed: int, device: torch.device) -> float:
+def train_ours(workload: Workload, learning: Recipe, seed: int) -> float:
     """Test accuracy in percent after the last epoch."""
-    placing = compute(device, threads=torch.get_num_threads())
-    trainer = trainer_of(workload, initial(seed), learning, placing, seed)
+    trainer = trainer_of(workload, initial(seed), learning, compute(), seed)
     position = Position()
     trainer.fit(position)
     return float(position.rows[-1]["test/top1"] or 0.0)
 
 
-def train_plain(workload: Workload, learning: Recipe, seed: int, device: torch.device) -> float:
+def train_plain(workload: Workload, learning: Recipe, seed: int) -> float:
     """Test accuracy in percent after the last epoch."""
-    model = initial(seed).to(device)
+    model = initial(seed).to(DEVICE)
     optimizer = torch.optim.SGD(
         model.parameters(),
         lr=learning.lr,
@@ -58,9 +66,9 @@ def train_plain(workload: Workload, learning: Recipe, seed: int, device: torch.d
     torch.manual_seed(derive_seed(seed, "plain"))
     batches = pictures(workload, torch.Generator().manual_seed(derive_seed(seed, "plain")))
     for _ in range(learning.epochs):
-        plain_epoch(model.train(), optimizer, batches, device)
-    test = evaluation_loader(workload.splits.test, splits=workload.splits, batch_size=256, device=device)
-    _, accuracy, _ = evaluate(model, test, CLASSES, compute(device).fabric())
+        plain_epoch(model.train(), optimizer, batches)
+    test = evaluation_loader(workload.splits.test, splits=workload.splits, batch_size=256, device=DEVICE)
+    _, accuracy, _ = evaluate(model, test, CLASSES, compute().fabric())
     return accuracy
 
 
@@ -78,50 +86,43 @@ seed start from the same weights; order and augmentation of the images differ.
 """
 
 
-def accuracy_table(result: Result) -> str:
+def make_page(result: Result) -> str:
     found = {path: of_path(result["runs"], path) for path in PATHS}
     difference = estimate(paired_differences(found["plain"], found["ours"]))
-    rows = [
-        (
-            *(NAMES[path], f"{mean_std(accuracies.values())} (n = {len(accuracies)})"),
-            ", ".join(f"{accuracies[seed]:.2f}" for seed in sorted(accuracies)),
-        )
-        for path, accuracies in found.items()
-    ]
-    parts = [f"{hardware(result)}.", prose(EXPLANATION.format(**result["setting"]))]
-    parts.append(table(("path", ">accuracy", "of each seed"), rows))
-    if difference.low is not None and difference.high is not None:
-        parts.append(
-            f"Ours − plain loop: {difference.mean:+.2f} points, 95 % interval "
-            f"[{difference.low:+.2f}, {difference.high:+.2f}] (Student's, paired by seed)."
-        )
-    return page("Accuracy: the trainer against the plain loop", *parts)
+    rows = []
+    for path, accuracies in found.items():
+        of_seeds = ", ".join(f"{accuracies[seed]:.2f}" for seed in sorted(accuracies))
+        rows.append((NAMES[path], f"{mean_std(accuracies.values())} (n = {len(accuracies)})", of_seeds))
+    return page(
+        "Accuracy: the trainer against the plain loop",
+        result,
+        EXPLANATION.format(**result["setting"]),
+        table(("path", "accuracy", "of each seed"), rows, names=1),
+        f"Ours − plain loop: {signed(difference.mean)} points, 95 % interval {interval(difference)} (Student's, "
+        "paired by seed).",
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", type=Path, help="write the result here, and its table beside it")
     parser.add_argument(
         "--root", type=Path, required=True, help="folder of CIFAR-10 as JPEG files, train/ and test/"
     )
-    add_device_arguments(parser)
     parser.add_argument("--images", type=count, default=12_800, help="to train on (default: 12800)")
     parser.add_argument("--epochs", type=count, default=5, help="of them (default: 5)")
     parser.add_argument("--seeds", type=count, default=3, help="runs of each path (default: 3)")
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Raises UserError."""
-    device = set_up(arguments)
-    splits, source = small_images(arguments.root, arguments.images)
+def run(arguments: argparse.Namespace) -> Result:
+    """Raises UserError for a folder without images."""
+    splits = image_folder(str(arguments.root), label="CIFAR-10 (JPEG)", augmentation=CropFlip())
+    order = torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(0))
+    splits = replace(splits, train=splits.train.select(order[: arguments.images]))
+    workload = Workload(NETWORK, BATCH, splits)
     learning = recipe(BATCH, arguments.epochs, lr=0.1)
-    workload = Workload(NETWORK, BATCH, 32, len(splits.train) // BATCH, splits, source)
     runs: list[Row] = []
     for seed in range(arguments.seeds):
         for path, train in PATHS.items():
-            runs.append({"path": path, "seed": seed, "accuracy": train(workload, learning, seed, device)})
-            print(f"{NAMES[path]:10} seed {seed}: {runs[-1]['accuracy']:.2f} %", flush=True)
+            runs.append({"path": path, "seed": seed, "accuracy": train(workload, learning, seed)})
+            print(f"{NAMES[path]}, seed {seed}: {runs[-1]['accuracy']:.2f} %", flush=True)
     setting = {"network": NETWORK, "images": len(splits.train), "epochs": arguments.epochs}
-    setting |= {"batch": BATCH, "source": source}
-    machine = describe_environment(device)
-    result: Result = {"benchmark": "accuracy", "machine": machine, "setting": setting, "runs": runs}
-    report(result, arguments.json, accuracy_table)
+    return {"setting": {**setting, "batch": BATCH, "source": splits.label}, "runs": runs}

@@ -8,28 +8,28 @@ import torch
 from torch import nn
 from torch.fx.experimental.optimization import fuse
 
-from l2bn.benchmarks.measure import Action, add_common_arguments, count, interleaved, set_up
-from l2bn.benchmarks.report import Result, hardware, page, prose, report, table
-from l2bn.benchmarks.workload import NETWORKS, NORMS, build
+from l2bn.benchmarks.measure import DEVICE, Action, Result, Row, add_common_arguments, interleaved, page, table
+from l2bn.benchmarks.workload import NETWORKS, build
 from l2bn.training.compute import keep_freed_memory
-from l2bn.training.environment import describe_environment
 
 BATCH = {32: 512, 224: 32}  # by image size
+CALLERS = ("eager", "compiled")
 KINDS = {"bn": "BN", "folded": "BN, folded", "l2bn": "L2BN"}
 
 
 def network_of(network: str, kind: str) -> nn.Module:
     """Build a network with its initial weights in evaluation mode."""
-    model = build(network, NORMS["l2bn" if kind == "l2bn" else "bn"]).eval()
-    return fuse(model) if kind == "folded" else model
+    if kind == "folded":
+        return fuse(build(network).eval())
+    return build(network, kind).eval()
 
 
-def evaluation(network: str, kind: str, caller: str, batch: int, device: torch.device) -> Action:
+def evaluation(network: str, kind: str, caller: str) -> Action:
     """Forward pass of a batch of noise in channels_last, as an action."""
     size = NETWORKS[network].size
-    model = network_of(network, kind).to(device).to(memory_format=torch.channels_last)
+    model = network_of(network, kind).to(DEVICE).to(memory_format=torch.channels_last)
     run: Any = torch.compile(model, dynamic=False) if caller == "compiled" else model
-    images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    images = torch.randn(BATCH[size], 3, size, size, device=DEVICE).contiguous(memory_format=torch.channels_last)
     return torch.inference_mode()(lambda: run(images))
 
 
@@ -41,41 +41,31 @@ folded BN.
 """
 
 
-def evaluation_table(result: Result) -> str:
+def make_page(result: Result) -> str:
     rows = []
     for row in result["rows"]:
-        speeds, names = (
-            row["images_per_second"],
-            (row["network"], f"{row['batch']} × {row['size']}²", row["caller"]),
-        )
-        times = (f"{speeds[kind] / speeds['l2bn']:.2f}" for kind in ("bn", "folded"))
+        speeds = row["images_per_second"]
+        names = row["network"], row["caller"], f"{row['batch']} × {row['size']}²"
+        times = [f"{speeds[kind] / speeds['l2bn']:.2f}" for kind in ("bn", "folded")]
         rows.append((*names, *(f"{speeds[kind]:,.0f}" for kind in KINDS), *times))
-    numbers = (*KINDS.values(), "time, L2BN / BN", "time, L2BN / folded")
-    columns = ("network", ">batch", "called", *(f">{name}" for name in numbers))
-    return page("Evaluation: images/s", f"{hardware(result)}.", prose(EXPLANATION), table(columns, rows))
+    columns = ("network", "called", "batch", *KINDS.values(), "time, L2BN / BN", "time, L2BN / folded")
+    return page("Evaluation: images/s", result, EXPLANATION, table(columns, rows, names=2))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_common_arguments(parser, NETWORKS)
-    parser.add_argument("--callers", nargs="+", choices=["eager", "compiled"], default=["eager", "compiled"])
-    parser.add_argument("--batch", type=count, help="images (default: 512 at 32x32, 32 at 224x224)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="measuring time of a row (default: 10)")
+    add_common_arguments(parser, NETWORKS, seconds=10)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> Result:
     keep_freed_memory()  # as a run does
-    device = set_up(arguments)
-    rows = []
-    for network, caller in product(arguments.networks, arguments.callers):
+    rows: list[Row] = []
+    for network, caller in product(arguments.networks, CALLERS):
         torch.compiler.reset()  # after eight compiled variants of a function it would fall back to eager
         size = NETWORKS[network].size
-        batch = arguments.batch or BATCH[size]
-        actions = {kind: evaluation(network, kind, caller, batch, device) for kind in KINDS}
-        seconds = interleaved(actions, device, arguments.seconds, fewest=5, warm_up=2)
-        speeds = {kind: batch / value for kind, value in seconds.items()}
-        names = {"network": network, "size": size, "batch": batch, "caller": caller}
-        rows.append({**names, "images_per_second": speeds})
-        text = "   ".join(f"{KINDS[kind]} {speed:8,.0f}" for kind, speed in speeds.items())
-        print(f"{network:13} {caller:9} {text} images/s", flush=True)
-    result: Result = {"benchmark": "evaluation", "machine": describe_environment(device), "rows": rows}
-    report(result, arguments.json, evaluation_table)
+        actions = {kind: evaluation(network, kind, caller) for kind in KINDS}
+        seconds = interleaved(actions, arguments.seconds, fewest=5, warm_up=2)
+        speeds = {kind: BATCH[size] / taken for kind, taken in seconds.items()}
+        row = {"network": network, "size": size, "batch": BATCH[size], "caller": caller}
+        rows.append({**row, "images_per_second": speeds})
+        print(network, caller, f"{speeds['l2bn']:,.0f} images/s with L2BN", flush=True)
+    return {"rows": rows}

@@ -1,32 +1,39 @@
-"""Measurements that benchmarks share: interleaved times and peak memory, and the options of their commands."""
+"""Parts that benchmarks share: interleaved times, peak memory, the options of commands, and the pages of results.
+
+Benchmarks measure the GPU where torch finds one. `CUDA_VISIBLE_DEVICES=` hides it, and `OMP_NUM_THREADS` sets the
+threads of the CPU.
+"""
 
 import argparse
 import multiprocessing
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from textwrap import fill
 from typing import Any, TypeVar
 
 import torch
 from torch._C._profiler import _EventType
 from torch.profiler._utils import traverse_dfs
 
-from l2bn.errors import UserError
+from l2bn.reporting.formatting import Table, markdown
 
 Action = Callable[[], Any]
 Key = TypeVar("Key")
 
+Row = dict[str, Any]
+Result = dict[str, Any]
+"""A benchmark's result: its name, the machine, and `rows` (of the layer: `cells`, of accuracy: `runs`)."""
 
-def add_common_arguments(
-    parser: argparse.ArgumentParser, networks: Iterable[str], default: Iterable[str] | None = None
-) -> None:
-    """Add the options of the measuring benchmarks; `default` are the networks measured, all without it."""
-    parser.add_argument("--json", type=Path, help="write the result here, and its table beside it")
-    parser.add_argument("--networks", nargs="+", choices=list(networks), default=list(default or networks))
-    add_device_arguments(parser)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+# ---- The options of commands ----------------------------------------------------------------------------------
+
+CALLERS = ["eager", "compiled", *(["graphs"] if DEVICE.type == "cuda" else [])]
+"""Ways to call a network; graphs: as by `compute.compile=graphs`."""
 
 
 def count(text: str) -> int:
@@ -36,35 +43,31 @@ def count(text: str) -> int:
     return int(text)
 
 
-def add_device_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=count, help="threads of the CPU (default: torch's own choice)")
+def add_common_arguments(
+    parser: argparse.ArgumentParser, networks: Iterable[str], seconds: float, default: Sequence[str] = ()
+) -> None:
+    """Add the options of the measuring benchmarks; `default` are the networks measured, all without it."""
+    parser.add_argument("--networks", nargs="+", choices=list(networks), default=list(default or networks))
+    parser.add_argument(
+        "--seconds", type=float, default=seconds, help=f"measuring time of each (default: {seconds:g})"
+    )
 
 
-def device_of(arguments: argparse.Namespace) -> torch.device:
-    """The device of --device. Raises UserError for one on which torch can't compute here."""
-    try:
-        device = torch.device(arguments.device)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, ImportError) as error:
-        accepted = "cpu or cuda" if torch.cuda.is_available() else "cpu; torch finds no CUDA device"
-        raise UserError(
-            f"--device is {arguments.device}, on which torch can't compute here: take {accepted}"
-        ) from error
-    return device
+def add_batch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch", type=count, help="images a step (default: 128 at 32x32, 32 at 224x224)")
 
 
-def set_up(arguments: argparse.Namespace) -> torch.device:
-    """Set the number of threads; return the device. Raises UserError."""
-    device = device_of(arguments)
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
-    return device
+def add_callers(parser: argparse.ArgumentParser) -> None:
+    """Without the option, both ways between which `compute.compile=auto` chooses on this device."""
+    parser.add_argument("--callers", nargs="+", choices=CALLERS, default=["eager", CALLERS[-1]])
 
 
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+# ---- Time and memory ------------------------------------------------------------------------------------------
+
+
+def synchronise() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
 
 
 REALTIME_PRIORITY = 40
@@ -92,42 +95,39 @@ def _set_priority(policy: str, priority: int) -> None:
             os.sched_setscheduler(int(thread.name), getattr(os, policy), os.sched_param(priority))
 
 
-def interleaved(
-    actions: dict[Key, Action], device: torch.device, seconds: float, fewest: int = 20, warm_up: int = 3
-) -> dict[Key, float]:
+def interleaved(actions: dict[Key, Action], seconds: float, fewest: int = 20, warm_up: int = 3) -> dict[Key, float]:
     """Seconds of each action, measured in rounds in which each takes a turn.
 
     The order within a round is random, so that none always runs in the caches that the same other one left. The
     first decile of an action's times is returned: other load can only add time, and on a quiet machine decile and
-    median are close. Rounds last for about `seconds`, at least `fewest`, after `warm_up` calls of each (0: they are
-    warm). A call too short for the clock is repeated within its turn.
+    median are close. Rounds last for about `seconds`, at least `fewest`, after `warm_up` calls of each. A call too
+    short for the clock is repeated within its turn.
     """
-    repeats = dict.fromkeys(actions, 1)
+    repeats = {}
     for name, action in actions.items():
         for _ in range(warm_up):
             action()
-        if warm_up:
-            synchronise(device)
-            repeats[name] = max(1, round(5e-4 / max(_time(action, 1, device), 1e-6)))
+        synchronise()
+        repeats[name] = max(1, round(5e-4 / max(_time(action), 1e-6)))
     times: dict[Key, list[float]] = {name: [] for name in actions}
     order = random.Random(0)
     with undisturbed():
         end = time.perf_counter() + seconds
         while time.perf_counter() < end or len(times[next(iter(times))]) < fewest:
             for name in order.sample(list(actions), len(actions)):
-                times[name].append(_time(actions[name], repeats[name], device))
+                times[name].append(_time(actions[name], repeats[name]))
     return {name: sorted(values)[len(values) // 10] for name, values in times.items()}
 
 
-def _time(action: Action, repeats: int, device: torch.device) -> float:
+def _time(action: Action, repeats: int = 1) -> float:
     start = time.perf_counter()
     for _ in range(repeats):
         action()
-    synchronise(device)
+    synchronise()
     return (time.perf_counter() - start) / repeats
 
 
-def peak_memory(action: Action, device: torch.device) -> int:
+def peak_memory(action: Action, device: torch.device = DEVICE) -> int:
     """Peak bytes of tensors during an action, above those held before it.
 
     On CUDA the allocator counts. On the CPU the allocations that the profiler records are summed up, less their
@@ -157,3 +157,25 @@ def peak_memory(action: Action, device: torch.device) -> int:
         else:
             held -= sizes.pop(block.ptr, 0)
     return peak
+
+
+# ---- The pages of results -------------------------------------------------------------------------------------
+
+
+def ratio(row: Row, norm: str, quantity: str = "seconds") -> float:
+    """To BN, called the same way."""
+    return float(row[quantity][norm] / row[quantity]["bn"])
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], names: int) -> str:
+    """A Markdown table; columns after the first `names` are flush right."""
+    return markdown(Table("", columns, list(rows), names=names)).strip()
+
+
+def page(title: str, result: Result, explanation: str, *parts: str) -> str:
+    """The Markdown page of a result: its machine, an explanation, and its tables."""
+    facts = result["machine"]
+    where = facts["device"] if facts["device"] != "cpu" else f"{facts['processor']}, {facts['threads']} threads"
+    machine = f"{where} ({facts['cpu_capability']}), torch {facts['packages']['torch']}, {facts['time'][:10]}."
+    text = fill(" ".join(explanation.split()), 110, break_on_hyphens=False, break_long_words=False)
+    return "\n\n".join([f"# {title}", machine, text, *parts]) + "\n"

@@ -17,18 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l2bn.benchmarks.measure import Action, add_common_arguments, count, interleaved, peak_memory, set_up
-from l2bn.benchmarks.report import Result, Row, hardware, page, prose, ratio, report, table
-from l2bn.benchmarks.workload import NETWORKS, bn_inputs
-from l2bn.norms.l2bn import L2BatchNorm2d
+from l2bn.benchmarks.measure import (
+    DEVICE,
+    Action,
+    Result,
+    Row,
+    add_common_arguments,
+    interleaved,
+    page,
+    peak_memory,
+    ratio,
+    table,
+)
+from l2bn.benchmarks.workload import NETWORKS, NORMS
 from l2bn.training.compute import keep_freed_memory
-from l2bn.training.environment import describe_environment
-
-LAYERS: dict[str, Callable[[int], nn.Module]] = {
-    "bn": nn.BatchNorm2d,
-    "naive": lambda channels: L2BatchNorm2d(channels, fused="off"),
-    "fused": lambda channels: L2BatchNorm2d(channels, fused="on"),
-}
 
 # Least traffic of BN and of the fused layer, in maps: training reads x twice and writes y, then reads x and the
 # gradient twice and writes dx. Evaluation of L2BN reads x twice and writes y (BN's reads it once).
@@ -38,13 +40,17 @@ CALLERS = ("eager", "compiled")
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-def maps_of(network: str, most: int | None) -> list[tuple[int, int, int, int]]:
-    """The distinct maps that the network's BN layers see, the largest first; `most` of them, evenly chosen."""
-    shapes = sorted(set(bn_inputs(network)), key=lambda shape: (-math.prod(shape), shape))
-    if most is not None and most < len(shapes):
-        chosen = [round(i * (len(shapes) - 1) / (most - 1)) for i in range(most)] if most > 1 else [0]
-        shapes = [shapes[i] for i in chosen]
-    return [(NETWORKS[network].batch, *shape) for shape in shapes]
+def maps_of(network: str) -> list[tuple[int, ...]]:
+    """The distinct maps (N, C, H, W) that the network's BN layers see, the largest first."""
+    seen: set[tuple[int, ...]] = set()
+    build, size, batch = NETWORKS[network]
+    model = build().eval()
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.register_forward_pre_hook(lambda _, inputs: seen.add((batch, *inputs[0].shape[1:])))
+    with torch.no_grad():
+        model(torch.zeros(1, 3, size, size))
+    return sorted(seen, key=lambda shape: (-math.prod(shape), shape))
 
 
 def compiled_alone(layer: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -76,21 +82,21 @@ def evaluation(call: Callable[[Tensor], Tensor], x: Tensor) -> Action:
     return torch.no_grad()(lambda: call(x))
 
 
-def measure_map(shape: tuple[int, ...], callers: list[str], device: torch.device, seconds: float) -> Iterator[Row]:
+def measure_map(shape: tuple[int, ...], seconds: float) -> Iterator[Row]:
     """A cell for each format, caller and phase."""
     for layout, memory_format in LAYOUTS.items():
-        x, g = (torch.randn(shape, device=device).to(memory_format=memory_format) for _ in range(2))
-        for caller, phase in product(callers, PASSES):
+        x, g = (torch.randn(shape, device=DEVICE).to(memory_format=memory_format) for _ in range(2))
+        for caller, phase in product(CALLERS, PASSES):
             actions: dict[str, Action] = {}
             memory = {}
-            for name, make in LAYERS.items():
-                layer = make(shape[1]).to(device).train(phase == "training")
+            for name in ("bn", "naive", "fused"):
+                layer = NORMS[name](nn.BatchNorm2d(shape[1])).to(DEVICE).train(phase == "training")
                 call = compiled_alone(layer) if caller == "compiled" else layer
                 actions[name] = training(call, x, g) if phase == "training" else evaluation(call, x)
                 actions[name]()
-                memory[name] = peak_memory(actions[name], device)
+                memory[name] = peak_memory(actions[name])
             actions["copy"] = partial(torch.empty_like(x).copy_, x)  # reads and writes each byte once
-            times = interleaved(actions, device, seconds)
+            times = interleaved(actions, seconds)
             yield {
                 "shape": list(shape),
                 "layout": layout,
@@ -109,7 +115,7 @@ of the bandwidth of a copy of that map; median.
 """
 
 
-def norm_table(result: Result) -> str:
+def make_page(result: Result) -> str:
     means, worst = [], []
     for caller, phase, layout in product(("compiled", "eager"), PASSES, (*LAYOUTS, "both")):
         cells = [c for c in result["cells"] if (c["caller"], c["phase"]) == (caller, phase)]
@@ -125,14 +131,14 @@ def norm_table(result: Result) -> str:
         name = f"{'×'.join(map(str, cell['shape']))} {cell['layout']}"
         times = [f"{cell['seconds'][norm] * 1e3:.3g} ms" for norm in ("bn", "fused")]
         worst.append((cell["caller"], name, cell["network"], *times, f"{ratio(cell, 'fused'):.2f}"))
-    names = ("called", "phase", "format", ">maps", ">naive", ">fused", ">fused, worst", ">memory", ">copy")
+    names = ("called", "phase", "format", "maps", "naive", "fused", "fused, worst", "memory", "copy")
     return page(
         "The layer alone: time against batch norm's",
-        f"{hardware(result)}.",
-        prose(EXPLANATION),
-        table(names, means),
+        result,
+        EXPLANATION,
+        table(names, means, names=3),
         "The worst cells of training:",
-        table(("called", "map", "network", ">BN", ">fused", ">ratio"), worst),
+        table(("called", "map", "network", "BN", "fused", "ratio"), worst, names=3),
     )
 
 
@@ -143,28 +149,17 @@ def memory_ratio(cells: list[Row]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    networks = ["ResNet-20", "VGG-16", "MobileNetV2", "ShuffleNetV2", "ResNet-50"]
-    add_common_arguments(parser, networks)
-    parser.add_argument("--callers", nargs="+", choices=CALLERS, default=list(CALLERS))
-    parser.add_argument("--maps", type=count, help="at most so many maps of each network (default: all)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="measuring time of a cell (default: 1)")
+    add_common_arguments(parser, ["ResNet-20", "VGG-16", "MobileNetV2", "ShuffleNetV2", "ResNet-50"], seconds=1)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> Result:
     keep_freed_memory()  # as a run does
-    device = set_up(arguments)
     torch.manual_seed(0)
-    networks = {shape: name for name in arguments.networks for shape in maps_of(name, arguments.maps)}
-    measured: list[Row] = []
+    networks = {shape: name for name in arguments.networks for shape in maps_of(name)}
+    cells: list[Row] = []
     for shape, network in networks.items():
-        for cell in measure_map(shape, arguments.callers, device, arguments.seconds):
-            measured.append({"network": network, **cell})
-            times = cell["seconds"]
-            print(
-                f"{network:13} {'x'.join(map(str, shape)):16} {cell['layout']:14} {cell['caller']:9}"
-                f"{cell['phase']:11} BN {times['bn'] * 1e6:9.0f} us   naive {times['naive'] / times['bn']:5.2f}   "
-                f"fused {times['fused'] / times['bn']:5.2f}   {cell['copy_fraction']:4.0%} of copy bandwidth",
-                flush=True,
-            )
-    result = {"benchmark": "norm", "machine": describe_environment(device), "cells": measured}
-    report(result, arguments.json, norm_table)
+        for cell in measure_map(shape, arguments.seconds):
+            cells.append({"network": network, **cell})
+            place = (network, shape, cell["layout"], cell["caller"], cell["phase"])
+            print(*place, f"{ratio(cell, 'fused'):.2f} of BN's time", flush=True)
+    return {"cells": cells}

@@ -13,18 +13,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from statistics import median
 from unittest import mock
 
-import torch
-
-from l2bn.benchmarks.measure import Action, count
-from l2bn.benchmarks.paths import ours
-from l2bn.benchmarks.report import Result, Row, hardware, page, prose, report, table
-from l2bn.benchmarks.workload import NETWORKS, make_workload
+from l2bn.benchmarks.measure import DEVICE, Action, Result, Row, add_common_arguments, count, page, table
+from l2bn.benchmarks.workload import NETWORKS, make_workload, ours
+from l2bn.errors import UserError
 from l2bn.training import SPINS, SPINS_OF_A_RUN
-from l2bn.training.environment import describe_environment
 
 STEPS = 5  # of a turn
 COUNTS = {"300000": "libgomp's default", SPINS_OF_A_RUN: "of a run", "0": "none"}
@@ -35,7 +30,7 @@ _turn: Action
 
 def _prepare(network: str, batch: int) -> None:
     global _turn
-    _turn, _ = ours(make_workload(network, None, STEPS, batch), "l2bn", torch.device("cpu"))
+    _turn, _ = ours(make_workload(network, STEPS, batch), "l2bn")
     _turn()
 
 
@@ -84,31 +79,30 @@ runs. Busy: beside a process that computes all the time on one core. ×: time of
 """
 
 
-def waiting_table(result: Result) -> str:
+def make_page(result: Result) -> str:
     rows = []
     for row in result["rows"]:
         for spins, meaning in COUNTS.items():
             alone, busy = (row["seconds"][load][spins] for load in LOADS)
-            names = row["network"], str(row["batch"]), f"{int(spins):,}, {meaning}"
+            names = row["network"], f"{int(spins):,}, {meaning}", str(row["batch"])
             rows.append((*names, *(f"{row['batch'] / t:,.0f}" for t in (alone, busy)), f"{busy / alone:.1f}"))
-    columns = ("network", ">batch", "spins", ">images/s, alone", ">images/s, busy", ">×")
-    title = "How long waiting threads spin: images/s"
-    return page(title, f"{hardware(result)}.", prose(EXPLANATION), table(columns, rows))
+    columns = ("network", "spins", "batch", "images/s, alone", "images/s, busy", "×")
+    return page("How long waiting threads spin: images/s", result, EXPLANATION, table(columns, rows, names=2))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", type=Path, help="write the result here, and its table beside it")
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["ResNet-20", "ShuffleNetV2"])
+    add_common_arguments(parser, NETWORKS, seconds=30, default=["ResNet-20", "ShuffleNetV2"])
     parser.add_argument("--batches", type=count, nargs="+", default=[128, 8], help="images a step (default: 128 8)")
-    parser.add_argument("--seconds", type=float, default=30.0, help="measuring time of a load (default: 30)")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> Result:
+    """Raises UserError on a GPU."""
+    if DEVICE.type != "cpu":
+        raise UserError("this benchmark measures a CPU; hide the GPU with CUDA_VISIBLE_DEVICES=")
     rows: list[Row] = []
     for network in arguments.networks:
         for batch in arguments.batches:
             seconds = measure(network, batch, arguments.seconds)
             rows.append({"network": network, "batch": batch, "seconds": seconds})
-            print(f"{network:13} {batch:4} {seconds}", flush=True)
-    machine = describe_environment(torch.device("cpu"))
-    report({"benchmark": "waiting", "machine": machine, "rows": rows}, arguments.json, waiting_table)
+            print(network, batch, seconds, flush=True)
+    return {"rows": rows}

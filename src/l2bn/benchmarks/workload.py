@@ -1,34 +1,42 @@
-"""Workloads of the benchmarks: networks, and for training their images and the settings that all paths share.
+"""Workloads of the benchmarks: networks, images, and the ways to train that are compared.
 
-Images of 32 pixels are in memory, images of 224 pixels are JPEG files. They are real where `--root` names their
-folder (`train/<class>/`, `test/<class>/` and `imagenet-samples/<wnid>/`), else noise, which costs as much.
+Images are noise, which costs as much as real ones: of 32 pixels in memory, of 224 pixels in JPEG files.
 """
 
 import atexit
 import shutil
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
 
 from l2bn.backbones.mobilenetv2 import mobilenetv2
 from l2bn.backbones.resnet import cifar_resnet
 from l2bn.backbones.shufflenetv2 import shufflenetv2
 from l2bn.backbones.vgg import vgg
+from l2bn.benchmarks.measure import DEVICE, Action
 from l2bn.data.augment import CropFlip
-from l2bn.data.folder import image_folder
-from l2bn.data.imagenet import imagenet
-from l2bn.data.splits import Images, Split, Splits, make_splits
+from l2bn.data.decode import read_rgb
+from l2bn.data.imagenet import ImageFiles, imagenet
+from l2bn.data.loader import evaluation_loader, training_loader
+from l2bn.data.splits import Images, Splits, make_splits
 from l2bn.norms.l2bn import convert
 from l2bn.norms.swap import swap_norm
+from l2bn.training.compute import Compute
+from l2bn.training.loop import Position, Trainer
+from l2bn.training.optim import OneCycle, Recipe
 
 WORKERS = 2  # processes that load images, of every path that has any
 CLASSES = 10
+
+# ---- Networks -------------------------------------------------------------------------------------------------
 
 
 class Network(NamedTuple):
@@ -60,28 +68,21 @@ Norm = Callable[[Any], nn.Module]
 
 NORMS: dict[str, Norm] = {
     "bn": lambda bn: bn,
-    "l2bn": lambda bn: convert(bn, fused="on"),  # as long runs compute it
+    "naive": lambda bn: convert(bn, fused="off"),
+    "fused": lambda bn: convert(bn, fused="on"),
 }
+NORMS["l2bn"] = NORMS["fused"]  # as long runs compute it
 
 
-def build(network: str, norm: Norm = NORMS["bn"]) -> nn.Module:
+def build(network: str, norm: str = "bn") -> nn.Module:
     """A network with its initial weights."""
     torch.manual_seed(0)
     model = NETWORKS[network].build()
-    swap_norm(model, norm)
+    swap_norm(model, NORMS[norm])
     return model
 
 
-def bn_inputs(network: str) -> list[tuple[int, int, int]]:
-    """The map (C, H, W) that each BN layer of a network sees, in the order in which the layers run."""
-    seen: list[tuple[int, int, int]] = []
-    model = NETWORKS[network].build().eval()
-    for layer in model.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[1:])))
-    with torch.no_grad():
-        model(torch.zeros(1, 3, NETWORKS[network].size, NETWORKS[network].size))
-    return seen
+# ---- Images ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -90,74 +91,230 @@ class Workload:
 
     network: str
     batch: int
-    size: int
-    steps: int  # of an epoch of these images
     splits: Splits
-    source: str  # what the images are
+
+    @property
+    def size(self) -> int:
+        return self.splits.image_size
+
+    @property
+    def steps(self) -> int:
+        """Of an epoch."""
+        return len(self.splits.train) // self.batch
 
     @property
     def images(self) -> int:
         return self.batch * self.steps
 
 
-def make_workload(network: str, root: Path | None, steps: int, batch: int | None = None) -> Workload:
-    """Raises UserError for a folder without images."""
-    _, size, usual = NETWORKS[network]
-    batch = batch or usual
-    splits, source = (small_images if size == 32 else photographs)(root, steps * batch)
-    return Workload(network, batch, size, len(splits.train) // batch, splits, source)
+def make_workload(network: str, steps: int, batch: int | None = None) -> Workload:
+    batch = batch or NETWORKS[network].batch
+    make = small_images if NETWORKS[network].size == 32 else photographs
+    return Workload(network, batch, make(steps * batch))
 
 
-def small_images(root: Path | None, count: int) -> tuple[Splits, str]:
-    """Images of 32 pixels in memory, at most `count` to train on, and their description."""
-    if root is not None:
-        splits = image_folder(str(root), label="CIFAR-10 (JPEG)", augmentation=CropFlip())
-        few = torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(0))[:count]
-        return replace(splits, train=splits.train.select(few)), splits.label
+def small_images(count: int) -> Splits:
     random = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=random)
     split = Images(pixels, torch.randint(CLASSES, (count,), generator=random))
-    return make_splits(split, split, CLASSES, 32, label="noise", augmentation=CropFlip()), "noise"
+    return make_splits(split, split, CLASSES, 32, label="noise", augmentation=CropFlip())
 
 
 PHOTOGRAPH_WIDTH, PHOTOGRAPH_HEIGHT = 450, 370  # the mean of the 100 sample photographs of ImageNet
 
 
-def photographs(root: Path | None, count: int, cache_side: int | None = None) -> tuple[Splits, str]:
-    """`count` JPEG files of photographs to train on, repeated where there are fewer, and their description.
-
-    `cache_side` keeps them decoded, as `dataset.cache_side` does.
-    """
-    source = "ImageNet samples"
-    if root is None:
-        root, source = _temporary_folder(), "noise"
-        _write_noise(root, min(count, 100))
-    common: dict[str, Any] = {"label": source, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-    if cache_side is not None:
-        common |= {"cache_side": cache_side, "cache": str(_temporary_folder())}
-    splits = imagenet(str(root), train="imagenet-samples", val="imagenet-samples", **common)
-    return replace(splits, train=_in_classes(splits.train, count)), source
-
-
-def _temporary_folder() -> Path:
-    """Make a folder that is removed when the process ends."""
-    folder = Path(tempfile.mkdtemp(prefix="l2bn-benchmark-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
-def _in_classes(split: Split, count: int) -> Any:
-    """Select `count` images, repeated where there are fewer, with labels taken modulo CLASSES."""
-    chosen: Any = split.select(torch.arange(count) % len(split))
-    return replace(chosen, labels=chosen.labels % CLASSES)
-
-
-def _write_noise(root: Path, count: int) -> None:
+def photographs(count: int, cache_side: int | None = None) -> Splits:
+    """JPEG files of photographs; `cache_side` keeps them decoded, as `dataset.cache_side` does."""
+    root = Path(tempfile.mkdtemp(prefix="l2bn-benchmark-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
     random = torch.Generator().manual_seed(0)
     for index in range(count):
         coarse = torch.rand(1, 3, PHOTOGRAPH_HEIGHT // 8, PHOTOGRAPH_WIDTH // 8, generator=random)
         pixels = nn.functional.interpolate(coarse, (PHOTOGRAPH_HEIGHT, PHOTOGRAPH_WIDTH), mode="bicubic")[0]
         image = Image.fromarray((255 * pixels.clamp(0, 1)).byte().permute(1, 2, 0).numpy())
-        folder = root / "imagenet-samples" / f"class{index % CLASSES}"
+        folder = root / "images" / f"class{index % CLASSES}"
         folder.mkdir(parents=True, exist_ok=True)
         image.save(folder / f"{index}.jpg", quality=90)
+    common: dict[str, Any] = {"label": "noise", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    return imagenet(str(root), "images", "images", cache_side=cache_side, cache=str(root / "cache"), **common)
+
+
+# ---- Ways to train --------------------------------------------------------------------------------------------
+# Ours, the plain loop of most CIFAR repositories, and the same loop on timm's loader.
+
+
+def recipe(batch: int, epochs: int = 1000, lr: float = 0.01) -> Recipe:
+    """The recipe `short` with more epochs, at a learning rate at which training on noise is stable."""
+    return Recipe(
+        epochs=epochs,
+        batch_size=batch,
+        lr=lr,
+        momentum=0.9,
+        nesterov=True,
+        weight_decay=5e-4,
+        decay_norm_and_bias=True,
+        label_smoothing=0.0,
+        mixup=0.0,
+        schedule=OneCycle(),
+    )
+
+
+def compute(**options: Any) -> Compute:
+    """The settings of `compute=auto`, changed by these options."""
+    defaults: dict[str, Any] = {
+        "device": DEVICE.type,
+        "devices": 1,
+        "sync_bn": False,
+        "precision": "32-true",
+        "compile": False,
+        "channels_last": True,
+        "deterministic": False,
+        "threads": None,
+        "workers": WORKERS,
+    }
+    return Compute(**defaults | options)
+
+
+def trainer_of(workload: Workload, model: nn.Module, learning: Recipe, placing: Compute, seed: int = 0) -> Trainer:
+    """This project's trainer of a model on the images of a workload."""
+    placing.set_up()
+    fabric = placing.fabric()
+    placed = placing.place(model, fabric.device, updates=0)
+    trained, optimizer = fabric.setup(placed.trained, learning.optimizer(placed.network))
+    splits = workload.splits
+    options: dict[str, Any] = {"splits": splits, "device": fabric.device, "workers": placing.workers}
+    options["channels_last"] = placing.channels_last
+    return Trainer(
+        fabric=fabric,
+        model=trained,
+        network=placed.network,
+        optimizer=optimizer,
+        recipe=learning,
+        train=training_loader(splits.train, batch_size=workload.batch, seed=seed, **options),
+        test=evaluation_loader(splits.test, batch_size=256, **options),
+        classes=CLASSES,
+        seed=seed,
+        after_step=lambda _: None,
+        after_epoch=lambda _: None,
+    )
+
+
+def ours(workload: Workload, norm: str, **options: Any) -> tuple[Action, Trainer]:
+    """This project's trainer, and one epoch of it as an action."""
+    model = build(workload.network, norm)
+    trainer = trainer_of(workload, model, recipe(workload.batch), compute(**options))
+    return epochs_of(trainer), trainer
+
+
+def epochs_of(trainer: Trainer) -> Action:
+    """An action that trains one epoch after the other, at the learning rate of the first."""
+    epoch = 0
+
+    def action() -> None:
+        nonlocal epoch
+        trainer.train_epoch(Position(epoch=epoch % trainer.recipe.epochs))
+        epoch += 1
+
+    return action
+
+
+class _Pictures(Dataset[Any]):
+    """The workload's images as PIL images, as `torchvision.datasets` returns them, transformed."""
+
+    def __init__(self, workload: Workload, transform: Callable[[Image.Image], Tensor] | None = None) -> None:
+        self.split = workload.splits.train
+        self.labels = self.split.labels.tolist()
+        self.transform = transform
+        if isinstance(self.split, Images):
+            self.pixels = self.split.images.permute(0, 2, 3, 1).numpy()
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int, /) -> tuple[Any, int]:
+        if isinstance(self.split, ImageFiles):
+            path = self.split.folder / self.split.names[index].decode()
+            image = read_rgb(path, str(path))
+        else:
+            image = Image.fromarray(self.pixels[index])
+        return image if self.transform is None else self.transform(image), self.labels[index]
+
+
+def pictures(workload: Workload, generator: torch.Generator | None = None) -> DataLoader[Any]:
+    """PIL transforms in a DataLoader, as most repositories have them."""
+    size = workload.size
+    crop = (
+        transforms.RandomCrop(size, padding=4) if size == 32 else transforms.RandomResizedCrop(size, antialias=True)
+    )
+    transform = transforms.Compose(
+        [
+            crop,
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(workload.splits.mean, workload.splits.std),
+        ]
+    )
+    return DataLoader(
+        _Pictures(workload, transform),
+        workload.batch,
+        shuffle=True,
+        drop_last=True,
+        num_workers=WORKERS,
+        persistent_workers=True,
+        pin_memory=torch.cuda.is_available(),
+        generator=generator,
+    )
+
+
+def timm_pictures(workload: Workload) -> Any:
+    """timm's `create_loader`: random resized crops and flips in PIL, normalised on the device."""
+    from timm.data.loader import create_loader  # here, for a slow import that only this path needs
+
+    dataset: Any = _Pictures(workload)
+    return create_loader(
+        dataset,
+        (3, workload.size, workload.size),
+        workload.batch,
+        is_training=True,
+        color_jitter=0.0,
+        mean=workload.splits.mean,
+        std=workload.splits.std,
+        num_workers=WORKERS,
+        device=DEVICE,
+    )
+
+
+def plain(workload: Workload) -> Action:
+    """The loop of most CIFAR repositories: eager, contiguous, loss and accuracy read after every step."""
+    model = build(workload.network).to(DEVICE).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    loader = pictures(workload)
+    return lambda: plain_epoch(model, optimizer, loader)
+
+
+def timm(workload: Workload) -> Action:
+    """The same loop on timm's loader, with the SGD that timm makes (Nesterov, no decay of norms and biases)."""
+    from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
+
+    model = build(workload.network).to(DEVICE).train()
+    optimizer = create_optimizer_v2(model, "sgd", lr=0.01, momentum=0.9, weight_decay=5e-4)
+    loader = timm_pictures(workload)
+    return lambda: plain_epoch(model, optimizer, loader)
+
+
+def plain_epoch(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[tuple[Tensor, Tensor]]
+) -> tuple[float, float]:
+    """Mean loss and accuracy in percent."""
+    loss_sum = right = images = 0.0
+    for inputs, targets in batches:
+        inputs, targets = inputs.to(DEVICE), targets.to(DEVICE)
+        optimizer.zero_grad()
+        outputs = model(inputs)
+        loss = nn.functional.cross_entropy(outputs, targets)
+        torch.autograd.backward(loss)
+        optimizer.step()
+        loss_sum += loss.item() * len(targets)
+        right += outputs.argmax(1).eq(targets).sum().item()
+        images += len(targets)
+    return loss_sum / images, 100 * right / images
