@@ -35,6 +35,7 @@ def page_of(result: measure.Result) -> str:
 
 
 def write_pages() -> None:
+    """Write the pages in results/benchmarks again, from the results there."""
     for path in sorted(RESULTS.rglob("*.json")):
         write_durably(path.with_suffix(".md"), page_of(json.loads(path.read_text())))
 

@@ -33,7 +33,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # ---- The options of commands ----------------------------------------------------------------------------------
 
 CALLERS = ["eager", "compiled", *(["graphs"] if DEVICE.type == "cuda" else [])]
-"""Ways to call a network; graphs: as by `compute.compile=graphs`."""
+"""Ways to call a network; graphs: as by `compute.compile=graphs`, which needs a GPU."""
 
 
 def count(text: str) -> int:
@@ -48,9 +48,8 @@ def add_common_arguments(
 ) -> None:
     """Add the options of the measuring benchmarks; `default` are the networks measured, all without it."""
     parser.add_argument("--networks", nargs="+", choices=list(networks), default=list(default or networks))
-    parser.add_argument(
-        "--seconds", type=float, default=seconds, help=f"measuring time of each (default: {seconds:g})"
-    )
+    help_text = f"measuring time of each comparison (default: {seconds:g})"
+    parser.add_argument("--seconds", type=float, default=seconds, help=help_text)
 
 
 def add_batch(parser: argparse.ArgumentParser) -> None:
@@ -58,8 +57,7 @@ def add_batch(parser: argparse.ArgumentParser) -> None:
 
 
 def add_callers(parser: argparse.ArgumentParser) -> None:
-    """Without the option, both ways between which `compute.compile=auto` chooses on this device."""
-    parser.add_argument("--callers", nargs="+", choices=CALLERS, default=["eager", CALLERS[-1]])
+    parser.add_argument("--callers", nargs="+", choices=CALLERS, default=["eager", "compiled"])
 
 
 # ---- Time and memory ------------------------------------------------------------------------------------------
