@@ -1,7 +1,6 @@
 """The sweeper of this suite, in the package where Hydra looks for plugins; `l2bn.training.sweep` does the work."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -30,13 +29,14 @@ class ResumingSweeper(BasicSweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """Exits with 1 or `interruption.EXIT_CODE` unless all runs have ended."""
+        from l2bn.data.cache import expand
         from l2bn.training.plan import PlannedJobs, plan_sweep
         from l2bn.training.sweep import run_sweep
 
         assert self.config is not None
         assert self.hydra_context is not None
         runs = plan_sweep(self.config)
-        self.config.hydra.sweep.dir = str(Path(self.config.hydra.sweep.dir).expanduser())
+        self.config.hydra.sweep.dir = str(expand(self.config.hydra.sweep.dir, "hydra.sweep.dir"))
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=HydraContext(config_loader=PlannedJobs(runs), callbacks=self.hydra_context.callbacks),
             task_function=train_planned,

@@ -240,10 +240,10 @@ class Record:
         try:
             return cls(**{**content, "folder": folder})
         except ValidationError as error:
-            raise InvalidRecordError(f"{SUMMARY}: {_first(error)}") from error
+            raise InvalidRecordError(f"{SUMMARY}: {first_fault(error)}") from error
 
 
-def _first(error: ValidationError) -> str:
+def first_fault(error: ValidationError) -> str:
     """The first fault that pydantic found: its place, the reason, the value."""
     fault = error.errors(include_url=False)[0]
     place = ".".join(map(str, fault["loc"]))
@@ -361,7 +361,7 @@ def _read_lines(path: Path, kind: TypeAdapter[Any]) -> list[Any]:
             rows.append(json.loads(line))
             kind.validate_python(rows[-1])
         except (ValueError, RecursionError) as error:
-            reason = _first(error) if isinstance(error, ValidationError) else f"not JSON: {error}"
+            reason = first_fault(error) if isinstance(error, ValidationError) else f"not JSON: {error}"
             raise InvalidRecordError(f"{path.name}, line {number}: {reason}") from error
     return rows
 

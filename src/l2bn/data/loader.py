@@ -106,7 +106,7 @@ class Loader(ABC):
         workers: int = 0,
         channels_last: bool = False,
     ) -> None:
-        self.split, self.batch_size, self.seed = split, batch_size, seed
+        self.split, self.splits, self.batch_size, self.seed = split, splits, batch_size, seed
         self.device, self.rank, self.world_size, self.workers = device, rank, world_size, workers
         self.augmentation: Augmentation | None = None if seed is None else splits.augmentation
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -243,7 +243,7 @@ class _WorkerLoader(Loader):
             # The workers live on between epochs; each epoch finds its own batches in the list.
             self._keys: list[_Key] = []
             self._loader = DataLoader(
-                _Reader(self.split, self.seed),
+                _Reader(self.split, self.splits.label, self.splits.image_size, self.seed),
                 batch_size=None,  # a key is already a whole batch
                 sampler=self._keys,
                 collate_fn=_as_is,
@@ -290,9 +290,8 @@ _Key = tuple[int, list[int]]  # epoch, indices
 class _Reader(Dataset[Batch | UserError]):
     """Runs in the workers: makes the batch of a key, with a random seed for each sample."""
 
-    def __init__(self, split: Split, seed: int | None) -> None:
-        self.split = split
-        self.seed = seed
+    def __init__(self, split: Split, name: str, image_size: int, seed: int | None) -> None:
+        self.split, self.name, self.shape, self.seed = split, name, (3, image_size, image_size), seed
 
     def __getitem__(self, key: _Key) -> Batch | UserError:
         epoch, indices = key
@@ -303,11 +302,23 @@ class _Reader(Dataset[Batch | UserError]):
                     # By index, not by place in the batch, so that batch size and ranks do not matter.
                     seed_global(derive_seed(self.seed, "sample", epoch, index), torch.device("cpu"))
                 try:
-                    samples.append(self.split[index])
+                    samples.append(self._checked(*self.split[index], int(self.split.labels[index])))
                 except UserError as error:
                     return error  # raised here, it would arrive wrapped in the worker's traceback
         images, labels = zip(*samples, strict=True)
         return torch.stack(images), torch.tensor(labels)
+
+    def _checked(self, image: Tensor, label: int, expected: int) -> tuple[Tensor, int]:
+        """Return a sample. Raises `UserError` unless it is as `Split` has it: floats would be scaled once more."""
+        if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.shape != self.shape:
+            found = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+            raise UserError(
+                f"{self.name}: an image must be a uint8 tensor of shape {self.shape}, because it is scaled and "
+                f"normalized later; got {found}"
+            )
+        if label != expected:
+            raise UserError(f"{self.name}: an image came with the label {label}, but `labels` has {expected}")
+        return image, label
 
 
 def worker_ended(failure: RuntimeError) -> str:

@@ -122,7 +122,10 @@ def digest(parts: Iterable[str | bytes | Tensor]) -> str:
 
 @dataclass(frozen=True)
 class Splits:
-    """A data set, ready to train on."""
+    """A data set, ready to train on.
+
+    Raises `UserError` for labels outside the classes, and for images in memory of another size.
+    """
 
     train: Split
     test: Split
@@ -135,6 +138,25 @@ class Splits:
     baseline: str | None  # the row of published accuracies that it may be compared with
     fingerprint: Fingerprint
     classes: tuple[str, ...] = ()  # names in the order of the labels, if known
+
+    def __post_init__(self) -> None:
+        for name, split in (("training", self.train), ("test", self.test)):
+            labels = split.labels
+            if labels.dtype != torch.int64 or labels.shape != (len(split),):
+                raise UserError(
+                    f"{self.label}: labels must be int64, one for each of the {len(split)} {name} images, "
+                    f"got {labels.dtype} {tuple(labels.shape)}"
+                )
+            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+                raise UserError(
+                    f"{self.label}: labels of {name} images are from {int(labels.min())} to {int(labels.max())}; "
+                    f"for {self.num_classes} classes give 0 to {self.num_classes - 1}"
+                )
+            if isinstance(split, Images) and split.images.shape[-1] != self.image_size:
+                raise UserError(
+                    f"{self.label}: {name} images are {split.images.shape[-1]} pixels wide, image_size is "
+                    f"{self.image_size}"
+                )
 
 
 class Common(TypedDict, total=False):

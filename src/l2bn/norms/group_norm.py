@@ -8,6 +8,7 @@ layer's channels. Weight and bias are the batch norm's own; there are no running
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from l2bn.norms.stepped import check_options
 from l2bn.norms.swap import in_place_of, stock_name
 
 BN_SHAPED = False
@@ -17,10 +18,11 @@ def convert(bn: _BatchNorm, eps: float | None = None, channels: int = 16) -> nn.
     """Return the layer that takes the place of `bn`, on the same weight and bias.
 
     `channels` is the most channels of a group; `eps` keeps bn's own when None. Raises ValueError for fewer than one
-    channel, TypeError for a layer that it can't stand for.
+    channel and an eps that is not above 0, TypeError for a layer that it can't stand for.
     """
     if channels < 1:
         raise ValueError(f"channels must be at least 1, not {channels}")
+    check_options(eps, None)
     size = max(n for n in range(1, channels + 1) if bn.num_features % n == 0)
     layer = in_place_of(bn, GroupNormAct if stock_name(bn) == "BatchNormAct2d" else nn.GroupNorm)
     for name in ("running_mean", "running_var", "num_batches_tracked"):

@@ -72,6 +72,11 @@ def replacements(model: nn.Module, norm: str | Norm) -> dict[nn.Module, nn.Modul
         found = {layer: convert(layer, last=layer is layers[-1]) for layer in layers}
     else:
         found = {layer: convert(layer) for layer in layers}
+    for other in found.values():
+        if not isinstance(other, nn.Module):
+            raise TypeError(
+                f"it returned {type(other).__name__} for a batch norm layer, not the layer in its place"
+            )
     _refuse_other_references(model, {layer for layer, other in found.items() if other is not layer})
     return found
 

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 Compile = Literal["auto", "graphs"] | bool
 Precision = Literal["32-true", "tf32-mixed", "bf16-mixed", "16-mixed"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+OF_GPUS = ("16-mixed", "tf32-mixed")  # precisions that a CPU lacks
 
 MOST = 1024  # threads or workers: far above what a machine has, far below what brings one down
 
@@ -97,7 +98,7 @@ class Compute:
             raise ValueError(f"devices is {self.devices}, but this machine's processor has {cores} cores")
         if self._is_cuda and self.devices > torch.cuda.device_count():
             raise ValueError(f"devices is {self.devices}, but there are {torch.cuda.device_count()} CUDA devices")
-        for key, value in (("precision", "16-mixed"), ("precision", "tf32-mixed"), ("compile", "graphs")):
+        for key, value in (*(("precision", name) for name in OF_GPUS), ("compile", "graphs")):
             if getattr(self, key) == value and not self._is_cuda:
                 other = "compile=true or auto" if key == "compile" else "precision=bf16-mixed or 32-true"
                 raise ValueError(f"{key} {value} needs a CUDA device; take {other}")

@@ -1,16 +1,19 @@
 """Existing runs and records: trained again, evaluated, analyzed."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning_fabric import Fabric
 from torch import nn
 
 from l2bn import records
 from l2bn.analysis.probe import Probe
+from l2bn.data.cache import expand
 from l2bn.data.loader import Loader
 from l2bn.errors import UserError
 from l2bn.failures import fitting
@@ -28,7 +31,7 @@ from l2bn.records import (
     write_lines,
 )
 from l2bn.training.checkpoint import CHECKPOINTS, Checkpoints
-from l2bn.training.compute import quieten
+from l2bn.training.compute import OF_GPUS, quieten
 from l2bn.training.instantiate import CONFIGS, machine_keys
 from l2bn.training.interruption import sole_owner
 from l2bn.training.journal import Journal
@@ -37,6 +40,8 @@ from l2bn.training.observation import collect
 from l2bn.training.plan import Cell, Config, PlannedRun, check_folders, check_images, check_keys, read_config
 from l2bn.training.run import build_run, run
 from l2bn.training.session import BuiltRun, make_loaders
+
+log = logging.getLogger(__name__)
 
 
 def replay(folder: Path, runs_dir: str, root: str | None = None, config_dirs: Sequence[Path] = ()) -> Record:
@@ -47,7 +52,11 @@ def replay(folder: Path, runs_dir: str, root: str | None = None, config_dirs: Se
     or `root`.
     """
     planned = read_run(folder, root, config_dirs, foreign=True)
-    return run(replace(planned, config={**planned.config, "runs_dir": str(Path(runs_dir).expanduser())}))
+    own = {
+        "runs_dir": str(expand(runs_dir, "runs_dir")),
+        "compute": {**planned.config["compute"], "device": "auto"},
+    }
+    return run(replace(planned, config={**planned.config, **own}))
 
 
 def evaluate_run(
@@ -114,6 +123,10 @@ class OpenedRun:
         planned = read_run(folder, root, config_dirs)
         # Only training is worth compiling for.
         own = {"device": device, "devices": 1, "sync_bn": False, "compile": False}
+        precision = planned.config["compute"]["precision"]
+        if precision in OF_GPUS and (device == "cpu" or not torch.cuda.is_available()):
+            log.info("%s was trained in %s, which needs a GPU; here it is computed in float32", folder, precision)
+            own["precision"] = "32-true"
         compute = {**planned.config["compute"], **own}
         built = build_run(replace(planned, config={**planned.config, "compute": compute}))
         built.compute.set_up()

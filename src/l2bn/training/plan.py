@@ -36,6 +36,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from l2bn.data.cache import expand
 from l2bn.errors import UserError
 from l2bn.failures import explain, explained_overrides
 from l2bn.records import CONFIG, files_under, is_plain_name
@@ -402,7 +403,8 @@ def plan_sweep(sweep: DictConfig) -> list[PlannedRun]:
     runs: dict[Path, PlannedRun] = {}
     for run in _Planner().expand(sweep, _parameters(sweep), arguments):
         first = runs.setdefault(run.folder, run)
-        changed = differences(first.identity, run.identity)
+        # Also of what is no part of the identity: one of the two would not be trained.
+        changed = differences(first.config, run.config)
         if changed:
             raise UserError(
                 f"two runs of this sweep would have one folder, {run.folder}; they differ in\n"
@@ -460,7 +462,7 @@ class _Planner:
         """Return the run of a configuration and its choices, with its settings checked and its cell named."""
         resolved = resolve(config)
         check_settings(resolved)
-        resolved["runs_dir"] = str(Path(resolved["runs_dir"]).expanduser())
+        resolved["runs_dir"] = str(expand(resolved["runs_dir"], "runs_dir"))
         chosen = {}
         for group in GROUPS:
             choice = choices.get(group)

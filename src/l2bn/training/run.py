@@ -1,6 +1,7 @@
 """Runs, from configuration to record: checked, instantiated, trained."""
 
 import contextlib
+import copy
 import functools
 import logging
 from collections.abc import Iterable
@@ -220,6 +221,7 @@ def build_run(planned: PlannedRun) -> BuiltRun:
             counterparts(model)  # raises where a layer has none
     except (ValueError, TypeError) as error:
         raise UserError(f"norm: {error}") from error
+    check_step(model, splits, parts["compute"], parts["recipe"].batch_size)
     check_observable(parts["analysis"], model, splits.num_classes)
     check_samples(regrouped, model, measured=parts["analysis"].every != 0)
     return BuiltRun(run=planned, splits=splits, model=model, norm_layers=layers, **parts)
@@ -252,11 +254,61 @@ def check_fit(model: nn.Module, splits: Splits, layers: Iterable[str]) -> list[s
         for hook in hooks:
             hook.remove()
     if not isinstance(logits, torch.Tensor) or logits.shape != (1, classes):
-        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise UserError(
-            f"backbone: for one image this network returns {found}, not (1, {classes}), a logit for each class"
+            f"backbone: for one image this network returns {_kind(logits)}, not (1, {classes}), a logit for each "
+            "class"
         )
     return list(dict.fromkeys(regrouped))
+
+
+def check_step(model: nn.Module, splits: Splits, compute: Compute, batch_size: int) -> None:
+    """Raise UserError unless a copy of the network takes a training step, as it will be trained.
+
+    On two images, or on a whole batch, for a network that cannot do with two.
+    """
+    fault = _fault_of_step(model, splits, compute, 2, compute.channels_last)
+    if fault and batch_size > 2 * compute.devices:
+        fault = _fault_of_step(model, splits, compute, batch_size // compute.devices, compute.channels_last)
+    if not fault:
+        return
+    remedy = "correct the network or the norm"
+    if compute.channels_last and not _fault_of_step(model, splits, compute, 2, channels_last=False):
+        remedy = "take compute.channels_last=false"
+    raise UserError(f"backbone, with this norm: a training step fails: {fault}; {remedy}")
+
+
+def _fault_of_step(
+    model: nn.Module, splits: Splits, compute: Compute, images: int, channels_last: bool
+) -> str | None:
+    try:
+        trial = copy.deepcopy(model).train()
+    except Exception as error:  # nothing can be tried on such a network without a trace in it
+        log.info("the network cannot be copied for a trial step: %s", describe(error))
+        return None
+    memory_format: Any = torch.channels_last if channels_last else torch.contiguous_format
+    layers: list[Any] = list(trial.modules())
+    for layer in layers:
+        if getattr(layer, "fused", None) in ("auto", "on"):
+            layer.fused = "off"  # one step isn't worth compiling kernels for
+    x = torch.zeros(images, 3, splits.image_size, splits.image_size).to(memory_format=memory_format)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            logits = trial.to(memory_format=memory_format)(x)
+            if not isinstance(logits, torch.Tensor) or logits.shape != (images, splits.num_classes):
+                return f"in training the network returns {_kind(logits)}, not ({images}, {splits.num_classes})"
+            torch.autograd.backward(nn.functional.cross_entropy(logits, torch.zeros(images, dtype=torch.int64)))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, IndexError) as error:
+        return str(error).strip().partition("\n")[0]
+    unused = [name for name, weight in trial.named_parameters() if weight.requires_grad and weight.grad is None]
+    if unused and compute.devices > 1:
+        return f"no gradient reaches {', '.join(unused[:3])}, and several devices exchange all gradients"
+    return None
+
+
+def _kind(output: object) -> str:
+    return str(tuple(output.shape)) if isinstance(output, torch.Tensor) else type(output).__name__
 
 
 def check_samples(regrouped: list[str], model: nn.Module, *, measured: bool) -> None:

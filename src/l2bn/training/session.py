@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from pydantic import ValidationError
 from torch import nn
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
@@ -19,7 +20,7 @@ from l2bn.data.splits import Images, Splits, stratified_order
 from l2bn.errors import UserError, optional_output
 from l2bn.failures import RESUMES, explained, noted
 from l2bn.norms.l2bn import warn_if_few_updates
-from l2bn.records import CONFIG, SUMMARY, Record, write_durably
+from l2bn.records import CONFIG, SUMMARY, Record, first_fault, write_durably
 from l2bn.training.checkpoint import CheckpointPolicy, State
 from l2bn.training.compute import Compute
 from l2bn.training.environment import note_start
@@ -59,6 +60,7 @@ def launch(built: BuiltRun) -> bool:
     process with `interruption.EXIT_CODE` after an earlier request.
     """
     folder, fabric = built.run.folder, built.compute.fabric()
+    check_record(built)
     with explained(built.run.cell, folder), sole_owner(folder), noted(folder):
         if (folder / SUMMARY).exists():
             return False
@@ -258,6 +260,14 @@ def _placing(built: BuiltRun, fabric: Fabric) -> dict[str, Any]:
         "workers": built.compute.workers,
         "channels_last": built.compute.channels_last,
     }
+
+
+def check_record(built: BuiltRun) -> None:
+    """Raise UserError for a run whose record would be refused at its end, such as one of a seed of 20 digits."""
+    try:
+        make_record(built, Position(), "stock", "before its first step")
+    except ValidationError as error:
+        raise UserError(f"a record cannot hold this run: {first_fault(error)}") from error
 
 
 def make_record(built: BuiltRun, position: Position, kernels: str, divergence: str | None) -> Record:
