@@ -178,7 +178,7 @@ def test_what_was_overridden_in_a_data_set_is_told_wherever_it_is_named(
     assert f"\n{shown} & resnet20 &" in texts["grid.tex"]
     assert rows_of(evidence, reference)[0]["label"] == shown
     assert f"{shown} · resnet20 · " in in_terminal(evidence)
-    assert f"{shown}, resnet20, cosine\\_200: +1.00 points" in claims_markdown(evidence, [])
+    assert f"{shown}, resnet20, cosine\\_200: +1.00 points" in claims_markdown(evidence, [SET])
     (row,) = grid(arms_of(evidence))
     titles = [
         text.get_text() for figure in (curves([row], {}), differences([row])) for text in figure.findobj(Text)

@@ -312,7 +312,7 @@ def differences(comparisons: Sequence[Comparison]) -> Figure:
 def differences_of_set(rows: Sequence[Comparison], run_set: RunSet) -> Figure:
     """A row per network of a set, and below it the means by both rules, as far as they have one."""
     lines = [Line(run_set.label), *(_line(row) for row in rows if row.differences())]
-    these = judge_set(ACCURATE, run_set, [arm for row in rows for arm in row.arms], run_set.seeds)
+    these = judge_set(ACCURATE, run_set, [arm for row in rows for arm in row.arms])
     means = [
         Line(text, result)
         for text, result in (

@@ -334,7 +334,7 @@ def readme_with_block(readme: str, evidence: Evidence, run_set: RunSet) -> str:
 def _answer(rows: Sequence[Comparison], run_set: RunSet) -> str:
     """The estimate for these networks with n, interval and verdict, and that for other networks."""
     arms = [arm for row in rows for arm in row.arms]
-    these, others = judge_set(ACCURATE, run_set, arms, run_set.seeds), for_other_networks(rows)
+    these, others = judge_set(ACCURATE, run_set, arms), for_other_networks(rows)
     found = f"not decided, {these.ended} of {these.wanted} runs"
     if these.overall:
         pairs = plural("pair", these.overall.n)
