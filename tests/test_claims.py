@@ -20,14 +20,13 @@ from l2bn.reporting.claims import (
     COMPACT,
     EQUAL_NORMS,
     THESE_NETWORKS,
-    RunSet,
     SetFinding,
     claims_markdown,
     judge_set,
-    read_sets,
 )
 from l2bn.reporting.comparison import arms_of
 from l2bn.reporting.evidence import Evidence, read_evidence
+from l2bn.reporting.reference import RunSet, read_sets
 from l2bn.reporting.statistics import fixed_estimate
 from synthetic_records import write_features, write_pairs, write_run
 
@@ -387,9 +386,9 @@ def test_the_first_set_is_that_of_the_cpu_grid() -> None:
     assert list(first.backbones) == params["backbone"].split(",")
     assert list(first.seeds) == [int(seed) for seed in params["seed"].split(",")]
     assert params["norm"] == "bn,l2bn"
-    assert len(first.runs(ACCURATE)) == len(first.runs(COMPACT)) == 24
-    assert len(first.runs(EQUAL_NORMS)) == 33
-    assert [len(one.runs(ACCURATE)) for one in SETS] == [24, 18, 24]
+    assert len(first.runs(ACCURATE.reference)) == len(first.runs(COMPACT.reference)) == 24
+    assert len(first.runs(EQUAL_NORMS.reference)) == 33
+    assert [len(one.runs(ACCURATE.reference)) for one in SETS] == [24, 18, 24]
     for one in SETS:
         for group, names in (("dataset", [one.dataset]), ("recipe", [one.recipe]), ("backbone", one.backbones)):
             assert all((ROOT / f"configs/{group}/{name}.yaml").exists() for name in names)

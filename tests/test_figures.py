@@ -11,10 +11,10 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from l2bn.records import METRICS
-from l2bn.reporting.claims import RunSet
 from l2bn.reporting.comparison import arms_of, grid, pooled
 from l2bn.reporting.evidence import Evidence, read_evidence
 from l2bn.reporting.figures import RC, STYLES, curves, differences, differences_of_set, read_curves, write_figures
+from l2bn.reporting.reference import RunSet
 from l2bn.reporting.tables import BEGIN, END, readme_with_block
 from synthetic_records import write_pairs, write_run
 

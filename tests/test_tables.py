@@ -19,12 +19,12 @@ from rich.console import Console
 
 from l2bn.errors import UserError
 from l2bn.records import ENVIRONMENT, SUMMARY, natural_order
-from l2bn.reporting.claims import RunSet, claims_markdown, read_sets
+from l2bn.reporting.claims import claims_markdown
 from l2bn.reporting.comparison import arms_of, grid, other_norms, pooled
 from l2bn.reporting.evidence import Evidence, read_evidence
 from l2bn.reporting.figures import curves, differences
 from l2bn.reporting.formatting import Table, in_words, latex, markdown
-from l2bn.reporting.published import Reference, read_reference
+from l2bn.reporting.reference import Reference, RunSet, read_reference, read_sets
 from l2bn.reporting.tables import BEGIN, END, documents, readme_with_block
 from l2bn.reporting.terminal import norms_table
 from synthetic_records import write_pairs, write_run

@@ -15,15 +15,11 @@ neither, in `within_share`, which falls when classes get compact and when they s
 claim, so no p-value is corrected; the others are shown and decide nothing.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
-
-from l2bn.errors import UserError
 from l2bn.reporting.comparison import FULL_EPOCHS, Arm, Comparison, arms_of, backbone_of, compare, grid, pooled
 from l2bn.reporting.evidence import (
     ANGLE_MEAN,
@@ -39,7 +35,6 @@ from l2bn.reporting.evidence import (
 )
 from l2bn.reporting.formatting import (
     NONE,
-    PRECISIONS,
     Table,
     escape_markdown,
     in_words,
@@ -51,6 +46,7 @@ from l2bn.reporting.formatting import (
     probability,
     signed,
 )
+from l2bn.reporting.reference import RunSet
 from l2bn.reporting.statistics import LEVEL, MIN_PAIRS, Estimate, fixed_estimate, holm
 
 Verdict = Literal["supported", "contradicted", "not decided at this n", "not decided", "not measured"]
@@ -255,73 +251,6 @@ def _records(arms: Sequence[Arm]) -> str:
 
 
 @dataclass(frozen=True)
-class RunSet:
-    """A named set of runs, fixed before the first of them was published; see `results/reference/sets.yaml`.
-
-    settings: of the backbones that were measured in another setting than `setting`.
-    """
-
-    label: str
-    dataset: str
-    recipe: str
-    setting: str
-    backbones: tuple[str, ...]
-    seeds: tuple[int, ...]
-    more_seeds: tuple[int, ...] = ()
-    control: tuple[str, tuple[str, ...]] | None = None  # norm and backbones
-    settings: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def figure(self) -> str:
-        """The file name of its figure of paired differences."""
-        return f"differences-{self.dataset}-{self.recipe}"
-
-    def holds(self, cell: Cell) -> bool:
-        return cell.backbone in self.backbones and cell == self._cell(cell.backbone)
-
-    def cells(self, norm: str) -> list[Cell]:
-        """The cells in which a norm is run; none where the set has no runs of it."""
-        norms = {BN: self.backbones, L2BN: self.backbones} | dict([self.control] if self.control else [])
-        return [self._cell(backbone) for backbone in norms.get(norm, ())]
-
-    def _cell(self, backbone: str) -> Cell:
-        return Cell(self.dataset, self.recipe, backbone, self.settings.get(backbone, self.setting))
-
-    def runs(self, question: Question) -> list[tuple[Cell, str, int]]:
-        """Cell, norm and seed of the runs that must have ended before a question is judged."""
-        norms = dict.fromkeys((BN, L2BN, question.reference))
-        return [(cell, norm, seed) for norm in norms for cell in self.cells(norm) for seed in self.seeds]
-
-
-def read_sets(path: Path) -> list[RunSet]:
-    """The sets of a file. Raises UserError where it is missing or not laid out as its header says."""
-    try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))["sets"]
-        if not entries:
-            raise ValueError("there is no set")
-        return [_run_set(entry) for entry in entries]
-    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be used as the sets of runs: {type(error).__name__}: {error}; "
-            "its header says how it is laid out"
-        ) from error
-
-
-def _run_set(entry: dict[str, Any]) -> RunSet:
-    lists = {key: tuple(entry[key]) for key in ("backbones", "seeds", "more_seeds") if key in entry}
-    if not lists["backbones"] or not lists["seeds"]:
-        raise ValueError("backbones and seeds of a set must not be empty")
-    settings = entry.get("settings", {})
-    if other := settings.keys() - set(lists["backbones"]):
-        raise ValueError(f"settings name {', '.join(sorted(other))}, which is none of the backbones")
-    precisions = {setting.partition(",")[0] for setting in (entry["setting"], *settings.values())}
-    if unknown := precisions - set(PRECISIONS):
-        raise ValueError(f"no precision is {', '.join(sorted(unknown))}; take one of {', '.join(PRECISIONS)}")
-    control = entry.get("control")
-    return RunSet(**entry | lists | {"control": control and (control["norm"], tuple(control["backbones"]))})
-
-
-@dataclass(frozen=True)
 class SetFinding:
     """What a set of runs says on a question: how far it is, and once it is complete, the estimates."""
 
@@ -377,7 +306,7 @@ def judge_set(question: Question, run_set: RunSet, arms: Sequence[Arm]) -> SetFi
         (arm.cell, arm.norm, seed): value for arm in arms for seed, value in arm.of(question.quantity).items()
     }
     lost = {(arm.cell, arm.norm, run.seed) for arm in arms for run in arm.records if run.status == "diverged"}
-    wanted = run_set.runs(question)
+    wanted = run_set.runs(question.reference)
     finding = SetFinding(question, run_set, sum(run in values or run in lost for run in wanted), len(wanted))
     if finding.ended < finding.wanted or not finding.cells:
         return finding

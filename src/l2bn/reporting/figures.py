@@ -26,7 +26,7 @@ from matplotlib.transforms import blended_transform_factory
 from numpy.typing import NDArray
 
 from l2bn.records import InvalidRecordError, Problem, Record, Sample, read_sample
-from l2bn.reporting.claims import ACCURATE, RunSet, for_other_networks, judge_set
+from l2bn.reporting.claims import ACCURATE, for_other_networks, judge_set
 from l2bn.reporting.comparison import FULL_EPOCHS, Arm, Comparison, arms_of, grid, pooled
 from l2bn.reporting.evidence import (
     ANGLE_MEAN,
@@ -43,6 +43,7 @@ from l2bn.reporting.evidence import (
 )
 from l2bn.reporting.formatting import conditions, file_name, in_words, mean_std, plural, signed, title
 from l2bn.reporting.mechanism import Mechanism, Study, TrapStudy, eps_text, measured_pairs, shrink_factors
+from l2bn.reporting.reference import RunSet
 from l2bn.reporting.statistics import Estimate, estimate
 
 # Black, and the vermilion and blue of Okabe and Ito (2008).

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from l2bn.errors import UserError
-from l2bn.reporting.claims import ACCURATE, MIN_BACKBONES, RunSet, for_other_networks, judge_set
+from l2bn.reporting.claims import ACCURATE, MIN_BACKBONES, for_other_networks, judge_set
 from l2bn.reporting.comparison import FULL_EPOCHS, Arm, Comparison, arms_of, grid, holm_over, other_norms, pooled
 from l2bn.reporting.evidence import BEST, BN, L2BN, Evidence, images_in_words, unlike_devices
 from l2bn.reporting.formatting import (
@@ -28,7 +28,7 @@ from l2bn.reporting.formatting import (
     probability,
     signed,
 )
-from l2bn.reporting.published import EPOCHS, Reference
+from l2bn.reporting.reference import EPOCHS, Reference, RunSet
 from l2bn.reporting.statistics import MIN_PAIRS, NO_SPREAD, Estimate, pooled_spread, seeds_needed
 
 TARGET = 0.3
