@@ -17,6 +17,9 @@ MIN_PAIRS = 3
 LEVEL = 0.95
 """Coverage of every interval; 1 minus it is the error that tests and sample sizes assume."""
 
+POWER = 0.8
+"""Probability with which as many pairs as `seeds_needed` says see a difference."""
+
 NO_SPREAD = 1e-9
 """Differences this close are equal: accuracies are counts, and Student's t needs a spread."""
 
@@ -174,18 +177,16 @@ def power(n: int, std: float, difference: float) -> float:
     return float(stats.nct.sf(critical, n - 1, shift) + stats.nct.cdf(-critical, n - 1, shift))
 
 
-def seeds_needed(std: float, difference: float = 0.3, wanted: float = 0.8) -> int:
-    """Fewest pairs whose t-test sees `difference` with probability `wanted`; at least `MIN_PAIRS`.
+def seeds_needed(std: float, difference: float) -> int:
+    """Fewest pairs whose t-test sees `difference` with probability `POWER`; at least `MIN_PAIRS`.
 
     `std` is that of a paired difference, in the unit of `difference`.
     """
-    if std < 0 or difference <= 0 or not 0 < wanted < 1:
-        raise ValueError(
-            f"std must be >= 0, difference > 0 and wanted in (0, 1); got {std}, {difference}, {wanted}"
-        )
-    quantiles = stats.norm.ppf((1 + LEVEL) / 2) + stats.norm.ppf(wanted)
+    if std < 0 or difference <= 0:
+        raise ValueError(f"std must be >= 0 and difference > 0; got {std}, {difference}")
+    quantiles = stats.norm.ppf((1 + LEVEL) / 2) + stats.norm.ppf(POWER)
     # The normal approximation is never above the t-test's number, so the search starts just under it.
     n = max(MIN_PAIRS, ceil((quantiles * std / difference) ** 2))
-    while power(n, std, difference) < wanted:
+    while power(n, std, difference) < POWER:
         n += 1
     return n
