@@ -333,7 +333,7 @@ def sets_section(arms: Sequence[Arm], sets: Sequence[RunSet]) -> list[str]:
                 table = markdown(_set_table(finding, finding.overall))
                 estimates += [f"### Claim {number} on {run_set.label}", table, *_second(finding, arms)]
     columns = ("Set", *(f"Claim {number}" for number in asked))
-    return [markdown(Table("These networks", columns, rows, names=len(columns))), *estimates]
+    return [markdown(Table(columns, rows, names=len(columns))), *estimates]
 
 
 def _second(first: SetFinding, arms: Sequence[Arm]) -> list[str]:
@@ -365,7 +365,7 @@ def _set_table(finding: SetFinding, overall: Estimate) -> Table:
     ]
     diverged = f"Diverged: {finding.diverged[0]} of {reference}, {finding.diverged[1]} of L2BN."
     pooling = "The last row's deviation is the one pooled within the cells; its p is not corrected."
-    return Table(finding.run_set.label, columns, rows, [f"Measure: {question.text}. {pooling} {diverged}"])
+    return Table(columns, rows, [f"Measure: {question.text}. {pooling} {diverged}"])
 
 
 # ---- The claims and their document ----------------------------------------------------------------------------

@@ -42,9 +42,10 @@ from l2bn.reporting.evidence import (
     measure,
 )
 from l2bn.reporting.formatting import conditions, file_name, in_words, mean_std, plural, signed, title
-from l2bn.reporting.mechanism import Mechanism, Study, TrapStudy, eps_text, measured_pairs, shrink_factors
+from l2bn.reporting.mechanism import Mechanism, measured_pairs
 from l2bn.reporting.reference import RunSet
 from l2bn.reporting.statistics import Estimate, estimate
+from l2bn.reporting.studies import Study, TrapStudy, eps_text, shrink_factors
 
 # Black, and the vermilion and blue of Okabe and Ito (2008).
 STYLES: Mapping[str, Mapping[str, Any]] = {

@@ -140,11 +140,11 @@ LATEX = str.maketrans(
 class Table:
     """Cells are plain text; columns after the first `names` are flush right; notes stand below the table."""
 
-    title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
     names: int = 1
+    title: str = ""
 
 
 def mark(number: int) -> str:

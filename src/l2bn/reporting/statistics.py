@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from math import ceil, isfinite, sqrt
 from statistics import fmean, stdev
 
+import numpy as np
+import pandas as pd
 from scipy import stats
 
 MIN_PAIRS = 3
@@ -103,13 +105,9 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     Source: S. Holm, Scandinavian Journal of Statistics 6 (1979) 65-70. Controls the probability of one or
     more false rejections whatever the dependence, which matters here: cells share a test set.
     """
-    order = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
-    corrected: list[float | None] = [None] * len(p_values)
-    largest = 0.0
-    for rank, (p, i) in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * p))
-        corrected[i] = largest
-    return corrected
+    known = pd.Series(list(p_values), dtype="float64").dropna().sort_values()
+    corrected = (known * np.arange(len(known), 0, -1)).clip(upper=1).cummax()
+    return [corrected.get(place) for place in range(len(p_values))]
 
 
 @dataclass(frozen=True)

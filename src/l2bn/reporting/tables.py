@@ -99,7 +99,7 @@ def norms_table(rows: Sequence[Comparison]) -> Table:
 
 
 def _table(title: str, columns: Columns, notes: Sequence[str], names: int) -> Table:
-    return Table(title, list(columns), list(zip(*columns.values(), strict=True)), notes, names)
+    return Table(list(columns), list(zip(*columns.values(), strict=True)), notes, names, title)
 
 
 def _names(rows: Sequence[Comparison]) -> tuple[Columns, list[str]]:
