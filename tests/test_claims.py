@@ -150,6 +150,56 @@ def test_models_lost_to_divergence_forbid_support(tmp_path: Path) -> None:
     assert "0 of BN, 1 of L2BN" in evidence
 
 
+def write_claims(
+    root: Path, change: float, *, seeds: int = 3, epochs: int = 200, nets: int = 3, measure: str = "share"
+) -> None:
+    """BN and the control at 0.2 and 60°, L2BN differing by about `change` in one of the two."""
+    for net in range(nets):
+        cell: dict[str, Any] = {"backbone": f"net{net}", "epochs": epochs}
+        steps = [change * (1 + 0.1 * net + 0.05 * seed) for seed in range(seeds)]
+        shares = [0.2 + step if measure == "share" else 0.2 for step in steps]
+        angles = [60.0 + step if measure == "angle" else 60.0 for step in steps]
+        for seed, (share, angle) in enumerate(zip(shares, angles, strict=True)):
+            write_features(write_run(root, norm="l2bn", seed=seed, **cell), within_share=share, angle=angle)
+            for norm in ("bn", "l2bn_mean_norm"):
+                write_features(write_run(root, norm=norm, seed=seed, **cell))
+
+
+@pytest.mark.parametrize(
+    ("number", "measure", "change", "options", "expected"),
+    [
+        (1, "share", -0.02, {}, "supported"),
+        (1, "share", 0.02, {}, "contradicted"),
+        (2, "share", -0.02, {}, "supported"),
+        (2, "share", 0.02, {}, "contradicted"),
+        (3, "angle", 2.0, {}, "supported"),
+        (3, "angle", -2.0, {}, "contradicted"),
+        (2, "share", -0.02, {"nets": 2}, "not decided at this n"),
+        (2, "share", -0.02, {"seeds": 2}, "not decided at this n"),
+        (2, "share", -0.02, {"epochs": 5}, "not decided at this n"),
+        (3, "share", -0.02, {}, "not decided at this n"),
+    ],
+    ids=str,
+)
+def test_the_pooled_interval_of_the_primary_measure_decides(
+    number: int, measure: str, change: float, options: dict[str, int], expected: str, tmp_path: Path
+) -> None:
+    write_claims(tmp_path, change, measure=measure, **options)
+    found, evidence = verdict(tmp_path, number)
+    assert found == expected
+    assert ("L2BN − l2bn_mean_norm" if number == 1 else "L2BN − bn") in evidence
+    assert f"of {options.get('nets', 3)} cells count" in evidence
+
+
+def test_without_the_control_the_cause_is_not_measured(tmp_path: Path) -> None:
+    for (norm, share), seed in product((("bn", 0.2), ("l2bn", 0.1)), range(2)):
+        write_features(write_run(tmp_path, norm=norm, seed=seed), within_share=share)
+    assert verdict(tmp_path, 1)[0] == "not measured"
+    found, evidence = verdict(tmp_path, 2)
+    assert found == "not decided at this n"
+    assert "−0.1000, n too small, n = 2" in evidence
+
+
 # ---- The rule for these networks ---------------------------------------------------------------------------
 
 SET = RunSet(

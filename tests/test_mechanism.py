@@ -14,7 +14,6 @@ import pytest
 
 from l2bn.errors import UserError
 from l2bn.records import FEATURES, SAMPLE, STATISTICS, read_statistics, write_lines
-from l2bn.reporting.claims import CLAIMS
 from l2bn.reporting.comparison import Arm, Comparison, arms_of
 from l2bn.reporting.evidence import (
     BN,
@@ -252,64 +251,6 @@ def test_a_damaged_sample_is_named_and_no_map_is_drawn(arm: str, root: Path, tmp
     assert [problem.folder for problem in problems] == [damaged]
     assert any(path.name.startswith("norms-") for path in paths)
     assert not any(path.name.startswith("map-") for path in paths)
-
-
-# ---- Claims -------------------------------------------------------------------------------------------------
-
-
-def verdict(root: Path, number: int) -> tuple[str, str]:
-    (claim,) = (claim for claim in CLAIMS if claim.number == number)
-    finding = claim.judge(arms_of(read_evidence(root, features=True)))
-    return finding.verdict, finding.evidence
-
-
-def write_claims(
-    root: Path, change: float, *, seeds: int = 3, epochs: int = 200, nets: int = 3, measure: str = "share"
-) -> None:
-    """BN and the control at 0.2 and 60°, L2BN differing by about `change` in one of the two."""
-    for net in range(nets):
-        cell = {"backbone": f"net{net}", "epochs": epochs}
-        steps = [change * (1 + 0.1 * net + 0.05 * seed) for seed in range(seeds)]
-        shares = [0.2 + step if measure == "share" else 0.2 for step in steps]
-        angles = [60.0 + step if measure == "angle" else 60.0 for step in steps]
-        write_measured(root, L2BN, shares, angles=angles, **cell)
-        for norm in (BN, MEAN_NORM):
-            write_measured(root, norm, [0.2] * seeds, **cell)
-
-
-@pytest.mark.parametrize(
-    ("number", "measure", "change", "options", "expected"),
-    [
-        (1, "share", -0.02, {}, "supported"),
-        (1, "share", 0.02, {}, "contradicted"),
-        (2, "share", -0.02, {}, "supported"),
-        (2, "share", 0.02, {}, "contradicted"),
-        (3, "angle", 2.0, {}, "supported"),
-        (3, "angle", -2.0, {}, "contradicted"),
-        (2, "share", -0.02, {"nets": 2}, "not decided at this n"),
-        (2, "share", -0.02, {"seeds": 2}, "not decided at this n"),
-        (2, "share", -0.02, {"epochs": 5}, "not decided at this n"),
-        (3, "share", -0.02, {}, "not decided at this n"),
-    ],
-    ids=str,
-)
-def test_the_pooled_interval_of_the_primary_measure_decides(
-    number: int, measure: str, change: float, options: dict[str, int], expected: str, tmp_path: Path
-) -> None:
-    write_claims(tmp_path, change, measure=measure, **options)
-    found, evidence = verdict(tmp_path, number)
-    assert found == expected
-    assert ("L2BN − l2bn_mean_norm" if number == 1 else "L2BN − bn") in evidence
-    assert f"of {options.get('nets', 3)} cells count" in evidence
-
-
-def test_without_the_control_the_cause_is_not_measured(tmp_path: Path) -> None:
-    write_measured(tmp_path, BN, (0.2, 0.21))
-    write_measured(tmp_path, L2BN, (0.1, 0.11))
-    assert verdict(tmp_path, 1)[0] == "not measured"
-    found, evidence = verdict(tmp_path, 2)
-    assert found == "not decided at this n"
-    assert "−0.1000, n too small, n = 2" in evidence
 
 
 # ---- Studies ------------------------------------------------------------------------------------------------
