@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from l2bn.errors import UserError
-from l2bn.records import FEATURES, SAMPLE, STATISTICS, read_statistics, write_lines
+from l2bn.records import FEATURES, SAMPLE, STATISTICS, read_sample, read_statistics, write_lines
 from l2bn.reporting.comparison import Arm, Comparison, arms_of
 from l2bn.reporting.evidence import (
     BN,
@@ -217,8 +217,6 @@ def test_the_plane_is_that_of_both_networks_and_turns_no_way_by_chance() -> None
 
 
 def test_the_map_shows_the_same_images_of_both_arms(evidence: Evidence) -> None:
-    from l2bn.records import read_sample
-
     pair = pair_of(evidence)
     assert pair.sampled is not None
     seed, *folders = pair.sampled
@@ -429,14 +427,9 @@ def test_two_values_of_eps_are_told_apart(tmp_path: Path) -> None:
 def write_trap(root: Path, norm: str, lags: Sequence[int]) -> None:
     for seed, lag in enumerate(lags):
         record = write_run(root, norm=norm, seed=seed)
+        batch = {"batch/loss": 1.0, "batch/top1": 90.5}
         rows = [
-            {
-                "step": step,
-                "running/loss": None,
-                "running/top1": 10.0 if step < lag else 90.0,
-                "batch/loss": 1.0,
-                "batch/top1": 90.5,
-            }
+            {"step": step, "running/loss": None, "running/top1": 10.0 if step < lag else 90.0, **batch}
             for step in range(10, 310, 10)
         ]
         write_lines(record.folder / STATISTICS, rows)
@@ -526,16 +519,9 @@ def test_the_committed_documents_are_what_the_records_give() -> None:
 
 def test_the_script_writes_all_of_it(folders: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [
-        sys.executable,
-        ROOT / "scripts/report.py",
-        "mechanism",
-        "--runs",
-        folders[0],
-        "--studies",
-        folders[1],
-    ]
-    printed = subprocess.run([*command, "--out", out], capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, ROOT / "scripts/report.py", "mechanism", "--runs", folders[0]]
+    command += ["--studies", folders[1], "--out", out]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for name in ("mechanism.md", "mechanism/features.csv", "mechanism/studies.csv"):
         assert str(out / name) in printed
         assert (out / name).exists()

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from conftest import ROOT
 from l2bn.records import (
+    CONFIG,
+    ENVIRONMENT,
     FEATURES,
-    FILES,
     METRIC_KEYS,
     METRICS,
     STATISTICS,
@@ -34,6 +35,7 @@ from l2bn.records import (
     write_lines,
 )
 
+FILES = (CONFIG, ENVIRONMENT, METRICS, SUMMARY)
 EPOCHS = 3
 HUGE = 10**400  # JSON has it, no float can hold it
 
