@@ -54,6 +54,7 @@ from l2bn.reporting.studies import (
     EPS,
     RATES,
     TRAP,
+    Studies,
     eps_table,
     overall,
     parts_table,
@@ -357,7 +358,8 @@ def test_a_record_without_the_numbers_of_a_study_is_named_and_left_out(
     assert evidence.records == [good]
     assert [problem.folder for problem in evidence.problems] == bad
     assert all("summary.json: identity." in problem.reason for problem in evidence.problems)
-    studies_csv(studies_of(evidence), ()) if place is place_by_eps else studies_csv((), studies_of(evidence))
+    studies = studies_of(evidence)
+    studies_csv(Studies(eps=studies) if place is place_by_eps else Studies(rates=studies))
 
 
 def write_rate_study(root: Path) -> None:

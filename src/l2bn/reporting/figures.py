@@ -142,11 +142,11 @@ def write_mechanism_figures(mechanism: Mechanism, folder: Path) -> tuple[list[Pa
                     problems.append(Problem(run, str(error)))
             if len(samples) == len(sampled):
                 paths += save_figure(feature_map(pair, seed, *samples), folder, f"map-{name}")
-        for study in mechanism.eps:
+        for study in mechanism.studies.eps:
             paths += save_figure(accuracy_over_eps(study), folder, f"eps-{file_name(study.cell)}")
-        for study in mechanism.rates:
+        for study in mechanism.studies.rates:
             paths += save_figure(accuracy_over_rates(study), folder, f"rates-{file_name(study.cell)}")
-        for trap in mechanism.traps:
+        for trap in mechanism.studies.traps:
             paths += save_figure(accuracy_over_updates(trap), folder, f"trap-{file_name(trap.cell)}")
     return paths, problems
 

@@ -16,7 +16,6 @@ from l2bn.reporting.comparison import Arm, Comparison, arms_of, by_cell, compare
 from l2bn.reporting.evidence import (
     ANGLE_MEAN,
     BN,
-    BY_NAME,
     DETACHED,
     FEATURES,
     INPUT,
@@ -45,22 +44,7 @@ from l2bn.reporting.formatting import (
     plural,
     title,
 )
-from l2bn.reporting.studies import (
-    EPS,
-    RATES,
-    TRAP,
-    Study,
-    TrapStudy,
-    eps_section,
-    place_by_eps,
-    place_by_rate,
-    rates_section,
-    studies_csv,
-    studies_of,
-    trap_section,
-    trap_studies,
-    trap_table,
-)
+from l2bn.reporting.studies import Studies, read_studies, studies_csv, studies_sections, trap_table
 
 # ---- Features -----------------------------------------------------------------------------------------------
 
@@ -191,18 +175,25 @@ def features_csv(arms: Sequence[Arm]) -> str:
 class Mechanism:
     """All that the document is made from."""
 
-    records: Sequence[Record]  # those with measured features, and all of the studies
+    evidence: Evidence
     arms: Sequence[Arm]  # with measured features
-    eps: Sequence[Study]
-    rates: Sequence[Study]
-    traps: Sequence[TrapStudy]
-    problems: Sequence[Problem]
+    studies: Studies
+
+    @property
+    def records(self) -> list[Record]:
+        """Those with measured features, and all of the studies."""
+        measured = [record for record in self.evidence.records if record.folder in self.evidence.features]
+        return [*measured, *self.studies.records]
+
+    @property
+    def problems(self) -> list[Problem]:
+        return [*self.evidence.problems, *self.studies.problems]
 
     @cached_property
     def digest(self) -> str:
         """8 hexadecimal digits over everything that the tables are made from."""
-        parts = [features_csv(self.arms), studies_csv(self.eps, self.rates)]
-        parts += [markdown(trap_table(study)) for study in self.traps]
+        parts = [features_csv(self.arms), studies_csv(self.studies)]
+        parts += [markdown(trap_table(study)) for study in self.studies.traps]
         parts += [markdown(norms_table(norms, ACCURACY)) for _, norms in by_cell(self.arms)]
         return hashlib.blake2b("\n".join(parts).encode(), digest_size=4).hexdigest()
 
@@ -210,24 +201,7 @@ class Mechanism:
 def read_mechanism(runs: Path, studies: Path) -> Mechanism:
     """The records under a folder, and those of the studies under another that may be missing. Raises UserError."""
     evidence = read_evidence(runs, features=True)
-    eps, rates, trap = found = [
-        read_evidence(studies / name, features=name == EPS, place=place)
-        if (studies / name).is_dir()
-        else Evidence(())
-        for name, place in ((EPS, place_by_eps), (RATES, place_by_rate), (TRAP, BY_NAME))
-    ]
-    traps, unreadable = trap_studies(trap.records)
-    return Mechanism(
-        records=[
-            *(record for record in evidence.records if record.folder in evidence.features),
-            *(record for study in found for record in study.records),
-        ],
-        arms=[arm for arm in arms_of(evidence) if arm.features],
-        eps=studies_of(eps),
-        rates=studies_of(rates),
-        traps=traps,
-        problems=[problem for one in (evidence, *found) for problem in one.problems] + unreadable,
-    )
+    return Mechanism(evidence, [arm for arm in arms_of(evidence) if arm.features], read_studies(studies))
 
 
 # ---- The sections on features ---------------------------------------------------------------------------------
@@ -307,19 +281,17 @@ def mechanism_documents(mechanism: Mechanism, reading: str) -> dict[str, str]:
         *_overview(pairs),
         *_features(pairs),
         *_controls(mechanism.arms),
-        *eps_section(mechanism.eps),
-        *trap_section(mechanism.traps),
-        *rates_section(mechanism.rates),
+        *studies_sections(mechanism.studies),
     ]
     return {
         "mechanism.md": "\n\n".join(part.strip("\n") for part in document if part) + "\n",
         "mechanism/features.csv": features_csv(mechanism.arms),
-        "mechanism/studies.csv": studies_csv(mechanism.eps, mechanism.rates),
+        "mechanism/studies.csv": studies_csv(mechanism.studies),
     }
 
 
 def _summary(mechanism: Mechanism) -> str:
-    arms = [*mechanism.arms, *(arm for study in mechanism.eps for arm in study.arms)]
+    arms = [*mechanism.arms, *(arm for study in mechanism.studies.eps for arm in study.arms)]
     measured = sum(len(arm.features) for arm in arms)
     unproven = sum(record.images is None for record in mechanism.records)
     left_out = f", {plural('unreadable record', len(mechanism.problems))} left out" if mechanism.problems else ""

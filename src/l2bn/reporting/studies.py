@@ -7,6 +7,8 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
+from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple, cast
 
@@ -14,7 +16,21 @@ import pandas as pd
 
 from l2bn.records import SUMMARY, FeatureRow, InvalidRecordError, Problem, Record, is_finite_number, read_statistics
 from l2bn.reporting.comparison import Arm, arms_of, difference
-from l2bn.reporting.evidence import BN, L2BN, RMS, SHRINK, TOP1, Cell, Evidence, Place, by_layer, cell_of, label_of
+from l2bn.reporting.evidence import (
+    BN,
+    BY_NAME,
+    L2BN,
+    RMS,
+    SHRINK,
+    TOP1,
+    Cell,
+    Evidence,
+    Place,
+    by_layer,
+    cell_of,
+    label_of,
+    read_evidence,
+)
 from l2bn.reporting.formatting import (
     NONE,
     Table,
@@ -94,10 +110,8 @@ class Study:
 
 def studies_of(evidence: Evidence) -> list[Study]:
     """The arms by cell, in the order of the cells."""
-    found: dict[Cell, list[Arm]] = defaultdict(list)
-    for arm in arms_of(evidence):
-        found[replace(arm.cell, value=())].append(arm)
-    return [Study(cell, arms) for cell, arms in found.items()]
+    groups = groupby(arms_of(evidence), key=lambda arm: replace(arm.cell, value=()))
+    return [Study(cell, list(arms)) for cell, arms in groups]
 
 
 def _known_shrink(rows: Sequence[FeatureRow]) -> list[float]:
@@ -214,38 +228,6 @@ def rate_note(study: Study) -> str:
     )
 
 
-def studies_csv(eps: Iterable[Study], rates: Iterable[Study]) -> str:
-    """A line per run of the studies of eps and of the learning rate."""
-    columns = (
-        *("study", "dataset", "label", "backbone", "recipe", "setting", "norm", "eps", "batch_size", "lr", "seed"),
-        *("status", "updates", "top1", "shrink_mean", "shrink_min"),
-    )
-    rows = []
-    for study in eps:
-        for arm in sorted(study.arms, key=lambda arm: (arm.norm, arm.cell.value)):
-            rows += [_run_row(arm, run, "eps", f"{arm.cell.value[0]:g}") for run in arm.records]
-    for study in rates:
-        rows += [_run_row(arm, run, "lr", None) for arm in study.arms for run in arm.records]
-    return csv_text(rows, columns, ".5g")
-
-
-def _run_row(arm: Arm, run: Record, study: str, eps: str | None) -> dict[str, object]:
-    (batch, rate), top1 = _batch_and_rate(run), arm.of().get(run.seed)
-    factors = _known_shrink(arm.features[run.seed]) if run.seed in arm.features else []
-    names = ("dataset", "label", "backbone", "recipe", "norm", "seed", "status", "updates")
-    return {
-        **{key: getattr(run, key) for key in names},
-        "study": study,
-        "setting": cell_of(run).setting,
-        "eps": eps,
-        "batch_size": batch,
-        "lr": f"{rate:g}",
-        "top1": None if top1 is None else f"{top1:.4f}",
-        "shrink_mean": fmean(factors) if factors else None,
-        "shrink_min": min(factors, default=None),
-    }
-
-
 # ---- The running-variance trap --------------------------------------------------------------------------------
 
 KINDS = ("running", "batch")
@@ -320,10 +302,74 @@ def trap_table(study: TrapStudy) -> Table:
     return Table(columns, rows, names=2)
 
 
-# ---- The sections of the document -----------------------------------------------------------------------------
+# ---- All studies ----------------------------------------------------------------------------------------------
 
 
-def eps_section(studies: Sequence[Study]) -> Iterator[str]:
+@dataclass(frozen=True, eq=False)
+class Studies:
+    """The three studies, the records that they are made from, and those left out."""
+
+    eps: Sequence[Study] = ()
+    rates: Sequence[Study] = ()
+    traps: Sequence[TrapStudy] = ()
+    records: Sequence[Record] = ()
+    problems: Sequence[Problem] = ()
+
+
+def read_studies(folder: Path) -> Studies:
+    """The studies under a folder, each of which may be missing. Raises UserError."""
+    eps, rates, trap = found = [
+        read_evidence(folder / name, features=name == EPS, place=place)
+        if (folder / name).is_dir()
+        else Evidence(())
+        for name, place in ((EPS, place_by_eps), (RATES, place_by_rate), (TRAP, BY_NAME))
+    ]
+    traps, unreadable = trap_studies(trap.records)
+    records = [record for study in found for record in study.records]
+    problems = [problem for study in found for problem in study.problems] + unreadable
+    return Studies(studies_of(eps), studies_of(rates), traps, records, problems)
+
+
+def studies_csv(studies: Studies) -> str:
+    """A line per run of the studies of eps and of the learning rate."""
+    columns = (
+        *("study", "dataset", "label", "backbone", "recipe", "setting", "norm", "eps", "batch_size", "lr", "seed"),
+        *("status", "updates", "top1", "shrink_mean", "shrink_min"),
+    )
+    rows = []
+    for study in studies.eps:
+        for arm in sorted(study.arms, key=lambda arm: (arm.norm, arm.cell.value)):
+            rows += [_run_row(arm, run, "eps", f"{arm.cell.value[0]:g}") for run in arm.records]
+    for study in studies.rates:
+        rows += [_run_row(arm, run, "lr", None) for arm in study.arms for run in arm.records]
+    return csv_text(rows, columns, ".5g")
+
+
+def _run_row(arm: Arm, run: Record, study: str, eps: str | None) -> dict[str, object]:
+    (batch, rate), top1 = _batch_and_rate(run), arm.of().get(run.seed)
+    factors = _known_shrink(arm.features[run.seed]) if run.seed in arm.features else []
+    names = ("dataset", "label", "backbone", "recipe", "norm", "seed", "status", "updates")
+    return {
+        **{key: getattr(run, key) for key in names},
+        "study": study,
+        "setting": cell_of(run).setting,
+        "eps": eps,
+        "batch_size": batch,
+        "lr": f"{rate:g}",
+        "top1": None if top1 is None else f"{top1:.4f}",
+        "shrink_mean": fmean(factors) if factors else None,
+        "shrink_min": min(factors, default=None),
+    }
+
+
+def studies_sections(studies: Studies) -> Iterator[str]:
+    """The sections of mechanism.md, of the studies that have records."""
+    yield from _eps(studies.eps)
+    yield from _traps(studies.traps)
+    yield from _rates(studies.rates)
+
+
+def _eps(studies: Sequence[Study]) -> Iterator[str]:
     if studies:
         yield "## How much is eps?"
         yield (
@@ -339,7 +385,7 @@ def eps_section(studies: Sequence[Study]) -> Iterator[str]:
         yield f"![Accuracy and shrink factors over eps](figures/eps-{file_name(study.cell)}.png)"
 
 
-def trap_section(studies: Sequence[TrapStudy]) -> Iterator[str]:
+def _traps(studies: Sequence[TrapStudy]) -> Iterator[str]:
     if studies:
         yield "## The running-variance trap"
         yield (
@@ -354,7 +400,7 @@ def trap_section(studies: Sequence[TrapStudy]) -> Iterator[str]:
         yield f"![Accuracy by running and batch statistics](figures/trap-{file_name(study.cell)}.png)"
 
 
-def rates_section(studies: Sequence[Study]) -> Iterator[str]:
+def _rates(studies: Sequence[Study]) -> Iterator[str]:
     if studies:
         yield "## Learning rate and batch size"
         yield "No learning rate is chosen from these runs; each row is a comparison."
