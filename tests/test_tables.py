@@ -510,28 +510,11 @@ def test_the_same_run_twice_counts_once(tmp_path: Path) -> None:
     assert len(read_evidence(tmp_path).records) == 1
 
 
-def spoil(folder: Path, how: str) -> None:
-    path = folder / SUMMARY
-    content = json.loads(path.read_text())
-    match how:
-        case "half-written":
-            path.write_text(path.read_text()[:200])
-        case "foreign":
-            path.write_text('{"accuracy": 99}')
-        case "binary":
-            path.write_bytes(b"\xff\xfe\x00")
-        case "null accuracy":
-            content["last"]["test/top1"] = None
-            path.write_text(json.dumps(content))
-        case "accuracy over 100":
-            content["best"]["test/top1"] = 101.0
-            path.write_text(json.dumps(content))
-
-
-@pytest.mark.parametrize("how", ["half-written", "foreign", "binary", "null accuracy", "accuracy over 100"])
-def test_bad_records_are_named_counted_and_left_out(tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("content", [b'{"schema": 1, "status": "finis', b'{"accuracy": 99}', b"\xff\xfe\x00"])
+def test_bad_records_are_named_counted_and_left_out(tmp_path: Path, content: bytes) -> None:
+    """Half-written, foreign or binary; test_records.py has the values that make a record bad."""
     write_pairs(tmp_path, [90, 91, 92], [0.1, 0.2, 0.3])
-    spoil(tmp_path / "cifar10/resnet20/l2bn/cosine_200/seed1", how)
+    (tmp_path / "cifar10/resnet20/l2bn/cosine_200/seed1" / SUMMARY).write_bytes(content)
     evidence = read_evidence(tmp_path)
     assert len(evidence.records) == 5
     assert [problem.folder.name for problem in evidence.problems] == ["seed1"]
@@ -542,7 +525,7 @@ def test_strict_is_for_scripts_that_must_not_miss_a_bad_record(tmp_path: Path) -
     tmp_path = tmp_path / ("runs" * 25)  # more than a line
     write_pairs(tmp_path, [90, 91, 92], [0.1, 0.2, 0.3])
     bad = tmp_path / "cifar10/resnet20/l2bn/cosine_200/seed1"
-    spoil(bad, "half-written")
+    (bad / SUMMARY).write_text("{")
     for options, code in (((), 0), (("--strict",), 1)):
         result = report("tables", "--runs", tmp_path, "--out", tmp_path / "tables", *options)
         assert result.returncode == code

@@ -6,7 +6,7 @@ A cell of a study may hold the same norm at many values of one setting, so its r
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
@@ -230,7 +230,6 @@ def rate_note(study: Study) -> str:
 
 # ---- The running-variance trap --------------------------------------------------------------------------------
 
-KINDS = ("running", "batch")
 SHOWN_UPDATES = (10, 50, 100, 150, 200, 300)
 CAUGHT_UP = 1.0
 """Points that running statistics may lie below batch statistics and count as caught up."""
@@ -243,12 +242,12 @@ class TrapStudy:
     cell: Cell
     label: str
     rows: pd.DataFrame  # of finished runs: norm, seed, step, and accuracy by both statistics
-    diverged: Mapping[str, int] = field(default_factory=dict)  # norm to number of runs
+    diverged: Mapping[str, int]  # norm to number of runs
 
     @property
     def norms(self) -> dict[str, int]:
         """Norm to number of seeds."""
-        return {str(norm): rows["seed"].nunique() for norm, rows in self.rows.groupby("norm", sort=False)}
+        return dict(self.rows.groupby("norm", sort=False)["seed"].nunique())
 
     def curve(self, norm: str, kind: str) -> pd.DataFrame:
         """Accuracy, step x seed, at the updates that every seed has."""
@@ -293,7 +292,7 @@ def trap_table(study: TrapStudy) -> Table:
     columns = ("Norm", "Statistics", *(f"update {step}" for step in SHOWN_UPDATES), "caught up after", "n")
     rows = []
     for norm, seeds in study.norms.items():
-        for kind in KINDS:
+        for kind in ("running", "batch"):
             means = study.curve(norm, kind).mean(axis="columns")
             shown = (f"{means[step]:.2f}" if step in means else NONE for step in SHOWN_UPDATES)
             when = study.caught_up(norm) if kind == "running" else ""
