@@ -28,9 +28,8 @@ def tables(arguments: argparse.Namespace) -> Sequence[Problem]:
     """Compare the norms of all runs: in the terminal, and as Markdown, CSV and LaTeX."""
     from rich.console import Console
 
-    from l2bn.reporting.claims import read_sets
     from l2bn.reporting.evidence import read_evidence
-    from l2bn.reporting.published import read_reference
+    from l2bn.reporting.reference import read_reference, read_sets
     from l2bn.reporting.tables import documents, readme_with_block, write_documents
     from l2bn.reporting.terminal import norms_table
 
@@ -50,9 +49,9 @@ def tables(arguments: argparse.Namespace) -> Sequence[Problem]:
 
 def figures(arguments: argparse.Namespace) -> Sequence[Problem]:
     """Draw accuracy curves and paired differences of BN and L2BN, as PNG and SVG."""
-    from l2bn.reporting.claims import read_sets
     from l2bn.reporting.evidence import read_evidence
     from l2bn.reporting.figures import write_figures
+    from l2bn.reporting.reference import read_sets
 
     out = arguments.out or (RESULTS if arguments.runs.resolve() == RECORDS else arguments.runs) / "figures"
     evidence = read_evidence(arguments.runs)
@@ -63,8 +62,9 @@ def figures(arguments: argparse.Namespace) -> Sequence[Problem]:
 
 def claims(arguments: argparse.Namespace) -> Sequence[Problem]:
     """Judge the paper's claims by the records."""
-    from l2bn.reporting.claims import claims_markdown, read_sets
+    from l2bn.reporting.claims import claims_markdown
     from l2bn.reporting.evidence import read_evidence
+    from l2bn.reporting.reference import read_sets
 
     out = arguments.out or (RESULTS / "claims.md" if arguments.runs.resolve() == RECORDS else None)
     evidence = read_evidence(arguments.runs, features=True)

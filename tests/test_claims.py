@@ -20,16 +20,14 @@ from l2bn.reporting.claims import (
     COMPACT,
     EQUAL_NORMS,
     THESE_NETWORKS,
-    RunSet,
     SetFinding,
     claims_markdown,
     judge_set,
-    read_sets,
-    verdict_of_set,
 )
 from l2bn.reporting.comparison import arms_of
 from l2bn.reporting.evidence import Evidence, read_evidence
-from l2bn.reporting.statistics import fixed_estimate, holm
+from l2bn.reporting.reference import RunSet, read_sets
+from l2bn.reporting.statistics import fixed_estimate
 from synthetic_records import write_features, write_pairs, write_run
 
 ROOT = Path(__file__).parents[1]
@@ -152,6 +150,56 @@ def test_models_lost_to_divergence_forbid_support(tmp_path: Path) -> None:
     assert "0 of BN, 1 of L2BN" in evidence
 
 
+def write_claims(
+    root: Path, change: float, *, seeds: int = 3, epochs: int = 200, nets: int = 3, measure: str = "share"
+) -> None:
+    """BN and the control at 0.2 and 60°, L2BN differing by about `change` in one of the two."""
+    for net in range(nets):
+        cell: dict[str, Any] = {"backbone": f"net{net}", "epochs": epochs}
+        steps = [change * (1 + 0.1 * net + 0.05 * seed) for seed in range(seeds)]
+        shares = [0.2 + step if measure == "share" else 0.2 for step in steps]
+        angles = [60.0 + step if measure == "angle" else 60.0 for step in steps]
+        for seed, (share, angle) in enumerate(zip(shares, angles, strict=True)):
+            write_features(write_run(root, norm="l2bn", seed=seed, **cell), within_share=share, angle=angle)
+            for norm in ("bn", "l2bn_mean_norm"):
+                write_features(write_run(root, norm=norm, seed=seed, **cell))
+
+
+@pytest.mark.parametrize(
+    ("number", "measure", "change", "options", "expected"),
+    [
+        (1, "share", -0.02, {}, "supported"),
+        (1, "share", 0.02, {}, "contradicted"),
+        (2, "share", -0.02, {}, "supported"),
+        (2, "share", 0.02, {}, "contradicted"),
+        (3, "angle", 2.0, {}, "supported"),
+        (3, "angle", -2.0, {}, "contradicted"),
+        (2, "share", -0.02, {"nets": 2}, "not decided at this n"),
+        (2, "share", -0.02, {"seeds": 2}, "not decided at this n"),
+        (2, "share", -0.02, {"epochs": 5}, "not decided at this n"),
+        (3, "share", -0.02, {}, "not decided at this n"),
+    ],
+    ids=str,
+)
+def test_the_pooled_interval_of_the_primary_measure_decides(
+    number: int, measure: str, change: float, options: dict[str, int], expected: str, tmp_path: Path
+) -> None:
+    write_claims(tmp_path, change, measure=measure, **options)
+    found, evidence = verdict(tmp_path, number)
+    assert found == expected
+    assert ("L2BN − l2bn_mean_norm" if number == 1 else "L2BN − bn") in evidence
+    assert f"of {options.get('nets', 3)} cells count" in evidence
+
+
+def test_without_the_control_the_cause_is_not_measured(tmp_path: Path) -> None:
+    for (norm, share), seed in product((("bn", 0.2), ("l2bn", 0.1)), range(2)):
+        write_features(write_run(tmp_path, norm=norm, seed=seed), within_share=share)
+    assert verdict(tmp_path, 1)[0] == "not measured"
+    found, evidence = verdict(tmp_path, 2)
+    assert found == "not decided at this n"
+    assert "−0.1000, n too small, n = 2" in evidence
+
+
 # ---- The rule for these networks ---------------------------------------------------------------------------
 
 SET = RunSet(
@@ -171,14 +219,14 @@ def write_set(root: Path, *differences: tuple[float, ...]) -> None:
 
 
 def of_accuracy(root: Path) -> SetFinding:
-    return judge_set(ACCURATE, SET, arms_of(read_evidence(root)), SET.seeds)
+    return judge_set(ACCURATE, SET, arms_of(read_evidence(root)))
 
 
 def test_a_set_may_have_a_backbone_in_a_setting_of_its_own(tmp_path: Path) -> None:
     write_set(tmp_path, SMALL, SMALL)
     write_pairs(tmp_path, [70.0] * 3, SMALL, backbone="net2", precision="tf32-mixed", **RUNS)
     mixed = replace(SET, settings={"net2": "tf32-mixed"})
-    found = judge_set(ACCURATE, mixed, arms_of(read_evidence(tmp_path)), mixed.seeds)
+    found = judge_set(ACCURATE, mixed, arms_of(read_evidence(tmp_path)))
     assert (found.ended, found.verdict) == (18, "supported")
     assert (of_accuracy(tmp_path).ended, of_accuracy(tmp_path).verdict) == (12, "not decided")
 
@@ -338,17 +386,17 @@ def test_later_seeds_give_a_second_estimate_beside_the_first(tmp_path: Path) -> 
 def test_claims_about_features_wait_for_features_and_claim_1_for_its_control(tmp_path: Path) -> None:
     write_set(tmp_path, SMALL, SMALL, SMALL)
     arms = arms_of(read_evidence(tmp_path, features=True))
-    assert judge_set(COMPACT, SET, arms, SET.seeds).text == "not decided, 0 of 18 runs"
+    assert judge_set(COMPACT, SET, arms).text == "not decided, 0 of 18 runs"
     for record in read_evidence(tmp_path).records:
         better = 0.02 + 0.001 * record.seed if record.norm == "l2bn" else 0.0
         write_features(record, within_share=0.3 - better)
     arms = arms_of(read_evidence(tmp_path, features=True))
-    assert judge_set(COMPACT, SET, arms, SET.seeds).text == "supported, 18 runs"
-    assert judge_set(EQUAL_NORMS, SET, arms, SET.seeds).text == "not decided, 18 of 24 runs"
+    assert judge_set(COMPACT, SET, arms).text == "supported, 18 runs"
+    assert judge_set(EQUAL_NORMS, SET, arms).text == "not decided, 18 of 24 runs"
     for net, seed in product(range(2), range(3)):
         record = write_run(tmp_path, norm="l2bn_mean_norm", backbone=f"net{net}", seed=seed, **RUNS)
         write_features(record, within_share=0.1)
-    finding = judge_set(EQUAL_NORMS, SET, arms_of(read_evidence(tmp_path, features=True)), SET.seeds)
+    finding = judge_set(EQUAL_NORMS, SET, arms_of(read_evidence(tmp_path, features=True)))
     assert finding.text == "contradicted, 24 runs"
     assert [cell.backbone for cell in finding.cells] == ["net0", "net1"]
 
@@ -360,12 +408,12 @@ cells = st.lists(
 
 @given(cells, st.integers(0, 2), st.integers(0, 2))
 def test_the_rule_is_its_own_mirror_image(values: list[list[float]], bn: int, l2bn: int) -> None:
-    def judged(sign: int, *diverged: int) -> str:
+    def judged(sign: int, diverged: tuple[int, int]) -> str:
         estimates, overall = fixed_estimate([[sign * value for value in cell] for cell in values])
-        return verdict_of_set(ACCURATE, estimates, holm([one.p for one in estimates]), overall, *diverged)
+        return SetFinding(ACCURATE, SET, 18, 18, estimates, overall, diverged).verdict
 
     mirror = {"supported": "contradicted", "contradicted": "supported", "not decided": "not decided"}
-    assert judged(-1, l2bn, bn) == mirror[judged(1, bn, l2bn)]
+    assert judged(-1, (l2bn, bn)) == mirror[judged(1, (bn, l2bn))]
 
 
 def test_the_table_of_a_set_shows_each_cells_own_deviation(tmp_path: Path) -> None:
@@ -388,9 +436,9 @@ def test_the_first_set_is_that_of_the_cpu_grid() -> None:
     assert list(first.backbones) == params["backbone"].split(",")
     assert list(first.seeds) == [int(seed) for seed in params["seed"].split(",")]
     assert params["norm"] == "bn,l2bn"
-    assert len(first.runs(ACCURATE, first.seeds)) == len(first.runs(COMPACT, first.seeds)) == 24
-    assert len(first.runs(EQUAL_NORMS, first.seeds)) == 33
-    assert [len(one.runs(ACCURATE, one.seeds)) for one in SETS] == [24, 18, 24]
+    assert len(first.runs(ACCURATE.reference)) == len(first.runs(COMPACT.reference)) == 24
+    assert len(first.runs(EQUAL_NORMS.reference)) == 33
+    assert [len(one.runs(ACCURATE.reference)) for one in SETS] == [24, 18, 24]
     for one in SETS:
         for group, names in (("dataset", [one.dataset]), ("recipe", [one.recipe]), ("backbone", one.backbones)):
             assert all((ROOT / f"configs/{group}/{name}.yaml").exists() for name in names)

@@ -11,10 +11,10 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from l2bn.records import METRICS
-from l2bn.reporting.claims import RunSet
-from l2bn.reporting.comparison import arms_of, grid, pooled
+from l2bn.reporting.comparison import Comparison, arms_of, grid, pooled
 from l2bn.reporting.evidence import Evidence, read_evidence
 from l2bn.reporting.figures import RC, STYLES, curves, differences, differences_of_set, read_curves, write_figures
+from l2bn.reporting.reference import RunSet
 from l2bn.reporting.tables import BEGIN, END, readme_with_block
 from synthetic_records import write_pairs, write_run
 
@@ -45,17 +45,15 @@ def texts(figure: Figure) -> Iterator[str]:
         yield from (text.get_text() for text in legend.get_texts()) if legend else ()
 
 
+def rows_of_set(root: Path, run_set: RunSet) -> list[Comparison]:
+    return [row for row in grid(arms_of(read_evidence(root))) if run_set.holds(row.cell)]
+
+
 def test_one_page_a_data_set_as_png_and_svg(tmp_path: Path, evidence: Evidence) -> None:
     paths, problems = write_figures(evidence, tmp_path / "figures")
     assert problems == []
-    assert sorted(path.name for path in paths) == [
-        "curves-cifar10.png",
-        "curves-cifar10.svg",
-        "curves-cifar10_jpeg.png",
-        "curves-cifar10_jpeg.svg",
-        "differences.png",
-        "differences.svg",
-    ]
+    names = ("curves-cifar10", "curves-cifar10_jpeg", "differences")
+    assert sorted(path.name for path in paths) == [f"{name}.{kind}" for name in names for kind in ("png", "svg")]
     assert all(path.stat().st_size > 5_000 for path in paths)
 
 
@@ -130,14 +128,12 @@ def test_a_set_of_runs_has_a_figure_once_it_has_a_pair_and_both_means_once_compl
     write_pairs(root, [60], [9.0], backbone="net7", **options)
     paths, _ = write_figures(read_evidence(root), tmp_path, [run_set])
     assert paths[-1] == tmp_path / "differences-cifar10-cosine_30.svg"
-    rows = [row for row in grid(arms_of(read_evidence(root))) if run_set.holds(row.cell)]
-    shown = list(texts(differences_of_set(rows, run_set)))
+    shown = list(texts(differences_of_set(rows_of_set(root, run_set), run_set)))
     assert {"net0", "+0.50"} <= set(shown)
     assert not [text for text in shown if text == "net7" or "networks" in text]
 
     write_pairs(root, [60, 61, 62], [0.5, 0.6, 0.7], backbone="net1", **options)
-    rows = [row for row in grid(arms_of(read_evidence(root))) if run_set.holds(row.cell)]
-    axes = differences_of_set(rows, run_set).axes[0]
+    axes = differences_of_set(rows_of_set(root, run_set), run_set).axes[0]
     assert {"Mean over the networks", "these networks; n: pairs"} <= set(texts(axes.figure))
     # s = 0.1 over 4 degrees of freedom: 2.776 * 0.1 * sqrt(2 / 3) / 2 = 0.113 around 0.55.
     drawn = [tuple(line.get_xdata()) for line in axes.lines]
@@ -155,12 +151,10 @@ def test_the_figure_of_a_set_and_the_readme_agree_on_other_networks(
     for net, name in enumerate(names):
         gains = [0.3 + net / 10, 0.4 + net / 10, 0.5 + net / 10][:seeds]
         write_pairs(tmp_path, [60.0] * seeds, gains, backbone=name, recipe="cosine_30", epochs=30)
-    evidence = read_evidence(tmp_path)
-    rows = [row for row in grid(arms_of(evidence)) if run_set.holds(row.cell)]
     has_mean = networks == seeds == 3
-    shown = list(texts(differences_of_set(rows, run_set)))
+    shown = list(texts(differences_of_set(rows_of_set(tmp_path, run_set), run_set)))
     assert ("other networks; n: networks" in shown) is has_mean
-    readme = readme_with_block(f"{BEGIN}\n{END}", evidence, run_set)
+    readme = readme_with_block(f"{BEGIN}\n{END}", read_evidence(tmp_path), run_set)
     assert ("For other networks like them, there is no interval yet" in readme) is not has_mean
 
 

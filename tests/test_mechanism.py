@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from l2bn.errors import UserError
-from l2bn.records import FEATURES, SAMPLE, STATISTICS, read_statistics, write_lines
-from l2bn.reporting.claims import CLAIMS
+from l2bn.records import FEATURES, SAMPLE, STATISTICS, read_sample, read_statistics, write_lines
 from l2bn.reporting.comparison import Arm, Comparison, arms_of
 from l2bn.reporting.evidence import (
     BN,
@@ -42,24 +41,27 @@ from l2bn.reporting.figures import (
     write_mechanism_figures,
 )
 from l2bn.reporting.mechanism import (
-    EPS,
     OF_CONTROLS,
-    RATES,
-    TRAP,
-    eps_table,
     features_csv,
     measured_pairs,
     mechanism_documents,
     norms_table,
-    overall,
     pair_table,
+    read_mechanism,
+    steps_table,
+)
+from l2bn.reporting.studies import (
+    EPS,
+    RATES,
+    TRAP,
+    Studies,
+    eps_table,
+    overall,
     parts_table,
     place_by_eps,
     place_by_rate,
     rate_note,
     rate_table,
-    read_mechanism,
-    steps_table,
     studies_csv,
     studies_of,
     trap_studies,
@@ -216,8 +218,6 @@ def test_the_plane_is_that_of_both_networks_and_turns_no_way_by_chance() -> None
 
 
 def test_the_map_shows_the_same_images_of_both_arms(evidence: Evidence) -> None:
-    from l2bn.records import read_sample
-
     pair = pair_of(evidence)
     assert pair.sampled is not None
     seed, *folders = pair.sampled
@@ -250,64 +250,6 @@ def test_a_damaged_sample_is_named_and_no_map_is_drawn(arm: str, root: Path, tmp
     assert [problem.folder for problem in problems] == [damaged]
     assert any(path.name.startswith("norms-") for path in paths)
     assert not any(path.name.startswith("map-") for path in paths)
-
-
-# ---- Claims -------------------------------------------------------------------------------------------------
-
-
-def verdict(root: Path, number: int) -> tuple[str, str]:
-    (claim,) = (claim for claim in CLAIMS if claim.number == number)
-    finding = claim.judge(arms_of(read_evidence(root, features=True)))
-    return finding.verdict, finding.evidence
-
-
-def write_claims(
-    root: Path, change: float, *, seeds: int = 3, epochs: int = 200, nets: int = 3, measure: str = "share"
-) -> None:
-    """BN and the control at 0.2 and 60°, L2BN differing by about `change` in one of the two."""
-    for net in range(nets):
-        cell = {"backbone": f"net{net}", "epochs": epochs}
-        steps = [change * (1 + 0.1 * net + 0.05 * seed) for seed in range(seeds)]
-        shares = [0.2 + step if measure == "share" else 0.2 for step in steps]
-        angles = [60.0 + step if measure == "angle" else 60.0 for step in steps]
-        write_measured(root, L2BN, shares, angles=angles, **cell)
-        for norm in (BN, MEAN_NORM):
-            write_measured(root, norm, [0.2] * seeds, **cell)
-
-
-@pytest.mark.parametrize(
-    ("number", "measure", "change", "options", "expected"),
-    [
-        (1, "share", -0.02, {}, "supported"),
-        (1, "share", 0.02, {}, "contradicted"),
-        (2, "share", -0.02, {}, "supported"),
-        (2, "share", 0.02, {}, "contradicted"),
-        (3, "angle", 2.0, {}, "supported"),
-        (3, "angle", -2.0, {}, "contradicted"),
-        (2, "share", -0.02, {"nets": 2}, "not decided at this n"),
-        (2, "share", -0.02, {"seeds": 2}, "not decided at this n"),
-        (2, "share", -0.02, {"epochs": 5}, "not decided at this n"),
-        (3, "share", -0.02, {}, "not decided at this n"),
-    ],
-    ids=str,
-)
-def test_the_pooled_interval_of_the_primary_measure_decides(
-    number: int, measure: str, change: float, options: dict[str, int], expected: str, tmp_path: Path
-) -> None:
-    write_claims(tmp_path, change, measure=measure, **options)
-    found, evidence = verdict(tmp_path, number)
-    assert found == expected
-    assert ("L2BN − l2bn_mean_norm" if number == 1 else "L2BN − bn") in evidence
-    assert f"of {options.get('nets', 3)} cells count" in evidence
-
-
-def test_without_the_control_the_cause_is_not_measured(tmp_path: Path) -> None:
-    write_measured(tmp_path, BN, (0.2, 0.21))
-    write_measured(tmp_path, L2BN, (0.1, 0.11))
-    assert verdict(tmp_path, 1)[0] == "not measured"
-    found, evidence = verdict(tmp_path, 2)
-    assert found == "not decided at this n"
-    assert "−0.1000, n too small, n = 2" in evidence
 
 
 # ---- Studies ------------------------------------------------------------------------------------------------
@@ -416,7 +358,8 @@ def test_a_record_without_the_numbers_of_a_study_is_named_and_left_out(
     assert evidence.records == [good]
     assert [problem.folder for problem in evidence.problems] == bad
     assert all("summary.json: identity." in problem.reason for problem in evidence.problems)
-    studies_csv(studies_of(evidence), ()) if place is place_by_eps else studies_csv((), studies_of(evidence))
+    studies = studies_of(evidence)
+    studies_csv(Studies(eps=studies) if place is place_by_eps else Studies(rates=studies))
 
 
 def write_rate_study(root: Path) -> None:
@@ -486,14 +429,9 @@ def test_two_values_of_eps_are_told_apart(tmp_path: Path) -> None:
 def write_trap(root: Path, norm: str, lags: Sequence[int]) -> None:
     for seed, lag in enumerate(lags):
         record = write_run(root, norm=norm, seed=seed)
+        batch = {"batch/loss": 1.0, "batch/top1": 90.5}
         rows = [
-            {
-                "step": step,
-                "running/loss": None,
-                "running/top1": 10.0 if step < lag else 90.0,
-                "batch/loss": 1.0,
-                "batch/top1": 90.5,
-            }
+            {"step": step, "running/loss": None, "running/top1": 10.0 if step < lag else 90.0, **batch}
             for step in range(10, 310, 10)
         ]
         write_lines(record.folder / STATISTICS, rows)
@@ -583,16 +521,9 @@ def test_the_committed_documents_are_what_the_records_give() -> None:
 
 def test_the_script_writes_all_of_it(folders: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [
-        sys.executable,
-        ROOT / "scripts/report.py",
-        "mechanism",
-        "--runs",
-        folders[0],
-        "--studies",
-        folders[1],
-    ]
-    printed = subprocess.run([*command, "--out", out], capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, ROOT / "scripts/report.py", "mechanism", "--runs", folders[0]]
+    command += ["--studies", folders[1], "--out", out]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for name in ("mechanism.md", "mechanism/features.csv", "mechanism/studies.csv"):
         assert str(out / name) in printed
         assert (out / name).exists()

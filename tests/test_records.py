@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from conftest import ROOT
 from l2bn.records import (
+    CONFIG,
+    ENVIRONMENT,
     FEATURES,
-    FILES,
     METRIC_KEYS,
     METRICS,
     STATISTICS,
@@ -34,6 +35,7 @@ from l2bn.records import (
     write_lines,
 )
 
+FILES = (CONFIG, ENVIRONMENT, METRICS, SUMMARY)
 EPOCHS = 3
 HUGE = 10**400  # JSON has it, no float can hold it
 
@@ -177,6 +179,7 @@ def test_a_run_that_has_not_ended_is_no_record_and_no_problem(tmp_path: Path) ->
         ("last", {**row(3), "test/top1": "high"}, "last.test/top1"),
         ("last", {**row(3), "test/top1": 101.0}, "no percentage"),
         ("last", {**row(3), "test/top1": None}, "no percentage"),
+        ("best", {**row(3), "test/top1": 101.0}, "no percentage"),
         ("seconds", True, "seconds"),
         ("seconds", math.nan, "seconds"),
         ("seconds", HUGE, "seconds"),

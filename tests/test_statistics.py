@@ -76,6 +76,7 @@ def test_no_interval_without_enough_values_or_spread(values: list[float], reason
         ([], "n too small"),
         ([[], []], "n too small"),
         ([[0.1, 0.2, 0.6], [], [0.4, 0.5]], "a cell has no pair"),
+        ([[], [1.0, 2.0]], "a cell has no pair"),
         ([[0.1], [0.2], [0.6]], "n too small"),  # no cell in which to measure a spread
         ([[0.1, 0.1], [0.2, 0.2]], "no spread"),
         ([[0.1, 0.2], [0.2]], ""),
@@ -83,8 +84,10 @@ def test_no_interval_without_enough_values_or_spread(values: list[float], reason
     ids=str,
 )
 def test_an_estimate_about_cells_says_why_it_has_no_interval(cells: list[list[float]], reason: str) -> None:
-    _, overall = fixed_estimate(cells)
-    assert (overall.reason, overall.low is None) == (reason, bool(reason))
+    found, overall = fixed_estimate(cells)
+    assert (overall.reason, overall.low is None, overall.p is None) == (reason, bool(reason), bool(reason))
+    assert (overall.mean is None) is (not cells or not all(cells))
+    assert (overall.n, [one.n for one in found]) == (sum(map(len, cells)), list(map(len, cells)))
 
 
 def test_values_that_are_not_finite_are_refused() -> None:
@@ -194,15 +197,6 @@ def test_the_interval_of_these_cells_covers_their_own_mean(between: float, seeds
     # 95 %, give or take four standard errors of the simulation.
     assert covered / runs == pytest.approx(0.95, abs=4 * sqrt(0.95 * 0.05 / runs))
     assert each / runs / len(seeds) == pytest.approx(0.95, abs=4 * sqrt(0.95 * 0.05 / runs))
-
-
-@pytest.mark.parametrize("cells", [[], [[1.0], [2.0]], [[0.3, 0.3], [0.1, 0.1]], [[], [1.0, 2.0]]], ids=str)
-def test_without_a_spread_or_with_an_empty_cell_there_is_no_interval_over_all(cells: list[list[float]]) -> None:
-    found, overall = fixed_estimate(cells)
-    assert (overall.low, overall.high, overall.p) == (None, None, None)
-    assert overall.n == sum(map(len, cells))
-    assert (overall.mean is None) is (not cells or not all(cells))
-    assert [one.n for one in found] == list(map(len, cells))
 
 
 def test_the_spread_is_pooled_over_degrees_of_freedom() -> None:

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 CONFIG, ENVIRONMENT, METRICS, SUMMARY = "config.yaml", "env.json", "metrics.jsonl", "summary.json"
-FILES = (CONFIG, ENVIRONMENT, METRICS, SUMMARY)
 FEATURES, STATISTICS, SAMPLE = "features.jsonl", "statistics.jsonl", "penultimate.safetensors"
 MEASUREMENTS = (FEATURES, STATISTICS, SAMPLE)
 SCHEMA = 1

@@ -15,15 +15,11 @@ neither, in `within_share`, which falls when classes get compact and when they s
 claim, so no p-value is corrected; the others are shown and decide nothing.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
-
-from l2bn.errors import UserError
 from l2bn.reporting.comparison import FULL_EPOCHS, Arm, Comparison, arms_of, backbone_of, compare, grid, pooled
 from l2bn.reporting.evidence import (
     ANGLE_MEAN,
@@ -39,7 +35,6 @@ from l2bn.reporting.evidence import (
 )
 from l2bn.reporting.formatting import (
     NONE,
-    PRECISIONS,
     Table,
     escape_markdown,
     in_words,
@@ -51,6 +46,7 @@ from l2bn.reporting.formatting import (
     probability,
     signed,
 )
+from l2bn.reporting.reference import RunSet
 from l2bn.reporting.statistics import LEVEL, MIN_PAIRS, Estimate, fixed_estimate, holm
 
 Verdict = Literal["supported", "contradicted", "not decided at this n", "not decided", "not measured"]
@@ -125,19 +121,19 @@ def is_counted(row: Comparison, quantity: str = TOP1) -> bool:
     return row.full_length and len(row.differences(quantity)) >= MIN_PAIRS
 
 
-def for_other_networks(rows: Iterable[Comparison]) -> Estimate:
-    """The pooled paired difference in accuracy from rows that count, all seeds; under `MIN_BACKBONES` n alone."""
-    counted = [row for row in rows if is_counted(row)]
-    result = pooled(counted)
-    return result if len({backbone_of(row.cell) for row in counted}) >= MIN_BACKBONES else Estimate(result.n)
+def for_other_networks(rows: Iterable[Comparison], quantity: str = TOP1) -> Estimate:
+    """The pooled paired difference from rows that count, all seeds; under `MIN_BACKBONES` n alone."""
+    counted = [row for row in rows if is_counted(row, quantity)]
+    result = pooled(counted, quantity)
+    return result if len(_backbones(counted)) >= MIN_BACKBONES else Estimate(result.n)
 
 
-def _verdict(result: Estimate, backbones: int, better: int) -> Verdict:
-    """The verdict of the whole interval; `better` is the sign of the claimed difference."""
-    if result.low is None or result.high is None or backbones < MIN_BACKBONES:
-        return "not decided at this n"
+def _verdict(result: Estimate, better: int) -> Verdict | None:
+    """The verdict of an interval on one side of 0; `better` is the sign of the claimed difference."""
+    if result.low is None or result.high is None:
+        return None
     low, high = sorted((better * result.low, better * result.high))
-    return "supported" if low > 0 else "contradicted" if high < 0 else "not decided at this n"
+    return "supported" if low > 0 else "contradicted" if high < 0 else None
 
 
 def _about_features(number: int, text: str, question: Question) -> Claim:
@@ -165,19 +161,17 @@ def _judge_features(question: Question, arms: Sequence[Arm]) -> Finding:
         result = row.difference(quantity)
         cv = row.reference.estimate(NORM_CV).mean if row.reference and reference != BN else None
         unequal = "" if cv is None else f", norm cv {cv:.3f} in {reference}"
-        cells.append(
-            f"{', '.join(names_of(row.label, row.cell))} ({plural('epoch', row.epochs or 0)}): "
-            f"{', '.join(mean_interval(result, digits))}, n = {result.n}{unequal}"
-        )
+        cells.append(f"{_named(row)}: {', '.join(mean_interval(result, digits))}, n = {result.n}{unequal}")
     counted = [row for row in pairs if is_counted(row, quantity)]
-    result, backbones = pooled(counted, quantity), {backbone_of(row.cell) for row in counted}
     evidence = (
         f"{quantity.partition('/')[2]} of the penultimate features, L2BN − {reference}: {'; '.join(cells)}. "
-        f"{len(counted)} of {plural('cell', len(pairs))} count ({plural('backbone', len(backbones))})."
+        f"{len(counted)} of {plural('cell', len(pairs))} count ({plural('backbone', len(_backbones(counted)))})."
     )
+    result = pooled(counted, quantity)
     if result.n:
         evidence += f" Pooled: {signed(result.mean, digits)}, 95 % interval {interval(result, digits)}."
-    return Finding(evidence, _verdict(result, len(backbones), question.better))
+    verdict = _verdict(for_other_networks(counted, quantity), question.better)
+    return Finding(evidence, verdict or "not decided at this n")
 
 
 def _no_parameters_added(arms: Sequence[Arm]) -> Finding:
@@ -186,10 +180,9 @@ def _no_parameters_added(arms: Sequence[Arm]) -> Finding:
     if not pairs:
         return Finding("0 cells hold both arms.", "not measured")
     unequal = [row for row in pairs if len({record.parameters for record in row.records}) > 1]
-    backbones = len({backbone_of(row.cell) for row in pairs})
     evidence = (
         f"BN and L2BN have equal parameter counts in {len(pairs) - len(unequal)} of "
-        f"{plural('cell', len(pairs))} ({plural('backbone', backbones)})."
+        f"{plural('cell', len(pairs))} ({plural('backbone', len(_backbones(pairs)))})."
     )
     if unequal:
         cells = "; ".join(f"{row.label}, {row.cell.backbone}" for row in unequal)
@@ -199,56 +192,55 @@ def _no_parameters_added(arms: Sequence[Arm]) -> Finding:
 
 def _better(task: Task, arms: Sequence[Arm]) -> Finding:
     """The pooled paired difference over the cells of a task that are long and repeated enough."""
-    cells = _rows_of(task, arms)
+    cells = [row for row in grid(arms) if row.cell.task == task]
     rows = [row for row in cells if row.differences()]
     if not rows:
         return Finding(f"0 cells of {task} hold a pair of finished runs of BN and L2BN.", "not measured")
     counted = [row for row in rows if is_counted(row)]
-    result, backbones = pooled(counted), {backbone_of(row.cell) for row in counted}
-    long = [arm for row in cells if row.full_length for arm in row.arms]
-    diverged = {norm: sum(arm.diverged for arm in long if arm.norm == norm) for norm in (BN, L2BN)}
-    evidence = [
+    result = pooled(counted)
+    evidence = (
         f"{len(counted)} of {plural('row', len(rows))} of the grid count: "
-        f"{plural('data set × backbone cell', result.n)}, {plural('backbone', len(backbones))}."
-    ]
+        f"{plural('data set × backbone cell', result.n)}, {plural('backbone', len(_backbones(counted)))}."
+    )
     if result.n:
-        tail = (
-            f"95 % interval {interval(result)}, p {probability(result.p, result)}"
-            if result.p is not None
-            else result.reason
-        )
-        evidence.append(f"Pooled L2BN − BN: {signed(result.mean)} points, {tail}.")
-    evidence.append(f"Diverged of that length: {diverged[BN]} of BN, {diverged[L2BN]} of L2BN.")
-    verdict = _verdict(result, len(backbones), 1)
-    if verdict == "supported" and diverged[L2BN] > diverged[BN]:
-        verdict = "not decided at this n"
-    return Finding(" ".join(evidence), verdict, tuple(_short(row) for row in rows if not is_counted(row)))
-
-
-def _short(row: Comparison) -> str:
-    """A row that does not count, and by how much it falls short."""
-    names, result = ", ".join(names_of(row.label, row.cell)), row.difference()
-    pairs, epochs = plural("pair", result.n), plural("epoch", row.epochs or 0)
-    return f"Not counted: {names}: {signed(result.mean)} points, {pairs} of {epochs}"
-
-
-def _rows_of(task: Task, arms: Sequence[Arm]) -> list[Comparison]:
-    return [row for row in grid(arms) if row.cell.task == task]
+        tail = result.reason or f"95 % interval {interval(result)}, p {probability(result.p, result)}"
+        evidence += f" Pooled L2BN − BN: {signed(result.mean)} points, {tail}."
+    long = [arm for row in cells if row.full_length for arm in row.arms]
+    bn, l2bn = (sum(arm.diverged for arm in long if arm.norm == norm) for norm in (BN, L2BN))
+    evidence += f" Diverged of that length: {bn} of BN, {l2bn} of L2BN."
+    verdict = _verdict(for_other_networks(counted), ACCURATE.better)
+    if verdict == "supported" and l2bn > bn:
+        verdict = None
+    short = tuple(
+        f"Not counted: {', '.join(names_of(row.label, row.cell))}: {signed(row.difference().mean)} points, "
+        f"{plural('pair', row.difference().n)} of {plural('epoch', row.epochs or 0)}"
+        for row in rows
+        if row not in counted
+    )
+    return Finding(evidence, verdict or "not decided at this n", short)
 
 
 def _better_on_scenes(arms: Sequence[Arm]) -> Finding:
     """The verdict from acoustic scenes, and beside it, without a part in it, what was measured on other sound."""
-    scenes, beside = _better("acoustic scenes", arms), []
-    for row in _rows_of("environmental sound", arms):
-        result = row.difference()
-        if result.n:
-            name = f"{', '.join(names_of(row.label, row.cell))} ({plural('epoch', row.epochs or 0)})"
-            found = f"{signed(result.mean)} points, 95 % interval {interval(result)}, n = {result.n}"
-            beside.append(f"{name}: {found}")
+    scenes = _better("acoustic scenes", arms)
+    beside = [
+        f"{_named(row)}: {signed(result.mean)} points, 95 % interval {interval(result)}, n = {result.n}"
+        for row in grid(arms)
+        if row.cell.task == "environmental sound" and (result := row.difference()).n
+    ]
     if not beside:
         return scenes
     note = "Environmental sound, which is no evidence on scenes, L2BN − BN: "
     return replace(scenes, evidence=f"{scenes.evidence} {note}{'; '.join(beside)}.")
+
+
+def _backbones(rows: Iterable[Comparison]) -> set[str]:
+    return {backbone_of(row.cell) for row in rows}
+
+
+def _named(row: Comparison) -> str:
+    """The cell of a row and the length of its runs."""
+    return f"{', '.join(names_of(row.label, row.cell))} ({plural('epoch', row.epochs or 0)})"
 
 
 def _records(arms: Sequence[Arm]) -> str:
@@ -259,148 +251,74 @@ def _records(arms: Sequence[Arm]) -> str:
 
 
 @dataclass(frozen=True)
-class RunSet:
-    """A named set of runs, fixed before the first of them was published; see `results/reference/sets.yaml`.
-
-    settings: of the backbones that were measured in another setting than `setting`.
-    """
-
-    label: str
-    dataset: str
-    recipe: str
-    setting: str
-    backbones: tuple[str, ...]
-    seeds: tuple[int, ...]
-    more_seeds: tuple[int, ...] = ()
-    control: tuple[str, tuple[str, ...]] | None = None  # norm and backbones
-    settings: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def figure(self) -> str:
-        """The file name of its figure of paired differences."""
-        return f"differences-{self.dataset}-{self.recipe}"
-
-    def holds(self, cell: Cell) -> bool:
-        return cell.backbone in self.backbones and cell == self._cell(cell.backbone)
-
-    def cells(self, norm: str) -> list[Cell]:
-        """The cells in which a norm is run; none where the set has no runs of it."""
-        norms = {BN: self.backbones, L2BN: self.backbones} | dict([self.control] if self.control else [])
-        return [self._cell(backbone) for backbone in norms.get(norm, ())]
-
-    def _cell(self, backbone: str) -> Cell:
-        return Cell(self.dataset, self.recipe, backbone, self.settings.get(backbone, self.setting))
-
-    def runs(self, question: Question, seeds: Sequence[int]) -> list[tuple[Cell, str, int]]:
-        """Cell, norm and seed of the runs that must have ended before a question is judged."""
-        norms = dict.fromkeys((BN, L2BN, question.reference))
-        return [(cell, norm, seed) for norm in norms for cell in self.cells(norm) for seed in seeds]
-
-
-def read_sets(path: Path) -> list[RunSet]:
-    """The sets of a file. Raises UserError where it is missing or not laid out as its header says."""
-    try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))["sets"]
-        if not entries:
-            raise ValueError("there is no set")
-        return [_run_set(entry) for entry in entries]
-    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be used as the sets of runs: {type(error).__name__}: {error}; "
-            "its header says how it is laid out"
-        ) from error
-
-
-def _run_set(entry: dict[str, Any]) -> RunSet:
-    lists = {key: tuple(entry[key]) for key in ("backbones", "seeds", "more_seeds") if key in entry}
-    if not lists["backbones"] or not lists["seeds"]:
-        raise ValueError("backbones and seeds of a set must not be empty")
-    settings = entry.get("settings", {})
-    if other := settings.keys() - set(lists["backbones"]):
-        raise ValueError(f"settings name {', '.join(sorted(other))}, which is none of the backbones")
-    precisions = {setting.partition(",")[0] for setting in (entry["setting"], *settings.values())}
-    if unknown := precisions - set(PRECISIONS):
-        raise ValueError(f"no precision is {', '.join(sorted(unknown))}; take one of {', '.join(PRECISIONS)}")
-    control = entry.get("control")
-    return RunSet(**entry | lists | {"control": control and (control["norm"], tuple(control["backbones"]))})
-
-
-@dataclass(frozen=True)
 class SetFinding:
-    """The verdict of a set of runs on a question, with the estimates it follows from once the set is complete."""
+    """What a set of runs says on a question: how far it is, and once it is complete, the estimates."""
 
+    question: Question
     run_set: RunSet
-    verdict: Verdict
     ended: int  # runs of the set, finished with the quantity measured or diverged
     wanted: int
-    cells: Sequence[Cell] = ()
     estimates: Sequence[Estimate] = ()  # one per cell
-    corrected: Sequence[float | None] = ()  # Holm over the cells
-    overall: Estimate | None = None
+    overall: Estimate | None = None  # None until the set is complete
     diverged: tuple[int, int] = (0, 0)  # runs of the reference and of L2BN
 
     @property
+    def cells(self) -> list[Cell]:
+        """The cells that are compared; none where the set has no runs of the reference."""
+        return self.run_set.cells(self.question.reference)
+
+    @property
+    def corrected(self) -> list[float | None]:
+        """The p-values of the cells with Holm's correction."""
+        return holm([one.p for one in self.estimates])
+
+    @property
+    def verdict(self) -> Verdict:
+        """The whole interval on one side, no cell significant on the other, and L2BN's divergence not against it.
+
+        Divergence counts for accuracy alone: L2BN must have diverged no more often to be supported, no less often
+        to be contradicted.
+        """
+        found = _verdict(self.overall, self.question.better) if self.overall else None
+        if found is None:
+            return "not decided"
+        side = self.question.better if found == "supported" else -self.question.better
+        against = any(
+            p is not None and p < 1 - LEVEL and side * (one.mean or 0.0) < 0
+            for one, p in zip(self.estimates, self.corrected, strict=True)
+        )
+        reference, l2bn = self.diverged
+        lost = l2bn > reference if found == "supported" else l2bn < reference
+        return "not decided" if against or (lost and self.question.quantity == TOP1) else found
+
+    @property
     def text(self) -> str:
-        """The verdict, or how far the set is."""
+        """The verdict, or how far the set is; a dash where it has no runs of the reference."""
+        if not self.cells:
+            return NONE
         runs = f"{self.ended} of {self.wanted}" if self.ended < self.wanted else f"{self.wanted}"
         return f"{self.verdict}, {runs} runs"
 
 
-def judge_set(question: Question, run_set: RunSet, arms: Sequence[Arm], seeds: Sequence[int]) -> SetFinding:
-    """The verdict on a question from the runs of these seeds in a set."""
-    norms = (question.reference, L2BN)
-    values: dict[tuple[Cell, str, int], float] = {}
-    lost: set[tuple[Cell, str, int]] = set()  # diverged
-    for arm in arms:
-        values |= {(arm.cell, arm.norm, seed): value for seed, value in arm.of(question.quantity).items()}
-        lost |= {(arm.cell, arm.norm, run.seed) for run in arm.records if run.status == "diverged"}
-    wanted = run_set.runs(question, seeds)
-    ended = sum(run in values or run in lost for run in wanted)
-    if ended < len(wanted):
-        return SetFinding(run_set, "not decided", ended, len(wanted))
-    cells = run_set.cells(question.reference)
-    pairs = [
-        [
-            values[cell, L2BN, seed] - values[cell, question.reference, seed]
-            for seed in seeds
-            if all((cell, norm, seed) in values for norm in norms)
-        ]
-        for cell in cells
+def judge_set(question: Question, run_set: RunSet, arms: Sequence[Arm]) -> SetFinding:
+    """The finding of a set on a question, from its runs alone."""
+    values = {
+        (arm.cell, arm.norm, seed): value for arm in arms for seed, value in arm.of(question.quantity).items()
+    }
+    lost = {(arm.cell, arm.norm, run.seed) for arm in arms for run in arm.records if run.status == "diverged"}
+    wanted = run_set.runs(question.reference)
+    finding = SetFinding(question, run_set, sum(run in values or run in lost for run in wanted), len(wanted))
+    if finding.ended < finding.wanted or not finding.cells:
+        return finding
+    pairs = [  # of a complete set; a diverged run has None
+        [(values.get((cell, question.reference, seed)), values.get((cell, L2BN, seed))) for seed in run_set.seeds]
+        for cell in finding.cells
     ]
-    estimates, overall = fixed_estimate(pairs)
-    corrected = holm([one.p for one in estimates])
-    lost_here = [sum((cell, norm, seed) in lost for cell in cells for seed in seeds) for norm in norms]
-    diverged = lost_here[0], lost_here[1]
-    verdict = verdict_of_set(question, estimates, corrected, overall, *diverged)
-    return SetFinding(run_set, verdict, ended, len(wanted), cells, estimates, corrected, overall, diverged)
-
-
-def verdict_of_set(
-    question: Question,
-    estimates: Sequence[Estimate],
-    corrected: Sequence[float | None],
-    overall: Estimate,
-    reference_diverged: int,
-    l2bn_diverged: int,
-) -> Verdict:
-    """The whole interval on one side, no cell significant on the other, and L2BN's divergence not against it.
-
-    Divergence counts for accuracy alone: L2BN must have diverged no more often to be supported, no less often to be
-    contradicted.
-    """
-    if overall.low is None or overall.high is None:
-        return "not decided"
-    sides: tuple[tuple[Verdict, int], ...] = (("supported", question.better), ("contradicted", -question.better))
-    for verdict, side in sides:
-        inside = side * overall.low > 0 and side * overall.high > 0
-        against = any(
-            p is not None and p < 1 - LEVEL and one.mean is not None and side * one.mean < 0
-            for one, p in zip(estimates, corrected, strict=True)
-        )
-        lost = question.quantity == TOP1 and side * question.better * (l2bn_diverged - reference_diverged) > 0
-        if inside and not against and not lost:
-            return verdict
-    return "not decided"
+    estimates, overall = fixed_estimate(
+        [[l2bn - other for other, l2bn in cell if other is not None and l2bn is not None] for cell in pairs]
+    )
+    other, l2bn = (sum(pair[place] is None for cell in pairs for pair in cell) for place in (0, 1))
+    return replace(finding, estimates=estimates, overall=overall, diverged=(other, l2bn))
 
 
 def sets_section(arms: Sequence[Arm], sets: Sequence[RunSet]) -> list[str]:
@@ -408,24 +326,20 @@ def sets_section(arms: Sequence[Arm], sets: Sequence[RunSet]) -> list[str]:
     asked = {claim.number: claim.question for claim in CLAIMS if claim.question}
     rows, estimates = [], []
     for run_set in sets:
-        texts = dict.fromkeys(asked, NONE)
-        for number, question in asked.items():
-            if not run_set.cells(question.reference):
-                continue
-            finding = judge_set(question, run_set, arms, run_set.seeds)
-            texts[number] = finding.text
+        findings = {number: judge_set(question, run_set, arms) for number, question in asked.items()}
+        rows.append((run_set.label, *(finding.text for finding in findings.values())))
+        for number, finding in findings.items():
             if finding.overall:
-                estimates += [f"### Claim {number} on {run_set.label}", markdown(_set_table(question, finding))]
-                estimates += _second(question, finding, arms)
-        rows.append((run_set.label, *texts.values()))
+                table = markdown(_set_table(finding, finding.overall))
+                estimates += [f"### Claim {number} on {run_set.label}", table, *_second(finding, arms)]
     columns = ("Set", *(f"Claim {number}" for number in asked))
-    return [markdown(Table("These networks", columns, rows, names=len(columns))), *estimates]
+    return [markdown(Table(columns, rows, names=len(columns))), *estimates]
 
 
-def _second(question: Question, first: SetFinding, arms: Sequence[Arm]) -> list[str]:
+def _second(first: SetFinding, arms: Sequence[Arm]) -> list[str]:
     """The second estimate of a complete set, over all its seeds, once there are runs of the later ones."""
-    run_set = first.run_set
-    second = judge_set(question, run_set, arms, (*run_set.seeds, *run_set.more_seeds))
+    question, run_set = first.question, first.run_set
+    second = judge_set(question, replace(run_set, seeds=(*run_set.seeds, *run_set.more_seeds)), arms)
     if second.ended == first.ended or question.reference != BN:  # the control has no later seeds
         return []
     names = f"seeds {', '.join(map(str, run_set.more_seeds))}"
@@ -435,11 +349,11 @@ def _second(question: Question, first: SetFinding, arms: Sequence[Arm]) -> list[
     return [f"Second estimate, with {names}, which does not replace the first: {estimate}, {pairs}."]
 
 
-def _set_table(question: Question, finding: SetFinding) -> Table:
+def _set_table(finding: SetFinding, overall: Estimate) -> Table:
     """A row per cell and one for all, with each cell's own deviation beside the pooled one."""
+    question, digits = finding.question, finding.question.digits
     reference = "BN" if question.reference == BN else question.reference
     columns = ("Backbone", f"L2BN − {reference}", "95 % interval", "p (Holm)", "Deviation", "Pairs")
-    overall, digits = finding.overall or Estimate(0), question.digits
     names = [*(in_words(cell.backbone) for cell in finding.cells), "all, each weighing alike"]
     results = zip(names, (*finding.estimates, overall), (*finding.corrected, overall.p), strict=True)
     rows = [
@@ -451,7 +365,7 @@ def _set_table(question: Question, finding: SetFinding) -> Table:
     ]
     diverged = f"Diverged: {finding.diverged[0]} of {reference}, {finding.diverged[1]} of L2BN."
     pooling = "The last row's deviation is the one pooled within the cells; its p is not corrected."
-    return Table(finding.run_set.label, columns, rows, [f"Measure: {question.text}. {pooling} {diverged}"])
+    return Table(columns, rows, [f"Measure: {question.text}. {pooling} {diverged}"])
 
 
 # ---- The claims and their document ----------------------------------------------------------------------------
@@ -510,7 +424,10 @@ THESE_NETWORKS = (
 
 
 def claims_markdown(evidence: Evidence, sets: Sequence[RunSet]) -> str:
-    """The claims as a Markdown table, below it the estimates of complete sets, details and the rules."""
+    """The claims as a Markdown table, below it the estimates of complete sets, details and the rules.
+
+    `sets` are those of `read_sets`; the first stands in the table.
+    """
     arms = arms_of(evidence)
     findings = [(claim, claim.judge(arms)) for claim in CLAIMS]
     left_out = f", {plural('unreadable record', len(evidence.problems))} left out" if evidence.problems else ""
@@ -526,16 +443,16 @@ def claims_markdown(evidence: Evidence, sets: Sequence[RunSet]) -> str:
         "The claims are those of the abstract of arXiv:2207.02625, in our words. The evidence is that of "
         f"{_records(arms)}{left_out}, and of tests where they are named. Each claim has a verdict for other "
         "networks, which asks what to expect of networks and data sets like those measured; claims 1, 2, 3 and 5 "
-        "have one for these networks, which speaks of a named set of runs alone"
-        + (f", here {sets[0].label}." if sets else "."),
+        f"have one for these networks, which speaks of a named set of runs alone, here {sets[0].label}.",
         "\n".join(
             [
                 "| | Claim | Other networks | These networks | Evidence |",
                 "| ---: | --- | --- | --- | --- |",
-                *(_row(claim, found, arms, sets) for claim, found in findings),
+                *(_row(claim, found, arms, sets[0]) for claim, found in findings),
             ]
         ),
-        *(["## These networks", *sets_section(arms, sets)] if sets else []),
+        "## These networks",
+        *sets_section(arms, sets),
         *details,
         "## Rule for other networks",
         "The verdict is one of: supported, contradicted, not decided at this n, not measured.",
@@ -546,14 +463,12 @@ def claims_markdown(evidence: Evidence, sets: Sequence[RunSet]) -> str:
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
-def _row(claim: Claim, found: Finding, arms: Sequence[Arm], sets: Sequence[RunSet]) -> str:
+def _row(claim: Claim, found: Finding, arms: Sequence[Arm], first: RunSet) -> str:
     tests = []
     for test in claim.tests:
         file, _, name = test.partition("::")
         tests.append(f"[{escape_markdown(name.removeprefix('test_').replace('_', ' '))}](../tests/{file})")
     evidence = escape_markdown(found.evidence) + (f" Tested: {', '.join(tests)}." if tests else "")
-    these = NONE
-    if claim.question and sets and sets[0].cells(claim.question.reference):
-        these = f"{judge_set(claim.question, sets[0], arms, sets[0].seeds).text} of {sets[0].label}"
-    verdicts = f"{found.verdict} | {these}"
-    return f"| {claim.number} | {escape_markdown(claim.text)} | {verdicts} | {evidence} |"
+    these = judge_set(claim.question, first, arms).text if claim.question else NONE
+    these += f" of {first.label}" if these != NONE else ""
+    return f"| {claim.number} | {escape_markdown(claim.text)} | {found.verdict} | {these} | {evidence} |"

@@ -81,6 +81,11 @@ def differences(reference: Arm | None, other: Arm | None, quantity: str = TOP1) 
     return paired_differences(reference.of(quantity), other.of(quantity))
 
 
+def difference(reference: Arm | None, other: Arm | None, quantity: str = TOP1) -> Estimate:
+    """The mean of these differences."""
+    return estimate(differences(reference, other, quantity))
+
+
 @dataclass(frozen=True, eq=False)
 class Comparison:
     """A norm and its reference in one cell; an arm without any run is None."""
@@ -145,7 +150,7 @@ class Comparison:
         return differences(self.reference, self.other, quantity)
 
     def difference(self, quantity: str = TOP1) -> Estimate:
-        return estimate(self.differences(quantity))
+        return difference(self.reference, self.other, quantity)
 
     def missing_seeds(self, arm: Arm | None) -> set[int]:
         """The seeds that one arm of this comparison has and this one lacks."""
@@ -210,9 +215,8 @@ def holm_over(comparisons: Iterable[Comparison]) -> list[float | None]:
 def backbone_of(cell: Cell) -> str:
     """The cell's backbone without its options: `resnet20,dropout=0.3` is no other network than `resnet20`."""
     name, *options = cell.backbone.split(",")
-    return ",".join(
-        [name, *(option for option in options if option.startswith("name="))]
-    )  # timm's and torchvision's
+    named = [option for option in options if option.startswith("name=")]  # a network of timm or torchvision
+    return ",".join([name, *named])
 
 
 def pooled(comparisons: Iterable[Comparison], quantity: str = TOP1) -> Estimate:

@@ -26,7 +26,7 @@ from matplotlib.transforms import blended_transform_factory
 from numpy.typing import NDArray
 
 from l2bn.records import InvalidRecordError, Problem, Record, Sample, read_sample
-from l2bn.reporting.claims import ACCURATE, RunSet, for_other_networks, judge_set
+from l2bn.reporting.claims import ACCURATE, for_other_networks, judge_set
 from l2bn.reporting.comparison import FULL_EPOCHS, Arm, Comparison, arms_of, grid, pooled
 from l2bn.reporting.evidence import (
     ANGLE_MEAN,
@@ -42,8 +42,10 @@ from l2bn.reporting.evidence import (
     measure,
 )
 from l2bn.reporting.formatting import conditions, file_name, in_words, mean_std, plural, signed, title
-from l2bn.reporting.mechanism import Mechanism, Study, TrapStudy, eps_text, measured_pairs, shrink_factors
+from l2bn.reporting.mechanism import Mechanism, measured_pairs
+from l2bn.reporting.reference import RunSet
 from l2bn.reporting.statistics import Estimate, estimate
+from l2bn.reporting.studies import Study, TrapStudy, eps_text, shrink_factors
 
 # Black, and the vermilion and blue of Okabe and Ito (2008).
 STYLES: Mapping[str, Mapping[str, Any]] = {
@@ -140,11 +142,11 @@ def write_mechanism_figures(mechanism: Mechanism, folder: Path) -> tuple[list[Pa
                     problems.append(Problem(run, str(error)))
             if len(samples) == len(sampled):
                 paths += save_figure(feature_map(pair, seed, *samples), folder, f"map-{name}")
-        for study in mechanism.eps:
+        for study in mechanism.studies.eps:
             paths += save_figure(accuracy_over_eps(study), folder, f"eps-{file_name(study.cell)}")
-        for study in mechanism.rates:
+        for study in mechanism.studies.rates:
             paths += save_figure(accuracy_over_rates(study), folder, f"rates-{file_name(study.cell)}")
-        for trap in mechanism.traps:
+        for trap in mechanism.studies.traps:
             paths += save_figure(accuracy_over_updates(trap), folder, f"trap-{file_name(trap.cell)}")
     return paths, problems
 
@@ -189,6 +191,12 @@ def _plot_band(panel: Axes, x: Sequence[float], points: Sequence[Estimate], styl
     low, high = ([m + sign * (p.std or 0.0) for m, p in zip(means, points, strict=True)] for sign in (-1, 1))
     panel.fill_between(x, low, high, color=style["color"], alpha=0.18, linewidth=0)
     panel.plot(x, means, **{"linewidth": 1.2, "markersize": 3.5, **style})
+
+
+def _counted(style: Mapping[str, Any], *counts: int) -> dict[str, Any]:
+    """A style whose label has the number of runs at each value of an axis: "n = 3", or "n = 2 to 3"."""
+    span = " to ".join(map(str, sorted({min(counts), max(counts)})))
+    return {**style, "label": f"{style['label']}  (n = {span})"}
 
 
 def _over_runs(runs: Iterable[Sequence[float | None]]) -> list[Estimate]:
@@ -312,7 +320,7 @@ def differences(comparisons: Sequence[Comparison]) -> Figure:
 def differences_of_set(rows: Sequence[Comparison], run_set: RunSet) -> Figure:
     """A row per network of a set, and below it the means by both rules, as far as they have one."""
     lines = [Line(run_set.label), *(_line(row) for row in rows if row.differences())]
-    these = judge_set(ACCURATE, run_set, [arm for row in rows for arm in row.arms], run_set.seeds)
+    these = judge_set(ACCURATE, run_set, [arm for row in rows for arm in row.arms])
     means = [
         Line(text, result)
         for text, result in (
@@ -382,7 +390,8 @@ def norms_by_depth(pair: Comparison) -> Figure:
     for panel, side in zip(panels, (INPUT, OUTPUT), strict=True):
         panel.set_title(f"at the {side} of each norm layer")
         for arm in pair.arms:
-            style, points = _measured_style(arm), _by_layer(arm, f"{side}/norm_cv")
+            style = _counted(STYLES[arm.norm], len(arm.features))
+            points = _by_layer(arm, f"{side}/norm_cv")
             _plot_band(panel, range(1, len(points) + 1), points, style)
             between = [point.mean for point in _by_layer(arm, f"{side}/norm_cv_between")]
             hollow = {"linestyle": "", "markerfacecolor": "white", "label": None}
@@ -399,12 +408,6 @@ def norms_by_depth(pair: Comparison) -> Figure:
     panels[0].legend([*handles, hollow_key], labels, handlelength=2.6)
     _finish(figure, title(pair.label, pair.cell), "± std", (len(arm.features) for arm in pair.arms))
     return figure
-
-
-def _measured_style(arm: Arm) -> dict[str, Any]:
-    """The style of an arm, with its number of measured runs in the legend."""
-    style = STYLES[arm.norm]
-    return {**style, "label": f"{style['label']}  (n = {len(arm.features)})"}
 
 
 def _by_layer(arm: Arm, quantity: str) -> list[Estimate]:
@@ -427,7 +430,8 @@ def through_training(pair: Comparison) -> Figure:
         panel.set_title(text)
         for arm in pair.arms:
             points = _over_runs([measure(row, quantity) for row in rows] for rows in arm.features.values())
-            _plot_band(panel, pair.measured_epochs, points, _measured_style(arm))
+            style = _counted(STYLES[arm.norm], len(arm.features))
+            _plot_band(panel, pair.measured_epochs, points, style)
         panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     for panel in panels[2:]:
         panel.set_xlabel("epoch")
@@ -493,13 +497,6 @@ def _points(panel: Axes, runs: Sequence[tuple[float, Arm | None]], style: Mappin
     panel.plot(*zip(*((x, sum(v) / len(v)) for x, v in known), strict=True), **style, linewidth=1.2, markersize=4)
 
 
-def _counted(style: Mapping[str, Any], runs: Iterable[Arm | None]) -> dict[str, Any]:
-    """A style whose label has the number of finished runs at each value of an axis: "n = 3", or "n = 2 to 3"."""
-    counts = {len(arm.of()) if arm else 0 for arm in runs}
-    span = f"n = {min(counts)}" + (f" to {max(counts)}" if len(counts) > 1 else "")
-    return {**style, "label": f"{style['label']}  ({span})"}
-
-
 def _log_axis(panel: Axes, name: str, values: Sequence[float], texts: Sequence[str]) -> None:
     panel.set_xscale("log")
     panel.set_xticks(values, texts)
@@ -515,7 +512,8 @@ def accuracy_over_eps(study: Study) -> Figure:
     for index, (norm, style) in enumerate(OF_EPS.items()):
         runs = [(eps, study.at(norm, eps)) for eps in values]
         if any(arm and arm.of() for _, arm in runs):
-            _points(left, runs, _counted(style, (arm for _, arm in runs)), 1.25 ** (index - 1))
+            counts = (len(arm.of()) if arm else 0 for _, arm in runs)
+            _points(left, runs, _counted(style, *counts), 1.25 ** (index - 1))
     _log_axis(left, "eps", list(values), list(values.values()))
     left.legend(handlelength=2.6)
     right.set_title("shrink factor, L2BN at norm 1")
@@ -543,7 +541,8 @@ def accuracy_over_rates(study: Study) -> Figure:
         for norm, shift in ((BN, 0.95), (L2BN, 1.05)):
             runs = [(rate, study.at(norm, batch, rate)) for rate in rates]
             if any(arm and arm.of() for _, arm in runs):
-                style = _counted(STYLES[norm], (study.at(norm, *value) for value in study.values))
+                arms = (study.at(norm, *value) for value in study.values)  # of all panels: the legend is in one
+                style = _counted(STYLES[norm], *(len(arm.of()) if arm else 0 for arm in arms))
                 _points(panel, runs, style, shift)
             for rate, lost in ((rate, arm.diverged) for rate, arm in runs if arm and arm.diverged):
                 place = (rate * shift, 0.02 if norm == BN else 0.08)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from math import ceil, isfinite, sqrt
 from statistics import fmean, stdev
 
+import numpy as np
+import pandas as pd
 from scipy import stats
 
 MIN_PAIRS = 3
@@ -16,6 +18,9 @@ MIN_PAIRS = 3
 
 LEVEL = 0.95
 """Coverage of every interval; 1 minus it is the error that tests and sample sizes assume."""
+
+POWER = 0.8
+"""Probability with which as many pairs as `seeds_needed` says see a difference."""
 
 NO_SPREAD = 1e-9
 """Differences this close are equal: accuracies are counts, and Student's t needs a spread."""
@@ -100,13 +105,9 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     Source: S. Holm, Scandinavian Journal of Statistics 6 (1979) 65-70. Controls the probability of one or
     more false rejections whatever the dependence, which matters here: cells share a test set.
     """
-    order = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
-    corrected: list[float | None] = [None] * len(p_values)
-    largest = 0.0
-    for rank, (p, i) in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * p))
-        corrected[i] = largest
-    return corrected
+    known = pd.Series(list(p_values), dtype="float64").dropna().sort_values()
+    corrected = (known * np.arange(len(known), 0, -1)).clip(upper=1).cummax()
+    return [corrected.get(place) for place in range(len(p_values))]
 
 
 @dataclass(frozen=True)
@@ -174,18 +175,16 @@ def power(n: int, std: float, difference: float) -> float:
     return float(stats.nct.sf(critical, n - 1, shift) + stats.nct.cdf(-critical, n - 1, shift))
 
 
-def seeds_needed(std: float, difference: float = 0.3, wanted: float = 0.8) -> int:
-    """Fewest pairs whose t-test sees `difference` with probability `wanted`; at least `MIN_PAIRS`.
+def seeds_needed(std: float, difference: float) -> int:
+    """Fewest pairs whose t-test sees `difference` with probability `POWER`; at least `MIN_PAIRS`.
 
     `std` is that of a paired difference, in the unit of `difference`.
     """
-    if std < 0 or difference <= 0 or not 0 < wanted < 1:
-        raise ValueError(
-            f"std must be >= 0, difference > 0 and wanted in (0, 1); got {std}, {difference}, {wanted}"
-        )
-    quantiles = stats.norm.ppf((1 + LEVEL) / 2) + stats.norm.ppf(wanted)
+    if std < 0 or difference <= 0:
+        raise ValueError(f"std must be >= 0 and difference > 0; got {std}, {difference}")
+    quantiles = stats.norm.ppf((1 + LEVEL) / 2) + stats.norm.ppf(POWER)
     # The normal approximation is never above the t-test's number, so the search starts just under it.
     n = max(MIN_PAIRS, ceil((quantiles * std / difference) ** 2))
-    while power(n, std, difference) < wanted:
+    while power(n, std, difference) < POWER:
         n += 1
     return n

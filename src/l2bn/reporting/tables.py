@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from l2bn.errors import UserError
-from l2bn.reporting.claims import ACCURATE, MIN_BACKBONES, RunSet, for_other_networks, judge_set
+from l2bn.reporting.claims import ACCURATE, MIN_BACKBONES, for_other_networks, judge_set
 from l2bn.reporting.comparison import FULL_EPOCHS, Arm, Comparison, arms_of, grid, holm_over, other_norms, pooled
 from l2bn.reporting.evidence import BEST, BN, L2BN, Evidence, images_in_words, unlike_devices
 from l2bn.reporting.formatting import (
@@ -28,7 +28,7 @@ from l2bn.reporting.formatting import (
     probability,
     signed,
 )
-from l2bn.reporting.published import EPOCHS, Reference
+from l2bn.reporting.reference import EPOCHS, Reference, RunSet
 from l2bn.reporting.statistics import MIN_PAIRS, NO_SPREAD, Estimate, pooled_spread, seeds_needed
 
 TARGET = 0.3
@@ -53,20 +53,17 @@ def grid_table(rows: Sequence[Comparison], reference: Reference | None = None, c
         "L2BN − BN in points, paired by seed, with Student's interval; p: paired t-test with Holm's "
         "correction over the rows.",
         *recipes,
-        *_kernels(rows, "L2BN"),
-        *_images(rows),
-        *_devices(rows),
+        *_differing(rows, "L2BN"),
         *counts,
     ]
     if reference is None:
         return _table("BN against L2BN", columns, notes if rows else [], len(names))
-    sources: dict[str, str] = {}
-    columns["Published BN (ours − published)"] = [_published(row, reference, sources) for row in rows]
-    places = dict(sources)
-    paper = [_paper(row, reference, places) for row in rows]
-    unknown = mark(len(sources) + 1) if places == sources else ""
+    footnotes: dict[str, str] = {}
+    columns["Published BN (ours − published)"] = [_published(row, reference, footnotes) for row in rows]
+    paper = [_paper(row, reference, footnotes) for row in rows]
+    notes += [*_pooled(rows), *(f"{number} {text}." for text, number in footnotes.items())]
+    unknown = mark(len(footnotes) + 1) if set(paper) <= {NONE} else ""
     columns[f"Paper, BN / L2BN{unknown}"] = paper
-    notes += [*_pooled(rows), *(f"{number} {text}." for text, number in places.items())]
     if unknown:
         notes.append(
             f"{unknown} No number of the L2BN paper's image tables is known to this project; the column fills once "
@@ -97,12 +94,12 @@ def norms_table(rows: Sequence[Comparison]) -> Table:
     names, recipes = _names(rows)
     names["Norm"] = [in_words(row.norm) for row in rows]
     note = "Test top-1 in percent after the last epoch, as in the grid; Holm's correction over these rows."
-    notes = [note, *recipes, *_kernels(rows, "the norm"), *_images(rows), *_devices(rows)]
+    notes = [note, *recipes, *_differing(rows, "the norm")]
     return _table("Other norms against BN", names | _accuracies(rows, "Norm"), notes, len(names))
 
 
 def _table(title: str, columns: Columns, notes: Sequence[str], names: int) -> Table:
-    return Table(title, list(columns), list(zip(*columns.values(), strict=True)), notes, names)
+    return Table(list(columns), list(zip(*columns.values(), strict=True)), notes, names, title)
 
 
 def _names(rows: Sequence[Comparison]) -> tuple[Columns, list[str]]:
@@ -147,24 +144,24 @@ def _best(arm: Arm | None) -> str:
     return mean_std_n(arm, BEST) if arm and arm.of(BEST) else NONE
 
 
-def _published(row: Comparison, reference: Reference, sources: dict[str, str]) -> str:
+def _published(row: Comparison, reference: Reference, footnotes: dict[str, str]) -> str:
     """The published number, our distance to it, and its footnote, numbered in the order of first use."""
     found = reference.published(row)
     if found is None:
         return NONE
     text = f"{EPOCHS[found.kind].capitalize()}; {found.source}"
     ours = "" if found.distance is None else f" ({signed(found.distance)})"
-    return f"{found.accuracy:.2f}{sources.setdefault(text, mark(len(sources) + 1))}{ours}"
+    return f"{found.accuracy:.2f}{footnotes.setdefault(text, mark(len(footnotes) + 1))}{ours}"
 
 
-def _paper(row: Comparison, reference: Reference, sources: dict[str, str]) -> str:
+def _paper(row: Comparison, reference: Reference, footnotes: dict[str, str]) -> str:
     """The paper's own numbers and their footnote."""
     found = reference.paper(row)
     if not found:
         return NONE
     text = f"L2BN paper, {found.get('where') or 'place not given'}"
     bn, l2bn = (NONE if found.get(norm) is None else f"{found[norm]:.2f}" for norm in (BN, L2BN))
-    return f"{bn} / {l2bn}{sources.setdefault(text, mark(len(sources) + 1))}"
+    return f"{bn} / {l2bn}{footnotes.setdefault(text, mark(len(footnotes) + 1))}"
 
 
 # ---- Lines under the grid ---------------------------------------------------------------------------------
@@ -182,40 +179,33 @@ def _counts(evidence: Evidence, rows: Sequence[Comparison]) -> list[str]:
     return [text + "."] if rows or problems else []
 
 
-def _kernels(rows: Sequence[Comparison], norm: str) -> list[str]:
-    """The kernel paths by which the norm was computed; rows that mix several are named."""
-    groups = _grouped(rows, lambda row: row.kernels, lambda text: " and " in text or "in part" in text)
-    text = ", ".join(groups)
-    return [f"Kernels of {norm}, equal within rounding, so that runs of all share a row: {text}."] if text else []
+def _differing(rows: Sequence[Comparison], norm: str) -> list[str]:
+    """Notes on what runs of one row may differ in: the norm's kernels, pixels of the images, kinds of device."""
+    mixed = "Pairs made in part on a CPU and in part on a GPU"
+    found = {
+        f"Kernels of {norm}, equal within rounding, so that runs of all share a row": _grouped(
+            rows, lambda row: row.kernels, lambda text: " and " in text or "in part" in text
+        ),
+        "Images not proven equal by their fingerprints": _grouped(
+            rows, lambda row: images_in_words(row.records), lambda text: text != "no fingerprint"
+        ),
+        f"{mixed}, which round differently and mask other units in dropout": _grouped(
+            rows, lambda row: unlike_devices(row.records), lambda _: True
+        ),
+    }
+    return [f"{head}: {text}." for head, text in found.items() if text]
 
 
-def _images(rows: Sequence[Comparison]) -> list[str]:
-    """The rows in which the fingerprints do not show that all runs saw the same images."""
-    groups = _grouped(rows, lambda row: images_in_words(row.records), lambda text: text != "no fingerprint")
-    return [f"Images not proven equal by their fingerprints: {', '.join(groups)}."] if groups else []
-
-
-def _devices(rows: Sequence[Comparison]) -> list[str]:
-    """The rows in which runs of a pair were made on different kinds of device."""
-    groups = _grouped(rows, lambda row: unlike_devices(row.records), lambda _: True)
-    text = (
-        "Pairs made in part on a CPU and in part on a GPU, which round differently and mask other units in dropout"
-    )
-    return [f"{text}: {', '.join(groups)}."] if groups else []
-
-
-def _grouped(
-    rows: Sequence[Comparison], text: Callable[[Comparison], str], named: Callable[[str], bool]
-) -> list[str]:
+def _grouped(rows: Sequence[Comparison], text: Callable[[Comparison], str], named: Callable[[str], bool]) -> str:
     """The number of rows for each text but the empty one, and the rows themselves where the text asks for it."""
     found: dict[str, list[str]] = defaultdict(list)
     for row in rows:
         found[text(row)].append(f"{row.label}, {in_words(row.cell.backbone)}")
-    return [
+    return ", ".join(
         f"{key} in {plural('row', len(names))}{' (' + '; '.join(names) + ')' if named(key) else ''}"
         for key, names in found.items()
         if key
-    ]
+    )
 
 
 def _pooled(rows: Sequence[Comparison]) -> list[str]:
@@ -271,7 +261,7 @@ def grid_csv(rows: Sequence[Comparison], reference: Reference, norm: str) -> str
         lines.append(
             row.row(norm=norm)
             | {f"{name}_best_epoch_mean": arm.estimate(BEST).mean if arm else None for name, arm in arms}
-            | {"p_holm": corrected, "seeds_needed": None if std is None or std < NO_SPREAD else seeds_needed(std)}
+            | {"p_holm": corrected, "seeds_needed": seeds_needed(std, TARGET) if std and std >= NO_SPREAD else None}
             | {"published_bn": found and found.accuracy, "published_kind": found and found.kind}
             | {"published_source": found and found.source, "distance": found and found.distance}
             | {f"paper_{key}": reference.paper(row).get(key) for key in ("bn", "l2bn", "where")}
@@ -334,7 +324,7 @@ def readme_with_block(readme: str, evidence: Evidence, run_set: RunSet) -> str:
 def _answer(rows: Sequence[Comparison], run_set: RunSet) -> str:
     """The estimate for these networks with n, interval and verdict, and that for other networks."""
     arms = [arm for row in rows for arm in row.arms]
-    these, others = judge_set(ACCURATE, run_set, arms, run_set.seeds), for_other_networks(rows)
+    these, others = judge_set(ACCURATE, run_set, arms), for_other_networks(rows)
     found = f"not decided, {these.ended} of {these.wanted} runs"
     if these.overall:
         pairs = plural("pair", these.overall.n)

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from l2bn.records import FeatureRow
-from l2bn.reporting.comparison import Arm, arms_of, by_cell, differences
+from l2bn.reporting.comparison import Arm, arms_of, by_cell, difference
 from l2bn.reporting.evidence import (
     BN,
     INPUT,
@@ -22,7 +22,6 @@ from l2bn.reporting.evidence import (
     unlike_devices,
 )
 from l2bn.reporting.formatting import NONE, lost, mean_interval, mean_std, names_of, plural, setting
-from l2bn.reporting.statistics import estimate
 
 
 def norms_table(evidence: Evidence) -> RenderableType:
@@ -57,7 +56,7 @@ def _cell(cell: Cell, arms: Sequence[Arm]) -> list[RenderableType]:
     notes = []
     for arm in sorted(arms, key=lambda arm: (arm.norm != BN, arm.norm != L2BN)):
         values, rest = arm.of().values(), lost(arm, len(seeds - arm.seeds))
-        shown = mean_interval(estimate(differences(bn, arm))) if bn else ("", "no BN run")
+        shown = mean_interval(difference(bn, arm)) if bn else ("", "no BN run")
         runs = f"{len(values)}{'; ' + rest if rest else ''}"
         table.add_row(arm.norm, mean_std(values), *(("", "") if arm is bn else shown), runs)
     for arm in arms:

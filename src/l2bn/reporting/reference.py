@@ -1,0 +1,179 @@
+"""What is entered by hand in `results/reference/`: the sets of runs, and published accuracies.
+
+Both files are checked when they are read; their headers say how they are laid out.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from l2bn.errors import UserError
+from l2bn.records import Record
+from l2bn.reporting.comparison import Comparison
+from l2bn.reporting.evidence import BN, L2BN, Cell, overrides
+from l2bn.reporting.formatting import PRECISIONS
+
+
+@contextmanager
+def _reading(path: Path, what: str) -> Iterator[None]:
+    """Raise UserError where a file cannot be read or its content is not laid out as expected."""
+    try:
+        yield
+    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be used as the {what}: {type(error).__name__}: {error}; "
+            "its header says how it is laid out"
+        ) from error
+
+
+# ---- Sets of runs ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunSet:
+    """A named set of runs, fixed before the first of them was published.
+
+    settings: of the backbones that were measured in another setting than `setting`.
+    """
+
+    label: str
+    dataset: str
+    recipe: str
+    setting: str
+    backbones: tuple[str, ...]
+    seeds: tuple[int, ...]
+    more_seeds: tuple[int, ...] = ()
+    control: tuple[str, tuple[str, ...]] | None = None  # norm and backbones
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def figure(self) -> str:
+        """The file name of its figure of paired differences."""
+        return f"differences-{self.dataset}-{self.recipe}"
+
+    def holds(self, cell: Cell) -> bool:
+        return cell in self.cells(BN)
+
+    def cells(self, norm: str) -> list[Cell]:
+        """The cells in which a norm is run; none where the set has no runs of it."""
+        norms = {BN: self.backbones, L2BN: self.backbones} | dict([self.control] if self.control else [])
+        return [
+            Cell(self.dataset, self.recipe, backbone, self.settings.get(backbone, self.setting))
+            for backbone in norms.get(norm, ())
+        ]
+
+    def runs(self, reference: str) -> list[tuple[Cell, str, int]]:
+        """Cell, norm and seed of the runs that must have ended before L2BN is compared with a reference."""
+        norms = dict.fromkeys((BN, L2BN, reference))
+        return [(cell, norm, seed) for norm in norms for cell in self.cells(norm) for seed in self.seeds]
+
+
+def read_sets(path: Path) -> list[RunSet]:
+    """The sets of a file, at least one. Raises UserError where it is missing or not laid out as its header says."""
+    with _reading(path, "sets of runs"):
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))["sets"]
+        if not entries:
+            raise ValueError("there is no set")
+        return [_run_set(entry) for entry in entries]
+
+
+def _run_set(entry: dict[str, Any]) -> RunSet:
+    lists = {key: tuple(entry[key]) for key in ("backbones", "seeds", "more_seeds") if key in entry}
+    if not lists["backbones"] or not lists["seeds"]:
+        raise ValueError("backbones and seeds of a set must not be empty")
+    settings = entry.get("settings", {})
+    if other := settings.keys() - set(lists["backbones"]):
+        raise ValueError(f"settings name {', '.join(sorted(other))}, which is none of the backbones")
+    precisions = {setting.partition(",")[0] for setting in (entry["setting"], *settings.values())}
+    if unknown := precisions - set(PRECISIONS):
+        raise ValueError(f"no precision is {', '.join(sorted(unknown))}; take one of {', '.join(PRECISIONS)}")
+    control = entry.get("control")
+    return RunSet(**entry | lists | {"control": control and (control["norm"], tuple(control["backbones"]))})
+
+
+# ---- Published accuracies -------------------------------------------------------------------------------------
+
+EPOCHS = {"last": "last epoch", "paper": "paper", "weights": "published weights", "best": "best epoch"}
+"""The kinds of a published number, the most comparable with ours first, and their names in tables."""
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published BN accuracy, percent."""
+
+    accuracy: float
+    kind: str  # a key of EPOCHS
+    best: float | None  # at the best epoch, where the source reports it
+    source: str
+    distance: float | None  # our BN minus this one, points; None where all of our runs diverged
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The published rows; empty ones match no run."""
+
+    bn: list[Row] = field(default_factory=list)
+    images: Row = field(default_factory=dict)
+
+    def published(self, comparison: Comparison) -> Published | None:
+        """The BN accuracy with our arm's data set, network (its parameters too, if known) and recipe."""
+        if comparison.reference is None:
+            return None
+        record = comparison.reference.records[0]
+        for table in self.bn:
+            row = table.get(_baseline(record), {}).get(record.backbone)
+            same_net = row and row.get("parameters", record.parameters) == record.parameters
+            if same_net and table["recipe"] == record.recipe:
+                kind = next(kind for kind in EPOCHS if kind in row)
+                ours = comparison.reference.estimate().mean
+                distance = None if ours is None else ours - row[kind]
+                return Published(row[kind], kind, row.get("best"), table["source"], distance)
+        return None
+
+    def paper(self, comparison: Comparison) -> Row:
+        """`bn`, `l2bn` (percent) and `where` of the L2BN paper's row for the pair; empty where none was entered."""
+        if not comparison.records:
+            return {}
+        record = comparison.records[0]
+        row: Row = self.images.get(_baseline(record), {}).get(record.backbone, {})
+        return row if row.get("recipe", record.recipe) == record.recipe else {}
+
+
+def _baseline(record: Record) -> str:
+    """The published rows that match a record's data set; empty where an override changed its images."""
+    changed = overrides(record.dataset).keys() - {"label", "baseline"}
+    return "" if changed else record.baseline or ""
+
+
+def read_reference(path: Path) -> Reference:
+    """The published rows of a file. Raises UserError where it is missing or not laid out as its header says."""
+    with _reading(path, "published accuracies"):
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        reference = Reference(content["bn"], content["l2bn"]["image_classification"])
+        for table in reference.bn:
+            if not {"source", "recipe"} < table.keys():
+                raise ValueError(f"a table of `bn` needs a source, a recipe and a data set, it has {list(table)}")
+            for dataset in table.keys() - {"source", "recipe"}:
+                _check(dataset, table[dataset], EPOCHS.keys(), {"parameters"})
+        for dataset, rows in reference.images.items():
+            _check(dataset, rows, {"bn", "l2bn"}, {"where", "recipe"})
+        return reference
+
+
+def _check(dataset: str, rows: Mapping[str, Row], accuracies: Collection[str], others: Collection[str]) -> None:
+    """Raise ValueError for a row without an accuracy, with another key, or with an accuracy out of range."""
+    for net, row in rows.items():
+        given = {key: row[key] for key in row.keys() & set(accuracies)}
+        if not given or row.keys() - given.keys() - set(others):
+            raise ValueError(
+                f"{dataset}: {net} may have {sorted(accuracies)} and {sorted(others)}, it has {sorted(row)}"
+            )
+        for key, value in given.items():
+            if not isinstance(value, int | float) or not 0 <= value <= 100:
+                raise ValueError(f"{dataset}: {net}: {key} must be an accuracy in percent, it is {value!r}")
