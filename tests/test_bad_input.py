@@ -57,6 +57,8 @@ WRONG = [
     ("seed=null", ["seed", "None", "whole number"]),
     ("seed=one", ["seed", "'one'", "whole number"]),
     ("seed=-1", ["seed", "-1"]),
+    ("seed=9999999999999999999", ["record cannot hold", "seed", "less than"]),
+    ("runs_dir='\"~nosuchuser/x\"'", ["runs_dir", "no home folder"]),
     ("seed=1.5", ["seed", "1.5"]),
     ("seed=true", ["seed", "True"]),
     ("recipe.epochs=many", ["recipe.epochs", "'many'", "whole number"]),
@@ -141,6 +143,7 @@ WRONG = [
     ("analysis.every=-1", ["analysis", "every", "-1"]),
     ("analysis.statistics_every=0", ["analysis", "statistics_every", "0"]),
     ("norm=l2bn_detached compute.sync_bn=true", ["norm", "no synchronised form", "SteppedBatchNorm2d"]),
+    ("norm=group_norm norm.eps=-1", ["norm", "eps", "greater than 0"]),
     ("norm=group_norm norm.channels=0", ["norm", "channels", "0", "at least 1"]),
     ("norm=l2bn_position norm.scale=max", ["norm.scale", "'max'", "rms"]),
     # data that is not there, or not as it should be

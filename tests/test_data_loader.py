@@ -3,6 +3,7 @@
 One battery for the four ways of holding a data set: in memory, as files, as shards, as files decoded once.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -322,4 +323,51 @@ def test_a_gpu_gets_the_same_batches(splits: Splits, start: int) -> None:
 
 def test_one_class_is_refused(splits: Splits) -> None:
     with pytest.raises(UserError, match="has one class: every answer"):
-        train(dataclasses.replace(splits, num_classes=1))
+        dataclasses.replace(splits, num_classes=1)
+
+
+class OnDisk:
+    """A data set of the user's own, whose samples may be anything."""
+
+    labels = torch.arange(COUNT) % 2
+
+    def __init__(self, image: object, shift: int = 0) -> None:
+        self.image, self.shift = image, shift
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.image, (index + self.shift) % 2
+
+    def select(self, indices: torch.Tensor, like: Any = None) -> Any:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("split", "said"),
+    [
+        (OnDisk(torch.zeros(3, 16, 16, dtype=torch.uint8)), ""),
+        (OnDisk(torch.zeros(3, 16, 16)), r"must be a uint8 tensor of shape \(3, 16, 16\).* got torch.float32"),
+        (OnDisk(torch.zeros(3, 14, 14, dtype=torch.uint8)), r"got torch.uint8 \(3, 14, 14\)"),
+        (OnDisk("a path"), "got str"),
+        (OnDisk(torch.zeros(3, 16, 16, dtype=torch.uint8), shift=1), "came with the label 1, but `labels` has 0"),
+    ],
+    ids=["right", "floats", "another size", "no tensor", "another label"],
+)
+def test_samples_that_are_not_what_a_split_gives_are_refused(
+    split: OnDisk, said: str, workers: int, sources: dict[str, Splits]
+) -> None:
+    own = dataclasses.replace(sources["files"], test=split)
+    expected = pytest.raises(UserError, match=said) if said else contextlib.nullcontext()
+    with expected:
+        list(evaluate(own, workers=workers).epoch(0))
+
+
+def test_labels_outside_the_classes_and_images_of_another_size_are_refused(sources: dict[str, Splits]) -> None:
+    splits = sources["memory"]
+    with pytest.raises(UserError, match=rf"from 0 to \d+; for {splits.num_classes - 1} classes give 0 to"):
+        dataclasses.replace(splits, num_classes=splits.num_classes - 1)
+    with pytest.raises(UserError, match=f"{splits.image_size} pixels wide, image_size is {splits.image_size + 1}"):
+        dataclasses.replace(splits, image_size=splits.image_size + 1)

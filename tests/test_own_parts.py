@@ -19,6 +19,7 @@ from l2bn.training.plan import compose_sweep, composing, plan_sweep
 from l2bn.training.run import check, train_composed
 
 MODULE = """
+import torch
 from torch import nn
 
 from l2bn.data.digits import digits
@@ -43,8 +44,44 @@ def pooled(num_classes: int) -> nn.Module:
     layers = nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(8)
     return nn.Sequential(*layers, nn.Linear(8, num_classes))
 
+class Flat(nn.Module):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.BatchNorm2d(8))
+        self.head = nn.LazyLinear(num_classes)
+        self.head(self._flat(torch.zeros(1, 3, 8, 8)))
+
+    def _flat(self, x):
+        x = self.body(x)
+        return x.view(x.size(0), -1)
+
+    def forward(self, x):
+        return self.head(self._flat(x))
+
+class Auxiliary(Flat):
+    def forward(self, x):
+        logits = self.head(self.body(x).flatten(1))
+        return (logits, logits) if self.training else logits
+
+class Unused(Flat):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.spare = nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.head(self.body(x).flatten(1))
+
+class ByFour(Unused):
+    def forward(self, x):
+        if self.training:
+            assert len(x) % 4 == 0, "a ghost batch has 4 images"
+        return super().forward(x)
+
 def convert(bn: nn.Module, limit: float) -> nn.Module:
     return nn.Sequential(nn.Hardtanh(-limit, limit), bn)
+
+def forgetful(bn: nn.Module) -> nn.Module:
+    bn.eps = 0.1
 """
 
 
@@ -54,6 +91,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "mine"
     files = {
         "norm/clipped": {"defaults": ["_base"], "limit": 3.0},
+        "norm/forgetful": {"_target_": "own_parts.forgetful", "_partial_": True},
         "norm/_base": {"_target_": "own_parts.convert", "_partial_": True},
         "backbone/tiny": {"_target_": "own_parts.network", "width": 4},
         "dataset/mine": yaml.safe_load((ROOT / "configs/dataset/digits.yaml").read_text())
@@ -191,17 +229,26 @@ def test_own_parts_are_trained_and_opened_again(launcher: str, mine: Path, tmp_p
         ),
         ("Tokens", ["norm=bn", "analysis=on"], "analysis: norm layers of this network see"),
         ("pooled", ["norm=bn", "recipe.batch_size=1"], "take a larger recipe.batch_size"),
+        ("Flat", ["norm=bn"], "training step fails: view size is not compatible.*take compute.channels_last=false"),
+        ("Flat", ["norm=bn", "compute.channels_last=false"], ""),
+        ("Auxiliary", ["norm=bn"], r"in training the network returns tuple, not \(\d+, 10\)"),
+        ("Unused", ["norm=bn", "compute.devices=2"], "no gradient reaches spare.weight, spare.bias"),
+        ("Unused", ["norm=bn"], ""),
+        ("ByFour", ["norm=bn"], ""),
+        ("ByFour", ["norm=bn", "recipe.batch_size=18"], "a ghost batch has 4 images; correct the network"),
+        ("network", ["norm=forgetful"], "norm: it returned NoneType for a batch norm layer"),
     ],
 )
-def test_what_a_norm_cannot_take_is_one_message(
+def test_what_cannot_be_trained_is_one_message(
     network: str, given: list[str], said: str, mine: Path, tmp_path: Path
 ) -> None:
-    """Of tokens an l2 norm is not that of an image's feature; one value has no variance."""
+    """Of tokens an l2 norm is not that of an image's feature; one value has no variance. No folder is left."""
     (mine / "backbone/other.yaml").write_text(f"# Mine.\n_target_: own_parts.{network}\n")
     options = ["dataset=mine", "backbone=other", "recipe=quick", "dataset.subset=64", "progress=false", *given]
     expected = pytest.raises(UserError, match=said) if said else contextlib.nullcontext()
     with composing([*options, f"runs_dir={tmp_path / 'runs'}"], [mine]) as (_, overrides), expected:
         train_composed(*composed(overrides))
+    assert (tmp_path / "runs").exists() is (not said or "batch_size=1" in given[-1][-13:])
 
 
 @pytest.mark.slow

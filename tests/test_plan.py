@@ -210,6 +210,15 @@ def test_hidden_and_unfinished_files_stop_no_run_that_does_not_use_them(
             planned("norm=wip")
 
 
+@pytest.mark.parametrize(
+    "given", ["analysis=off,on", "norm.fused=off,on", "dataset=image_folder dataset.root=one,other dataset.label=x"]
+)
+def test_jobs_that_would_share_a_folder_are_refused(given: str) -> None:
+    """One of them would not be trained, and nobody would see it."""
+    with composing([]), pytest.raises(UserError, match="two runs of this sweep would have one folder"):
+        plan_sweep(compose_sweep(given.split()))
+
+
 def test_a_user_file_with_the_name_of_ours_is_refused(tmp_path: Path) -> None:
     (tmp_path / "norm").mkdir()
     (tmp_path / "norm/bn.yaml").write_text((ROOT / "configs/norm/bn.yaml").read_text())

@@ -9,7 +9,7 @@ import yaml
 
 from conftest import TINY, Train
 from l2bn.errors import UserError
-from l2bn.records import publish
+from l2bn.records import CONFIG, publish
 from l2bn.training.existing import evaluate_run, replay
 from test_training import results
 
@@ -25,6 +25,13 @@ def test_a_run_is_evaluated_to_the_same_numbers(train: Train) -> None:
     record = train("norm=l2bn", "recipe.epochs=1", *TINY)
     loss, top1, top5 = evaluate_run(record.folder)
     assert (loss, top1, top5) == (record.last["test/loss"], record.last["test/top1"], record.last["test/top5"])
+
+
+def test_a_run_of_a_gpu_is_evaluated_on_a_cpu(train: Train) -> None:
+    record = train("recipe.epochs=1", *TINY)
+    path = record.folder / CONFIG
+    path.write_text(path.read_text().replace("32-true", "tf32-mixed").replace("device: auto", "device: cuda"))
+    assert evaluate_run(record.folder, device="cpu")[1] == record.last["test/top1"]
 
 
 def test_a_published_record_is_replayed_to_the_same_numbers(train: Train, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from test_records import written
 SECRET = "correct-horse-battery-staple"
 FACTS = {
     *("time", "commit", "dirty", "source", "python", "packages", "system", "processor", "device", "cuda", "cudnn"),
-    *("cpu_capability", "threads", "deterministic", "kernels", "own_source"),
+    *("cpu_capability", "threads", "deterministic", "kernels", "own_source", "own_source_beside_norm"),
 }
 
 

@@ -76,6 +76,18 @@ def test_every_norm_keeps_parameters_and_learns(path: Path) -> None:
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
+@pytest.mark.parametrize("path", NORMS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(("option", "value"), [("eps", 0.0), ("eps", -1.0), ("momentum", 7.0)])
+def test_every_norm_refuses_what_batch_norm_cannot_compute_with(path: Path, option: str, value: float) -> None:
+    config = yaml.safe_load(path.read_text())
+    if option not in config:
+        pytest.skip(f"it has no {option}")
+    module, _, function = config.pop("_target_").rpartition(".")
+    norm = getattr(importlib.import_module(module), function)
+    with pytest.raises(ValueError, match=option):
+        swap_norm(small(), functools.partial(norm, **{option: value}))
+
+
 def test_layers_keep_what_the_backbone_set() -> None:
     model = small().eval()
     model[3][0].train()

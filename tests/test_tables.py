@@ -315,6 +315,38 @@ def test_a_pair_made_on_a_cpu_and_on_a_gpu_is_noted(
     assert ("in part on a GPU: seed 1" in shown) is bool(note)
 
 
+@pytest.mark.parametrize(
+    ("bn", "l2bn", "noted"),
+    [
+        ((None, None), (None, None), False),  # the suite's own parts
+        (("a", "a"), ("ab", "a"), False),  # a norm of the user's own
+        (("a", "a"), ("ab", "b"), True),
+        ((None, None), ("b", None), True),  # seed 0 has another version of the norm
+    ],
+)
+def test_runs_of_several_versions_of_a_users_own_code_are_noted(
+    bn: tuple[str | None, str | None], l2bn: tuple[str | None, str | None], noted: bool, tmp_path: Path
+) -> None:
+    """An identity names a function, not what it does: edited between two arms, two networks would be compared."""
+    for norm, own in (("bn", bn), ("l2bn", l2bn)):
+        for seed in (0, 1):
+            record = write_run(tmp_path, norm=norm, seed=seed)
+            whole = "other" if noted and bn == (None, None) and (norm, seed) == ("l2bn", 0) else own[0]
+            start = {"own_source": whole, "own_source_beside_norm": own[1]}
+            (record.folder / ENVIRONMENT).write_text(json.dumps({"starts": [start]}))
+    table, shown = grid_of(tmp_path), in_terminal(tmp_path)
+    assert ("Your own code was edited" in table) is ("own code was edited" in shown) is noted
+
+
+def test_networks_of_other_sizes_are_no_runs_of_one_cell(tmp_path: Path) -> None:
+    write_run(tmp_path, norm="bn", seed=0, parameters=706)
+    write_run(tmp_path, norm="l2bn", seed=0, parameters=708)  # a norm may have parameters of its own
+    assert len(read_evidence(tmp_path).records) == 2
+    write_run(tmp_path, norm="bn", seed=1, parameters=2098)
+    with pytest.raises(UserError, match=r"unequal conditions \(parameters: 706 and 2098\)"):
+        read_evidence(tmp_path)
+
+
 def test_differences_without_a_spread_give_no_number_of_seeds(tmp_path: Path) -> None:
     for seed in range(3):
         write_run(tmp_path, norm="bn", seed=seed, accuracy=90.0 + seed)

@@ -56,11 +56,9 @@ def training_loader(
 ) -> "Loader":
     """Batches in random order, augmented; an epoch leaves out the samples that would not fill its last batch.
 
-    batch_size: over all ranks. Raises `UserError` for a single class, and as `check_batch_size`.
+    batch_size: over all ranks. Raises `UserError` as `check_batch_size`.
     """
     check_batch_size(batch_size, len(split), placing.get("world_size", 1))
-    if splits.num_classes < 2:
-        raise UserError(f"{splits.label} has one class: every answer would be right; give images of two or more")
     return _kind(split)(split, splits, batch_size, seed, torch.device(device), **placing)
 
 

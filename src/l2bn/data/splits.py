@@ -124,7 +124,7 @@ def digest(parts: Iterable[str | bytes | Tensor]) -> str:
 class Splits:
     """A data set, ready to train on.
 
-    Raises `UserError` for labels outside the classes, and for images in memory of another size.
+    Raises `UserError` for a single class, labels outside the classes, and images in memory of another size.
     """
 
     train: Split
@@ -140,6 +140,8 @@ class Splits:
     classes: tuple[str, ...] = ()  # names in the order of the labels, if known
 
     def __post_init__(self) -> None:
+        if self.num_classes < 2:
+            raise UserError(f"{self.label} has one class: every answer would be right; give images of two or more")
         for name, split in (("training", self.train), ("test", self.test)):
             labels = split.labels
             if labels.dtype != torch.int64 or labels.shape != (len(split),):

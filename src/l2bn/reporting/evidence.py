@@ -12,7 +12,6 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -253,7 +252,8 @@ def _check_conditions(records: Iterable[Record], place: Place) -> None:
             for name, value in own.items():
                 if name in varied and value is None:  # the network's own, which the cell's value holds
                     continue
-                where = cell if name in varied else study, norm if name.startswith("norm.") else "", name
+                of_norm = name == "parameters" or name.startswith("norm.")
+                where = cell if name in varied else study, norm if of_norm else "", name
                 first, folder = known.setdefault(where, (value, record.folder))
                 if first != value:
                     raise UserError(
@@ -263,9 +263,10 @@ def _check_conditions(records: Iterable[Record], place: Place) -> None:
 
 
 def _conditions(record: Record) -> dict[str, object]:
-    """The values that the runs of a cell must share, by dotted names; those below `norm`, the runs of one norm."""
+    """The values that the runs of a cell must share, by dotted names; `parameters` and `norm.`, those of a norm."""
     found = {name: value for name, value in _flat(record.identity) if name not in ("seed", "norm")}
     found |= {"setting": record.setting, "train_images": record.train_images, "test_images": record.test_images}
+    found["parameters"] = record.parameters
     return found | ({"images.files": record.images["files"]} if record.images else {})
 
 
@@ -321,9 +322,33 @@ def unlike_devices(records: Iterable[Record]) -> str:
     """
     kinds: dict[int, set[frozenset[str]]] = defaultdict(set)
     for record in records:
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            starts = json.loads((record.folder / ENVIRONMENT).read_text())["starts"]
-            kinds[record.seed].add(frozenset("CPU" if start["device"] == "cpu" else "GPU" for start in starts))
+        devices = [start["device"] for start in _starts(record) if "device" in start]
+        if devices:
+            kinds[record.seed].add(frozenset("CPU" if device == "cpu" else "GPU" for device in devices))
     # Two runs that both changed the device may have done so at different epochs.
     seeds = [str(seed) for seed, found in sorted(kinds.items()) if len(found) > 1 or any(len(k) > 1 for k in found)]
     return f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}" if seeds else ""
+
+
+def unlike_code(records: Iterable[Record]) -> str:
+    """Whether these runs were made by more than one version of the user's own code, in words; empty if not.
+
+    Code of the norm is compared among the runs of one norm, the rest among all. A record that does not say its code
+    is passed over.
+    """
+    known: dict[str, set[object]] = defaultdict(set)  # of all seeds: an edit may lie between any two of the runs
+    for record in records:
+        for start in _starts(record):
+            for key, scope in (("own_source", record.norm), ("own_source_beside_norm", "")):
+                if key in start:
+                    known[f"{key} {scope}"].add(start[key])
+    return "more than one version" if any(len(found) > 1 for found in known.values()) else ""
+
+
+def _starts(record: Record) -> list[dict[str, Any]]:
+    """The starts of a run in its `env.json`; none where it cannot be read."""
+    try:
+        starts = json.loads((record.folder / ENVIRONMENT).read_text())["starts"]
+        return [start for start in starts if isinstance(start, dict)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []

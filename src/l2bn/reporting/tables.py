@@ -11,7 +11,7 @@ from pathlib import Path
 from l2bn.errors import UserError
 from l2bn.reporting.claims import ACCURATE, MIN_BACKBONES, for_other_networks, judge_set
 from l2bn.reporting.comparison import FULL_EPOCHS, Arm, Comparison, arms_of, grid, holm_over, other_norms, pooled
-from l2bn.reporting.evidence import BEST, BN, L2BN, Evidence, images_in_words, unlike_devices
+from l2bn.reporting.evidence import BEST, BN, L2BN, Evidence, images_in_words, unlike_code, unlike_devices
 from l2bn.reporting.formatting import (
     NONE,
     Table,
@@ -191,6 +191,9 @@ def _differing(rows: Sequence[Comparison], norm: str) -> list[str]:
         ),
         f"{mixed}, which round differently and mask other units in dropout": _grouped(
             rows, lambda row: unlike_devices(row.records), lambda _: True
+        ),
+        "Your own code was edited between runs that are compared; train them anew by one version": _grouped(
+            rows, lambda row: unlike_code(row.records), lambda _: True
         ),
     }
     return [f"{head}: {text}." for head, text in found.items() if text]

@@ -19,6 +19,7 @@ from l2bn.reporting.evidence import (
     Evidence,
     images_in_words,
     kernels_in_words,
+    unlike_code,
     unlike_devices,
 )
 from l2bn.reporting.formatting import NONE, lost, mean_interval, mean_std, names_of, plural, setting
@@ -67,6 +68,8 @@ def _cell(cell: Cell, arms: Sequence[Arm]) -> list[RenderableType]:
     notes += [f"images not proven equal: {images}"] if images else []
     unlike = unlike_devices([run for arm in arms for run in arm.records])
     notes += [f"pairs made in part on a CPU and in part on a GPU: {unlike}"] if unlike else []
+    if unlike_code([run for arm in arms for run in arm.records]):
+        notes.append("your own code was edited between these runs: train them anew by one version")
     head = " · ".join((*names_of(arms[0].label, cell), setting(cell)))
     return [Text(head, style="bold"), table, *(Text(note, style="dim") for note in notes)]
 

@@ -65,7 +65,9 @@ def note_start(folder: Path, device: torch.device, kernels: str, config: Mapping
     """
     path = folder / ENVIRONMENT
     starts = _earlier_starts(path) if path.exists() else []
-    facts = {**describe_environment(device), "kernels": kernels, "own_source": own_source(config)}
+    beside_norm = {key: node for key, node in config.items() if key != "norm"}
+    own = {"own_source": own_source(config), "own_source_beside_norm": own_source(beside_norm)}
+    facts = {**describe_environment(device), "kernels": kernels, **own}
     if starts:
         before = starts[-1]
         changed = [key for key in FACTS_BEHIND_BITS if before.get(key) != facts[key]]
