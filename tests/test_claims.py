@@ -146,6 +146,10 @@ def test_models_lost_to_divergence_forbid_support(tmp_path: Path) -> None:
     write_grid(tmp_path, [0.2, 0.3, 0.4])
     write_run(tmp_path, backbone="net9", norm="l2bn", status="diverged")
     found, evidence = verdict(tmp_path, 5)
+    assert found == "supported", "a run of one norm alone is no comparison"
+    assert "0 of BN, 0 of L2BN" in evidence
+    write_run(tmp_path, backbone="net9", norm="bn")
+    found, evidence = verdict(tmp_path, 5)
     assert found == "not decided at this n"
     assert "0 of BN, 1 of L2BN" in evidence
 

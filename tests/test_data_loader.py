@@ -66,7 +66,7 @@ def numbered(splits: Splits) -> Splits:
         dataclasses.replace(split, labels=torch.arange(len(split)))  # type: ignore[type-var]
         for split in (splits.train, splits.test)
     )
-    return dataclasses.replace(splits, train=train, test=test)
+    return dataclasses.replace(splits, train=train, test=test, num_classes=COUNT)
 
 
 @pytest.fixture(params=["memory", "files", "shards", "decoded"])

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
+from l2bn.records import Record
 from l2bn.reporting.comparison import FULL_EPOCHS, Arm, Comparison, arms_of, backbone_of, compare, grid, pooled
 from l2bn.reporting.evidence import (
     ANGLE_MEAN,
@@ -205,9 +206,12 @@ def _better(task: Task, arms: Sequence[Arm]) -> Finding:
     if result.n:
         tail = result.reason or f"95 % interval {interval(result)}, p {probability(result.p, result)}"
         evidence += f" Pooled L2BN − BN: {signed(result.mean)} points, {tail}."
-    long = [arm for row in cells if row.full_length for arm in row.arms]
-    bn, l2bn = (sum(arm.diverged for arm in long if arm.norm == norm) for norm in (BN, L2BN))
-    evidence += f" Diverged of that length: {bn} of BN, {l2bn} of L2BN."
+    # Only seeds that both have: a norm with more runs would diverge more often.
+    runs = [
+        run for row in cells if row.full_length for arm in row.arms for run in arm.records if _is_paired(row, run)
+    ]
+    bn, l2bn = (sum(run.status == "diverged" for run in runs if run.norm == norm) for norm in (BN, L2BN))
+    evidence += f" Diverged of that length, with a seed that both have: {bn} of BN, {l2bn} of L2BN."
     verdict = _verdict(for_other_networks(counted), ACCURATE.better)
     if verdict == "supported" and l2bn > bn:
         verdict = None
@@ -218,6 +222,10 @@ def _better(task: Task, arms: Sequence[Arm]) -> Finding:
         if row not in counted
     )
     return Finding(evidence, verdict or "not decided at this n", short)
+
+
+def _is_paired(row: Comparison, run: Record) -> bool:
+    return all(arm is not None and run.seed in arm.seeds for arm in (row.reference, row.other))
 
 
 def _better_on_scenes(arms: Sequence[Arm]) -> Finding:
@@ -395,7 +403,8 @@ CLAIMS = (
         "L2BN improves the accuracy of various models on image classification.",
         f"Rows of images count with runs of at least {FULL_EPOCHS} epochs and {MIN_PAIRS} paired seeds. With "
         f"{MIN_BACKBONES} backbones or more among them: supported if the whole 95 % interval of the pooled "
-        "paired difference lies above 0 and L2BN's runs of that length diverged no more often than BN's; "
+        "paired difference lies above 0 and of the runs of that length whose seed both have L2BN's diverged no "
+        "more often than BN's; "
         "contradicted if the whole interval lies below 0; else not decided at this n.",
         partial(_better, "images"),
         ACCURATE,

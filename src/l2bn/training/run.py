@@ -38,7 +38,7 @@ from l2bn.training.plan import (
     read_config,
     read_planned,
 )
-from l2bn.training.session import BuiltRun, launch
+from l2bn.training.session import BuiltRun, check_record, launch
 
 log = logging.getLogger(__name__)
 
@@ -224,7 +224,9 @@ def build_run(planned: PlannedRun) -> BuiltRun:
     check_step(model, splits, parts["compute"], parts["recipe"].batch_size)
     check_observable(parts["analysis"], model, splits.num_classes)
     check_samples(regrouped, model, measured=parts["analysis"].every != 0)
-    return BuiltRun(run=planned, splits=splits, model=model, norm_layers=layers, **parts)
+    built = BuiltRun(run=planned, splits=splits, model=model, norm_layers=layers, **parts)
+    check_record(built)
+    return built
 
 
 def check_fit(model: nn.Module, splits: Splits, layers: Iterable[str]) -> list[str]:

@@ -60,7 +60,6 @@ def launch(built: BuiltRun) -> bool:
     process with `interruption.EXIT_CODE` after an earlier request.
     """
     folder, fabric = built.run.folder, built.compute.fabric()
-    check_record(built)
     with explained(built.run.cell, folder), sole_owner(folder), noted(folder):
         if (folder / SUMMARY).exists():
             return False
