@@ -328,7 +328,7 @@ def test_a_run_goes_on_in_the_other_memory_format(
 
     with monkeypatch.context() as patch:
         patch.setattr("l2bn.training.loop.Trainer.fit", look)
-        patch.setattr("l2bn.training.session.make_record", lambda *_: pytest.fail("far enough"))
+        patch.setattr("l2bn.training.checkpoint.State.save_weights", lambda *_: pytest.fail("far enough"))
         with pytest.raises(pytest.fail.Exception):
             train(*resumed, f"compute.channels_last={not before}")
     assert len(laid_out) == 65

@@ -213,23 +213,24 @@ def test_a_run_that_was_trained_meanwhile_is_not_concluded_again(
 
 def test_a_second_signal_ends_the_run_at_once(tmp_path: Path) -> None:
     """In the middle of an update that would take ten minutes more."""
+    asleep = tmp_path / "asleep"
     hang = (
-        "import time\n"
+        "import time, pathlib\n"
         "from l2bn.training.loop import Trainer\n"
         "forward, count = Trainer.forward, iter(range(10**6))\n"
-        "Trainer.forward = lambda *given: (next(count) == 11 and time.sleep(600), forward(*given))[1]\n"
+        f"sleep = lambda: (pathlib.Path({str(asleep)!r}).touch(), time.sleep(600))\n"
+        "Trainer.forward = lambda *given: (next(count) == 11 and sleep(), forward(*given))[1]\n"
     )
-    with started(tmp_path, *LONG, before=hang) as process:
-        used = processor_seconds(process.pid)
-        while (now := processor_seconds(process.pid)) != used:  # until it sleeps
-            used = now
-            time.sleep(1)
+    with started(tmp_path / "runs", *LONG, before=hang) as process:
+        while not asleep.exists():
+            assert process.poll() is None
+            time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(timeout=1)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=5) == -signal.SIGTERM
-    assert newest(tmp_path)[0].startswith("epoch0001-")
+    assert newest(tmp_path / "runs")[0].startswith("epoch0001-")
 
 
 def handled(number: signal.Signals, runs: Path, ending: str) -> str:

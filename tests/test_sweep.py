@@ -24,6 +24,7 @@ from l2bn.failures import FAILURE
 from l2bn.records import ENVIRONMENT, SUMMARY, read_records
 from l2bn.training import session, sweep
 from l2bn.training.interruption import EXIT_CODE, LOCK, is_owned, sole_owner
+from l2bn.training.loop import Position
 from l2bn.training.plan import compose_sweep, plan_sweep
 from test_training import stop_after
 
@@ -71,8 +72,8 @@ def test_an_experiment_is_planned_as_it_is_run() -> None:
     ]
 
 
-def test_overridden_values_are_in_the_names_and_what_changes_nothing_is_planned_once() -> None:
-    cells = planned("norm=l2bn", "norm.eps=0.1,0.001", "compute.threads=1,2", "seed=7")
+def test_overridden_values_are_in_the_names_and_equal_runs_are_planned_once() -> None:
+    cells = planned("norm=l2bn", "norm.eps=0.1,0.001", "seed=7,7")
     assert cells == [f"digits/resnet20/l2bn,eps={eps}/short/seed7" for eps in (0.1, 0.001)]
 
 
@@ -143,10 +144,10 @@ def test_a_failing_run_stops_no_other_and_is_reported(
 ) -> None:
     record = session.make_record
 
-    def fail(built: session.BuiltRun, *arguments: Any) -> Any:
-        if built.run.cell.seed == 1:
+    def fail(built: session.BuiltRun, position: Position, *arguments: Any) -> Any:
+        if built.run.cell.seed == 1 and position.rows:  # at its end
             raise ZeroDivisionError("one of these days\nand a second line")
-        return record(built, *arguments)
+        return record(built, position, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(session, "make_record", fail)

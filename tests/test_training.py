@@ -18,7 +18,7 @@ from conftest import QUIET, ROOT, TINY, Train
 from l2bn.backbones.resnet import cifar_resnet
 from l2bn.records import COST_KEYS, METRICS, Record, read_metrics
 from l2bn.training import session
-from l2bn.training.checkpoint import Checkpoints
+from l2bn.training.checkpoint import Checkpoints, State
 from l2bn.training.interruption import EXIT_CODE, Interruption
 from l2bn.training.loop import Trainer, forget_peak_memory, peak_memory
 
@@ -118,7 +118,7 @@ def test_another_seed_gives_another_run(train: Train, losses: list[float]) -> No
 def test_both_arms_start_from_the_same_weights(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     starts = []
     monkeypatch.setattr(Trainer, "fit", lambda self, position: starts.append(self.network.state_dict()))
-    monkeypatch.setattr(session, "make_record", lambda *_: pytest.fail("not reached"))
+    monkeypatch.setattr(State, "save_weights", lambda *_: pytest.fail("far enough"))
     for norm in ("bn", "l2bn"):
         with pytest.raises(pytest.fail.Exception):
             train(f"norm={norm}", *TINY)
