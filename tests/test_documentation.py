@@ -44,6 +44,7 @@ import test_plan
 import test_replay
 import test_security
 import test_sweep
+import test_tables
 import test_training
 from conftest import ROOT, composed
 from l2bn.reporting.tables import BEGIN, END
@@ -347,6 +348,7 @@ PROMISES: dict[str, list[Callable[..., Any]]] = {
     "the code changes between two starts of a run": [
         test_environment.test_a_run_that_goes_on_with_other_code_is_warned_of,
         test_own_parts.test_other_code_of_an_ended_run_is_told,
+        test_tables.test_runs_of_several_versions_of_a_users_own_code_are_noted,
         test_environment.test_changed_files_and_untracked_source_are_dirty,
         test_environment.test_nothing_is_said_of_a_commit_where_none_is_known,
     ],
@@ -371,6 +373,12 @@ PROMISES: dict[str, list[Callable[..., Any]]] = {
         test_plan.test_a_value_that_does_not_fit_a_job_is_refused_with_the_job,
         test_plan.test_an_experiment_takes_the_values_of_its_own_choices,
         test_plan.test_each_job_equals_the_one_of_hydras_own_sweeper,
+        test_plan.test_jobs_that_would_share_a_folder_are_refused,
+    ],
+    "a network, a norm or a data set of your own does what cannot be trained": [
+        test_own_parts.test_what_cannot_be_trained_is_one_message,
+        test_data_loader.test_samples_that_are_not_what_a_split_gives_are_refused,
+        test_data_loader.test_labels_outside_the_classes_and_images_of_another_size_are_refused,
     ],
     "a YAML file is edited, broken or hidden": [
         test_plan.test_an_edit_of_a_yaml_file_reaches_no_job_of_a_planned_sweep,
