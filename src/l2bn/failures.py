@@ -111,6 +111,10 @@ def explained_overrides(overrides: Sequence[str]) -> Iterator[None]:
 # Runs.
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+
+
 @contextlib.contextmanager
 def explained(run: object, folder: Path) -> Iterator[None]:
     """Turn full disks and memories, missing deterministic kernels and batches of one value into UserError."""
@@ -127,7 +131,7 @@ def explained(run: object, folder: Path) -> Iterator[None]:
             raise UserError(
                 f"{run}: {reason}\ntake a larger recipe.batch_size, or fewer compute.devices"
             ) from error
-        if isinstance(error, MemoryError) or any(words in reason for words in OUT_OF_MEMORY):
+        if is_out_of_memory(error):
             raise UserError(
                 f"{run}: out of memory: {reason.partition('. ')[0] or type(error).__name__}; take a smaller "
                 "recipe.batch_size, more compute.devices, compute.precision=bf16-mixed or compute.compile=false"

@@ -260,7 +260,7 @@ def _records(arms: Sequence[Arm]) -> str:
 
 @dataclass(frozen=True)
 class SetFinding:
-    """What a set of runs says on a question: how far it is, and once it is complete, the estimates."""
+    """The finding of a set of runs on a question: how far it is, and once it is complete, the estimates."""
 
     question: Question
     run_set: RunSet

@@ -331,7 +331,7 @@ def unlike_devices(records: Iterable[Record]) -> str:
 
 
 def unlike_code(records: Iterable[Record]) -> str:
-    """Whether these runs were made by more than one version of the user's own code, in words; empty if not.
+    """Say in words that these runs were made by more than one version of the user's own code; empty if by one.
 
     Code of the norm is compared among the runs of one norm, the rest among all. A record that does not say its code
     is passed over.

@@ -1,4 +1,4 @@
-"""What is entered by hand in `results/reference/`: the sets of runs, and published accuracies.
+"""The files that are written by hand in `results/reference/`: the sets of runs, and published accuracies.
 
 Both files are checked when they are read; their headers say how they are laid out.
 """

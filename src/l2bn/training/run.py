@@ -15,7 +15,7 @@ from torch import nn
 from l2bn.data.loader import check_batch_size
 from l2bn.data.splits import Splits
 from l2bn.errors import UserError
-from l2bn.failures import describe, note_failure
+from l2bn.failures import describe, explained, is_out_of_memory, note_failure
 from l2bn.norms.stepped import SteppedBatchNorm
 from l2bn.norms.swap import norm_layers, replacements, swap_norm
 from l2bn.norms.sync import counterparts
@@ -80,6 +80,9 @@ def run(planned: PlannedRun, *, alone: bool = True) -> Record:
         check_ended([(record, planned)])
     else:
         built = build_run(planned)
+        with explained(planned.cell, planned.folder):
+            check_step(built)
+        check_record(built)
         if not planned.folder.exists():
             note_other_lengths(planned)
         make_folder(planned.folder)
@@ -221,12 +224,9 @@ def build_run(planned: PlannedRun) -> BuiltRun:
             counterparts(model)  # raises where a layer has none
     except (ValueError, TypeError) as error:
         raise UserError(f"norm: {error}") from error
-    check_step(model, splits, parts["compute"], parts["recipe"].batch_size)
     check_observable(parts["analysis"], model, splits.num_classes)
     check_samples(regrouped, model, measured=parts["analysis"].every != 0)
-    built = BuiltRun(run=planned, splits=splits, model=model, norm_layers=layers, **parts)
-    check_record(built)
-    return built
+    return BuiltRun(run=planned, splits=splits, model=model, norm_layers=layers, **parts)
 
 
 def check_fit(model: nn.Module, splits: Splits, layers: Iterable[str]) -> list[str]:
@@ -263,27 +263,27 @@ def check_fit(model: nn.Module, splits: Splits, layers: Iterable[str]) -> list[s
     return list(dict.fromkeys(regrouped))
 
 
-def check_step(model: nn.Module, splits: Splits, compute: Compute, batch_size: int) -> None:
+def check_step(built: BuiltRun) -> None:
     """Raise UserError unless a copy of the network takes a training step, as it will be trained.
 
     On two images, or on a whole batch, for a network that cannot do with two.
     """
-    fault = _fault_of_step(model, splits, compute, 2, compute.channels_last)
-    if fault and batch_size > 2 * compute.devices:
-        fault = _fault_of_step(model, splits, compute, batch_size // compute.devices, compute.channels_last)
+    channels_last, share = built.compute.channels_last, built.recipe.batch_size // built.compute.devices
+    fault = _fault_of_step(built, 2, channels_last)
+    if fault and share > 2:
+        fault = _fault_of_step(built, share, channels_last)
     if not fault:
         return
     remedy = "correct the network or the norm"
-    if compute.channels_last and not _fault_of_step(model, splits, compute, 2, channels_last=False):
+    if channels_last and not _fault_of_step(built, 2, channels_last=False):
         remedy = "take compute.channels_last=false"
     raise UserError(f"backbone, with this norm: a training step fails: {fault}; {remedy}")
 
 
-def _fault_of_step(
-    model: nn.Module, splits: Splits, compute: Compute, images: int, channels_last: bool
-) -> str | None:
+def _fault_of_step(built: BuiltRun, images: int, channels_last: bool) -> str | None:
+    size, classes = built.splits.image_size, built.splits.num_classes
     try:
-        trial = copy.deepcopy(model).train()
+        trial = copy.deepcopy(built.model).train()
     except Exception as error:  # nothing can be tried on such a network without a trace in it
         log.info("the network cannot be copied for a trial step: %s", describe(error))
         return None
@@ -292,19 +292,19 @@ def _fault_of_step(
     for layer in layers:
         if getattr(layer, "fused", None) in ("auto", "on"):
             layer.fused = "off"  # one step isn't worth compiling kernels for
-    x = torch.zeros(images, 3, splits.image_size, splits.image_size).to(memory_format=memory_format)
+    x = torch.zeros(images, 3, size, size).to(memory_format=memory_format)
     try:
         with torch.random.fork_rng(devices=[]):
             logits = trial.to(memory_format=memory_format)(x)
-            if not isinstance(logits, torch.Tensor) or logits.shape != (images, splits.num_classes):
-                return f"in training the network returns {_kind(logits)}, not ({images}, {splits.num_classes})"
+            if not isinstance(logits, torch.Tensor) or logits.shape != (images, classes):
+                return f"in training the network returns {_kind(logits)}, not ({images}, {classes})"
             torch.autograd.backward(nn.functional.cross_entropy(logits, torch.zeros(images, dtype=torch.int64)))
-    except torch.OutOfMemoryError:
-        raise
     except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, IndexError) as error:
+        if is_out_of_memory(error):
+            raise
         return str(error).strip().partition("\n")[0]
     unused = [name for name, weight in trial.named_parameters() if weight.requires_grad and weight.grad is None]
-    if unused and compute.devices > 1:
+    if unused and built.compute.devices > 1:
         return f"no gradient reaches {', '.join(unused[:3])}, and several devices exchange all gradients"
     return None
 
