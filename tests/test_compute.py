@@ -1,5 +1,6 @@
 """Precision, compilation, memory formats and processes of a run."""
 
+import copy
 import functools
 import os
 import re
@@ -22,7 +23,7 @@ from l2bn.norms.stepped import put_before
 from l2bn.norms.swap import swap_norm
 from l2bn.records import FEATURES
 from l2bn.training import compute as compute_module
-from l2bn.training.compute import UPDATES, Compute, should_compile
+from l2bn.training.compute import BFLOAT16, UPDATES, Compute, Float32Conv2d, should_compile
 from l2bn.training.graphs import Recorded
 from l2bn.training.instantiate import Builder
 
@@ -270,6 +271,80 @@ def test_both_norms_decide_alike(name: str, device: torch.device) -> None:
     swap_norm(l2bn, convert)
     for updates in (FEW, MANY):
         assert should_compile("auto", bn, device, updates) == should_compile("auto", l2bn, device, updates)
+
+
+# ---- bfloat16 -------------------------------------------------------------------------------------------------
+
+
+def depthwise(stride: int = 1, kernel: int = 3, channels: int = 1) -> nn.Conv2d:
+    """A convolution with this many channels a group."""
+    return nn.Conv2d(8, 8, kernel, stride, padding=kernel // 2, groups=8 // channels)
+
+
+SLOW = {
+    "strided": depthwise(2),
+    "5 x 5": depthwise(kernel=5),
+    "two a group, strided": depthwise(2, channels=2),
+}
+FAST = {
+    "3 x 3": depthwise(),
+    "four a group, strided": depthwise(2, channels=4),
+    "ungrouped": depthwise(2, kernel=5, channels=8),
+}
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+@pytest.mark.parametrize("name", [*SLOW, *FAST])
+def test_on_a_cpu_bfloat16_leaves_out_the_convolutions_that_it_makes_slower(
+    name: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Autocast is off while they compute, and their output has the type of the map before."""
+    layer = copy.deepcopy(SLOW.get(name) or FAST[name])
+    names = list(layer.state_dict())
+    seen: list[bool] = []
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), layer, nn.BatchNorm2d(8))
+    compute(device="cpu", precision=precision).place(model, CPU, FEW)
+    assert list(layer.state_dict()) == names
+    stock = nn.Conv2d._conv_forward
+
+    def watched(*arguments: Any) -> Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return stock(*arguments)
+
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", watched)
+    halves = precision == "bf16-mixed"
+    with torch.autocast("cpu", torch.bfloat16, enabled=halves):
+        y = model[:2](torch.randn(2, 3, 8, 8))
+    assert y.dtype == (torch.bfloat16 if halves else torch.float32)
+    assert seen == [halves, halves and name in FAST]
+
+
+def test_a_convolution_left_in_float32_computes_what_it_computes_by_itself() -> None:
+    layer = copy.deepcopy(SLOW["strided"])
+    x = torch.randn(2, 8, 6, 6, dtype=torch.bfloat16)
+    expected = layer(x.float())
+    layer.__class__ = Float32Conv2d
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    torch.testing.assert_close(y, expected.bfloat16(), rtol=0, atol=0)
+    gradients = [torch.autograd.grad(t.float().sum(), layer.weight)[0] for t in (y, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize(("name", "count"), [("mobilenetv2_x0_5", 3), ("shufflenetv2_x0_5", 6), ("resnet20", 0)])
+def test_the_strided_depthwise_convolutions_of_the_grid_stay_in_float32(name: str, count: int) -> None:
+    model = backbone(name)
+    compute(device="cpu", precision="bf16-mixed").place(model.to_empty(device="cpu"), CPU, FEW)
+    assert sum(isinstance(layer, Float32Conv2d) for layer in model.modules()) == count
+
+
+@pytest.mark.parametrize("present", [True, False])
+def test_a_processor_without_bfloat16_gets_a_warning(
+    present: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {BFLOAT16[0]: present, "avx2": True})
+    compute(device="cpu", precision="bf16-mixed").place(nn.Sequential(nn.BatchNorm2d(4)), CPU, FEW)
+    assert any("no bfloat16 instructions" in message for message in caplog.messages) != present
 
 
 @pytest.mark.slow

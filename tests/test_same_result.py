@@ -183,6 +183,21 @@ def test_in_float32_the_losses_are_those_of_the_plain_loop(norm: str, channels_l
     torch.testing.assert_close(fast, plain, rtol=2e-2, atol=0)
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("norm", ["bn", "l2bn"])
+def test_in_bfloat16_the_losses_are_near_those_of_the_plain_loop(norm: str, compiled: bool) -> None:
+    """With a strided depthwise convolution, which stays in float32 on a CPU."""
+    nets = [Net(norm, torch.float32, small=True, fused=fused) for fused in (True, False)]
+    for net in nets:
+        assert isinstance(net.body, nn.Sequential)
+        torch.manual_seed(1)
+        net.body.insert(3, nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=8))
+    fast = of_the_trainer(nets[0], 1e-2, precision="bf16-mixed", compile=compiled)
+    plain = of_the_plain_loop(nets[1], 1e-2)
+    assert not torch.equal(fast.float(), plain.float())
+    torch.testing.assert_close(fast, plain, rtol=2e-2, atol=0)
+
+
 @pytest.mark.parametrize(
     ("norm", "small"),
     [("bn", True), ("l2bn", True), *(pytest.param(norm, False, marks=pytest.mark.slow) for norm in ("bn", "l2bn"))],

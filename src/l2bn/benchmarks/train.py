@@ -34,10 +34,11 @@ from l2bn.benchmarks.measure import (
 from l2bn.benchmarks.workload import NETWORKS, Workload, build, compute, epochs_of, make_workload, ours, plain, timm
 from l2bn.data.loader import Batch
 from l2bn.data.splits import Images
-from l2bn.training.compute import free_as_usual, keep_freed_memory, should_compile
+from l2bn.training.compute import computes_bfloat16, free_as_usual, keep_freed_memory, should_compile
 from l2bn.training.loop import Trainer
 
 NORMS = ("bn", "l2bn")
+PRECISIONS = ("32-true", *(["bf16-mixed"] if DEVICE.type == "cuda" or computes_bfloat16() else []))
 STEPS = {32: 10, 224: 6}  # of an epoch, by image size
 LONG_RUN = 39_000  # updates: CIFAR, 200 epochs of 256 images
 COMPILE: dict[str, Any] = {"eager": False, "compiled": True, "graphs": "graphs"}
@@ -109,10 +110,10 @@ def matrix_product_rates() -> dict[str, float]:
     return {name: 2 * n**3 / taken for name, taken in times.items()}
 
 
-def automatic(workload: Workload) -> str:
+def automatic(workload: Workload, precision: str) -> str:
     """The way in which `compute.compile=auto` calls a network in a long run on this device."""
     model, in_memory = build(workload.network), isinstance(workload.splits.train, Images)
-    if compute(compile="auto").replays_graphs(model, DEVICE, in_memory):
+    if compute(compile="auto", precision=precision).replays_graphs(model, DEVICE, in_memory):
         return "graphs"
     return "compiled" if should_compile("auto", model, DEVICE, LONG_RUN) else "eager"
 
@@ -120,23 +121,24 @@ def automatic(workload: Workload) -> str:
 def measure(workload: Workload, callers: list[str], seconds: float) -> list[Row]:
     """Time all paths in turn; a row for each."""
     torch.compiler.reset()  # after eight compiled variants of a function it would fall back to eager
-    actions: dict[tuple[str, str, str], Action] = {}
-    trainers: dict[tuple[str, str, str], Trainer] = {}
-    for norm, caller in product(NORMS, callers):
-        key = "ours", norm, caller
-        actions[key], trainers[key] = ours(workload, norm, compile=COMPILE[caller])
-    actions["plain", "bn", "eager"] = by_itself(plain(workload))
-    actions["timm", "bn", "eager"] = by_itself(timm(workload))
+    actions: dict[tuple[str, ...], Action] = {}
+    trainers: dict[tuple[str, ...], Trainer] = {}
+    for precision, norm, caller in product(PRECISIONS, NORMS, callers):
+        key: tuple[str, ...] = ("ours", norm, caller, precision)
+        actions[key], trainers[key] = ours(workload, norm, compile=COMPILE[caller], precision=precision)
+    actions["plain", "bn", "eager", "32-true"] = by_itself(plain(workload))
+    actions["timm", "bn", "eager", "32-true"] = by_itself(timm(workload))
     times = interleaved(actions, seconds, fewest=5, warm_up=1)
-    auto, flops = automatic(workload), flops_of(workload.network)
+    flops = flops_of(workload.network)
     rows: list[Row] = []
     for key, taken in times.items():
-        path, norm, caller = key
-        row: Row = {"path": path, "norm": norm, "caller": caller, "network": workload.network}
+        path, norm, caller, precision = key
+        row: Row = {"path": path, "norm": norm, "caller": caller, "precision": precision}
+        row |= {"network": workload.network}
         row |= {"batch": workload.batch, "size": workload.size}
         row |= {"images_per_second": workload.images / taken, "flops_per_image": flops}
         if key in trainers:
-            row["auto"] = caller == auto
+            row["auto"] = caller == automatic(workload, precision)
             with undisturbed():
                 if caller != "graphs":  # whose memory is held between steps, too
                     row["peak_bytes"] = memory_of_a_step(trainers[key])
@@ -159,15 +161,22 @@ def by_itself(action: Action) -> Action:
 NAMES = {"plain": "plain loop", "timm": "timm's loader"}
 
 EXPLANATION = """
-Whole training steps in float32, including data; all paths of a network take turns in one process, on the same
-images of noise. Plain loop: PIL transforms, a DataLoader with 2 workers, eager, contiguous, loss and accuracy read
-at every step. timm's loader: `create_loader`, 2 workers (random resized crops), in the same loop with timm's SGD.
-Both free memory as glibc does by default, ours keeps it. ×: images/s relative to the plain loop's, which has BN.
-The phases of a step are in milliseconds; waiting: the share of data in the step. Memory: peak bytes in a step
-above those held before it. Arithmetic: rate of convolutions and matrix products, as a share of the machine's rate
-of large matrix products ({rate} GFLOP/s, the better of two libraries). *: the choice of `compute.compile=auto` for
-a run of 39,000 updates.
+Whole training steps, including data, in float32 where no other type is named. All paths of a network take turns in
+one process, on the same images of noise. Plain loop: PIL transforms, a DataLoader with 2 workers, eager,
+contiguous, loss and accuracy read at every step. timm's loader: `create_loader`, 2 workers (random resized crops),
+in the same loop with timm's SGD. Both free memory as glibc does by default, ours keeps it. ×: images/s relative to
+the plain loop's, which has BN. The phases of a step are in milliseconds; waiting: the share of data in the step.
+Memory: peak bytes in a step above those held before it. Arithmetic: rate of convolutions and matrix products, as a
+share of the machine's rate of large matrix products in float32 ({rate} GFLOP/s, the better of two libraries). *:
+the choice of `compute.compile=auto` for a run of 39,000 updates.
 """
+
+
+def name_of(row: Row) -> str:
+    if row["path"] in NAMES:
+        return NAMES[row["path"]]
+    half = ", bfloat16" if row.get("precision") == "bf16-mixed" else ""
+    return f"ours, {row['norm'].upper()}, {row['caller']}{half}{'*' * row['auto']}"
 
 
 def speed_up(row: Row, rows: list[Row]) -> float:
@@ -181,7 +190,6 @@ def make_page(result: Result) -> str:
     best = max(result["matrix_products"].values())
     lines = []
     for row in rows:
-        name = NAMES.get(row["path"]) or f"ours, {row['norm'].upper()}, {row['caller']}{'*' * row['auto']}"
         speed = row["images_per_second"]
         phases = ["–"] * (len(PHASES) + 2)
         if "seconds" in row:
@@ -189,9 +197,10 @@ def make_page(result: Result) -> str:
             phases = [f"{1e3 * seconds[phase]:.3g}" for phase in PHASES]
             phases.append(f"{seconds['data'] / seconds['step']:.1%}")
             phases.append(f"{row['peak_bytes'] / 2**20:,.0f} MiB" if "peak_bytes" in row else "–")
+        workload = f"{row['network']}, {row['batch']} × {row['size']}²"
         speeds = f"{speed:,.0f}" if speed >= 100 else f"{speed:.1f}", f"{speed_up(row, rows):.2f}"
         arithmetic = f"{speed * row['flops_per_image'] / best:.0%}"
-        lines.append((f"{row['network']}, {row['batch']} × {row['size']}²", name, *speeds, *phases, arithmetic))
+        lines.append((workload, name_of(row), *speeds, *phases, arithmetic))
     columns = ("network", "path", "images/s", "×", *PHASES, "waiting", "memory", "arithmetic")
     text = EXPLANATION.format(rate=f"{best / 1e9:,.0f}")
     return page("Training: images/s", result, text, table(columns, lines, names=2))
@@ -214,7 +223,8 @@ def run(arguments: argparse.Namespace) -> Result:
                 row["path"],
                 row["norm"],
                 row["caller"],
+                row["precision"],
                 f"{row['images_per_second']:.1f} images/s",
                 flush=True,
             )
-    return {"precision": "32-true", "rows": rows, "matrix_products": matrix_product_rates()}
+    return {"rows": rows, "matrix_products": matrix_product_rates()}
