@@ -82,17 +82,20 @@ def train_plain(workload: Workload, learning: Recipe, seed: int) -> float:
 
 
 PATHS: dict[str, Callable[[Workload, Recipe, int], float]] = {
-    "ours, BN": train_ours,
-    "plain loop": train_plain,
-    "ours, BN, bfloat16": partial(train_ours, precision="bf16-mixed"),
-    "ours, L2BN": partial(train_ours, norm="l2bn"),
-    "ours, L2BN, bfloat16": partial(train_ours, norm="l2bn", precision="bf16-mixed"),
+    "ours": train_ours,
+    "plain": train_plain,
+    "bf16": partial(train_ours, precision="bf16-mixed"),
+    "l2bn": partial(train_ours, norm="l2bn"),
+    "l2bn-bf16": partial(train_ours, norm="l2bn", precision="bf16-mixed"),
 }
-COMPARED = (
-    ("ours, BN", "plain loop"),
-    ("ours, BN, bfloat16", "ours, BN"),
-    ("ours, L2BN, bfloat16", "ours, L2BN"),
-)
+NAMES = {
+    "ours": "ours, BN",
+    "plain": "plain loop",
+    "bf16": "ours, BN, bfloat16",
+    "l2bn": "ours, L2BN",
+    "l2bn-bf16": "ours, L2BN, bfloat16",
+}
+COMPARED = (("ours", "plain"), ("bf16", "ours"), ("l2bn-bf16", "l2bn"))
 
 
 def of_path(runs: list[Row], path: str) -> dict[int, float]:
@@ -108,14 +111,15 @@ loop's, which has BN.
 
 
 def make_page(result: Result) -> str:
-    found = {path: of_path(result["runs"], path) for path in PATHS}
+    found = {path: of_path(result["runs"], path) for path in dict.fromkeys(run["path"] for run in result["runs"])}
     rows, differences = [], []
     for path, accuracies in found.items():
         of_seeds = ", ".join(f"{accuracies[seed]:.2f}" for seed in sorted(accuracies))
-        rows.append((path, f"{mean_std(accuracies.values())} (n = {len(accuracies)})", of_seeds))
+        rows.append((NAMES[path], f"{mean_std(accuracies.values())} (n = {len(accuracies)})", of_seeds))
     for path, other in COMPARED:
-        difference = estimate(paired_differences(found[other], found[path]))
-        differences.append((path, other, signed(difference.mean), interval(difference)))
+        if path in found and other in found:
+            difference = estimate(paired_differences(found[other], found[path]))
+            differences.append((NAMES[path], NAMES[other], signed(difference.mean), interval(difference)))
     return page(
         "Accuracy: the price of speed",
         result,
@@ -130,6 +134,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--root", type=Path, required=True, help="folder of CIFAR-10 as JPEG files, train/ and test/"
     )
+    parser.add_argument("--paths", nargs="+", choices=list(PATHS), default=list(PATHS))
     parser.add_argument("--images", type=count, default=12_800, help="to train on (default: 12800)")
     parser.add_argument("--epochs", type=count, default=5, help="of them (default: 5)")
     parser.add_argument("--seeds", type=count, default=5, help="runs of each path (default: 5)")
@@ -144,8 +149,8 @@ def run(arguments: argparse.Namespace) -> Result:
     learning = recipe(BATCH, arguments.epochs, lr=0.1)
     runs: list[Row] = []
     for seed in range(arguments.seeds):
-        for path, train in PATHS.items():
-            runs.append({"path": path, "seed": seed, "accuracy": train(workload, learning, seed)})
-            print(f"{path}, seed {seed}: {runs[-1]['accuracy']:.2f} %", flush=True)
+        for path in arguments.paths:
+            runs.append({"path": path, "seed": seed, "accuracy": PATHS[path](workload, learning, seed)})
+            print(f"{NAMES[path]}, seed {seed}: {runs[-1]['accuracy']:.2f} %", flush=True)
     setting = {"network": NETWORK, "images": len(splits.train), "epochs": arguments.epochs}
     return {"setting": {**setting, "batch": BATCH, "source": splits.label}, "runs": runs}
