@@ -278,18 +278,18 @@ def test_both_norms_decide_alike(name: str, device: torch.device) -> None:
 
 def depthwise(stride: int = 1, kernel: int = 3, channels: int = 1) -> nn.Conv2d:
     """A convolution with this many channels a group."""
-    return nn.Conv2d(8, 8, kernel, stride, padding=kernel // 2, groups=8 // channels)
+    return nn.Conv2d(16, 16, kernel, stride, padding=kernel // 2, groups=16 // channels)
 
 
 SLOW = {
     "strided": depthwise(2),
     "5 x 5": depthwise(kernel=5),
-    "two a group, strided": depthwise(2, channels=2),
+    "four a group, strided": depthwise(2, channels=4),
 }
 FAST = {
     "3 x 3": depthwise(),
-    "four a group, strided": depthwise(2, channels=4),
-    "ungrouped": depthwise(2, kernel=5, channels=8),
+    "eight a group, strided": depthwise(2, channels=8),
+    "ungrouped": depthwise(2, kernel=5, channels=16),
 }
 
 
@@ -302,7 +302,7 @@ def test_on_a_cpu_bfloat16_leaves_out_the_convolutions_that_it_makes_slower(
     layer = copy.deepcopy(SLOW.get(name) or FAST[name])
     names = list(layer.state_dict())
     seen: list[bool] = []
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), layer, nn.BatchNorm2d(8))
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), layer, nn.BatchNorm2d(16))
     compute(device="cpu", precision=precision).place(model, CPU, FEW)
     assert list(layer.state_dict()) == names
     stock = nn.Conv2d._conv_forward
@@ -321,7 +321,7 @@ def test_on_a_cpu_bfloat16_leaves_out_the_convolutions_that_it_makes_slower(
 
 def test_a_convolution_left_in_float32_computes_what_it_computes_by_itself() -> None:
     layer = copy.deepcopy(SLOW["strided"])
-    x = torch.randn(2, 8, 6, 6, dtype=torch.bfloat16)
+    x = torch.randn(2, 16, 6, 6, dtype=torch.bfloat16)
     expected = layer(x.float())
     layer.__class__ = Float32Conv2d
     with torch.autocast("cpu", torch.bfloat16):
