@@ -257,10 +257,9 @@ class Float32Conv2d(nn.Conv2d):
 def keep_in_float32(network: nn.Module) -> None:
     """Make autocast leave in float32 the convolutions whose gradients are slow in bfloat16 on a CPU.
 
-    Those with fewer than eight channels a group and a stride or a kernel above 3 x 3. Timed by hand on two cores with
-    AMX, forward and backward took 7 to 25 times as long as in float32 where they were depthwise and strided, as in
-    MobileNetV2 and ShuffleNetV2, and 2 to 4 times with kernels of 5 x 5 and 7 x 7. Converting the maps adds 10 to
-    80 %. In place: the layers change their class. Subclasses of `nn.Conv2d` stay as they are.
+    Those with fewer than eight channels a group and a stride or a kernel above 3 x 3, such as the strided depthwise
+    convolutions of MobileNetV2 and ShuffleNetV2; results/README.md has the times. In place: the layers change their
+    class. Subclasses of `nn.Conv2d` stay as they are.
     """
     for layer in network.modules():
         if type(layer) is not nn.Conv2d or layer.groups == 1 or layer.in_channels // layer.groups >= 8:
