@@ -86,7 +86,7 @@ def mechanism(arguments: argparse.Namespace) -> Sequence[Problem]:
     published = arguments.runs.resolve() == RECORDS
     out = arguments.out or (RESULTS if published else arguments.runs / "mechanism")
     reading = RESULTS / "reference/mechanism.md"
-    found = read_mechanism(arguments.runs, arguments.studies)
+    found = read_mechanism(arguments.runs, arguments.studies or (RESULTS / "studies" if published else None))
     problems = list(found.problems)
     if arguments.what != "figures":
         text = reading.read_text(encoding="utf-8") if published and reading.exists() else ""
@@ -161,8 +161,8 @@ def parser() -> argparse.ArgumentParser:
     out = "folder for documents and figures (default: results; with --runs DIR/mechanism)"
     one = _add(commands, mechanism, "tables --runs runs", out)
     one.add_argument("what", nargs="?", choices=["tables", "figures"], help="only these (default: both)")
-    studies = RESULTS / "studies"
-    one.add_argument("--studies", metavar="DIR", type=Path, default=studies, help="records of the studies")
+    help_text = "records of studies (default: results/studies; with --runs none)"
+    one.add_argument("--studies", metavar="DIR", type=Path, help=help_text)
     out = "folder for the arms' events (default: DIR/arms, beside the runs that --runs DIR names)"
     one = _add(commands, tensorboard, "--runs runs", out)
     one.add_argument("--port", type=int, default=6006, help="of TensorBoard, on this machine alone")

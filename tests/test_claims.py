@@ -457,9 +457,19 @@ def test_the_first_set_is_that_of_the_cpu_grid() -> None:
         "sets: [{label: x}]",
         "sets: [{label: x, dataset: d, recipe: r, seeds: [0], setting: 32-true, backbones: []}]",
         "sets: [{label: x, dataset: d, recipe: r, seeds: [0], setting: float32, backbones: [a]}]",
+        "sets: [{label: x, dataset: d, recipe: r, seeds: [0, 0], setting: 32-true, backbones: [a]}]",
+        "sets:\n" + 2 * "- {label: x, dataset: d, recipe: r, seeds: [0], setting: 32-true, backbones: [a]}\n",
         *(
             f"sets: [{{label: x, dataset: d, recipe: r, seeds: [0], backbones: [a], setting: 32-true, {own}}}]"
-            for own in ("settings: {z: 32-true}", "settings: {a: fp32}", "settings: [a]", "settings: {a: 32}")
+            for own in (
+                "settings: {z: 32-true}",
+                "settings: {a: fp32}",
+                "settings: [a]",
+                "settings: {a: 32}",
+                "more_seeds: [1, 1]",
+                "more_seeds: [0, 1]",
+                "control: {norm: n, backbones: [z]}",
+            )
         ),
     ],
 )

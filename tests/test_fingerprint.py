@@ -22,7 +22,7 @@ from l2bn.data.imagenet import imagenet
 from l2bn.data.splits import CONTENTS, PUBLISHED, _contents, digest
 from l2bn.errors import UserError
 from l2bn.records import SUMMARY, InvalidRecordError, Record, publish
-from l2bn.training.existing import analyze, evaluate_run
+from l2bn.training.existing import analyze, evaluate_run, replay
 from l2bn.training.plan import PlannedRun, check_images, compose_sweep, plan_sweep
 from l2bn.training.sweep import run_sweep
 
@@ -130,9 +130,11 @@ def test_a_run_on_other_images_is_refused_until_its_own_are_back(
         lambda: train(*run(other)),
         lambda: evaluate_run(record.folder, "cpu", str(other)),
         lambda: analyze(record.folder, device="cpu", root=str(other)),
+        lambda: replay(record.folder, str(tmp_path / "replayed"), str(other)),
     ):
         with pytest.raises(UserError, match="other images than those present"):
             again()
+    assert not (tmp_path / "replayed").exists()
     assert train(*run(own)) == record
     shutil.rmtree(own)
     assert train(*run(own)) == record

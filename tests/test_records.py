@@ -137,6 +137,14 @@ def test_records_load_as_a_data_frame(tmp_path: Path) -> None:
         load(tmp_path / "nowhere")
 
 
+def test_two_runs_of_one_cell_and_seed_are_loaded_with_a_warning(tmp_path: Path) -> None:
+    """A mean over them would be the result of no run."""
+    for name in ("a", "b"):
+        written(tmp_path / name, norm="bn", seed=0)
+    with pytest.warns(UserWarning, match=r"a and .*b are runs of one cell, norm and seed"):
+        assert len(load(tmp_path)) == 2
+
+
 def test_a_run_that_diverged_late_has_epochs_and_no_result(tmp_path: Path) -> None:
     written(tmp_path / "run", status="diverged", divergence="epoch 4, step 3", epochs=5)
     results = [name for name in METRIC_KEYS if "/" in name] + ["best/top1"]

@@ -1,5 +1,6 @@
 """Evaluating and replaying a run or a record, which may come from anybody."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ import yaml
 
 from conftest import TINY, Train
 from l2bn.errors import UserError
-from l2bn.records import CONFIG, publish
-from l2bn.training.existing import evaluate_run, replay
+from l2bn.records import CONFIG, ENVIRONMENT, SUMMARY, publish
+from l2bn.training.existing import analyze, evaluate_run, replay
 from test_training import results
 
 Change = Callable[[dict[str, Any]], Any]
@@ -32,6 +33,41 @@ def test_a_run_of_a_gpu_is_evaluated_on_a_cpu(train: Train) -> None:
     path = record.folder / CONFIG
     path.write_text(path.read_text().replace("32-true", "tf32-mixed").replace("device: auto", "device: cuda"))
     assert evaluate_run(record.folder, device="cpu")[1] == record.last["test/top1"]
+
+
+def test_weights_that_are_no_result_are_evaluated_with_a_warning(
+    train: Train, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = train("recipe.epochs=1", *TINY)
+    evaluate_run(record.folder)
+    assert "no result" not in caplog.text
+    summary = record.folder / SUMMARY
+    ended = json.loads(summary.read_text())
+    summary.write_text(json.dumps(ended | {"status": "diverged", "divergence": "epoch 2, step 1"}))
+    evaluate_run(record.folder)
+    assert "diverged (epoch 2, step 1): its last weights, those after 1 of 1 epochs, are no result" in caplog.text
+    summary.unlink()
+    evaluate_run(record.folder)
+    assert "has not ended: its last weights, those after 1 of 1 epochs, are no result" in caplog.text
+
+
+@pytest.mark.parametrize("again", ["evaluate", "analyze", "replay"])
+def test_other_code_of_the_users_own_is_a_warning(
+    again: str, train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = train("recipe.epochs=1", *TINY)
+    environment = record.folder / ENVIRONMENT
+    found = json.loads(environment.read_text())
+    last = found["starts"][-1] if "starts" in found else found
+    last["own_source"] = "another"
+    environment.write_text(json.dumps(found))
+    calls: dict[str, Callable[[], Any]] = {
+        "evaluate": lambda: evaluate_run(record.folder),
+        "analyze": lambda: analyze(record.folder),
+        "replay": lambda: replay(record.folder, str(tmp_path / "replayed")),
+    }
+    calls[again]()
+    assert "was trained with other code of yours" in caplog.text
 
 
 def test_a_published_record_is_replayed_to_the_same_numbers(train: Train, tmp_path: Path) -> None:

@@ -229,7 +229,7 @@ def test_one_seed_by_two_kernel_paths_with_other_results_is_an_error(tmp_path: P
 
 def test_a_changed_default_under_an_old_name_is_an_error(tmp_path: Path) -> None:
     write_run(tmp_path, norm="bn", identity={"recipe": {"lr": 0.1, "momentum": 0.9}})
-    write_run(tmp_path, norm="l2bn", identity={"recipe": {"lr": 0.2, "new": 1}})
+    write_run(tmp_path, norm="l2bn", identity={"recipe": {"lr": 0.2, "momentum": 0.9}})
     with pytest.raises(UserError, match=r"recipe\.lr.*bn/cosine_200/seed0 and .*l2bn/cosine_200/seed0"):
         read_evidence(tmp_path)
 
@@ -357,9 +357,19 @@ def test_differences_without_a_spread_give_no_number_of_seeds(tmp_path: Path) ->
 
 
 def test_seeds_norms_and_new_options_are_no_unequal_conditions(tmp_path: Path) -> None:
-    write_run(tmp_path, norm="bn", seed=0, identity={"norm": {"eps": None}})
+    write_run(tmp_path, norm="bn", seed=0, identity={"norm": {"eps": None}, "recipe": {}})
     write_run(tmp_path, norm="l2bn", seed=1, identity={"norm": {"eps": 0.1}, "recipe": {"mixup": 0.0}})
     assert len(read_evidence(tmp_path).records) == 2
+
+
+@pytest.mark.parametrize("first", ["bn", "l2bn"])
+def test_a_value_for_a_key_that_the_other_run_lacks_is_an_unequal_condition(first: str, tmp_path: Path) -> None:
+    """As after a line was added to a YAML file of one's own, between two sweeps."""
+    second = "l2bn" if first == "bn" else "bn"
+    write_run(tmp_path, norm=first, identity={"backbone": {"width": 32}})
+    write_run(tmp_path, norm=second, identity={"backbone": {"width": 32, "dropout": 0.5}})
+    with pytest.raises(UserError, match=r"unequal conditions \(backbone\.dropout: .*no value"):
+        read_evidence(tmp_path)
 
 
 def test_other_norms_stand_in_a_table_of_their_own(tmp_path: Path) -> None:

@@ -288,7 +288,7 @@ def load(folder: Path | str, *, epochs: bool = False) -> "pd.DataFrame":
     recipe and setting are comparable. A run also has the other fields of `Record`, the losses and accuracies (in
     percent) of its last epoch, and `best/top1`: all NaN if it diverged, for then it has no result. An epoch has
     METRIC_KEYS, also one of a run that diverged later. A folder that holds no valid record is left out with a
-    warning.
+    warning; two runs of one cell, norm and seed both stay, with a warning, for a mean would count them twice.
 
     Raises FileNotFoundError for a missing folder.
     """
@@ -299,6 +299,12 @@ def load(folder: Path | str, *, epochs: bool = False) -> "pd.DataFrame":
         raise FileNotFoundError(f"{root} is no folder of runs")
     records, problems = read_records(root)
     names = ("dataset", "backbone", "norm", "recipe", "setting", "seed", "status")
+    first: dict[tuple[object, ...], Record] = {}
+    for record in records:
+        other = first.setdefault(tuple(getattr(record, key) for key in names[:-1]), record)
+        if other is not record:
+            message = f"{other.folder} and {record.folder} are runs of one cell, norm and seed: keep one of them"
+            warnings.warn(message, stacklevel=2)
     rows: list[dict[str, Any]] = []
     for record in records:
         fields = {key: getattr(record, key) for key in Record.__dataclass_fields__}

@@ -206,6 +206,7 @@ def read_evidence(root: Path, *, features: bool = False, place: Place = BY_NAME)
             problems.append(Problem(record.folder, str(error)))
     records = _distinct(records, place)
     _check_conditions(records, place)
+    _check_keys(records, place)
     measured: dict[Path, Sequence[FeatureRow]] = {}
     for record in records if features else ():
         try:
@@ -241,8 +242,8 @@ def _check_conditions(records: Iterable[Record], place: Place) -> None:
     """Raise UserError where runs of one cell differ in a value that both know, or in their images.
 
     So a default edited between two runs, or a changed folder of images, is not overlooked. A key that only one of
-    two runs knows is passed over, so that the suite may grow an option; so is a missing fingerprint. Runs of a
-    study must also agree in all that the study does not vary.
+    two runs knows is passed over where its value is empty, false or 0, so that the suite may grow an option; so is
+    a missing fingerprint. Runs of a study must also agree in all that the study does not vary.
     """
     known: dict[tuple[object, ...], tuple[object, Path]] = {}
     for record in records:
@@ -259,6 +260,26 @@ def _check_conditions(records: Iterable[Record], place: Place) -> None:
                     raise UserError(
                         f"two runs of one cell were made under unequal conditions ({name}: {first} and {value}): "
                         f"{folder} and {record.folder}; {_remedy(name, varied)}"
+                    )
+
+
+def _check_keys(records: Iterable[Record], place: Place) -> None:
+    """Raise UserError where one of two runs of a cell has a value for a key that the other lacks."""
+    firsts: dict[tuple[Cell, str], tuple[dict[str, object], Path]] = {}
+    for record in records:
+        cell, norm = place.of(record)
+        of_norm: dict[str, object] = {}
+        others: dict[str, object] = {}
+        for name, value in _flat(record.identity):
+            (of_norm if name.startswith("norm.") else others)[name] = value
+        for key, own in (((cell, norm), of_norm), ((cell, ""), others)):
+            first, folder = firsts.setdefault(key, (own, record.folder))
+            for name in sorted((first.keys() ^ own.keys()) - set(place.varied)):
+                if first.get(name) or own.get(name):
+                    values = f"{first.get(name, 'no value')} and {own.get(name, 'no value')}"
+                    raise UserError(
+                        f"two runs of one cell were made under unequal conditions ({name}: {values}): {folder} and "
+                        f"{record.folder}; {_remedy(name, place.varied)}"
                     )
 
 

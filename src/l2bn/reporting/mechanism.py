@@ -198,8 +198,8 @@ class Mechanism:
         return hashlib.blake2b("\n".join(parts).encode(), digest_size=4).hexdigest()
 
 
-def read_mechanism(runs: Path, studies: Path) -> Mechanism:
-    """The records under a folder, and those of the studies under another that may be missing. Raises UserError."""
+def read_mechanism(runs: Path, studies: Path | None) -> Mechanism:
+    """The records under a folder, and those of studies under another, if any. Raises UserError."""
     evidence = read_evidence(runs, features=True)
     return Mechanism(evidence, [arm for arm in arms_of(evidence) if arm.features], read_studies(studies))
 

@@ -78,13 +78,21 @@ def read_sets(path: Path) -> list[RunSet]:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))["sets"]
         if not entries:
             raise ValueError("there is no set")
-        return [_run_set(entry) for entry in entries]
+        sets = [_run_set(entry) for entry in entries]
+        if len({one.figure for one in sets}) < len(sets):
+            raise ValueError("two sets have one data set and recipe, and would share a figure")
+        return sets
 
 
 def _run_set(entry: dict[str, Any]) -> RunSet:
     lists = {key: tuple(entry[key]) for key in ("backbones", "seeds", "more_seeds") if key in entry}
     if not lists["backbones"] or not lists["seeds"]:
         raise ValueError("backbones and seeds of a set must not be empty")
+    for key, values in lists.items():
+        if len(set(values)) < len(values):
+            raise ValueError(f"{key} repeat a value: {', '.join(map(str, values))}")
+    if again := set(lists["seeds"]) & set(lists.get("more_seeds", ())):
+        raise ValueError(f"seeds and more_seeds share {', '.join(map(str, sorted(again)))}")
     settings = entry.get("settings", {})
     if other := settings.keys() - set(lists["backbones"]):
         raise ValueError(f"settings name {', '.join(sorted(other))}, which is none of the backbones")
@@ -92,6 +100,8 @@ def _run_set(entry: dict[str, Any]) -> RunSet:
     if unknown := precisions - set(PRECISIONS):
         raise ValueError(f"no precision is {', '.join(sorted(unknown))}; take one of {', '.join(PRECISIONS)}")
     control = entry.get("control")
+    if control and not set(control["backbones"]) <= set(lists["backbones"]):
+        raise ValueError("control names a backbone that is none of the set's, which has no L2BN to compare it with")
     return RunSet(**entry | lists | {"control": control and (control["norm"], tuple(control["backbones"]))})
 
 

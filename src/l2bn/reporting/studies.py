@@ -315,11 +315,11 @@ class Studies:
     problems: Sequence[Problem] = ()
 
 
-def read_studies(folder: Path) -> Studies:
+def read_studies(folder: Path | None) -> Studies:
     """The studies under a folder, each of which may be missing. Raises UserError."""
     eps, rates, trap = found = [
         read_evidence(folder / name, features=name == EPS, place=place)
-        if (folder / name).is_dir()
+        if folder is not None and (folder / name).is_dir()
         else Evidence(())
         for name, place in ((EPS, place_by_eps), (RATES, place_by_rate), (TRAP, BY_NAME))
     ]

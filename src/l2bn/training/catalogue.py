@@ -144,8 +144,8 @@ def overview(
             text.append(f"  {shorten(row.summary, room, placeholder=' …')}\n")
         if backbones:
             text.append(
-                f"At {CIFAR.classes} classes and {CIFAR.image_size} pixels; networks for ImageNet and of a library "
-                f"at {IMAGENET.classes:,} and {IMAGENET.image_size}.\n",
+                f"At {CIFAR.classes} classes and {CIFAR.image_size} pixels; networks for ImageNet, of a library "
+                f"and of your own at {IMAGENET.classes:,} and {IMAGENET.image_size}.\n",
                 style="dim",
             )
             text.append(

@@ -21,7 +21,6 @@ from l2bn.records import (
     CONFIG,
     FEATURES,
     METRICS,
-    SUMMARY,
     FeatureRow,
     InvalidRecordError,
     Record,
@@ -32,20 +31,21 @@ from l2bn.records import (
 )
 from l2bn.training.checkpoint import CHECKPOINTS, Checkpoints
 from l2bn.training.compute import OF_GPUS, quieten
+from l2bn.training.environment import warn_of_other_source
 from l2bn.training.instantiate import CONFIGS, machine_keys
 from l2bn.training.interruption import sole_owner
 from l2bn.training.journal import Journal
 from l2bn.training.loop import evaluate
 from l2bn.training.observation import collect
 from l2bn.training.plan import Cell, Config, PlannedRun, check_folders, check_images, check_keys, read_config
-from l2bn.training.run import build_run, run
+from l2bn.training.run import build_run, read_record, run
 from l2bn.training.session import BuiltRun, make_loaders
 
 log = logging.getLogger(__name__)
 
 
 def replay(folder: Path, runs_dir: str, root: str | None = None, config_dirs: Sequence[Path] = ()) -> Record:
-    """Train the run of a record again, under `runs_dir`. Raises UserError.
+    """Train the run of a record again, under `runs_dir`. Raises UserError, also for other images than the record's.
 
     A record may come from anybody: its YAML is read as plain values, only a `_target_` of `configs/` or of the
     folders `config_dirs` is called, and no path of the record is used: paths are those of the data set's YAML file,
@@ -56,7 +56,7 @@ def replay(folder: Path, runs_dir: str, root: str | None = None, config_dirs: Se
         "runs_dir": str(expand(runs_dir, "runs_dir")),
         "compute": {**planned.config["compute"], "device": "auto"},
     }
-    return run(replace(planned, config={**planned.config, **own}))
+    return run(replace(planned, config={**planned.config, **own}), original=folder)
 
 
 def evaluate_run(
@@ -64,13 +64,19 @@ def evaluate_run(
 ) -> tuple[float, float, float | None]:
     """Return loss, top-1 and top-5 accuracy in percent of a run's last weights on its test images.
 
-    Raises UserError.
+    Warns where these weights are no result: of a run that has not ended, or diverged. Raises UserError.
     """
     opened = OpenedRun.open(folder, device, root, config_dirs)
     state = opened.checkpoints.load(opened.fabric.device)
     if state is None:
         raise UserError(f"{folder} has no checkpoint to evaluate")
     opened.load(state)
+    epochs = f"those after {state['position']['epoch']} of {opened.built.recipe.epochs} epochs"
+    record = read_record(folder)
+    if record is None:
+        log.warning("%s has not ended: its last weights, %s, are no result", folder, epochs)
+    elif record.status == "diverged":
+        log.warning("%s diverged (%s): its last weights, %s, are no result", folder, record.divergence, epochs)
     return evaluate(opened.network, opened.test, opened.built.splits.num_classes, opened.fabric)
 
 
@@ -125,10 +131,11 @@ class OpenedRun:
         own = {"device": device, "devices": 1, "sync_bn": False, "compile": False}
         precision = planned.config["compute"]["precision"]
         if precision in OF_GPUS and (device == "cpu" or not torch.cuda.is_available()):
-            log.info("%s was trained in %s, which needs a GPU; here it is computed in float32", folder, precision)
+            log.warning("%s was trained in %s, which needs a GPU; it is computed in float32", folder, precision)
             own["precision"] = "32-true"
         compute = {**planned.config["compute"], **own}
         built = build_run(replace(planned, config={**planned.config, "compute": compute}))
+        warn_of_other_source(folder, planned.config)
         built.compute.set_up()
         fabric = built.compute.fabric()
         network = built.compute.place(built.model, fabric.device, updates=0).network
@@ -157,9 +164,9 @@ def _write_measures(cell: Cell, folder: Path, rows: list[FeatureRow], sample: Sa
     try:
         before, _ = records.keep_measurements(folder, math.inf)
         metrics = read_metrics(folder / METRICS)
-        record = Record.read(folder) if (folder / SUMMARY).exists() else None
     except InvalidRecordError as error:
         raise UserError(f"{folder}: {error}") from error
+    record = read_record(folder)
     merged = {row["step"]: row for row in [*before, *rows]}
     write_lines(folder / FEATURES, [merged[step] for step in sorted(merged)])
     if sample:

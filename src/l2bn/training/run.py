@@ -5,6 +5,7 @@ import copy
 import functools
 import logging
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,12 +68,15 @@ def train_job(config: DictConfig) -> Record:
         raise
 
 
-def run(planned: PlannedRun, *, alone: bool = True) -> Record:
+def run(planned: PlannedRun, *, alone: bool = True, original: Path | None = None) -> Record:
     """Train a run to its end, from its last checkpoint if it has one; return its record.
 
     A run that has ended is left alone. Unless it is `alone`, a request to stop that comes when it is all but ended
     ends the process, with `interruption.EXIT_CODE`, so that no other run begins. Raises UserError for what the user
     can correct; then no folder is made.
+
+    original: the folder of a record that the run repeats, on the same images; other code of the user's own is a
+    warning.
     """
     quieten()
     record, late = find_record(planned), False
@@ -80,6 +84,11 @@ def run(planned: PlannedRun, *, alone: bool = True) -> Record:
         check_ended([(record, planned)])
     else:
         built = build_run(planned)
+        if original is not None:
+            warn_of_other_source(original, planned.config)
+            repeated = read_record(original)
+            if repeated is not None:
+                check_images(repeated.images, built.splits.fingerprint, original)
         with explained(planned.cell, planned.folder):
             check_step(built)
         check_record(built)
@@ -121,13 +130,9 @@ def find_record(planned: PlannedRun) -> Record | None:
     Raises UserError if the folder holds a run of another identity.
     """
     folder = planned.folder
-    record = None
+    record = read_record(folder)
     stored: Config | None = None
-    if (folder / SUMMARY).exists():
-        try:
-            record = Record.read(folder)
-        except InvalidRecordError as error:
-            raise UserError(f"{folder}: {error}\nmove the folder away to train this run anew") from error
+    if record is not None:
         stored = record.identity
     elif (folder / CONFIG).exists():
         try:
@@ -140,6 +145,16 @@ def find_record(planned: PlannedRun) -> Record | None:
     if stored:
         check_identity(stored, planned.identity, folder)
     return record
+
+
+def read_record(folder: Path) -> Record | None:
+    """Return the record of a run, None if it has not ended. Raises UserError for a damaged one."""
+    if not (folder / SUMMARY).exists():
+        return None
+    try:
+        return Record.read(folder)
+    except InvalidRecordError as error:
+        raise UserError(f"{folder}: {error}\nmove the folder away to train this run anew") from error
 
 
 def check_ended(runs: Iterable[tuple[Record, PlannedRun]]) -> None:
