@@ -171,6 +171,7 @@ def test_accuracies_are_measured(measured: Measured, tmp_path: Path) -> None:
             for copy in range(copies):
                 Image.fromarray(pixels[label].numpy()).save(folder / f"{copy}.png")
     options = ["--root", str(tmp_path / "images"), "--images", "128", "--epochs", "1"]
-    runs = measured("accuracy", *options, "--seeds", "2")["runs"]
-    assert [(run["path"], run["seed"]) for run in runs] == [("ours", 0), ("plain", 0), ("ours", 1), ("plain", 1)]
+    paths = ("ours", "plain", "bf16")
+    runs = measured("accuracy", *options, "--seeds", "2", "--paths", *paths)["runs"]
+    assert [(run["path"], run["seed"]) for run in runs] == [(path, seed) for seed in range(2) for path in paths]
     assert all(0 <= run["accuracy"] <= 100 for run in runs)
