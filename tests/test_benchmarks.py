@@ -29,10 +29,10 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_committed_pages_are_made_from_the_committed_results(command: Any) -> None:
-    paths = list(RESULTS.rglob("*.json"))
-    assert {path.stem for path in paths} == set(command.BENCHMARKS)
-    for path in paths:
-        assert path.with_suffix(".md").read_text() == command.page_of(json.loads(path.read_text()))
+    results = {path: json.loads(path.read_text()) for path in RESULTS.rglob("*.json")}
+    assert {result["benchmark"] for result in results.values()} == set(command.BENCHMARKS)
+    for path, result in results.items():
+        assert path.with_suffix(".md").read_text() == command.page_of(result)
 
 
 def test_the_readmes_costs_of_evaluation_and_its_accuracy_are_those_of_the_committed_results() -> None:
