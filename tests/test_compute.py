@@ -299,7 +299,7 @@ def test_on_a_cpu_bfloat16_leaves_out_the_convolutions_that_it_makes_slower(
     name: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Autocast is off while they compute, and their output has the type of the map before."""
-    layer = copy.deepcopy(SLOW.get(name) or FAST[name])
+    layer = copy.deepcopy((SLOW | FAST)[name])
     names = list(layer.state_dict())
     seen: list[bool] = []
     model = nn.Sequential(nn.Conv2d(3, 16, 1), layer, nn.BatchNorm2d(16))

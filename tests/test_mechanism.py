@@ -528,3 +528,12 @@ def test_the_script_writes_all_of_it(folders: tuple[Path, Path], tmp_path: Path)
         assert str(out / name) in printed
         assert (out / name).exists()
     assert len(list((out / "figures").glob("*.svg"))) == 6
+
+
+def test_a_document_of_own_runs_holds_none_of_the_published_studies(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs")  # without measured features, which the document is about
+    command = [sys.executable, ROOT / "scripts/report.py", "mechanism", "tables", "--runs", tmp_path / "runs"]
+    subprocess.run(command, capture_output=True, check=True)
+    text = (tmp_path / "runs/mechanism/mechanism.md").read_text()
+    assert "From 0 records " in text
+    assert "##" not in text

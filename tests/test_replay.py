@@ -58,8 +58,7 @@ def test_other_code_of_the_users_own_is_a_warning(
     record = train("recipe.epochs=1", *TINY)
     environment = record.folder / ENVIRONMENT
     found = json.loads(environment.read_text())
-    last = found["starts"][-1] if "starts" in found else found
-    last["own_source"] = "another"
+    found["starts"][-1]["own_source"] = "another"
     environment.write_text(json.dumps(found))
     calls: dict[str, Callable[[], Any]] = {
         "evaluate": lambda: evaluate_run(record.folder),

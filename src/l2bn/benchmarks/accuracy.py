@@ -1,4 +1,4 @@
-"""What speed costs in accuracy: this project's trainer against the plain loop, and bfloat16 against float32.
+"""Accuracy of this project's trainer against the plain loop's, and in bfloat16 against float32: the price of speed.
 
 By one recipe, several seeds each. The runs of a seed start from the same weights. Order and augmentation of the
 images are the same in all of ours, and others in the plain loop's.
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -16,9 +17,8 @@ from torch import nn
 from l2bn.benchmarks.measure import DEVICE, Result, Row, count, page, table
 from l2bn.benchmarks.workload import (
     CLASSES,
-    NETWORKS,
-    NORMS,
     Workload,
+    build,
     compute,
     pictures,
     plain_epoch,
@@ -28,7 +28,6 @@ from l2bn.benchmarks.workload import (
 from l2bn.data.augment import CropFlip
 from l2bn.data.folder import image_folder
 from l2bn.data.loader import evaluation_loader
-from l2bn.norms.swap import swap_norm
 from l2bn.reporting.formatting import interval, mean_std, signed
 from l2bn.reporting.statistics import estimate, paired_differences
 from l2bn.seeding import derive_seed
@@ -40,10 +39,7 @@ NETWORK, BATCH = "ResNet-20", 128
 
 
 def initial(seed: int, norm: str = "bn") -> nn.Module:
-    torch.manual_seed(derive_seed(seed, "weights"))
-    model = NETWORKS[NETWORK].build()
-    swap_norm(model, NORMS[norm])
-    return model
+    return build(NETWORK, norm, derive_seed(seed, "weights"))
 
 
 def train_ours(
@@ -81,19 +77,19 @@ def train_plain(workload: Workload, learning: Recipe, seed: int) -> float:
     return accuracy
 
 
-PATHS: dict[str, Callable[[Workload, Recipe, int], float]] = {
-    "ours": train_ours,
-    "plain": train_plain,
-    "bf16": partial(train_ours, precision="bf16-mixed"),
-    "l2bn": partial(train_ours, norm="l2bn"),
-    "l2bn-bf16": partial(train_ours, norm="l2bn", precision="bf16-mixed"),
-}
-NAMES = {
-    "ours": "ours, BN",
-    "plain": "plain loop",
-    "bf16": "ours, BN, bfloat16",
-    "l2bn": "ours, L2BN",
-    "l2bn-bf16": "ours, L2BN, bfloat16",
+class Way(NamedTuple):
+    """A way to train, by its name on the page."""
+
+    name: str
+    train: Callable[[Workload, Recipe, int], float]
+
+
+PATHS = {
+    "ours": Way("ours, BN", train_ours),
+    "plain": Way("plain loop", train_plain),
+    "bf16": Way("ours, BN, bfloat16", partial(train_ours, precision="bf16-mixed")),
+    "l2bn": Way("ours, L2BN", partial(train_ours, norm="l2bn")),
+    "l2bn-bf16": Way("ours, L2BN, bfloat16", partial(train_ours, norm="l2bn", precision="bf16-mixed")),
 }
 COMPARED = (("ours", "plain"), ("bf16", "ours"), ("l2bn-bf16", "l2bn"))
 
@@ -111,15 +107,16 @@ loop's, which has BN.
 
 
 def make_page(result: Result) -> str:
-    found = {path: of_path(result["runs"], path) for path in dict.fromkeys(run["path"] for run in result["runs"])}
+    found = {path: accuracies for path in PATHS if (accuracies := of_path(result["runs"], path))}
     rows, differences = [], []
     for path, accuracies in found.items():
         of_seeds = ", ".join(f"{accuracies[seed]:.2f}" for seed in sorted(accuracies))
-        rows.append((NAMES[path], f"{mean_std(accuracies.values())} (n = {len(accuracies)})", of_seeds))
+        rows.append((PATHS[path].name, f"{mean_std(accuracies.values())} (n = {len(accuracies)})", of_seeds))
     for path, other in COMPARED:
         if path in found and other in found:
             difference = estimate(paired_differences(found[other], found[path]))
-            differences.append((NAMES[path], NAMES[other], signed(difference.mean), interval(difference)))
+            names = PATHS[path].name, PATHS[other].name
+            differences.append((*names, signed(difference.mean), interval(difference)))
     return page(
         "Accuracy: the price of speed",
         result,
@@ -150,7 +147,7 @@ def run(arguments: argparse.Namespace) -> Result:
     runs: list[Row] = []
     for seed in range(arguments.seeds):
         for path in arguments.paths:
-            runs.append({"path": path, "seed": seed, "accuracy": PATHS[path](workload, learning, seed)})
-            print(f"{NAMES[path]}, seed {seed}: {runs[-1]['accuracy']:.2f} %", flush=True)
+            runs.append({"path": path, "seed": seed, "accuracy": PATHS[path].train(workload, learning, seed)})
+            print(f"{PATHS[path].name}, seed {seed}: {runs[-1]['accuracy']:.2f} %", flush=True)
     setting = {"network": NETWORK, "images": len(splits.train), "epochs": arguments.epochs}
     return {"setting": {**setting, "batch": BATCH, "source": splits.label}, "runs": runs}

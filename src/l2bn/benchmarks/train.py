@@ -134,8 +134,7 @@ def measure(workload: Workload, callers: list[str], seconds: float) -> list[Row]
     for key, taken in times.items():
         path, norm, caller, precision = key
         row: Row = {"path": path, "norm": norm, "caller": caller, "precision": precision}
-        row |= {"network": workload.network}
-        row |= {"batch": workload.batch, "size": workload.size}
+        row |= {"network": workload.network, "batch": workload.batch, "size": workload.size}
         row |= {"images_per_second": workload.images / taken, "flops_per_image": flops}
         if key in trainers:
             row["auto"] = caller == automatic(workload, precision)

@@ -74,9 +74,9 @@ NORMS: dict[str, Norm] = {
 NORMS["l2bn"] = NORMS["fused"]  # as long runs compute it
 
 
-def build(network: str, norm: str = "bn") -> nn.Module:
+def build(network: str, norm: str = "bn", seed: int = 0) -> nn.Module:
     """A network with its initial weights."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = NETWORKS[network].build()
     swap_norm(model, NORMS[norm])
     return model

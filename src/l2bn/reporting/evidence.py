@@ -257,30 +257,25 @@ def _check_conditions(records: Iterable[Record], place: Place) -> None:
                 where = cell if name in varied else study, norm if of_norm else "", name
                 first, folder = known.setdefault(where, (value, record.folder))
                 if first != value:
-                    raise UserError(
-                        f"two runs of one cell were made under unequal conditions ({name}: {first} and {value}): "
-                        f"{folder} and {record.folder}; {_remedy(name, varied)}"
-                    )
+                    raise _unequal(name, (first, value), (folder, record.folder), varied)
 
 
 def _check_keys(records: Iterable[Record], place: Place) -> None:
-    """Raise UserError where one of two runs of a cell has a value for a key that the other lacks."""
+    """Raise UserError where one of two runs of a cell, or a study, has a value for a key that the other lacks."""
     firsts: dict[tuple[Cell, str], tuple[dict[str, object], Path]] = {}
     for record in records:
         cell, norm = place.of(record)
+        study = replace(cell, value=())
         of_norm: dict[str, object] = {}
         others: dict[str, object] = {}
         for name, value in _flat(record.identity):
             (of_norm if name.startswith("norm.") else others)[name] = value
-        for key, own in (((cell, norm), of_norm), ((cell, ""), others)):
+        for key, own in (((study, norm), of_norm), ((study, ""), others)):
             first, folder = firsts.setdefault(key, (own, record.folder))
             for name in sorted((first.keys() ^ own.keys()) - set(place.varied)):
                 if first.get(name) or own.get(name):
-                    values = f"{first.get(name, 'no value')} and {own.get(name, 'no value')}"
-                    raise UserError(
-                        f"two runs of one cell were made under unequal conditions ({name}: {values}): {folder} and "
-                        f"{record.folder}; {_remedy(name, place.varied)}"
-                    )
+                    values = first.get(name, "no value"), own.get(name, "no value")
+                    raise _unequal(name, values, (folder, record.folder), place.varied)
 
 
 def _conditions(record: Record) -> dict[str, object]:
@@ -289,6 +284,16 @@ def _conditions(record: Record) -> dict[str, object]:
     found |= {"setting": record.setting, "train_images": record.train_images, "test_images": record.test_images}
     found["parameters"] = record.parameters
     return found | ({"images.files": record.images["files"]} if record.images else {})
+
+
+def _unequal(
+    name: str, values: tuple[object, object], folders: tuple[Path, Path], varied: Sequence[str]
+) -> UserError:
+    (a, b), (one, other) = values, folders
+    return UserError(
+        f"two runs of one cell were made under unequal conditions ({name}: {a} and {b}): {one} and {other}; "
+        f"{_remedy(name, varied)}"
+    )
 
 
 def _remedy(name: str, varied: Sequence[str]) -> str:

@@ -153,7 +153,7 @@ class Compute:
         if self.precision == "bf16-mixed" and device.type == "cpu":
             keep_in_float32(network)
             if not computes_bfloat16():
-                log.warning("this processor has no bfloat16 instructions; precision=32-true is faster on it")
+                log.warning("this processor has no bfloat16 instructions; compute.precision=32-true is faster")
         kernels = select_kernels(network, device, updates)
         if self.replays_graphs(network, device, in_memory):
             return Placed(network, Recorded(network), f"{kernels}+graphs")
