@@ -1,8 +1,6 @@
 """The controls of L2BN: each differs from it in the one point that it names."""
 
 import copy
-import functools
-import importlib
 import math
 import pickle
 from collections.abc import Callable
@@ -11,7 +9,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-import yaml
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from l2bn import L2BatchNorm2d, l2_normalize, swap_norm
@@ -213,15 +212,12 @@ def test_statistics_are_float32_in_half_precision(convert: Convert) -> None:
 @pytest.mark.parametrize("name", ["mobilenetv2_050", "resnet18"])
 def test_in_a_model_of_timm_everything_but_the_norm_stays(path: Path, name: str) -> None:
     """mobilenetv2 has norm and activation in one layer: dropout and activation must act on."""
-    node = yaml.safe_load(path.read_text())
-    module, _, function = node.pop("_target_").rpartition(".")
-    convert = getattr(importlib.import_module(module), function)
-    node.pop("_partial_")
-    options = node | ({"fused": "off"} if "fused" in node else {})
+    node = OmegaConf.load(path)
+    norm = instantiate(node, **({"fused": "off"} if "fused" in node else {}))
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=5)
     stock = copy.deepcopy(model)
-    assert swap_norm(model, functools.partial(convert, **options)) == {"mobilenetv2_050": 52, "resnet18": 20}[name]
+    assert swap_norm(model, norm) == {"mobilenetv2_050": 52, "resnet18": 20}[name]
     activations = [[type(m) for m in net.modules() if "ReLU" in type(m).__name__] for net in (stock, model)]
     assert activations[0] == activations[1]
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in stock.named_parameters()]

@@ -257,6 +257,8 @@ def test_input_that_is_not_of_floating_point_is_refused(dtype: torch.dtype) -> N
     for layer in (L2BatchNorm2d(3), L2BatchNorm2d(3, fused="off"), l2bn_position.convert(nn.BatchNorm2d(3))):
         with pytest.raises(NotImplementedError, match='"batch_norm" not implemented for'):
             layer(x)
+    with pytest.raises(TypeError, match="l2_normalize takes floating-point values, not"):
+        l2_normalize(x)
 
 
 def test_bad_options_are_named() -> None:

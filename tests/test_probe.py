@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from l2bn import swap_norm
 from l2bn.analysis.features import measure
 from l2bn.analysis.moments import Moments
-from l2bn.analysis.probe import SAMPLED_IMAGES, Probe, classifier, shrink
+from l2bn.analysis.probe import SAMPLED_IMAGES, Probe, _warn_of_rows, classifier, shrink
 from l2bn.backbones.resnet import cifar_resnet
 from l2bn.norms.swap import norm_layers
 from l2bn.records import FeatureRow, Sample
@@ -108,6 +108,19 @@ def look_at(model: nn.Module, names: tuple[str, ...], x: Tensor, labels: Tensor)
         probe.expect(labels)
         model(x)
     return probe.row(1, 1)
+
+
+def test_a_layer_over_tokens_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    """As in timm's levit_128s, whose batch norm gets (N * tokens, C)."""
+    stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(2), nn.Flatten(0, 1))
+    tokens = nn.Sequential(nn.BatchNorm1d(36), nn.Unflatten(0, (-1, 4)), nn.Flatten())
+    model = nn.Sequential(stem, tokens, nn.Linear(144, K)).eval()
+    _warn_of_rows.cache_clear()
+    row = look(model, *images(40)).row(1, 1)
+    assert [layer["name"] for layer in row["layers"]] == ["0.1"]
+    assert [record.message.partition(",")[0] for record in caplog.records] == [
+        "norm layers that get another number of rows than images"
+    ]
 
 
 def test_it_holds_sums_and_not_images() -> None:

@@ -5,12 +5,14 @@ import functools
 import importlib
 import logging
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm
 
@@ -47,19 +49,16 @@ def test_every_norm_keeps_parameters_and_learns(path: Path) -> None:
 
     A norm whose state dict cannot be BN's says so by `BN_SHAPED = False` in its module.
     """
-    config = yaml.safe_load(path.read_text())
-    module, _, function = config.pop("_target_").rpartition(".")
-    assert config.pop("_partial_") is True
-    norm = getattr(importlib.import_module(module), function)
-    options = config | ({"fused": "off"} if "fused" in config else {})
+    config = OmegaConf.load(path)
+    norm = instantiate(config, **({"fused": "off"} if "fused" in config else {}))
 
     model = small()
     before, parameters = dict(model.state_dict(keep_vars=True)), dict(model.named_parameters())
     random_state = torch.get_rng_state()
-    assert swap_norm(model, functools.partial(norm, **options)) == 3
+    assert swap_norm(model, norm) == 3
     assert torch.equal(torch.get_rng_state(), random_state), "the swap drew random numbers"
     after = model.state_dict(keep_vars=True)
-    assert (list(after) == list(before)) is getattr(importlib.import_module(module), "BN_SHAPED", True)
+    assert (list(after) == list(before)) is getattr(sys.modules[norm.func.__module__], "BN_SHAPED", True)
     for key in before.keys() & after.keys():
         assert after[key] is before[key], f"{key} is another tensor"
     assert list(dict(model.named_parameters())) == list(parameters)
@@ -79,13 +78,11 @@ def test_every_norm_keeps_parameters_and_learns(path: Path) -> None:
 @pytest.mark.parametrize("path", NORMS, ids=lambda path: path.stem)
 @pytest.mark.parametrize(("option", "value"), [("eps", 0.0), ("eps", -1.0), ("momentum", 7.0)])
 def test_every_norm_refuses_what_batch_norm_cannot_compute_with(path: Path, option: str, value: float) -> None:
-    config = yaml.safe_load(path.read_text())
+    config = OmegaConf.load(path)
     if option not in config:
         pytest.skip(f"it has no {option}")
-    module, _, function = config.pop("_target_").rpartition(".")
-    norm = getattr(importlib.import_module(module), function)
     with pytest.raises(ValueError, match=option):
-        swap_norm(small(), functools.partial(norm, **{option: value}))
+        swap_norm(small(), instantiate(config, **{option: value}))
 
 
 def test_layers_keep_what_the_backbone_set() -> None:

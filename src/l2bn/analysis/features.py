@@ -162,14 +162,16 @@ def angle_mean(g: Geometry) -> Tensor:
     return angles(g.means).mean()
 
 
+def smallest(angles: Tensor) -> Tensor:
+    return angles.min() if len(angles) else NOT_DEFINED
+
+
 def angle_min(g: Geometry) -> Tensor:
-    found = angles(g.means)
-    return found.min() if len(found) else NOT_DEFINED
+    return smallest(angles(g.means))
 
 
 def centred_angle_min(g: Geometry) -> Tensor:
-    found = angles(g.centred)
-    return found.min() if len(found) else NOT_DEFINED
+    return smallest(angles(g.centred))
 
 
 def distance(g: Geometry) -> Tensor:

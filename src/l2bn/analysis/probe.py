@@ -1,7 +1,9 @@
 """Forward hooks that sum up the features of a network during an evaluation."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from torch import Tensor, nn
 from l2bn.analysis.features import histogram, measure
 from l2bn.analysis.moments import Moments, pooled
 from l2bn.records import SIDES, FeatureRow, Sample
+
+logger = logging.getLogger(__name__)
 
 SAMPLED_CLASSES = 20
 SAMPLED_IMAGES = 50  # of each of them
@@ -35,7 +39,8 @@ def classifier(network: nn.Module, classes: int) -> nn.Module:
 class Probe:
     """Sums of the features at norm layers and before the classifier.
 
-    A norm layer that is used in several places is measured over all of them.
+    A norm layer that is used in several places is measured over all of them. One whose rows are not the images, but
+    such as their tokens, is left out.
     """
 
     def __init__(self, network: nn.Module, layers: Sequence[str], classes: int) -> None:
@@ -67,6 +72,9 @@ class Probe:
 
     def _seer(self, name: str) -> Any:
         def see(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+            if len(output) != len(self._labels):
+                _warn_of_rows()
+                return
             for side, features in zip(SIDES, (given[0], output), strict=True):
                 self._add((name, side), features)
 
@@ -130,6 +138,14 @@ class Probe:
         places = torch.cat([(labels == k).nonzero()[:SAMPLED_IMAGES] for k in range(SAMPLED_CLASSES)])
         kept = places.flatten().sort().values
         return Sample(features[kept].numpy(), labels[kept].numpy())
+
+
+@cache
+def _warn_of_rows() -> None:
+    logger.warning(
+        "norm layers that get another number of rows than images, such as one for each token, are not measured; "
+        "L2BN gives each row the same norm there, not each image"
+    )
 
 
 def shrink(layer: nn.Module) -> float | None:

@@ -68,16 +68,16 @@ def with_stem(model: nn.Module, stem: Stem, name: str) -> nn.Module:
 def shrink_stem(model: nn.Module, name: str) -> None:
     """Fit `model`, in place, to small images: first convolution 3x3 with stride 1, no pool in the stem.
 
-    A kernel larger than 3x3 is cut to its middle and scaled so that the variance of He's initialisation is kept;
-    no random number is drawn. UserError, naming `name`, if the first convolution has not stride 2: VGG's stem is
-    small already, and ViT and ConvNeXt begin with patches.
+    A kernel larger than 3x3 is cut to its middle and scaled so that the variance of He's initialisation is kept.
+    UserError, naming `name`, if the first convolution has not stride 2: VGG's stem is small already, and ViT and
+    ConvNeXt begin with patches.
     """
     convolutions = 0
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Conv2d):
             convolutions += 1
             if convolutions == 1:
-                replace(model, path, small_convolution(module, name))
+                model.set_submodule(path, small_convolution(module, name))
         elif isinstance(module, nn.MaxPool2d | nn.AvgPool2d) and convolutions > 0:
             if convolutions > MOST_STEM_CONVOLUTIONS:
                 return
@@ -85,7 +85,7 @@ def shrink_stem(model: nn.Module, name: str) -> None:
                 raise UserError(
                     f"backbone.stem=small: the pool {path} of {name} cannot be left out; use backbone.stem=imagenet"
                 )
-            replace(model, path, nn.Identity())
+            model.set_submodule(path, nn.Identity())
             logger.info("%s, small stem: %s left out", name, path)
             return
     if convolutions == 0:
@@ -110,9 +110,3 @@ def small_convolution(conv: nn.Conv2d, name: str) -> nn.Conv2d:
             small.bias.copy_(conv.bias)
     logger.info("%s, small stem: %dx%d stride 2 -> 3x3 stride 1", name, kernel, kernel)
     return small
-
-
-def replace(model: nn.Module, path: str, new: nn.Module) -> None:
-    """Put `new` where `model` has the submodule `path`."""
-    parent, _, child = path.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)

@@ -5,6 +5,7 @@ Called from eager code, forward and backward are each one kernel, compiled for t
 (compiler.py). Inside a compiled model the same formulas are traced into the model's graph.
 """
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -17,11 +18,14 @@ from l2bn.kernels.formulas import (
     Scalar,
     as_map,
     as_rows,
-    definition,
+    batch_norm,
     dense,
+    line_of_running,
+    normalized,
     position_axis,
     positions_of,
     update_running,
+    widened,
 )
 
 FEW_POSITIONS = 16
@@ -50,8 +54,7 @@ def forward_kernel(
     axis: int,
 ) -> tuple[Tensor, ...]:
     y, mu, v, saved = formulas.forward(as_rows(x, axis), weight, bias, rms, eps, axis)
-    if mean is not None and var is not None and step is not None:
-        update_running(mean, var, mu, v, step, x.numel() / x.shape[1])
+    update_running(mean, var, mu, v, step, x.numel() / x.shape[1])
     return as_map(y, x, axis), *saved
 
 
@@ -72,7 +75,8 @@ def evaluation_kernel(
     rms: bool,
     axis: int,
 ) -> Tensor:
-    return as_map(formulas.evaluate(as_rows(x, axis), weight, bias, mean, var, rms, eps, axis), x, axis)
+    slope, shift = line_of_running(weight, bias, mean, var, eps)
+    return as_map(formulas.evaluate(as_rows(x, axis), slope, shift, rms, axis), x, axis)
 
 
 class _Training(torch.autograd.Function):
@@ -102,7 +106,12 @@ class _Training(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         x, weight, *saved = ctx.saved_tensors
         if torch.is_grad_enabled() or operators_must_be_seen(g):
-            return *gradients_of_definition(g, x, weight, ctx.bias, ctx.rms, ctx.eps), *[None] * 6
+
+            def definition(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+                z = normalized(widened(x), ctx.rms)
+                return batch_norm(z, weight, bias, None, None, ctx.eps, momentum=0.0, training=True).to(x.dtype)
+
+            return *gradients_by_operators(definition, (x, weight, ctx.bias), g), *[None] * 6
         tensors = dense(g, ctx.axis), dense(x, ctx.axis), weight, *saved
         dx, gw, gb = run_kernel(backward_kernel, tensors, ctx.formulas, ctx.rms, ctx.axis, strict=ctx.strict)
         return (
@@ -113,17 +122,15 @@ class _Training(torch.autograd.Function):
         )
 
 
-def gradients_of_definition(
-    g: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, rms: bool, eps: float
+def gradients_by_operators(
+    function: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], g: Tensor
 ) -> list[Tensor | None]:
-    """Return the gradients of x, weight and bias by operators, so that they can be differentiated and
+    """Return the gradients of the inputs, g that of function(*inputs), so that they can be differentiated and
     transformed."""
-    inputs = [x, weight, bias]
     wanted = [t for t in inputs if t is not None and t.requires_grad]
     higher = torch.is_grad_enabled()
     with torch.enable_grad():
-        y = definition(x, weight, bias, None, None, rms, eps, momentum=0.0, training=True)
-        gradients = iter(torch.autograd.grad(y, wanted, g, create_graph=higher))
+        gradients = iter(torch.autograd.grad(function(*inputs), wanted, g, create_graph=higher))
     return [next(gradients) if t is not None and t.requires_grad else None for t in inputs]
 
 
@@ -137,7 +144,6 @@ class _TracedTraining(torch.autograd.Function):
         y, mu, v, saved = formulas_for(positions_of(x, axis)).forward(x, weight, bias, rms, eps, axis)
         ctx.save_for_backward(x, weight, *saved)
         ctx.rms, ctx.axis = rms, axis
-        ctx.weight_dtype = None if weight is None else weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.mark_non_differentiable(mu, v)
         return y, mu, v
@@ -148,7 +154,7 @@ class _TracedTraining(torch.autograd.Function):
         dx, gw, gb = formulas_for(positions_of(x, ctx.axis)).backward(g, x, weight, tuple(saved), ctx.rms, ctx.axis)
         return (
             dx,
-            None if ctx.weight_dtype is None else gw.to(ctx.weight_dtype),
+            None if weight is None else gw.to(weight.dtype),
             None if ctx.bias_dtype is None else gb.to(ctx.bias_dtype),
             None,
             None,
@@ -177,9 +183,8 @@ def train(
     axis = position_axis(x)
     # Rows are made out here: inside, Dynamo would copy the gradient of a channels_last map to (N, C, P).
     y, mu, v = _TracedTraining.apply(as_rows(x, axis), weight, bias, rms, eps, axis)
-    if mean is not None and var is not None and step is not None:
-        with torch.no_grad():
-            update_running(mean, var, mu, v, step, x.numel() / x.shape[1])
+    with torch.no_grad():
+        update_running(mean, var, mu, v, step, x.numel() / x.shape[1])
     return as_map(y, x, axis)
 
 

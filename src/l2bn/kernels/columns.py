@@ -120,20 +120,8 @@ def backward(
     return dx.to(x.dtype), gr * inv, gb
 
 
-def evaluate(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    rms: bool,
-    eps: Scalar,
-    axis: int,
-) -> Tensor:
-    """Return y by the running statistics."""
+def evaluate(x: Tensor, slope: Tensor, shift: Tensor, rms: bool, axis: int) -> Tensor:
+    """Return slope z + shift; both are (C,)."""
     wide = widened(x)
     s = computed_once(sample_scale(along(wide * wide), squared_target(x, rms)))
-    inv = 1 / (widened(var) + eps).sqrt()
-    k = inv if weight is None else inv * weight
-    shift = -widened(mean) * k if bias is None else bias - widened(mean) * k
-    return (wide * s * over_columns(k, x, axis) + over_columns(shift, x, axis)).to(x.dtype)
+    return (wide * s * over_columns(slope, x, axis) + over_columns(shift, x, axis)).to(x.dtype)

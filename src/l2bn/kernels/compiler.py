@@ -123,7 +123,9 @@ def _new_kernel(
         if strict:
             raise
         _warn_once(_reason(error))
-        return _with_absent(function, tensors, constants)
+        uncompiled = _with_absent(function, tensors, constants)
+        # `.data`, because autograd forbids an in-place ReLU on a view that a Function returns.
+        return lambda *present: [t.data for t in uncompiled(*present)]
 
 
 def _with_absent(function: Function, tensors: tuple[Tensor | None, ...], constants: tuple[Any, ...]) -> Kernel:

@@ -1,4 +1,4 @@
-"""The definition of L2BN as one function, and what both ways of summing it share: the factor and the memory layout.
+"""The steps of L2BN's definition, and what both ways of summing it share: the factor and the memory layout.
 
     s_n = a / max(||x_n||_2, tiny);  z_n = s_n x_n;  y = BN(z)          (Wang et al., arXiv:2207.02625)
 
@@ -61,21 +61,6 @@ def normalized(x: Tensor, rms: bool) -> Tensor:
     return x * differentiable_scale(norm2, squared_target(x, rms))
 
 
-def definition(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    rms: bool,
-    eps: float,
-    momentum: float,
-    training: bool,
-) -> Tensor:
-    """Return L2BN of x (N, C, ...) by operators that every transform knows; training moves `mean` and `var`."""
-    return batch_norm(normalized(widened(x), rms), weight, bias, mean, var, eps, momentum, training).to(x.dtype)
-
-
 def batch_norm(
     z: Tensor,
     weight: Tensor | None,
@@ -91,8 +76,24 @@ def batch_norm(
     return F.batch_norm(z.to(own), mean, var, weight, bias, training, momentum, eps)
 
 
-def update_running(mean: Tensor, var: Tensor, mu: Tensor, v: Tensor, step: Scalar, count: Scalar) -> None:
-    """Move the running statistics in place, as batch norm does: towards the mean and the unbiased variance."""
+def line_of_running(
+    weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: Scalar
+) -> tuple[Tensor, Tensor]:
+    """Return slope and shift (C,) of y = slope z + shift by the running statistics."""
+    inv = 1 / (widened(var) + eps).sqrt()
+    k = inv if weight is None else inv * weight
+    return k, -widened(mean) * k if bias is None else bias - widened(mean) * k
+
+
+def update_running(
+    mean: Tensor | None, var: Tensor | None, mu: Tensor, v: Tensor, step: Scalar | None, count: Scalar
+) -> None:
+    """Move the running statistics in place, as batch norm does: towards the mean and the unbiased variance.
+
+    Without them, or without a step, nothing is moved.
+    """
+    if mean is None or var is None or step is None:
+        return
     mean.copy_(mean + step * (mu - mean))
     var.copy_(var + step * (v * (count / (count - 1)) - var))
 
@@ -142,11 +143,6 @@ def positions_of(rows: Tensor, axis: int) -> int:
 def over_positions(rows: Tensor, axis: int) -> Tensor:
     """Sum over the positions, to (N, C)."""
     return rows.sum(1 if axis == 1 else tuple(range(2, rows.ndim)))
-
-
-def first_position(rows: Tensor, axis: int) -> Tensor:
-    """Return the first position, (N, C)."""
-    return rows[:, 0] if axis == 1 else rows.flatten(2)[:, :, 0]
 
 
 def at_positions(t: Tensor, rows: Tensor, axis: int) -> Tensor:

@@ -32,7 +32,6 @@ from l2bn.kernels.formulas import (
     Scalar,
     at_positions,
     computed_once,
-    first_position,
     over_positions,
     positions_of,
     sample_scale,
@@ -60,22 +59,9 @@ class Features(NamedTuple):
     v: Tensor  # (C,) biased variance of z over samples and positions
 
 
-class Line(NamedTuple):
-    """The coefficients of y = d A + B, and the inverse deviation in both."""
-
-    slope: Tensor  # (N, C)
-    shift: Tensor  # (N, C)
-    inv: Tensor  # (C,)
-
-
 def origin(x: Tensor, axis: int) -> Tensor:
     """Return x0 of forward, (N, C)."""
-    return widened(first_position(x, axis))
-
-
-def middle(x: Tensor, axis: int) -> Tensor:
-    """Return x0 of backward, (N, C)."""
-    return over_positions(widened(x), axis) / positions_of(x, axis)
+    return widened(x[:, 0] if axis == 1 else x.flatten(2)[:, :, 0])
 
 
 def distance(x: Tensor, x0: Tensor, axis: int) -> Tensor:
@@ -107,13 +93,15 @@ def features(x: Tensor, taken: Moments, rms: bool, axis: int) -> Features:
     return Features(mean, norm2, s, zc, mu, (s * s * var + zc * zc).mean(0))
 
 
-def line(taken: Moments, z: Features, weight: Tensor | None, bias: Tensor | None, eps: Scalar) -> Line:
-    """Return the coefficients of the second pass."""
+def line(
+    taken: Moments, z: Features, weight: Tensor | None, bias: Tensor | None, eps: Scalar
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return A and B (N, C) of y = d A + B, and the inverse deviation (C,) in both."""
     m = taken.m
     inv = 1 / (z.v + eps).sqrt()
     k = inv if weight is None else inv * weight
     shift = (z.zc - z.s * m) * k
-    return Line((z.s * k).to(m.dtype), (shift if bias is None else shift + bias).to(m.dtype), inv)
+    return (z.s * k).to(m.dtype), (shift if bias is None else shift + bias).to(m.dtype), inv
 
 
 def apply_line(x: Tensor, slope: Tensor, shift: Tensor, axis: int, back: Tensor | None = None) -> Tensor:
@@ -175,8 +163,10 @@ def forward(
     back = distance_back(x, axis)
     taken = moments(x, axis)
     z = features(x, taken, rms, axis)
-    drawn = line(taken, z, weight, bias, eps)
-    return apply_line(x, drawn.slope, drawn.shift, axis, back), z.mu, z.v, (drawn.inv, middle(x, axis), taken.var)
+    slope, shift, inv = line(taken, z, weight, bias, eps)
+    y = apply_line(x, slope, shift, axis, back)
+    middle = over_positions(widened(x), axis) / positions_of(x, axis)  # x0 of backward
+    return y, z.mu, z.v, (inv, middle, taken.var)
 
 
 def backward(
@@ -194,21 +184,9 @@ def backward(
     return apply_gradient(g, x, x0, slope, e, f, axis), gw, gb
 
 
-def evaluate(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    rms: bool,
-    eps: Scalar,
-    axis: int,
-) -> Tensor:
-    """Return y by the running statistics; the first pass reads the samples' norms alone."""
+def evaluate(x: Tensor, slope: Tensor, shift: Tensor, rms: bool, axis: int) -> Tensor:
+    """Return slope z + shift, both (C,); the first pass reads the samples' norms alone."""
     wide = widened(x)
     s = sample_scale(over_positions(wide * wide, axis).sum(1, keepdim=True), squared_target(x, rms))
-    inv = 1 / (widened(var) + eps).sqrt()
-    k = inv if weight is None else inv * weight
-    shift = -widened(mean) * k if bias is None else bias - widened(mean) * k
-    slope, shift = computed_once(s * k), computed_once(shift)
+    slope, shift = computed_once(s * slope), computed_once(shift)
     return (wide * at_positions(slope, x, axis) + at_positions(shift, x, axis)).to(x.dtype)

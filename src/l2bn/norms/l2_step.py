@@ -17,8 +17,10 @@ def l2_normalize(x: Tensor, scale: Scale = "unit") -> Tensor:
     """Divide each sample by its l2 norm over all axes but the first ("rms": by its root mean square).
 
     x and the result are (N, ...), in the same type; norms are taken in float32 at least. Raises ValueError for
-    another scale.
+    another scale, TypeError for x of a type that is not floating-point.
     """
+    if not x.is_floating_point():  # the result would be cut down to whole numbers
+        raise TypeError(f"l2_normalize takes floating-point values, not {x.dtype}: convert them first")
     return normalized(widened(x), is_rms(scale)).to(x.dtype)
 
 

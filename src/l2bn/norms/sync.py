@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from l2bn.kernels import rows
+from l2bn.kernels.autograd import gradients_by_operators
 from l2bn.kernels.compiler import Fused, compiler_works, listed, run_kernel
 from l2bn.kernels.formulas import (
     as_map,
@@ -116,7 +117,12 @@ class _JointL2BN(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> Any:
         x, weight, slope, inv, count, x0, var, *statistics = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *_differentiable_gradients(ctx, g, x, weight), *[None] * 4
+
+            def definition(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+                z = normalized(widened(x), ctx.rms)
+                return joint_batch_norm(z, weight, bias, ctx.eps, ctx.group)[0].to(x.dtype)
+
+            return *gradients_by_operators(definition, (x, weight, ctx.bias), g), *[None] * 4
         z = rows.Features(*statistics)
         axis, fused = ctx.axis, ctx.fused
         x_rows, g_rows = (as_rows(dense(t, axis), axis) for t in (x, g))
@@ -138,16 +144,6 @@ class _JointL2BN(torch.autograd.Function):
         )
 
 
-def _differentiable_gradients(ctx: Any, g: Tensor, x: Tensor, weight: Tensor | None) -> list[Tensor | None]:
-    """Return the gradients of x, weight and bias as functions of them and of g."""
-    inputs = [x, weight, ctx.bias]
-    wanted = [t for t in inputs if t is not None and t.requires_grad]
-    z = normalized(widened(x), ctx.rms)
-    y = joint_batch_norm(z, weight, ctx.bias, ctx.eps, ctx.group)[0].to(x.dtype)
-    gradients = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
-    return [next(gradients) if t is not None and t.requires_grad else None for t in inputs]
-
-
 def _run(function: Any, tensors: tuple[Tensor, ...], axis: int, fused: Fused) -> list[Tensor]:
     """Run a pass over this rank's samples, compiled unless there are none."""
     if fused == "off" or tensors[0].numel() == 0:
@@ -166,10 +162,8 @@ class _Sync(_BatchNorm):
     def _moved(self, joint: Joint, state: State) -> Tensor:
         """Move the running statistics, and return y."""
         y, mu, v, count = joint
-        share = share_of_batch(self, state)
-        if share is not None and state.mean is not None and state.var is not None:
-            with torch.no_grad():
-                update_running(state.mean, state.var, mu, v, share, count)
+        with torch.no_grad():
+            update_running(state.mean, state.var, mu, v, share_of_batch(self, state), count)
         return y
 
 
