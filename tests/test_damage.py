@@ -124,7 +124,7 @@ def test_a_damaged_summary_is_named(train: Train) -> None:
         train("recipe.epochs=1", *TINY)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"starts": [1]}'])
 def test_a_damaged_list_of_starts_is_begun_anew(
     content: str, stopped: Path, train: Train, caplog: pytest.LogCaptureFixture
 ) -> None:
