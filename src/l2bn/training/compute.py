@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning_fabric import Fabric
@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 
 Compile = Literal["auto", "graphs"] | bool
 Precision = Literal["32-true", "tf32-mixed", "bf16-mixed", "16-mixed"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 OF_GPUS = ("16-mixed", "tf32-mixed")  # precisions that a CPU lacks
 
 MOST = 1024  # threads or workers: far above what a machine has, far below what brings one down
