@@ -50,6 +50,15 @@ def test_two_damaged_checkpoints(stopped: Path, train: Train) -> None:
     assert sorted(stopped.rglob("*.pt")) == both
 
 
+def test_a_run_whose_checkpoints_are_gone_says_that_it_starts_anew(
+    stopped: Path, train: Train, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a cluster that deletes large files after a month."""
+    shutil.rmtree(stopped / "checkpoints")
+    assert train("recipe.epochs=3", *TINY).status == "finished"
+    assert "metrics.jsonl has epochs, but the run has no checkpoint: it starts at its first epoch" in caplog.text
+
+
 def test_a_checkpoint_that_cannot_be_read(
     stopped: Path, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
