@@ -70,6 +70,16 @@ def test_a_mac_trains_on_its_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compute(device="auto").fabric().device.type == "cpu"
 
 
+def test_the_processes_of_a_run_meet_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a pod or on a second node, whose environment says where those of one large job would meet."""
+    for name, value in (("MASTER_ADDR", "pod-0"), ("MASTER_PORT", "23456"), ("NODE_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    strategies: list[Any] = [compute(device="cpu", devices=2).fabric().strategy for _ in range(2)]
+    places = [strategy.cluster_environment for strategy in strategies]
+    assert [(place.main_address, place.node_rank()) for place in places] == 2 * [("127.0.0.1", 0)]
+    assert len({23456, *(place.main_port for place in places)}) == 3
+
+
 @pytest.mark.usefixtures("_flags")
 @pytest.mark.parametrize(("threads", "devices", "own"), [(8, 1, 8), (8, 2, 4), (1, 2, 1)])
 def test_the_processes_of_a_run_share_its_threads(

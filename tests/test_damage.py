@@ -50,6 +50,15 @@ def test_two_damaged_checkpoints(stopped: Path, train: Train) -> None:
     assert sorted(stopped.rglob("*.pt")) == both
 
 
+def test_a_run_whose_checkpoints_are_gone_says_that_it_starts_anew(
+    stopped: Path, train: Train, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a cluster that deletes large files after a month."""
+    shutil.rmtree(stopped / "checkpoints")
+    assert train("recipe.epochs=3", *TINY).status == "finished"
+    assert "metrics.jsonl has epochs, but the run has no checkpoint: it starts at its first epoch" in caplog.text
+
+
 def test_a_checkpoint_that_cannot_be_read(
     stopped: Path, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -124,7 +133,7 @@ def test_a_damaged_summary_is_named(train: Train) -> None:
         train("recipe.epochs=1", *TINY)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"starts": [1]}'])
 def test_a_damaged_list_of_starts_is_begun_anew(
     content: str, stopped: Path, train: Train, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,5 +1,7 @@
 """Provenance: the code that a record names is the code that made it, or null where it is not known."""
 
+import importlib
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 from l2bn.training import environment
-from l2bn.training.environment import describe_environment, note_start
+from l2bn.training.environment import describe_environment, note_start, own_source
 
 
 def git(folder: Path, *arguments: str) -> None:
@@ -51,6 +53,16 @@ def test_changed_files_and_untracked_source_are_dirty(checkout: Path, file: str,
     assert facts()["dirty"] is dirty
 
 
+def test_files_of_any_name_may_lie_in_the_checkout(checkout: Path) -> None:
+    """One whose name is not UTF-8, with git told to quote no names, and the lock that an editor leaves."""
+    git(checkout, "config", "core.quotepath", "false")
+    before = facts()
+    (checkout / "src/l2bn/.#one.py").symlink_to("nobody@nowhere.1")
+    assert facts()["source"] == before["source"]
+    Path(os.fsdecode(bytes(checkout / "src") + b"/caf\xe9.py")).touch()
+    assert facts()["dirty"]
+
+
 def test_nothing_is_said_of_a_commit_where_none_is_known(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(facts()["commit"], str)
     inner = checkout / "unpacked"  # in somebody's repository, which is not the project's
@@ -80,3 +92,30 @@ def test_a_run_that_goes_on_with_other_code_is_warned_of(
     git(checkout, "commit", "--all", "--quiet", "--message", "two")
     start()
     assert "resumed with other code" in caplog.text
+
+
+def test_a_run_that_goes_on_with_another_processor_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a job that is requeued on another node: the same instructions, and kernels with other block sizes."""
+    for processor in ("EPYC", "Xeon"):
+        monkeypatch.setattr(environment, "_processor", lambda name=processor: name)
+        note_start(tmp_path, torch.device("cpu"), "plain", {})
+    assert "resumed with other processor" in caplog.text
+
+
+def test_an_installed_package_is_not_own_code_wherever_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cluster's PYTHONPATH names folders of packages beside those of the environment."""
+    packages = tmp_path / "modules" / "site-packages"
+    packages.mkdir(parents=True)
+    (packages / "own_nowhere.py").write_text("limit = 1\n")
+    (tmp_path / "own_caller.py").write_text("import own_nowhere\ndef convert(bn): ...\n")
+    for folder in (packages, tmp_path):
+        monkeypatch.syspath_prepend(folder)
+    importlib.import_module("own_caller")
+    node = {"norm": {"_target_": "own_caller.convert"}}
+    before = own_source(node)
+    (packages / "own_nowhere.py").write_text("limit = 2\n")
+    assert own_source(node) == before is not None

@@ -167,9 +167,18 @@ def test_every_out_of_memory_error_is_recognized(error: Exception, tmp_path: Pat
         raise error
 
 
-def test_another_error_is_not_explained_away(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="shapes differ"), explained("run", tmp_path):
-        raise RuntimeError("shapes differ")
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), OSError("Caught OSError in a worker")])
+def test_another_error_is_not_explained_away(error: Exception, tmp_path: Path) -> None:
+    """An OSError without a number is a library's: nothing failed to be written."""
+    with pytest.raises(type(error), match=str(error)), explained("run", tmp_path):
+        raise error
+
+
+def test_a_shared_memory_that_is_too_small(tmp_path: Path) -> None:
+    """As of a container, which has 64 MB, under a run on several devices; torch's own words."""
+    full = "unable to allocate shared memory(shm) for file </torch_7_1_0>: No space left on device (28)"
+    with pytest.raises(UserError, match=r"No space left.*enlarge /dev/shm"), explained("run", tmp_path):
+        raise RuntimeError(full)
 
 
 OUTPUTS = {

@@ -71,6 +71,15 @@ class Unused(Flat):
     def forward(self, x):
         return self.head(self.body(x).flatten(1))
 
+class Spare(Unused):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.spare = nn.Linear(2, num_classes)
+
+class Wrong(Flat):
+    def forward(self, x):
+        return self.tail(x)
+
 class ByFour(Unused):
     def forward(self, x):
         if self.training:
@@ -229,11 +238,17 @@ def test_own_parts_are_trained_and_opened_again(launcher: str, mine: Path, tmp_p
         ),
         ("Tokens", ["norm=bn", "analysis=on"], "analysis: norm layers of this network see"),
         ("pooled", ["norm=bn", "recipe.batch_size=1"], "take a larger recipe.batch_size"),
-        ("Flat", ["norm=bn"], "training step fails: view size is not compatible.*take compute.channels_last=false"),
+        (
+            "Flat",
+            ["norm=bn"],
+            "training step fails: RuntimeError: view size is not.*take compute.channels_last=false",
+        ),
         ("Flat", ["norm=bn", "compute.channels_last=false"], ""),
         ("Auxiliary", ["norm=bn"], r"in training the network returns tuple, not \(\d+, 10\)"),
         ("Unused", ["norm=bn", "compute.devices=2"], "no gradient reaches spare.weight, spare.bias"),
         ("Unused", ["norm=bn"], ""),
+        ("Spare", ["norm=bn", "analysis=on"], "analysis: spare would be the classifier.*does not run"),
+        ("Wrong", ["norm=bn"], "images of 32 x 32 pixels: AttributeError: 'Wrong' object has no attribute 'tail'"),
         ("ByFour", ["norm=bn"], ""),
         ("ByFour", ["norm=bn", "recipe.batch_size=18"], "a ghost batch has 4 images; correct the network"),
         ("network", ["norm=forgetful"], "norm: it returned NoneType for a batch norm layer"),

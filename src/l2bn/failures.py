@@ -117,19 +117,29 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def explained(run: object, folder: Path) -> Iterator[None]:
-    """Turn full disks and memories, missing deterministic kernels and batches of one value into UserError."""
+    """Turn full disks and memories, missing deterministic kernels and batches of one value into UserError.
+
+    An OSError without a number is no error of the system but of a library, and stays as it is.
+    """
     try:
         yield
     except OSError as error:
+        if error.errno is None:
+            raise
         place = os.fsdecode(error.filename) if error.filename else f"in {folder}"
         raise UserError(
-            f"{run}: cannot write {place}: {error.strerror or error}; once that is corrected, {RESUMES}"
+            f"{run}: cannot write {place}: {error.strerror}; once that is corrected, {RESUMES}"
         ) from error
     except (MemoryError, RuntimeError, ValueError) as error:  # torch.OutOfMemoryError is a RuntimeError
         reason = str(error)
         if "more than 1 value per channel" in reason:  # batch norm's own words
             raise UserError(
                 f"{run}: {reason}\ntake a larger recipe.batch_size, or fewer compute.devices"
+            ) from error
+        if "allocate shared memory" in reason:  # of torch, whose processes exchange tensors there
+            raise UserError(
+                f"{run}: {reason.splitlines()[0]}; enlarge /dev/shm, as by docker run --shm-size=8g, or take "
+                "compute.devices=1"
             ) from error
         if is_out_of_memory(error):
             raise UserError(

@@ -13,14 +13,14 @@ import torch
 
 
 def derive_seed(seed: int, purpose: str, *position: int) -> int:
-    """A 63-bit seed for one purpose ("permutation", ...) at one position (epoch, step, ...)."""
+    """Return a 63-bit seed for one purpose ("permutation", ...) at one position (epoch, step, ...)."""
     text = ":".join([str(seed), purpose, *map(str, position)])
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def generator(seed: int, purpose: str, *position: int) -> torch.Generator:
-    """A CPU generator seeded by `derive_seed`; drawing on the CPU gives every device the same numbers."""
+    """Return a CPU generator seeded by `derive_seed`; drawing on the CPU gives every device the same numbers."""
     return torch.Generator().manual_seed(derive_seed(seed, purpose, *position))
 
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from l2bn.errors import UserError
 from l2bn.failures import fitting
-from l2bn.records import Fingerprint, write_durably
+from l2bn.records import METRICS, Fingerprint, write_durably
 from l2bn.training.loop import Position, Totals
 from l2bn.training.plan import PlannedRun, check_identity, check_images
 
@@ -186,10 +186,13 @@ class State:
 
         Raises UserError for a checkpoint of another run or of other images.
         """
+        folder, lead = self._run.folder, self._fabric.is_global_zero
         state = self._checkpoints.load(self._fabric.device)
         if state is None:
+            metrics = folder / METRICS
+            if lead and metrics.exists() and metrics.stat().st_size > 0:
+                log.warning("%s has epochs, but the run has no checkpoint: it starts at its first epoch", metrics)
             return Position()
-        folder = self._run.folder
         with fitting(folder):
             check_identity(state["identity"], self._run.identity, folder)
             check_images(state.get("images"), self._images, folder)
@@ -207,6 +210,6 @@ class State:
             if position.totals is not None:
                 own = state["position"]["totals"][self._fabric.global_rank]
                 position.totals = Totals(own[:4], own[4])
-        if self._fabric.is_global_zero:
+        if lead:
             log.info("resumed after epoch %d, step %d", position.epoch, position.step)
         return position

@@ -6,11 +6,11 @@ import logging
 import os
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment, find_free_network_port
 from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 
 Compile = Literal["auto", "graphs"] | bool
 Precision = Literal["32-true", "tf32-mixed", "bf16-mixed", "16-mixed"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 OF_GPUS = ("16-mixed", "tf32-mixed")  # precisions that a CPU lacks
 
 MOST = 1024  # threads or workers: far above what a machine has, far below what brings one down
@@ -50,7 +49,25 @@ class _Processes(DDPStrategy):
 
     def setup_environment(self) -> None:
         quieten()
+        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # of torchrun; this run has a store of its own
         super().setup_environment()
+
+
+class _ThisMachine(LightningEnvironment):
+    """The processes of one run, on this machine: addresses and ranks in its environment are a scheduler's."""
+
+    @property
+    def main_address(self) -> str:
+        return "127.0.0.1"
+
+    @property
+    def main_port(self) -> int:
+        if self._main_port == -1:
+            self._main_port = find_free_network_port()
+        return self._main_port
+
+    def node_rank(self) -> int:
+        return 0
 
 
 class Placed(NamedTuple):
@@ -129,15 +146,14 @@ class Compute:
     def fabric(self) -> Fabric:
         """Return Fabric for the devices, with a process per device if there are several.
 
-        This process starts the others itself, also under a cluster's scheduler: the plugin keeps Fabric from
-        reading the scheduler's environment.
+        This process starts the others itself, also under a cluster's scheduler.
         """
         return Fabric(
             accelerator="cuda" if self._is_cuda else "cpu",
             strategy=_Processes() if self.devices > 1 else "auto",
             devices=self.devices,
             precision="32-true" if self.precision == "tf32-mixed" else self.precision,
-            plugins=LightningEnvironment(),
+            plugins=_ThisMachine(),
         )
 
     def place(self, model: nn.Module, device: torch.device, updates: int, in_memory: bool = False) -> Placed:

@@ -4,6 +4,7 @@ import ast
 import hashlib
 import json
 import logging
+import os
 import platform
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import sysconfig
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import metadata
+from importlib.metadata import version
 from importlib.util import resolve_name
 from itertools import accumulate
 from pathlib import Path
@@ -26,11 +27,13 @@ log = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).parents[1]
 PROJECT = Path(__file__).parents[3]
-INSTALLED = (PACKAGE, *(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")))
+STANDARD = Path(sysconfig.get_path("stdlib"))
+INSTALLED = {"site-packages", "dist-packages"}  # names of the folders of installed packages, wherever they lie
 PACKAGES = ("l2bn", "torch", "torchvision", "timm", "lightning-fabric", "hydra-core", "omegaconf", "numpy")
 
-# What two starts of a run must share for their results to agree bit for bit.
-FACTS_BEHIND_BITS = ("packages", "device", "cuda", "cudnn", "cpu_capability", "threads", "kernels")
+# What two starts of a run must share for their results to agree bit for bit; on a CPU also "processor", because
+# oneDNN chooses kernels and block sizes by its instructions and caches.
+FACTS_BEHIND_BITS = ("packages", "device", "cuda", "cudnn", "cpu_capability", "threads", "deterministic", "kernels")
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
@@ -46,7 +49,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "dirty": dirty,
         "source": _source(),
         "python": platform.python_version(),
-        "packages": {name: metadata(name)["Version"] for name in PACKAGES},
+        "packages": {name: version(name) for name in PACKAGES},
         "system": platform.system(),
         "processor": _processor(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -64,13 +67,14 @@ def note_start(folder: Path, device: torch.device, kernels: str, config: Mapping
     Returns the kernels of all starts of the run, as in `Record.kernels`.
     """
     path = folder / ENVIRONMENT
-    starts = _earlier_starts(path) if path.exists() else []
+    starts = _earlier_starts(path)
     beside_norm = {key: node for key, node in config.items() if key != "norm"}
     own = {"own_source": own_source(config), "own_source_beside_norm": own_source(beside_norm)}
     facts = {**describe_environment(device), "kernels": kernels, **own}
     if starts:
         before = starts[-1]
-        changed = [key for key in FACTS_BEHIND_BITS if before.get(key) != facts[key]]
+        decisive = FACTS_BEHIND_BITS if device.type == "cuda" else (*FACTS_BEHIND_BITS, "processor")
+        changed = [key for key in decisive if before.get(key) != facts[key]]
         if changed:
             log.warning("resumed with other %s: equal to an uninterrupted run up to rounding", ", ".join(changed))
         if any(before.get(key, facts[key]) != facts[key] for key in ("source", "commit", "own_source")):
@@ -100,8 +104,7 @@ def own_source(config: Mapping[str, Any]) -> str | None:
 
 def warn_of_other_source(folder: Path, config: Mapping[str, Any]) -> None:
     """Warn if the user's own modules are others than those that an ended run was trained with."""
-    starts = _earlier_starts(folder / ENVIRONMENT) if (folder / ENVIRONMENT).exists() else []
-    own = own_source(config)
+    starts, own = _earlier_starts(folder / ENVIRONMENT), own_source(config)
     if starts and starts[-1].get("own_source", own) != own:
         log.warning(
             "%s was trained with other code of yours than there is now, and its result is of that code; train it "
@@ -113,7 +116,9 @@ def warn_of_other_source(folder: Path, config: Mapping[str, Any]) -> None:
 def _add_own(name: str, found: dict[str, Path]) -> None:
     module = sys.modules.get(name)
     file = Path(getattr(module, "__file__", None) or "")
-    if name in found or not file.is_file() or any(file.is_relative_to(folder) for folder in INSTALLED):
+    if name in found or not file.is_file() or INSTALLED.intersection(file.parts):
+        return
+    if file.is_relative_to(PACKAGE) or file.is_relative_to(STANDARD):
         return
     found[name] = file
     package = getattr(module, "__package__", None) or ""
@@ -141,8 +146,10 @@ def _imports(file: Path, package: str) -> Iterator[str]:
 
 def _earlier_starts(path: Path) -> list[dict[str, Any]]:
     try:
-        return list(json.loads(path.read_text())["starts"])
-    except (UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        return [dict(start) for start in json.loads(path.read_text())["starts"]]
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError) as error:
         log.warning("%s is damaged (%s); it is written anew, without the starts before this one", path, error)
         return []
 
@@ -153,7 +160,8 @@ def _name(start: dict[str, Any]) -> str:
 
 def _source() -> str:
     """Return 32 hexadecimal digits over the names and contents of all Python files of the package."""
-    return _digest({str(file.relative_to(PACKAGE)): file for file in PACKAGE.rglob("*.py")})
+    files = (file for file in PACKAGE.rglob("*.py") if file.is_file())  # an editor's lock is a link to nothing
+    return _digest({str(file.relative_to(PACKAGE)): file for file in files})
 
 
 def _digest(files: Mapping[str, Path]) -> str:
@@ -167,22 +175,21 @@ def _checkout() -> tuple[str | None, bool | None]:
     A repository that merely contains the project, or the environment that it is installed in, is not its checkout.
     """
     top, commit = _git("rev-parse", "--show-toplevel"), _git("rev-parse", "HEAD")
-    status = _git("status", "--porcelain", "-z", "--untracked-files=all", "--no-renames")
-    if top is None or Path(top).resolve() != PROJECT.resolve() or commit is None or status is None:
+    changed = _git("status", "--porcelain", "--untracked-files=no")
+    untracked = _git("ls-files", "--others", "--exclude-standard", "src", "configs")
+    if top is None or Path(top).resolve() != PROJECT.resolve() or None in (commit, changed, untracked):
         return None, None
-    entries = status.rstrip("\0").split("\0") if status else []
-    return commit, any(
-        not entry.startswith("??") or entry[3:].startswith(("src/", "configs/")) for entry in entries
-    )
+    return commit, bool(changed or untracked)
 
 
 def _git(*arguments: str) -> str | None:
     """Return the output of git in the project's folder, or None without a checkout or git."""
     command = ["git", "-C", str(PROJECT), *arguments]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(command, capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
+    return os.fsdecode(done.stdout).strip()  # names of files need not be UTF-8
 
 
 def _processor() -> str:

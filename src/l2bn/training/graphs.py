@@ -6,7 +6,6 @@ graph at once. Figures are in results/README.md.
 
 import gc
 import warnings
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -86,23 +85,21 @@ def layers_that_may_decide(network: nn.Module) -> list[str]:
     batch norm with cumulative statistics, which reads a count from the device. Hooks of parameters would act twice,
     in the recording and behind it.
     """
-    return sorted(set(_that_may_decide(network)))
-
-
-def _that_may_decide(network: nn.Module) -> Iterator[str]:
+    found = set()
     for layer in network.modules():
         name, own = type(layer).__name__, vars(layer)
         step = own.get("step")
         if not _is_known(type(layer)) or (callable(step) and not _is_known(step)):
-            yield name
+            found.add(name)
         elif "forward" in own:
-            yield f"{name} with a forward of its own"
+            found.add(f"{name} with a forward of its own")
         elif any(own[f"_{hooks}"] for hooks in HOOKS):
-            yield f"{name} with hooks"
+            found.add(f"{name} with hooks")
         elif any(parameter._backward_hooks for parameter in layer.parameters(recurse=False)):
-            yield f"{name} with hooks of its parameters"
+            found.add(f"{name} with hooks of its parameters")
         elif isinstance(layer, _BatchNorm) and layer.track_running_stats and layer.momentum is None:
-            yield f"{name} with momentum null"
+            found.add(f"{name} with momentum null")
+    return sorted(found)
 
 
 def _is_known(something: object) -> bool:

@@ -52,8 +52,7 @@ class Interruption:
             os.kill(os.getpid(), number)
         self.signal = number
         for child in multiprocessing.active_children():
-            if child.pid:
-                os.kill(child.pid, signal.SIGTERM)
+            child.terminate()  # SIGTERM, and no error for a child that has just ended
 
     def leave(self) -> None:
         """End the process with `EXIT_CODE`, or call the handler that was installed before.

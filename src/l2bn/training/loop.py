@@ -47,7 +47,12 @@ class DelayedMin:
 
     def __call__(self, number: Tensor) -> float | None:
         """Start to reduce `number` (); return the minimum of the previous call, None at the first call."""
-        result = self._result()
+        previous = None
+        if self._pending is not None:
+            pending, copied = self._pending
+            if copied is not None:
+                copied.synchronize()
+            previous = float(pending)
         minimum = number.detach().clone()
         if dist.is_initialized():
             dist.all_reduce(minimum, dist.ReduceOp.MIN)
@@ -57,15 +62,7 @@ class DelayedMin:
             self._pending = host, torch.cuda.current_stream(minimum.device).record_event()
         else:
             self._pending = minimum, None
-        return result
-
-    def _result(self) -> float | None:
-        if self._pending is None:
-            return None
-        number, copied = self._pending
-        if copied is not None:
-            copied.synchronize()
-        return float(number)
+        return previous
 
 
 @dataclass

@@ -4,7 +4,7 @@ They do not change what the run computes, and are no part of its identity.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -50,13 +50,23 @@ class AnalysisPolicy:
         return every > 0 and (epoch == epochs or epoch % every == 0)
 
 
-def check_observable(policy: AnalysisPolicy, model: nn.Module, classes: int) -> None:
-    """Raise UserError if features are to be measured and the model has no classifier to find them by."""
-    if policy.every != 0:
-        try:
-            classifier(model, classes)
-        except ValueError as error:
-            raise UserError(f"analysis: {error}; take analysis=off") from error
+def check_observable(policy: AnalysisPolicy, model: nn.Module, classes: int, run: Container[nn.Module]) -> None:
+    """Raise UserError if features are to be measured and the model has no classifier to find them by.
+
+    run: the layers that run in an evaluation.
+    """
+    if policy.every == 0:
+        return
+    try:
+        found = classifier(model, classes)
+    except ValueError as error:
+        raise UserError(f"analysis: {error}; take analysis=off") from error
+    if found not in run:
+        name = next(name for name, layer in model.named_modules() if layer is found)
+        raise UserError(
+            f"analysis: {name} would be the classifier, whose input is measured, but does not run in evaluation; "
+            "make it the last linear layer that does, or take analysis=off"
+        )
 
 
 @dataclass(kw_only=True)

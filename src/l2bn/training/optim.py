@@ -36,7 +36,7 @@ class Cosine:
 
     def __call__(self, epoch: float, epochs: int) -> float:
         if epoch < self.warmup_epochs:
-            return _warmup(epoch, self.warmup_epochs, start_factor=0.0)
+            return epoch / self.warmup_epochs
         position = math.floor(epoch) if self.per_epoch else epoch
         start = min(self.warmup_epochs, position)
         return 0.5 * (1 + math.cos(math.pi * (position - start) / max(epochs - start, 1e-9)))
@@ -53,7 +53,7 @@ class CosineRestarts:
     restarts: list[int]
 
     def __post_init__(self) -> None:
-        _require_rising_epochs(restarts=self.restarts)
+        _require_rising_epochs("restarts", self.restarts)
 
     def __call__(self, epoch: float, epochs: int) -> float:
         bounds = [0, *(restart for restart in self.restarts if restart < epochs), epochs]
@@ -74,7 +74,7 @@ class MultiStep:
         _require_not_negative(warmup_epochs=self.warmup_epochs)
         if not 0 <= self.start_factor <= 1:
             raise ValueError(f"start_factor must lie in [0, 1], not {self.start_factor}")
-        _require_rising_epochs(milestones=self.milestones)
+        _require_rising_epochs("milestones", self.milestones)
         if not 0 < self.gamma <= 1:
             raise ValueError(f"gamma must lie in (0, 1], not {self.gamma}")
 
@@ -114,13 +114,8 @@ class OneCycle:
     def __call__(self, epoch: float, epochs: int) -> float:
         position = epoch / epochs
         if position < self.peak:
-            return _warmup(position, self.peak, start_factor=1 / 25)
+            return 1 / 25 + (1 - 1 / 25) * position / self.peak
         return (1 - position) / (1 - self.peak)
-
-
-def _warmup(position: float, length: float, start_factor: float) -> float:
-    """Return the factor of a linear warm-up from `start_factor` to 1."""
-    return start_factor + (1 - start_factor) * position / length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,10 +191,9 @@ class Recipe:
         )
 
 
-def _require_rising_epochs(**lists: list[int]) -> None:
-    for name, epochs in lists.items():
-        if sorted(set(epochs)) != epochs or any(epoch < 1 for epoch in epochs):
-            raise ValueError(f"{name} must be epochs in rising order, each at least 1, not {epochs}")
+def _require_rising_epochs(name: str, epochs: list[int]) -> None:
+    if sorted(set(epochs)) != epochs or any(epoch < 1 for epoch in epochs):
+        raise ValueError(f"{name} must be epochs in rising order, each at least 1, not {epochs}")
 
 
 def _require_not_negative(**values: float) -> None:

@@ -232,50 +232,50 @@ def build_run(planned: PlannedRun) -> BuiltRun:
     backbone = {**config["backbone"], "num_classes": splits.num_classes}
     model: nn.Module = builder.build(backbone, "backbone", nn.Module)
     layers = norm_layers(model)
-    regrouped = check_fit(model, splits, layers)
+    batches = check_fit(model, splits)
+    # Norm layers that see another batch than the images, as of tokens or windows.
+    regrouped = [name for name in layers if batches.get(model.get_submodule(name), {1}) != {1}]
     try:
         swap_norm(model, norm)
         if parts["compute"].sync_bn:
             counterparts(model)  # raises where a layer has none
     except (ValueError, TypeError) as error:
         raise UserError(f"norm: {error}") from error
-    check_observable(parts["analysis"], model, splits.num_classes)
+    check_observable(parts["analysis"], model, splits.num_classes, batches)
     check_samples(regrouped, model, measured=parts["analysis"].every != 0)
     return BuiltRun(run=planned, splits=splits, model=model, norm_layers=layers, **parts)
 
 
-def check_fit(model: nn.Module, splits: Splits, layers: Iterable[str]) -> list[str]:
-    """Return those of the norm layers that see another batch than the images, as of tokens or windows.
+def check_fit(model: nn.Module, splits: Splits) -> dict[nn.Module, set[int]]:
+    """Return the batch sizes that each layer puts out for one image; a layer that does not run is left out.
 
     Raises UserError unless the model turns an image of the data set into a logit for each class.
     """
     size, classes = splits.image_size, splits.num_classes
-    regrouped: list[str] = []
+    batches: dict[nn.Module, set[int]] = {}
 
-    def note(name: str, _: nn.Module, __: object, output: torch.Tensor) -> None:
-        if len(output) != 1:
-            regrouped.append(name)
+    def note(layer: nn.Module, _: object, output: object) -> None:
+        batches.setdefault(layer, set()).add(len(output) if isinstance(output, torch.Tensor) else 1)
 
-    hooks = [model.get_submodule(name).register_forward_hook(functools.partial(note, name)) for name in layers]
+    hook = nn.modules.module.register_module_forward_hook(note)
     model.eval()
     try:
         with torch.no_grad():
             logits = model(torch.zeros(1, 3, size, size))
-    except (RuntimeError, ValueError, AssertionError) as error:
+    except Exception as error:  # a network of the user's own may raise anything
         raise UserError(
-            f"backbone: this network cannot take images of {size} x {size} pixels: {error}\n"
-            "set a larger dataset.image_size, where the data set has that key, or take another backbone"
+            f"backbone: this network cannot take images of {size} x {size} pixels: {describe(error)}\n"
+            "set a larger dataset.image_size, where the data set has that key, correct the network, or take another"
         ) from error
     finally:
         model.train()
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
     if not isinstance(logits, torch.Tensor) or logits.shape != (1, classes):
         raise UserError(
             f"backbone: for one image this network returns {_kind(logits)}, not (1, {classes}), a logit for each "
             "class"
         )
-    return list(dict.fromkeys(regrouped))
+    return batches
 
 
 def check_step(built: BuiltRun) -> None:
@@ -314,10 +314,10 @@ def _fault_of_step(built: BuiltRun, images: int, channels_last: bool) -> str | N
             if not isinstance(logits, torch.Tensor) or logits.shape != (images, classes):
                 return f"in training the network returns {_kind(logits)}, not ({images}, {classes})"
             torch.autograd.backward(nn.functional.cross_entropy(logits, torch.zeros(images, dtype=torch.int64)))
-    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, IndexError) as error:
+    except Exception as error:  # a network of the user's own may raise anything
         if is_out_of_memory(error):
             raise
-        return str(error).strip().partition("\n")[0]
+        return describe(error).partition("\n")[0]
     unused = [name for name, weight in trial.named_parameters() if weight.requires_grad and weight.grad is None]
     if unused and built.compute.devices > 1:
         return f"no gradient reaches {', '.join(unused[:3])}, and several devices exchange all gradients"
