@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from conftest import ROOT, composed
 from l2bn.errors import UserError
 from l2bn.training.environment import own_source
 from l2bn.training.existing import evaluate_run, replay
+from l2bn.training.instantiate import Builder
 from l2bn.training.plan import compose_sweep, composing, plan_sweep
 from l2bn.training.run import check, train_composed
 
@@ -192,6 +194,46 @@ def test_a_module_of_which_only_values_are_imported_is_own_code_too(
     for name in ("own_kit.parts", "own_kit.settings", "own_kit"):
         sys.modules.pop(name)  # for the next statement
     assert len(set(digests)) == 3
+
+
+@pytest.mark.parametrize(
+    ("hint", "given", "got"),
+    [
+        ("Literal[16, 512]", "512", 512),
+        ("Literal[0, 1]", "true", "v must be 0 or 1, not True"),
+        ("tuple[int, ...] | None", "[8, 16]", (8, 16)),
+        ("tuple[int, ...]", "8", "v must be a list, not 8"),
+        ("list[int] | tuple[int, ...]", "[8, 16]", [8, 16]),
+        ("Path", "a/b", Path("a/b")),
+        ("str | Path", "a/b", "a/b"),
+        ("Making", "{_target_: torch.relu, _partial_: true}", None),
+        ("Options", "{a: 1}", {"a": 1}),
+        ("list[Any]", "[{_target_: builtins.int}]", "v holds a node with a _target_, which would not be built"),
+        ("Any", "{a: {b: {_target_: builtins.int}}}", "v holds a node with a _target_"),
+        ("int, on: int = 0", "1\non: 2", "unknown key norm.True"),
+    ],
+)
+def test_own_parts_may_have_any_types(
+    hint: str, given: str, got: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A list of YAML becomes a tuple and a text a path where only these will do; what is not built is refused."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "hinted", raising=False)
+    (tmp_path / "hinted.py").write_text(
+        "from pathlib import Path\nfrom typing import Any, Literal, Protocol, TypedDict\n"
+        "class Making(Protocol):\n    def __call__(self) -> int: ...\n"
+        f"class Options(TypedDict):\n    a: int\n\ndef part(v: {hint}): return [v]\n"
+    )
+    (tmp_path / "norm").mkdir()
+    text = f"_target_: hinted.part\nv: {given}\n"
+    (tmp_path / "norm" / "mine.yaml").write_text(text)
+    builder = Builder([tmp_path])
+    if isinstance(got, str) and " " in got:
+        with pytest.raises(UserError, match=re.escape(got)):
+            builder.build(yaml.safe_load(text), "norm")
+    else:
+        (value,) = builder.build(yaml.safe_load(text), "norm")
+        assert got is None or (value == got and type(value) is type(got))
 
 
 @pytest.mark.slow
