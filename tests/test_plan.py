@@ -250,9 +250,12 @@ def command(
     return issue
 
 
-def test_a_sweep_runs_where_it_was_issued(command: Callable[..., str], tmp_path: Path) -> None:
-    printed = command("-m", *SMALL, "norm=bn", "runs_dir=rel", "hydra.job.chdir=true")
-    assert "sweep: 1 finished" in printed
+@pytest.mark.parametrize("mode", [["-m"], []], ids=["sweep", "run"])
+def test_runs_lie_where_the_command_was_issued(
+    mode: list[str], command: Callable[..., str], tmp_path: Path
+) -> None:
+    printed = command(*mode, *SMALL, "norm=bn", "runs_dir=rel", "hydra.job.chdir=true", "hydra.run.dir=elsewhere")
+    assert ("sweep: 1 finished" in printed) == bool(mode)
     (record,) = (tmp_path / "rel").rglob("summary.json")
     assert record.relative_to(tmp_path / "rel").parts[1] == "resnet20"
 

@@ -116,6 +116,27 @@ def test_runs_that_have_begun_are_found_without_their_sweep(runs: dict[str, Plan
     assert "2 interrupted" in shown(found)
 
 
+def test_a_run_that_was_moved_away_does_not_count_as_the_one_in_its_place(
+    runs: dict[str, PlannedRun], tmp_path: Path
+) -> None:
+    run = runs["resnet20/bn/0"]
+    begin(run, 3)
+    run.folder.rename(run.folder.with_name("seed0.old"))
+    assert find_runs(tmp_path) == []
+    begin(run, 4)
+    assert [found.folder for found in find_runs(tmp_path)] == [run.folder]
+
+
+def test_brackets_in_a_name_are_no_markup(tmp_path: Path) -> None:
+    with composing(["dataset.label='[bold]'", "norm=bn", f"runs_dir={tmp_path}"]) as (_, rest):
+        assert "digits,label=[bold] " in shown(plan_sweep(compose_sweep(rest)))
+
+
+def test_a_sweep_of_no_epochs_is_shown(tmp_path: Path) -> None:
+    with composing(["recipe.epochs=0", f"runs_dir={tmp_path}"]) as (_, rest):
+        assert "1 missing" in shown(plan_sweep(compose_sweep(rest)))
+
+
 def test_a_configuration_in_too_few_folders_for_a_run_is_skipped(
     runs: dict[str, PlannedRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,6 +271,7 @@ def test_the_command_takes_what_train_takes(tmp_path: Path) -> None:
     assert done.stdout.startswith(f"{tmp_path}/my runs, recipe short")
     assert "6 missing" in done.stdout
     assert "No run here yet" in status("--runs", str(tmp_path)).stdout
+    assert "--runs=~nobodyhere/runs: no home folder is known" in status("--runs", "~nobodyhere/runs").stderr
 
 
 def test_the_command_tells_a_mistake_without_a_traceback() -> None:

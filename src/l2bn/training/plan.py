@@ -560,13 +560,19 @@ def read_config(folder: Path) -> PlannedRun:
 
 
 def find_runs(root: Path) -> list[PlannedRun]:
-    """Return every run that has begun under a folder; skip files that are not the configuration of a run."""
+    """Return every run that has begun under a folder.
+
+    Skips files that are not the configuration of a run, and folders that have been moved away or renamed: what
+    stands at the place of their run is another start of it.
+    """
     runs = []
     for path in files_under(root, CONFIG):
-        with contextlib.suppress(OSError, ValueError, IndexError):  # IndexError: too few folders for a cell
+        with contextlib.suppress(OSError, ValueError):
             run = read_config(path.parent)
-            place = path.parents[len(run.cell.path.parts)]
-            runs.append(replace(run, config={**run.config, "runs_dir": str(place)}))
+            parts = run.cell.path.parts
+            if path.parent.parts[-len(parts) :] == parts:
+                place = path.parents[len(parts)]
+                runs.append(replace(run, config={**run.config, "runs_dir": str(place)}))
     return runs
 
 
@@ -584,7 +590,6 @@ class PlannedJobs(ConfigLoaderImpl):
         OmegaConf.copy_cache(from_config=master_config, to_config=config)
         config.update({**run.config, "compute": compute, "cell": asdict(run.cell)})
         config.hydra.overrides.task = list(sweep_overrides)
-        config.hydra.job.chdir = False  # relative paths are those of the place where the command was given
         return config
 
 
