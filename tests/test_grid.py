@@ -86,8 +86,9 @@ def composed() -> Callable[..., Node]:
 
 @pytest.mark.parametrize("file", FILES)
 def test_a_file_opens_with_what_it_is(file: str) -> None:
-    assert (CONFIGS / file).read_text().startswith("# ")
-    assert len(summary(CONFIGS / file).split()) > 3
+    text = (CONFIGS / file).read_text()
+    assert text.startswith("# ")
+    assert len(summary(text).split()) > 3
 
 
 @pytest.mark.parametrize("name", NAMES["dataset"])
@@ -287,10 +288,10 @@ def jobs(experiment: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_composes_in_every_run_and_counts_them(name: str, composed: Callable[..., Node]) -> None:
-    content = yaml.safe_load((CONFIGS / "experiment" / f"{name}.yaml").read_text())
-    assert content["hydra"]["mode"] == "MULTIRUN"
+    text = (CONFIGS / "experiment" / f"{name}.yaml").read_text()
+    assert yaml.safe_load(text)["hydra"]["mode"] == "MULTIRUN"
     batch = jobs(name)
-    announced = re.search(r"([\d,]+) runs", summary(CONFIGS / "experiment" / f"{name}.yaml"))
+    announced = re.search(r"([\d,]+) runs", summary(text))
     if announced:
         assert int(announced[1].replace(",", "")) == len(batch)
     seen = set[str]()

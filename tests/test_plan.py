@@ -114,6 +114,8 @@ def test_a_range_has_the_numbers_that_a_user_reads() -> None:
     ("given", "named"),
     [
         ("seed=interval(0,3)", ["seed=interval(0,3)", "range("]),
+        ("seed=range(3,0)", ["seed=range(3,0)", "no value"]),
+        ("norm=bn backbone=glob(restnet*)", ["backbone=glob(restnet*)", "no value", "list.py"]),
         ("norm=bn dataset.label='${oc.env:UNSET}'", ["dataset.label", "UNSET", "in the run norm=bn"]),
         ("norm=bn,l2bn dataset.label='${nothing}'", ["dataset.label", "nothing"]),
         ("norm=null,bn", ["norm", "list.py"]),

@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from textwrap import shorten
 
@@ -87,21 +88,17 @@ def _choice(path: Path, base: DictConfig | None, folders: Sequence[Path], timed:
             named = CLASSES_OF_ITS_DATA.search(text)
             usual = CIFAR if named and named[1] == "10" else IMAGENET
             cost = cost_of(resolve(base)["backbone"], usual, folders, timed=timed)
-        return Choice(path.stem, summary(path), cost)
+        return Choice(path.stem, summary(text), cost)
     except Exception as error:  # of a user's own file, or of the library that a backbone comes from
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         return Choice(path.stem, f"cannot be used: {' '.join(reason.split())}")
 
 
-def summary(path: Path) -> str:
-    """The first comment of a YAML file that is not a directive to Hydra, "" if there is none."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        text = line.removeprefix("#").strip()
-        if not text.startswith("@package"):
-            return text
-    return ""
+def summary(text: str) -> str:
+    """Return the first comment of a YAML file that is not a directive to Hydra; "" if none comes first."""
+    comments = takewhile(lambda line: line.startswith("#"), text.splitlines())
+    texts = (comment.removeprefix("#").strip() for comment in comments)
+    return next((text for text in texts if not text.startswith("@package")), "")
 
 
 def cost_of(node: Node, usual: Usual, folders: Sequence[Path] = (CONFIGS,), *, timed: bool = False) -> Cost:

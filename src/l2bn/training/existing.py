@@ -35,7 +35,6 @@ from l2bn.records import (
 from l2bn.training.checkpoint import CHECKPOINTS, Checkpoints
 from l2bn.training.compute import OF_GPUS, quieten
 from l2bn.training.environment import warn_of_other_source
-from l2bn.training.instantiate import CONFIGS
 from l2bn.training.interruption import sole_owner
 from l2bn.training.journal import Journal
 from l2bn.training.loop import evaluate
@@ -45,10 +44,10 @@ from l2bn.training.plan import (
     Cell,
     Config,
     PlannedRun,
-    check_folders,
     check_images,
     check_keys,
     composing,
+    own_folders,
     read_config,
 )
 from l2bn.training.run import build_run, read_record, run
@@ -205,42 +204,39 @@ def read_run(
 
     root: the folder of the data set, if it has moved since training.
     config_dirs: the user's own folders of YAML files, whose `_target_`s may be called, as those of `configs/`.
-    foreign: take no path from the record. These, and the paths that publishing leaves out, come from the data set's
-    YAML file.
+    foreign: take no path from the record. These paths, and those that publishing leaves out, come from the data
+    set's YAML file.
 
     Raises UserError for a file that is missing or not the configuration of a run.
     """
-    check_folders(config_dirs)
-    folders = [CONFIGS, *(config_dir.resolve() for config_dir in config_dirs)]
-    try:
-        planned = read_config(folder)
-    except OSError as error:
-        raise UserError(f"{folder} is not the folder of a run: {CONFIG}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{folder / CONFIG} is not the configuration of a run: {error}") from error
-    config = dict(planned.config)
-    if foreign:
-        config = {"runs_dir": "runs", **without_machine_paths(config)}
-        _check_inside(config["dataset"], "dataset")
-    if root is not None:
-        config["dataset"] = {**config["dataset"], "root": root}
-    choice = planned.cell.dataset.partition(",")[0]
-    if any(Path(place, "dataset", f"{choice}.yaml").is_file() for place in folders):
-        paths = _machine_paths(choice, MACHINE_PATHS - config["dataset"].keys(), config_dirs)
-        config["dataset"] = {**paths, **config["dataset"]}
-    planned = replace(planned, config=config, folders=folders)
+    with composing(folders=config_dirs):
+        try:
+            planned = read_config(folder)
+        except OSError as error:
+            raise UserError(f"{folder} is not the folder of a run: {CONFIG}: {error.strerror}") from error
+        except ValueError as error:
+            raise UserError(f"{folder / CONFIG} is not the configuration of a run: {error}") from error
+        config = dict(planned.config)
+        if foreign:
+            config = {"runs_dir": "runs", **without_machine_paths(config)}
+            _check_inside(config["dataset"], "dataset")
+        dataset = config["dataset"] if root is None else {**config["dataset"], "root": root}
+        paths = _machine_paths(planned.cell.dataset.partition(",")[0], MACHINE_PATHS - dataset.keys())
+        config["dataset"] = {**paths, **dataset}
+        planned = replace(planned, config=config, folders=list(own_folders()))
     check_keys(planned.config, planned.builder)
     return planned
 
 
-def _machine_paths(dataset: str, keys: Collection[str], config_dirs: Sequence[Path]) -> dict[str, Any]:
-    """Return those of the keys to which the YAML file of a data set gives a value."""
-    with composing([f"dataset={dataset}"], config_dirs) as (_, overrides):
-        node = compose(ROOT, overrides).dataset
-        try:
-            return {key: node[key] for key in keys if key in node}
-        except OmegaConfBaseException as error:
-            raise UserError(f"{error.full_key}: {str(error.msg).splitlines()[0]}; give --root") from None
+def _machine_paths(dataset: str, keys: Collection[str]) -> dict[str, Any]:
+    """Return those of the keys to which the YAML file of a data set, if there is one, gives a value."""
+    if not any(source.is_config(f"dataset/{dataset}") for source in own_folders().values()):
+        return {}
+    node = compose(ROOT, [f"dataset={dataset}"]).dataset
+    try:
+        return {key: node[key] for key in keys if key in node}
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {str(error.msg).splitlines()[0]}; give --root") from None
 
 
 def _check_inside(node: Config, path: str) -> None:
