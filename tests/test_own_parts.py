@@ -12,13 +12,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from conftest import ROOT, composed
+from conftest import ROOT, planned, train_in
 from l2bn.errors import UserError
 from l2bn.training.environment import own_source
 from l2bn.training.existing import evaluate_run, replay
 from l2bn.training.instantiate import Builder
-from l2bn.training.plan import compose_sweep, composing, plan_sweep
-from l2bn.training.run import check, train_composed
+from l2bn.training.run import check
 
 MODULE = """
 import torch
@@ -128,8 +127,7 @@ def script(name: str, *arguments: object, code: int = 0) -> str:
 @pytest.mark.parametrize("by", ["--config-dir", "hydra.searchpath"])
 def test_own_parts_are_planned_and_checked(by: str, mine: Path) -> None:
     overrides = ["experiment=both"] + ([f"hydra.searchpath=[file://{mine}]"] if by == "hydra.searchpath" else [])
-    with composing(overrides, [mine] if by == "--config-dir" else []) as (_, rest):
-        runs = plan_sweep(compose_sweep(rest))
+    runs = planned(*overrides, folders=[mine] if by == "--config-dir" else [])
     assert [str(run.cell) for run in runs] == [
         f"mine,subset=64/tiny/{norm}/quick/seed0" for norm in ("bn", "clipped")
     ]
@@ -142,8 +140,7 @@ def test_other_code_of_an_ended_run_is_told(mine: Path, tmp_path: Path, caplog: 
 
     def train() -> None:
         options = ["dataset=mine", "dataset.subset=64", "backbone=tiny", "norm=clipped", "recipe=quick"]
-        with composing([*options, f"runs_dir={tmp_path / 'runs'}"], [mine]) as (_, rest):
-            train_composed(*composed(rest))
+        train_in(tmp_path / "runs", *options, folders=[mine])
 
     train()
     train()
@@ -288,8 +285,8 @@ def test_what_cannot_be_trained_is_one_message(
     (mine / "backbone/other.yaml").write_text(f"# Mine.\n_target_: own_parts.{network}\n")
     options = ["dataset=mine", "backbone=other", "recipe=quick", "dataset.subset=64", "progress=false", *given]
     expected = pytest.raises(UserError, match=said) if said else contextlib.nullcontext()
-    with composing([*options, f"runs_dir={tmp_path / 'runs'}"], [mine]) as (_, overrides), expected:
-        train_composed(*composed(overrides))
+    with expected:
+        train_in(tmp_path / "runs", *options, folders=[mine])
     assert (tmp_path / "runs").exists() is (not said or given[-1] == "recipe.batch_size=1")
 
 

@@ -4,7 +4,7 @@ import contextlib
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,17 +13,12 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from conftest import ROOT
+from conftest import ROOT, planned
 from l2bn.errors import UserError
 from l2bn.training import instantiate, plan
 from l2bn.training.plan import PlannedJobs, PlannedRun, compose_sweep, composing, plan_sweep, read_planned
 
 SMALL = ("dataset.subset=64", "dataset.image_size=8", "recipe.epochs=1", "recipe.batch_size=32", "progress=false")
-
-
-def planned(*overrides: str, folders: Sequence[Path] = ()) -> list[PlannedRun]:
-    with composing(overrides, folders) as (_, rest):
-        return plan_sweep(compose_sweep(rest))
 
 
 def mode(*overrides: str) -> RunMode | None:
@@ -217,8 +212,8 @@ def test_hidden_and_unfinished_files_stop_no_run_that_does_not_use_them(
 )
 def test_jobs_that_would_share_a_folder_are_refused(given: str) -> None:
     """One of them would not be trained, and nobody would see it."""
-    with composing([]), pytest.raises(UserError, match="two runs of this sweep would have one folder"):
-        plan_sweep(compose_sweep(given.split()))
+    with pytest.raises(UserError, match="two runs of this sweep would have one folder"):
+        planned(*given.split())
 
 
 def test_a_user_file_with_the_name_of_ours_is_refused(tmp_path: Path) -> None:

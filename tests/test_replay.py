@@ -8,12 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from conftest import TINY, Train, composed
+from conftest import TINY, Train, train_in
 from l2bn.errors import UserError
 from l2bn.records import CONFIG, ENVIRONMENT, SUMMARY, publish
 from l2bn.training.existing import analyze, evaluate_run, replay
-from l2bn.training.plan import composing
-from l2bn.training.run import train_composed
 from official_formats import write
 from test_training import results
 
@@ -98,9 +96,7 @@ def test_the_paths_of_a_replay_are_those_of_the_composed_data_set(
     )
     monkeypatch.setenv("IMAGES", str(tmp_path / "images"))
     options = ["dataset=mine", *(text for text in overrides if "root" not in text), "recipe.epochs=1"]
-    options += ["recipe.batch_size=8", "progress=false", f"runs_dir={tmp_path / 'runs'}"]
-    with composing(options, [own]) as (_, rest):
-        run = train_composed(*composed(rest))
+    run = train_in(tmp_path / "runs", *options, "recipe.batch_size=8", "progress=false", folders=[own])
     record = publish(run.folder, tmp_path / "records")
     assert results(replay(record, str(tmp_path / "again"), config_dirs=[own])) == results(run)
     monkeypatch.delenv("IMAGES")
