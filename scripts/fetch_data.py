@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pack", metavar="FOLDER", help="first pack ImageNet's files in FOLDER into shards")
     parser.add_argument("--figure", metavar="FILE", type=Path, help="draw a training image of each of some classes")
     parser.add_argument("--classes", metavar="A,B", help="the classes of --figure (default: the first two)")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if options.classes and options.figure is None:
         parser.error(f"--classes={options.classes} chooses what --figure draws: give --figure FILE too")
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -10,10 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from l2bn.errors import UserError
 from l2bn.failures import told_plainly
 from l2bn.training.catalogue import GROUPS, overview
-from l2bn.training.instantiate import CONFIGS
 
 
 def main() -> None:
@@ -24,13 +22,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.hours and arguments.group not in (None, "backbone"):
         parser.error(f"--hours times backbones, not {arguments.group}: python scripts/list.py backbone --hours")
-    for folder in arguments.config_dir:
-        if not folder.is_dir():
-            raise UserError(f"--config-dir: there is no folder {folder}")
     groups = [arguments.group] if arguments.group else GROUPS
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
-    folders = [CONFIGS, *(path.resolve() for path in arguments.config_dir)]
-    console.print(overview(groups, console.width, folders, timed=arguments.hours))
+    own = [path.resolve() for path in arguments.config_dir]
+    console.print(overview(groups, console.width, own, timed=arguments.hours))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--config-dir", type=Path, action="append", default=[], help="your folder of YAML files")
     parser.add_argument("-m", "--multirun", action="store_true", help="accepted, as for train.py")
     arguments = parser.parse_intermixed_args()
+    from l2bn.data.cache import expand
     from l2bn.training.plan import compose_sweep, composing, find_runs, plan_sweep
     from l2bn.training.status import look, overview
 
@@ -32,7 +33,7 @@ def main() -> None:
         with composing(overrides, arguments.config_dir) as (_, rest):
             runs = plan_sweep(compose_sweep(rest))
     else:
-        runs = find_runs(Path(arguments.runs or "runs"))
+        runs = find_runs(expand(arguments.runs or "runs", "--runs"))
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print(overview([look(run) for run in runs], console.width))
 

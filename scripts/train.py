@@ -34,7 +34,8 @@ def main() -> None:
     with composing(arguments["overrides"], folders) as (composer, overrides):
         mode = RunMode.MULTIRUN if arguments["multirun"] else composer.get_mode(ROOT, overrides) or RunMode.RUN
         start = composer.multirun if mode == RunMode.MULTIRUN else composer.run
-        start(ROOT, train, [*overrides, f"hydra.mode={mode.name}"])
+        # Relative paths are those of the place where the command was given.
+        start(ROOT, train, [*overrides, f"hydra.mode={mode.name}", "hydra.job.chdir=false"])
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from hypothesis import settings
 from omegaconf import DictConfig, OmegaConf
 
 from l2bn.records import Record
-from l2bn.training.plan import composing
+from l2bn.training.plan import PlannedRun, compose_sweep, composing, plan_sweep
 
 ROOT = Path(__file__).parents[1]
 
@@ -95,11 +95,17 @@ def composed(overrides: Sequence[str]) -> tuple[DictConfig, DictConfig]:
     return OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]), config.hydra
 
 
-def train_in(runs: Path, *overrides: str) -> Record:
+def planned(*overrides: str, folders: Sequence[Path] = ()) -> list[PlannedRun]:
+    """Plan the runs of a sweep, as the command line does."""
+    with composing(overrides, folders) as (_, rest):
+        return plan_sweep(compose_sweep(rest))
+
+
+def train_in(runs: Path, *overrides: str, folders: Sequence[Path] = ()) -> Record:
     """Compose a configuration from overrides, as the command line does, train it in a folder, return its record."""
     from l2bn.training.run import train_composed  # seconds of imports that few tests need
 
-    with composing([f"runs_dir={runs}", *overrides]) as (_, rest):
+    with composing([f"runs_dir={runs}", *overrides], folders) as (_, rest):
         return train_composed(*composed(rest))
 
 

@@ -7,9 +7,7 @@ from pathlib import Path
 import pytest
 from hydra.errors import CompactHydraException
 
-from conftest import ROOT, Train, composed
-from l2bn.training.plan import composing
-from l2bn.training.run import train_composed
+from conftest import ROOT, Train, train_in
 from test_interruption import processor_seconds_of_children
 
 # What is given, and what the message must name. Hydra prints these exceptions without a traceback.
@@ -207,11 +205,8 @@ def test_an_unknown_key_in_a_yaml_file_is_named_with_its_file(tmp_path: Path) ->
     (tmp_path / "recipe" / "mine.yaml").write_text(
         (ROOT / "configs/recipe/short.yaml").read_text().replace("momentum", "momentun")
     )
-    with (
-        composing(["recipe=mine", f"runs_dir={tmp_path / 'runs'}"], [tmp_path]) as (_, overrides),
-        pytest.raises(CompactHydraException) as error,
-    ):
-        train_composed(*composed(overrides))
+    with pytest.raises(CompactHydraException) as error:
+        train_in(tmp_path / "runs", "recipe=mine", folders=[tmp_path])
     file = tmp_path / "recipe" / "mine.yaml"
     assert f"unknown key recipe.momentun in {file}; did you mean momentum?" in str(error.value)
     assert not (tmp_path / "runs").exists()

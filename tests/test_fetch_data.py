@@ -25,7 +25,8 @@ def script() -> ModuleType:
 
 
 def test_what_was_found_is_printed(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    script.main(["cifar10", *write("cifar10", tmp_path)])
+    root, *others = write("cifar10", tmp_path)
+    script.main(["cifar10", root, "--config-dir", str(tmp_path), *others, "dataset.validation=0.0"])
     assert (
         capsys.readouterr().out == "CIFAR-10, 40 and 20 images: 40 images to train on, 20 to test on, 10 classes\n"
     )

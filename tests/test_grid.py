@@ -32,7 +32,7 @@ import official_formats
 from conftest import ROOT, Train
 from l2bn.data.splits import Splits
 from l2bn.norms.swap import swap_norm
-from l2bn.training.catalogue import CIFAR, choices, cost_of, overview, summary
+from l2bn.training.catalogue import CIFAR, IMAGENET, Cost, choices, cost_of, overview, summary
 from l2bn.training.instantiate import Builder
 from l2bn.training.optim import Recipe
 
@@ -86,8 +86,9 @@ def composed() -> Callable[..., Node]:
 
 @pytest.mark.parametrize("file", FILES)
 def test_a_file_opens_with_what_it_is(file: str) -> None:
-    assert (CONFIGS / file).read_text().startswith("# ")
-    assert len(summary(CONFIGS / file).split()) > 3
+    text = (CONFIGS / file).read_text()
+    assert text.startswith("# ")
+    assert len(summary(text).split()) > 3
 
 
 @pytest.mark.parametrize("name", NAMES["dataset"])
@@ -287,10 +288,10 @@ def jobs(experiment: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_composes_in_every_run_and_counts_them(name: str, composed: Callable[..., Node]) -> None:
-    content = yaml.safe_load((CONFIGS / "experiment" / f"{name}.yaml").read_text())
-    assert content["hydra"]["mode"] == "MULTIRUN"
+    text = (CONFIGS / "experiment" / f"{name}.yaml").read_text()
+    assert yaml.safe_load(text)["hydra"]["mode"] == "MULTIRUN"
     batch = jobs(name)
-    announced = re.search(r"([\d,]+) runs", summary(CONFIGS / "experiment" / f"{name}.yaml"))
+    announced = re.search(r"([\d,]+) runs", summary(text))
     if announced:
         assert int(announced[1].replace(",", "")) == len(batch)
     seen = set[str]()
@@ -312,7 +313,7 @@ def test_an_experiment_composes_in_every_run_and_counts_them(name: str, composed
 
 @functools.cache
 def smallest_backbone() -> str:
-    return min(NAMES["backbone"], key=lambda name: cost_of(CONFIGS / "backbone" / f"{name}.yaml").parameters)
+    return min(NAMES["backbone"], key=lambda name: cost_of(read("backbone", name), CIFAR).parameters)
 
 
 SMOKE = ("experiment=smoke", "compute.threads=1")
@@ -377,6 +378,7 @@ def test_the_list_has_a_line_for_each_choice(group: str, listing: str) -> None:
         assert choice.summary.startswith(text)
         assert bool(choice.cost) == (group == "backbone")
         if choice.cost:
+            assert choice.cost.multiply_adds is not None
             assert count == f"{choice.cost.parameters:,}"
             assert millions == f"{choice.cost.multiply_adds / 1e6:,.0f}"
 
@@ -399,14 +401,15 @@ def test_the_multiply_adds_are_those_of_the_papers() -> None:
         ("imagenet_resnet18", 1.81),
         ("imagenet_mobilenet_v2", 0.30),
     ):
-        cost = cost_of(CONFIGS / "backbone" / f"{name}.yaml")
+        cost = cost_of(read("backbone", name), IMAGENET)
+        assert cost.multiply_adds is not None
         assert cost.multiply_adds / 1e9 == pytest.approx(billions, abs=0.01)
 
 
 def test_the_hours_of_a_backbone_are_measured() -> None:
-    path = CONFIGS / "backbone" / f"{smallest_backbone()}.yaml"
+    node = read("backbone", smallest_backbone())
     start = time.perf_counter()
-    hours = cost_of(path, timed=True).hours
+    hours = cost_of(node, CIFAR, timed=True).hours
     spent = time.perf_counter() - start
     assert hours
     assert 0 < hours * 3600 * CIFAR.timed_batch < spent * 200 * CIFAR.images
@@ -422,6 +425,28 @@ def test_the_script_prints_one_group_of_the_list(
     assert not re.search(rf"^{NAMES['recipe'][0]} ", printed, re.MULTILINE)
 
 
+def test_own_backbones_are_listed_as_they_are_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hydra's floats, defaults and interpolations; a network for one size of image has no known multiply-adds."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "listed_parts.py").write_text(
+        "from torch import nn\n"
+        "def flat(num_classes: int, width: int, drop: float = 0.0):\n"
+        "    layers = nn.Conv2d(3, width, 1), nn.Flatten(), nn.Dropout(drop)\n"
+        "    return nn.Sequential(*layers, nn.Linear(9 * 9 * width, num_classes))\n"
+    )
+    files = {
+        "flat": "_target_: listed_parts.flat\nwidth: ${recipe.batch_size}\ndrop: 1e-3\n",
+        "wide": "defaults: [flat, _self_]\nwidth: 64\n",
+    }
+    (tmp_path / "backbone").mkdir()
+    for name, content in files.items():
+        (tmp_path / "backbone" / f"{name}.yaml").write_text(f"# Mine.\n{content}")
+    found = {choice.name: choice for choice in choices("backbone", [tmp_path])}
+    assert [found[name].summary for name in files] == ["Mine.", "Mine."]
+    assert found["wide"].cost == Cost(64 * 4 + 1000 * (81 * 64 + 1), None)
+    assert found["flat"].cost
+
+
 def test_what_cannot_be_used_is_one_line_of_the_list(tmp_path: Path) -> None:
     (tmp_path / "backbone").mkdir()
     (tmp_path / "norm").mkdir()
@@ -429,7 +454,7 @@ def test_what_cannot_be_used_is_one_line_of_the_list(tmp_path: Path) -> None:
     (tmp_path / "norm/wip.yaml").write_text("# Mine\nscale: [\n")
     (tmp_path / "norm/latin.yaml").write_bytes(b"# \xff\n")
     (tmp_path / "norm/._bn.yaml").write_bytes(b"\x00\xff")
-    text = overview(("backbone", "norm"), 200, [CONFIGS, tmp_path]).plain
+    text = overview(("backbone", "norm"), 200, [tmp_path]).plain
     assert re.search(r"^broken +cannot be used: .*No module named 'no_such_module'", text, re.MULTILINE)
     assert re.search(r"^wip +cannot be used: ", text, re.MULTILINE)
     assert re.search(r"^latin +cannot be used: ", text, re.MULTILINE)

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from conftest import ROOT, composed
+from conftest import ROOT, planned, train_in
 from l2bn.errors import UserError
 from l2bn.training.environment import own_source
 from l2bn.training.existing import evaluate_run, replay
-from l2bn.training.plan import compose_sweep, composing, plan_sweep
-from l2bn.training.run import check, train_composed
+from l2bn.training.instantiate import Builder
+from l2bn.training.run import check
 
 MODULE = """
 import torch
@@ -135,8 +136,7 @@ def script(name: str, *arguments: object, code: int = 0) -> str:
 @pytest.mark.parametrize("by", ["--config-dir", "hydra.searchpath"])
 def test_own_parts_are_planned_and_checked(by: str, mine: Path) -> None:
     overrides = ["experiment=both"] + ([f"hydra.searchpath=[file://{mine}]"] if by == "hydra.searchpath" else [])
-    with composing(overrides, [mine] if by == "--config-dir" else []) as (_, rest):
-        runs = plan_sweep(compose_sweep(rest))
+    runs = planned(*overrides, folders=[mine] if by == "--config-dir" else [])
     assert [str(run.cell) for run in runs] == [
         f"mine,subset=64/tiny/{norm}/quick/seed0" for norm in ("bn", "clipped")
     ]
@@ -149,8 +149,7 @@ def test_other_code_of_an_ended_run_is_told(mine: Path, tmp_path: Path, caplog: 
 
     def train() -> None:
         options = ["dataset=mine", "dataset.subset=64", "backbone=tiny", "norm=clipped", "recipe=quick"]
-        with composing([*options, f"runs_dir={tmp_path / 'runs'}"], [mine]) as (_, rest):
-            train_composed(*composed(rest))
+        train_in(tmp_path / "runs", *options, folders=[mine])
 
     train()
     train()
@@ -201,6 +200,46 @@ def test_a_module_of_which_only_values_are_imported_is_own_code_too(
     for name in ("own_kit.parts", "own_kit.settings", "own_kit"):
         sys.modules.pop(name)  # for the next statement
     assert len(set(digests)) == 3
+
+
+@pytest.mark.parametrize(
+    ("hint", "given", "got"),
+    [
+        ("Literal[16, 512]", "512", 512),
+        ("Literal[0, 1]", "true", "v must be 0 or 1, not True"),
+        ("tuple[int, ...] | None", "[8, 16]", (8, 16)),
+        ("tuple[int, ...]", "8", "v must be a list, not 8"),
+        ("list[int] | tuple[int, ...]", "[8, 16]", [8, 16]),
+        ("Path", "a/b", Path("a/b")),
+        ("str | Path", "a/b", "a/b"),
+        ("Making", "{_target_: torch.relu, _partial_: true}", None),
+        ("Options", "{a: 1}", {"a": 1}),
+        ("list[Any]", "[{_target_: builtins.int}]", "v holds a node with a _target_, which would not be built"),
+        ("Any", "{a: {b: {_target_: builtins.int}}}", "v holds a node with a _target_"),
+        ("int, on: int = 0", "1\non: 2", "unknown key norm.True"),
+    ],
+)
+def test_own_parts_may_have_any_types(
+    hint: str, given: str, got: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A list of YAML becomes a tuple and a text a path where only these will do; what is not built is refused."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "hinted", raising=False)
+    (tmp_path / "hinted.py").write_text(
+        "from pathlib import Path\nfrom typing import Any, Literal, Protocol, TypedDict\n"
+        "class Making(Protocol):\n    def __call__(self) -> int: ...\n"
+        f"class Options(TypedDict):\n    a: int\n\ndef part(v: {hint}): return [v]\n"
+    )
+    (tmp_path / "norm").mkdir()
+    text = f"_target_: hinted.part\nv: {given}\n"
+    (tmp_path / "norm" / "mine.yaml").write_text(text)
+    builder = Builder([tmp_path])
+    if isinstance(got, str) and " " in got:
+        with pytest.raises(UserError, match=re.escape(got)):
+            builder.build(yaml.safe_load(text), "norm")
+    else:
+        (value,) = builder.build(yaml.safe_load(text), "norm")
+        assert got is None or (value == got and type(value) is type(got))
 
 
 @pytest.mark.slow
@@ -261,8 +300,8 @@ def test_what_cannot_be_trained_is_one_message(
     (mine / "backbone/other.yaml").write_text(f"# Mine.\n_target_: own_parts.{network}\n")
     options = ["dataset=mine", "backbone=other", "recipe=quick", "dataset.subset=64", "progress=false", *given]
     expected = pytest.raises(UserError, match=said) if said else contextlib.nullcontext()
-    with composing([*options, f"runs_dir={tmp_path / 'runs'}"], [mine]) as (_, overrides), expected:
-        train_composed(*composed(overrides))
+    with expected:
+        train_in(tmp_path / "runs", *options, folders=[mine])
     assert (tmp_path / "runs").exists() is (not said or given[-1] == "recipe.batch_size=1")
 
 

@@ -4,7 +4,7 @@ import contextlib
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,17 +13,12 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from conftest import ROOT
+from conftest import ROOT, planned
 from l2bn.errors import UserError
 from l2bn.training import instantiate, plan
 from l2bn.training.plan import PlannedJobs, PlannedRun, compose_sweep, composing, plan_sweep, read_planned
 
 SMALL = ("dataset.subset=64", "dataset.image_size=8", "recipe.epochs=1", "recipe.batch_size=32", "progress=false")
-
-
-def planned(*overrides: str, folders: Sequence[Path] = ()) -> list[PlannedRun]:
-    with composing(overrides, folders) as (_, rest):
-        return plan_sweep(compose_sweep(rest))
 
 
 def mode(*overrides: str) -> RunMode | None:
@@ -114,6 +109,8 @@ def test_a_range_has_the_numbers_that_a_user_reads() -> None:
     ("given", "named"),
     [
         ("seed=interval(0,3)", ["seed=interval(0,3)", "range("]),
+        ("seed=range(3,0)", ["seed=range(3,0)", "no value"]),
+        ("norm=bn backbone=glob(restnet*)", ["backbone=glob(restnet*)", "no value", "list.py"]),
         ("norm=bn dataset.label='${oc.env:UNSET}'", ["dataset.label", "UNSET", "in the run norm=bn"]),
         ("norm=bn,l2bn dataset.label='${nothing}'", ["dataset.label", "nothing"]),
         ("norm=null,bn", ["norm", "list.py"]),
@@ -215,8 +212,8 @@ def test_hidden_and_unfinished_files_stop_no_run_that_does_not_use_them(
 )
 def test_jobs_that_would_share_a_folder_are_refused(given: str) -> None:
     """One of them would not be trained, and nobody would see it."""
-    with composing([]), pytest.raises(UserError, match="two runs of this sweep would have one folder"):
-        plan_sweep(compose_sweep(given.split()))
+    with pytest.raises(UserError, match="two runs of this sweep would have one folder"):
+        planned(*given.split())
 
 
 def test_a_user_file_with_the_name_of_ours_is_refused(tmp_path: Path) -> None:
@@ -250,9 +247,12 @@ def command(
     return issue
 
 
-def test_a_sweep_runs_where_it_was_issued(command: Callable[..., str], tmp_path: Path) -> None:
-    printed = command("-m", *SMALL, "norm=bn", "runs_dir=rel", "hydra.job.chdir=true")
-    assert "sweep: 1 finished" in printed
+@pytest.mark.parametrize("mode", [["-m"], []], ids=["sweep", "run"])
+def test_runs_lie_where_the_command_was_issued(
+    mode: list[str], command: Callable[..., str], tmp_path: Path
+) -> None:
+    printed = command(*mode, *SMALL, "norm=bn", "runs_dir=rel", "hydra.job.chdir=true", "hydra.run.dir=elsewhere")
+    assert ("sweep: 1 finished" in printed) == bool(mode)
     (record,) = (tmp_path / "rel").rglob("summary.json")
     assert record.relative_to(tmp_path / "rel").parts[1] == "resnet20"
 

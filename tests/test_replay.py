@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
-from conftest import TINY, Train
+from conftest import TINY, Train, train_in
 from l2bn.errors import UserError
 from l2bn.records import CONFIG, ENVIRONMENT, SUMMARY, publish
 from l2bn.training.existing import analyze, evaluate_run, replay
+from official_formats import write
 from test_training import results
 
 Change = Callable[[dict[str, Any]], Any]
@@ -51,6 +52,13 @@ def test_weights_that_are_no_result_are_evaluated_with_a_warning(
     assert "has not ended: its last weights, those after 1 of 1 epochs, are no result" in caplog.text
 
 
+def test_weights_of_an_earlier_epoch_are_no_result(train: Train, caplog: pytest.LogCaptureFixture) -> None:
+    record = train("recipe.epochs=2", *TINY)
+    max((record.folder / "checkpoints").iterdir()).unlink()
+    evaluate_run(record.folder)
+    assert "lacks the checkpoint at its end: its last weights, those after 1 of 2 epochs" in caplog.text
+
+
 @pytest.mark.parametrize("again", ["evaluate", "analyze", "replay"])
 def test_other_code_of_the_users_own_is_a_warning(
     again: str, train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -74,6 +82,26 @@ def test_a_published_record_is_replayed_to_the_same_numbers(train: Train, tmp_pa
     again = replay(publish(run.folder, tmp_path / "records"), str(tmp_path / "replayed"))
     assert results(again) == results(run)
     assert again.hash == run.hash
+
+
+def test_the_paths_of_a_replay_are_those_of_the_composed_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of the user's own may inherit from another, and take a path from the environment."""
+    overrides = write("image_folder", tmp_path / "images" / "mine")
+    own = tmp_path / "own"
+    (own / "dataset").mkdir(parents=True)
+    (own / "dataset" / "mine.yaml").write_text(
+        "# Mine.\ndefaults: [image_folder, _self_]\nroot: ${oc.env:IMAGES}/mine\n"
+    )
+    monkeypatch.setenv("IMAGES", str(tmp_path / "images"))
+    options = ["dataset=mine", *(text for text in overrides if "root" not in text), "recipe.epochs=1"]
+    run = train_in(tmp_path / "runs", *options, "recipe.batch_size=8", "progress=false", folders=[own])
+    record = publish(run.folder, tmp_path / "records")
+    assert results(replay(record, str(tmp_path / "again"), config_dirs=[own])) == results(run)
+    monkeypatch.delenv("IMAGES")
+    with pytest.raises(UserError, match=r"dataset\.root: .*'IMAGES' not found\"; give --root"):
+        replay(record, str(tmp_path / "third"), config_dirs=[own])
 
 
 MALICE: dict[str, tuple[Change, str]] = {

@@ -13,14 +13,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hydra import initialize_config_dir
 from rich.console import Console
 
-from conftest import ROOT
+from conftest import ROOT, planned
 from l2bn.failures import note_failure
 from l2bn.records import CONFIG, METRICS, SUMMARY, Record
 from l2bn.training.interruption import LOCK, sole_owner
-from l2bn.training.plan import PlannedRun, compose_sweep, composing, find_runs, plan_sweep
+from l2bn.training.plan import PlannedRun, find_runs
 from l2bn.training.status import duration, look, overview
 from synthetic_records import write_run
 
@@ -28,15 +27,14 @@ SWEEP = ("backbone=resnet20,vgg11", "norm=bn,l2bn", "seed=0,1,2", "recipe.epochs
 
 
 @pytest.fixture(scope="module")
-def planned() -> list[PlannedRun]:
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return plan_sweep(compose_sweep(SWEEP))
+def sweep() -> list[PlannedRun]:
+    return planned(*SWEEP)
 
 
 @pytest.fixture
-def runs(planned: list[PlannedRun], tmp_path: Path) -> dict[str, PlannedRun]:
+def runs(sweep: list[PlannedRun], tmp_path: Path) -> dict[str, PlannedRun]:
     """A planned sweep, by "backbone/norm/seed"."""
-    here = [replace(run, config={**run.config, "runs_dir": str(tmp_path)}) for run in planned]
+    here = [replace(run, config={**run.config, "runs_dir": str(tmp_path)}) for run in sweep]
     return {f"{run.cell.backbone}/{run.cell.norm}/{run.cell.seed}": run for run in here}
 
 
@@ -93,9 +91,8 @@ def test_a_sweep_takes_at_least_as_long_as_its_longest_run(runs: dict[str, Plann
 
 
 def test_the_norms_of_a_pair_stand_below_each_other_whatever_the_sweep_goes_through_first(tmp_path: Path) -> None:
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        sweep = compose_sweep([f"runs_dir={tmp_path}", "norm=l2bn,bn", "backbone=vgg11,resnet20"])
-        rows = shown(plan_sweep(sweep)).splitlines()[2:6]
+    runs = planned(f"runs_dir={tmp_path}", "norm=l2bn,bn", "backbone=vgg11,resnet20")
+    rows = shown(runs).splitlines()[2:6]
     assert [row.split()[:3] for row in rows] == [
         ["digits", "vgg11", "l2bn"],
         ["bn", "–", "?"],
@@ -114,6 +111,26 @@ def test_runs_that_have_begun_are_found_without_their_sweep(runs: dict[str, Plan
         (run.cell, run.folder, run.hash) for run in (runs["resnet20/bn/0"], runs["vgg11/l2bn/2"])
     ]
     assert "2 interrupted" in shown(found)
+
+
+def test_a_run_that_was_moved_away_does_not_count_as_the_one_in_its_place(
+    runs: dict[str, PlannedRun], tmp_path: Path
+) -> None:
+    run = runs["resnet20/bn/0"]
+    begin(run, 3)
+    run.folder.rename(run.folder.with_name("seed0.old"))
+    assert find_runs(tmp_path) == []
+    begin(run, 4)
+    assert [found.folder for found in find_runs(tmp_path)] == [run.folder]
+
+
+def test_brackets_in_a_name_are_no_markup(tmp_path: Path) -> None:
+    runs = planned("dataset.label='[bold]'", "norm=bn", f"runs_dir={tmp_path}")
+    assert "digits,label=[bold] " in shown(runs)
+
+
+def test_a_sweep_of_no_epochs_is_shown(tmp_path: Path) -> None:
+    assert "1 missing" in shown(planned("recipe.epochs=0", f"runs_dir={tmp_path}"))
 
 
 def test_a_configuration_in_too_few_folders_for_a_run_is_skipped(
@@ -192,14 +209,12 @@ def test_durations_are_in_words(seconds: float, words: str) -> None:
 def test_the_grid_of_any_experiment_is_readable_in_80_columns(experiment: str) -> None:
     choices = (ROOT / "configs/experiment" / f"{experiment}.yaml").read_text()
     root = ["dataset.root=X"] if re.search(r"dataset: (cifar|image)", choices) else []
-    with composing([f"experiment={experiment}", *root]) as (_, rest):
-        check_readable(plan_sweep(compose_sweep(rest)))
+    check_readable(planned(f"experiment={experiment}", *root))
 
 
 @pytest.mark.parametrize("seeds", [1, 5, 6, 7, 20, 101])
 def test_the_grid_of_any_number_of_seeds_is_readable_in_80_columns(seeds: int) -> None:
-    with composing(["norm=bn,l2bn", "backbone=resnet20,mobilenetv2_x0_5", f"seed=range({seeds})"]) as (_, rest):
-        runs = plan_sweep(compose_sweep(rest))
+    runs = planned("norm=bn,l2bn", "backbone=resnet20,mobilenetv2_x0_5", f"seed=range({seeds})")
     text = check_readable(runs)
     header = text.splitlines()[1]
     assert ("seed 0" in header) != ("missing" in header)
@@ -222,8 +237,7 @@ def check_readable(runs: Sequence[PlannedRun]) -> str:
 
 
 def test_many_runs_that_say_the_same_are_listed_in_part(tmp_path: Path) -> None:
-    with composing(["norm=bn", "seed=range(30)", f"runs_dir={tmp_path}"]) as (_, rest):
-        runs = plan_sweep(compose_sweep(rest))
+    runs = planned("norm=bn", "seed=range(30)", f"runs_dir={tmp_path}")
     for run in runs:
         note_failure(run.folder, RuntimeError("the same"))
     text = shown(runs, width=80)
@@ -250,6 +264,7 @@ def test_the_command_takes_what_train_takes(tmp_path: Path) -> None:
     assert done.stdout.startswith(f"{tmp_path}/my runs, recipe short")
     assert "6 missing" in done.stdout
     assert "No run here yet" in status("--runs", str(tmp_path)).stdout
+    assert "--runs=~nobodyhere/runs: no home folder is known" in status("--runs", "~nobodyhere/runs").stderr
 
 
 def test_the_command_tells_a_mistake_without_a_traceback() -> None:

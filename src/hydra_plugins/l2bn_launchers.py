@@ -163,7 +163,7 @@ def _failure(job: Any) -> str | None:
     error = job.exception()
     if error is not None:
         return f"its job was ended: {error}"
-    return None if job.result() else "its job failed; its log is in the folder .submitit beside the runs"
+    return None if job.result() else f"its job failed; its log is {job.paths.stdout}"
 
 
 def _returned(failure: str | None) -> JobReturn:

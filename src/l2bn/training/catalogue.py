@@ -4,11 +4,14 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from textwrap import shorten
 
 import torch
 import yaml
+from hydra import compose
+from omegaconf import DictConfig, OmegaConf
 from rich.text import Text
 from torch import nn
 from torch.nn import functional as F
@@ -16,7 +19,8 @@ from torch.nn import functional as F
 from l2bn.backbones.cost import count_multiply_adds, count_parameters
 from l2bn.errors import UserError
 from l2bn.records import natural_order
-from l2bn.training.instantiate import CONFIGS, Builder, is_hidden
+from l2bn.training.instantiate import CONFIGS, Builder, Node
+from l2bn.training.plan import ROOT, composing, resolve
 
 GROUPS = ("dataset", "backbone", "norm", "recipe", "experiment")
 CLASSES_OF_ITS_DATA = re.compile(r"^# .*Parameters at ([\d,]+) classes", re.MULTILINE)
@@ -39,10 +43,13 @@ IMAGENET = Usual(1000, 224, 1_281_167, "imagenet_90", 16)
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters of a backbone, multiply-adds of one image, and hours of the usual recipe if they were measured."""
+    """Parameters of a backbone, multiply-adds of one image, and hours of the usual recipe if they were measured.
+
+    Multiply-adds and hours are None for a network that takes no images of the usual size.
+    """
 
     parameters: int
-    multiply_adds: int
+    multiply_adds: int | None
     hours: float | None = None
 
 
@@ -55,51 +62,60 @@ class Choice:
     cost: Cost | None = None
 
 
-def choices(group: str, folders: Sequence[Path] = (CONFIGS,), *, timed: bool = False) -> list[Choice]:
-    """List the choices of a group in natural order: resnet20 before resnet110.
+def choices(group: str, own: Sequence[Path] = (), *, timed: bool = False) -> list[Choice]:
+    """List the choices of a group in natural order, resnet20 before resnet110; `own` are a user's own folders.
 
     A file that cannot be read, or a backbone that cannot be built, has the reason as its summary.
     """
-    paths = [path for folder in folders for path in (folder / group).glob("*.yaml")]
-    visible = [path for path in paths if not is_hidden(Path(path.name))]
-    return [_choice(path, group, folders, timed) for path in sorted(visible, key=lambda p: natural_order(p.stem))]
+    folders = [CONFIGS, *own]
+    paths = [path for folder in folders for path in (folder / group).glob("[!.]*.yaml")]
+    with composing(folders=own):
+        base = compose(ROOT) if group == "backbone" else None
+        return [_choice(path, base, folders, timed) for path in sorted(paths, key=lambda p: natural_order(p.stem))]
 
 
-def _choice(path: Path, group: str, folders: Sequence[Path], timed: bool) -> Choice:
+def _choice(path: Path, base: DictConfig | None, folders: Sequence[Path], timed: bool) -> Choice:
+    """Return the choice of a file; `base` is a configuration to put a backbone into."""
     try:
-        cost = cost_of(path, folders, timed=timed) if group == "backbone" else None
-        yaml.safe_load(path.read_text(encoding="utf-8"))
-        return Choice(path.stem, summary(path), cost)
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+        cost = None
+        if base is not None:
+            if "defaults" in content:
+                base = compose(ROOT, [f"backbone={path.stem}"])
+            else:
+                base.backbone = OmegaConf.load(path)  # 50 ms faster
+            named = CLASSES_OF_ITS_DATA.search(text)
+            usual = CIFAR if named and named[1] == "10" else IMAGENET
+            cost = cost_of(resolve(base)["backbone"], usual, folders, timed=timed)
+        return Choice(path.stem, summary(text), cost)
     except Exception as error:  # of a user's own file, or of the library that a backbone comes from
-        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        return Choice(path.stem, f"cannot be used: {' '.join(text.split())}")
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        return Choice(path.stem, f"cannot be used: {' '.join(reason.split())}")
 
 
-def summary(path: Path) -> str:
-    """The first comment of a YAML file that is not a directive to Hydra, "" if there is none."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        text = line.removeprefix("#").strip()
-        if not text.startswith("@package"):
-            return text
-    return ""
+def summary(text: str) -> str:
+    """Return the first comment of a YAML file that is not a directive to Hydra; "" if none comes first."""
+    comments = takewhile(lambda line: line.startswith("#"), text.splitlines())
+    texts = (comment.removeprefix("#").strip() for comment in comments)
+    return next((text for text in texts if not text.startswith("@package")), "")
 
 
-def cost_of(path: Path, folders: Sequence[Path] = (CONFIGS,), *, timed: bool = False) -> Cost:
-    """Count the parameters and multiply-adds of a backbone with the options of its YAML file.
+def cost_of(node: Node, usual: Usual, folders: Sequence[Path] = (CONFIGS,), *, timed: bool = False) -> Cost:
+    """Count the parameters and multiply-adds of the backbone of a node.
 
-    The number of classes is the one in the file's comments, else ImageNet's 1,000. Nothing is allocated or computed
-    unless it is `timed`.
+    Nothing is allocated or computed unless it is `timed`.
     """
-    text = path.read_text(encoding="utf-8")
-    named = CLASSES_OF_ITS_DATA.search(text)
-    usual = CIFAR if named and named[1] == "10" else IMAGENET
-    node = {**yaml.safe_load(text), "num_classes": usual.classes}
+    node = {**node, "num_classes": usual.classes}
     with torch.device("meta"):
         model: nn.Module = Builder(folders).build(node, "backbone")
+    parameters = count_parameters(model)
+    try:
+        multiply_adds = count_multiply_adds(model, usual.image_size)
+    except Exception:  # of a user's own network, which may take other images
+        return Cost(parameters, None)
     hours = _measure_hours(Builder(folders).build(node, "backbone"), usual) if timed else None
-    return Cost(count_parameters(model), count_multiply_adds(model, usual.image_size), hours)
+    return Cost(parameters, multiply_adds, hours)
 
 
 def _measure_hours(model: nn.Module, usual: Usual) -> float:
@@ -124,42 +140,38 @@ def _measure_hours(model: nn.Module, usual: Usual) -> float:
 
 
 def overview(
-    groups: Sequence[str] = GROUPS, width: int = 110, folders: Sequence[Path] = (CONFIGS,), *, timed: bool = False
+    groups: Sequence[str] = GROUPS, width: int = 110, own: Sequence[Path] = (), *, timed: bool = False
 ) -> Text:
     """All choices of the groups, one per line of at most `width` columns."""
     text = Text()
     for group in groups:
-        rows = choices(group, folders, timed=timed)
+        rows = choices(group, own, timed=timed)
         names = max((len(row.name) for row in rows), default=0)
-        backbones = group == "backbone"
-        text.append(f"{group:<{names}}" if backbones else group, style="bold")
-        heads = (
-            f"{'parameters':>13}{'mult-adds':>11}{'hours':>9}" if timed else f"{'parameters':>13}{'mult-adds':>11}"
-        )
-        text.append(f"{heads}\n" if backbones else "\n", style="dim")
+        heads, notes = _head_and_notes(timed) if group == "backbone" else ("", "")
+        text.append(group.ljust(names) if heads else group, style="bold").append(f"{heads}\n", style="dim")
         for row in rows:
-            cost = _cost_columns(row.cost) if row.cost else ""
+            cost = _cost_columns(row.cost, timed) if row.cost else ""
             room = max(width - names - len(cost) - 2, 1)  # below, `shorten` raises
             text.append(f"{row.name:<{names}}", style="cyan").append(cost)
             text.append(f"  {shorten(row.summary, room, placeholder=' …')}\n")
-        if backbones:
-            text.append(
-                f"At {CIFAR.classes} classes and {CIFAR.image_size} pixels; networks for ImageNet, of a library "
-                f"and of your own at {IMAGENET.classes:,} and {IMAGENET.image_size}.\n",
-                style="dim",
-            )
-            text.append(
-                f"Hours of {CIFAR.recipe} on CIFAR or {IMAGENET.recipe} on ImageNet, from two steps timed here.\n"
-                if timed
-                else "Hours on this machine: python scripts/list.py backbone --hours (takes minutes).\n",
-                style="dim",
-            )
-        text.append("\n")
+        text.append(f"{notes}\n", style="dim")
     text.rstrip()
     return text
 
 
-def _cost_columns(cost: Cost) -> str:
+def _head_and_notes(timed: bool) -> tuple[str, str]:
+    """Return the headings of the columns of `_cost_columns`, and the lines below them."""
+    hours = "Hours on this machine: python scripts/list.py backbone --hours (takes minutes).\n"
+    if timed:
+        hours = f"Hours of {CIFAR.recipe} on CIFAR or {IMAGENET.recipe} on ImageNet, from two steps timed here.\n"
+    return f"{'parameters':>13}{'mult-adds':>11}" + (f"{'hours':>9}" if timed else ""), (
+        f"At {CIFAR.classes} classes and {CIFAR.image_size} pixels; networks for ImageNet, of a library "
+        f"and of your own at {IMAGENET.classes:,} and {IMAGENET.image_size}.\n{hours}"
+    )
+
+
+def _cost_columns(cost: Cost, timed: bool) -> str:
     """Fixed-width columns: parameters, multiply-adds of one image in millions, hours."""
-    columns = f"{cost.parameters:>13,}{cost.multiply_adds / 1e6:>9,.0f} M"
-    return columns if cost.hours is None else f"{columns}{cost.hours:>9,.1f}"
+    millions = "?  " if cost.multiply_adds is None else f"{cost.multiply_adds / 1e6:,.0f} M"
+    hours = "?" if cost.hours is None else f"{cost.hours:,.1f}"
+    return f"{cost.parameters:>13,}{millions:>11}" + (f"{hours:>9}" if timed else "")

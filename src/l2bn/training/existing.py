@@ -2,13 +2,15 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra import compose
 from lightning_fabric import Fabric
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from l2bn import records
@@ -20,6 +22,7 @@ from l2bn.failures import fitting
 from l2bn.records import (
     CONFIG,
     FEATURES,
+    MACHINE_PATHS,
     METRICS,
     FeatureRow,
     InvalidRecordError,
@@ -32,12 +35,21 @@ from l2bn.records import (
 from l2bn.training.checkpoint import CHECKPOINTS, Checkpoints
 from l2bn.training.compute import OF_GPUS, quieten
 from l2bn.training.environment import warn_of_other_source
-from l2bn.training.instantiate import CONFIGS, machine_keys
 from l2bn.training.interruption import sole_owner
 from l2bn.training.journal import Journal
 from l2bn.training.loop import evaluate
 from l2bn.training.observation import collect
-from l2bn.training.plan import Cell, Config, PlannedRun, check_folders, check_images, check_keys, read_config
+from l2bn.training.plan import (
+    ROOT,
+    Cell,
+    Config,
+    PlannedRun,
+    check_images,
+    check_keys,
+    composing,
+    own_folders,
+    read_config,
+)
 from l2bn.training.run import build_run, read_record, run
 from l2bn.training.session import BuiltRun, make_loaders
 
@@ -64,19 +76,27 @@ def evaluate_run(
 ) -> tuple[float, float, float | None]:
     """Return loss, top-1 and top-5 accuracy in percent of a run's last weights on its test images.
 
-    Warns where these weights are no result: of a run that has not ended, or diverged. Raises UserError.
+    Warns where these weights are no result: of a run that has not ended, or diverged, or whose last checkpoint is
+    gone. Raises UserError.
     """
     opened = OpenedRun.open(folder, device, root, config_dirs)
     state = opened.checkpoints.load(opened.fabric.device)
     if state is None:
         raise UserError(f"{folder} has no checkpoint to evaluate")
     opened.load(state)
-    epochs = f"those after {state['position']['epoch']} of {opened.built.recipe.epochs} epochs"
+    done, epochs = state["position"]["epoch"], opened.built.recipe.epochs
     record = read_record(folder)
+    reason = ""
     if record is None:
-        log.warning("%s has not ended: its last weights, %s, are no result", folder, epochs)
+        reason = "has not ended"
     elif record.status == "diverged":
-        log.warning("%s diverged (%s): its last weights, %s, are no result", folder, record.divergence, epochs)
+        reason = f"diverged ({record.divergence})"
+    elif done < epochs:
+        reason = "lacks the checkpoint at its end"
+    if reason:
+        log.warning(
+            "%s %s: its last weights, those after %d of %d epochs, are no result", folder, reason, done, epochs
+        )
     return evaluate(opened.network, opened.test, opened.built.splits.num_classes, opened.fabric)
 
 
@@ -184,30 +204,39 @@ def read_run(
 
     root: the folder of the data set, if it has moved since training.
     config_dirs: the user's own folders of YAML files, whose `_target_`s may be called, as those of `configs/`.
-    foreign: take no path from the record. These, and the paths that publishing leaves out, come from the data set's
-    YAML file.
+    foreign: take no path from the record. These paths, and those that publishing leaves out, come from the data
+    set's YAML file.
 
     Raises UserError for a file that is missing or not the configuration of a run.
     """
-    check_folders(config_dirs)
-    folders = [CONFIGS, *(config_dir.resolve() for config_dir in config_dirs)]
-    try:
-        planned = read_config(folder)
-    except OSError as error:
-        raise UserError(f"{folder} is not the folder of a run: {CONFIG}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{folder / CONFIG} is not the configuration of a run: {error}") from error
-    config = dict(planned.config)
-    if foreign:
-        config = {"runs_dir": "runs", **without_machine_paths(config)}
-        _check_inside(config["dataset"], "dataset")
-    choice = planned.cell.dataset.partition(",")[0]
-    dataset = {**machine_keys(f"dataset/{choice}.yaml", folders), **config["dataset"]}
-    if root is not None:
-        dataset["root"] = root
-    planned = replace(planned, config={**config, "dataset": dataset}, folders=folders)
+    with composing(folders=config_dirs):
+        try:
+            planned = read_config(folder)
+        except OSError as error:
+            raise UserError(f"{folder} is not the folder of a run: {CONFIG}: {error.strerror}") from error
+        except ValueError as error:
+            raise UserError(f"{folder / CONFIG} is not the configuration of a run: {error}") from error
+        config = dict(planned.config)
+        if foreign:
+            config = {"runs_dir": "runs", **without_machine_paths(config)}
+            _check_inside(config["dataset"], "dataset")
+        dataset = config["dataset"] if root is None else {**config["dataset"], "root": root}
+        paths = _machine_paths(planned.cell.dataset.partition(",")[0], MACHINE_PATHS - dataset.keys())
+        config["dataset"] = {**paths, **dataset}
+        planned = replace(planned, config=config, folders=list(own_folders()))
     check_keys(planned.config, planned.builder)
     return planned
+
+
+def _machine_paths(dataset: str, keys: Collection[str]) -> dict[str, Any]:
+    """Return those of the keys to which the YAML file of a data set, if there is one, gives a value."""
+    if not any(source.is_config(f"dataset/{dataset}") for source in own_folders().values()):
+        return {}
+    node = compose(ROOT, [f"dataset={dataset}"]).dataset
+    try:
+        return {key: node[key] for key in keys if key in node}
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {str(error.msg).splitlines()[0]}; give --root") from None
 
 
 def _check_inside(node: Config, path: str) -> None:

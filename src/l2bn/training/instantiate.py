@@ -20,7 +20,7 @@ import yaml
 from hydra.utils import get_object
 
 from l2bn.errors import UserError
-from l2bn.records import MACHINE_PATHS, files_under, is_finite_number
+from l2bn.records import files_under, is_finite_number
 
 
 def _find_configs() -> Path:
@@ -82,7 +82,7 @@ class Builder:
 
     def check_keys(self, given: Node, accepted: Collection[str], path: str) -> None:
         """Raise UserError for a key that is not accepted, with its file and the nearest key that is accepted."""
-        for key in given:
+        for key in map(str, given):  # in YAML, `on` is a boolean
             if key not in accepted:
                 place = _join(path, key)
                 files = [
@@ -115,9 +115,16 @@ class Builder:
         built = {}
         for key, value in arguments.items():
             place = _join(path, key)
-            is_node = isinstance(value, Mapping) and "_target_" in value
-            built[key] = self.build(value, place) if is_node else value
             hint, _ = accepted.get(key, (Any, False))
+            if _is_node(value):
+                built[key] = self.build(value, place)
+            elif _holds_node(value):
+                raise UserError(
+                    f"{place} holds a node with a _target_, which would not be built in a list or below another "
+                    "key; give it a parameter of its own"
+                )
+            else:
+                built[key] = _as_hinted(value, hint)
             check_type(built[key], hint, place)
         return built
 
@@ -147,6 +154,16 @@ class Builder:
         return target
 
 
+def _is_node(value: object) -> bool:
+    return isinstance(value, Mapping) and "_target_" in value
+
+
+def _holds_node(value: object) -> bool:
+    """Tell whether a list or a mapping has a node at any depth."""
+    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return any(_is_node(item) or _holds_node(item) for item in values)
+
+
 def check_mapping(node: object, path: str) -> None:
     """Raise UserError for a value where a node is needed."""
     if not isinstance(node, Mapping):
@@ -160,13 +177,6 @@ def check_type(value: object, hint: Any, path: str) -> None:
 
 
 # YAML files.
-
-
-def machine_keys(file: str, folders: Sequence[Path]) -> dict[str, Any]:
-    """Return the keys of a YAML file that name places on this machine."""
-    content = next((files[file] for files in map(_yaml_files, folders) if file in files), None)
-    content = content if isinstance(content, dict) else {}
-    return {key: value for key, value in content.items() if key in MACHINE_PATHS and value != "???"}
 
 
 def is_hidden(path: Path) -> bool:
@@ -241,9 +251,13 @@ def _parameters(target: Callable[..., Any]) -> tuple[dict[str, tuple[Any, bool]]
         hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
     except (NameError, TypeError):  # of a user's own code: hints that only its type checker can read
         hints = {}
+    try:
+        signature = inspect.signature(target)
+    except ValueError:  # of a function written in C, as torch.relu
+        return {}, True
     parameters: dict[str, tuple[Any, bool]] = {}
     open_ended = False
-    for name, parameter in inspect.signature(target).parameters.items():
+    for name, parameter in signature.parameters.items():
         hint = hints.get(name, Any)
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             if typing.get_origin(hint) is typing.Unpack:  # **common: Unpack[SomeTypedDict]
@@ -262,8 +276,25 @@ _WORDS = {
     float: "a finite number",
     bool: "true or false",
     str: "a text",
+    Path: "a path",
+    tuple: "a list",
     NoneType: "null",
 }
+
+
+def _options(hint: Any) -> Sequence[Any]:
+    """Return the types of a union; another type alone."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _as_hinted(value: object, hint: Any) -> object:
+    """Return a list as a tuple and a text as a path where a type asks for these, which YAML lacks."""
+    kinds = {typing.get_origin(option) or option for option in _options(hint)}
+    if isinstance(value, list) and tuple in kinds and list not in kinds:
+        return tuple(value)
+    if isinstance(value, str) and Path in kinds and str not in kinds:
+        return Path(value)
+    return value
 
 
 def _fits(value: object, hint: Any) -> bool:
@@ -271,8 +302,8 @@ def _fits(value: object, hint: Any) -> bool:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, UnionType):
         return any(_fits(value, option) for option in arguments)
-    if origin is Literal:
-        return any(value is option or (isinstance(value, str) and value == option) for option in arguments)
+    if origin is Literal:  # 1 is not True
+        return any(type(value) is type(option) and value == option for option in arguments)
     if origin is list:
         return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
     if hint is float:
@@ -282,7 +313,10 @@ def _fits(value: object, hint: Any) -> bool:
     if origin is Callable:
         return callable(value)
     kind = origin or hint
-    return hint is Any or not inspect.isclass(kind) or isinstance(value, kind)
+    try:
+        return hint is Any or not inspect.isclass(kind) or isinstance(value, kind)
+    except TypeError:  # a protocol or a TypedDict: only a type checker can tell
+        return True
 
 
 def _describe(hint: Any) -> str:
@@ -294,6 +328,6 @@ def _describe(hint: Any) -> str:
         return " or ".join(map(str, arguments))
     if origin is list:
         return f"a list with each item {_describe(arguments[0])}"
-    if hint in _WORDS:
-        return _WORDS[hint]
+    if (kind := origin or hint) in _WORDS:
+        return _WORDS[kind]
     return "a node with a _target_" + (f" that makes a {hint.__name__}" if inspect.isclass(hint) else "")

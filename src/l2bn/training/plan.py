@@ -273,20 +273,15 @@ class _Loader(ConfigLoaderImpl):
             return config
 
 
-def check_folders(folders: Sequence[Path]) -> None:
-    """Raise UserError for a folder of YAML files that does not exist."""
-    for folder in folders:
-        if not folder.is_dir():
-            raise UserError(f"--config-dir: there is no folder {folder}")
-
-
 @contextlib.contextmanager
 def composing(overrides: Sequence[str] = (), folders: Sequence[Path] = ()) -> Iterator[tuple[Hydra, list[str]]]:
     """Have Hydra compose from `configs/` and from a user's own folders, those of `hydra.searchpath` among them.
 
     Yields Hydra and the other overrides. Raises UserError for a folder that does not exist.
     """
-    check_folders(folders)
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"--config-dir: there is no folder {folder}")
     with initialize_config_dir(str(CONFIGS), job_name="l2bn", version_base="1.3"):
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None
@@ -510,15 +505,22 @@ def _plain(node: DictConfig) -> dict[str, Any]:
 
 
 def _listed(override: Override, parser: OverridesParser) -> Override:
-    """Return a range as the list of its values: 0.3, not 0.30000000000000004. Raises UserError for an interval."""
+    """Return a range as the list of its values: 0.3, not 0.30000000000000004.
+
+    Raises UserError for an interval, and for a range or a pattern without any value: nothing would be trained.
+    """
     if override.is_interval_sweep():
         raise UserError(
             f"{override.input_line}: an interval has no values to sweep over; list them, or use range(...)"
         )
+    if override.is_sweep_override() and not any(True for _ in override.sweep_string_iterator()):
+        raise UserError(
+            f"{override.input_line}: no value to sweep over fits this; scripts/list.py prints all choices"
+        )
     if not override.is_range_sweep():
         return override
     values = ",".join(f"{value:.12g}" for value in override.sweep_iterator())
-    return parser.parse_override(f"{override.get_key_element()}={values}") if values else override
+    return parser.parse_override(f"{override.get_key_element()}={values}")
 
 
 @contextlib.contextmanager
@@ -560,13 +562,19 @@ def read_config(folder: Path) -> PlannedRun:
 
 
 def find_runs(root: Path) -> list[PlannedRun]:
-    """Return every run that has begun under a folder; skip files that are not the configuration of a run."""
+    """Return every run that has begun under a folder.
+
+    Skips files that are not the configuration of a run, and folders that have been moved away or renamed: what
+    stands at the place of their run is another start of it.
+    """
     runs = []
     for path in files_under(root, CONFIG):
-        with contextlib.suppress(OSError, ValueError, IndexError):  # IndexError: too few folders for a cell
+        with contextlib.suppress(OSError, ValueError):
             run = read_config(path.parent)
-            place = path.parents[len(run.cell.path.parts)]
-            runs.append(replace(run, config={**run.config, "runs_dir": str(place)}))
+            parts = run.cell.path.parts
+            if path.parent.parts[-len(parts) :] == parts:
+                place = path.parents[len(parts)]
+                runs.append(replace(run, config={**run.config, "runs_dir": str(place)}))
     return runs
 
 
@@ -584,7 +592,6 @@ class PlannedJobs(ConfigLoaderImpl):
         OmegaConf.copy_cache(from_config=master_config, to_config=config)
         config.update({**run.config, "compute": compute, "cell": asdict(run.cell)})
         config.hydra.overrides.task = list(sweep_overrides)
-        config.hydra.job.chdir = False  # relative paths are those of the place where the command was given
         return config
 
 

@@ -84,7 +84,7 @@ def _epochs_done(path: Path) -> tuple[int, float]:
     try:
         lines = path.read_text().splitlines()
         seconds = [float(json.loads(line)["seconds"]) for line in lines if line.endswith("}")]
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         seconds = []
     return len(seconds), fmean(seconds) if seconds else math.nan
 
@@ -210,7 +210,7 @@ def _grid(runs: Sequence[Status], width: int) -> Table:
     above: tuple[int, ...] = ()
     for at, row in sorted(rows.items()):
         # A name is not repeated below itself.
-        names = ["" if at[: i + 1] == above[: i + 1] else order[i][number] for i, number in enumerate(at)]
+        names = [Text("" if at[: i + 1] == above[: i + 1] else order[i][n]) for i, n in enumerate(at)]
         if shows_seeds:
             cells = [_cell(row[seed]) if seed in row else Text("") for seed in seeds]
         else:
@@ -248,9 +248,9 @@ def _progress(runs: Sequence[Status]) -> Text:
     """Return the share of epochs done, and an estimate of the remaining time."""
     total = sum(status.epochs for status in runs)
     done = sum(status.epochs if status.ended else status.epoch for status in runs)
-    text = Text(f"{100 * done / total:.0f} % of {total:,} epochs")
     if done == total:
-        return text
+        return Text(f"100 % of {total:,} epochs")
+    text = Text(f"{100 * done / total:.0f} % of {total:,} epochs")
     left = list(map(_Pace(runs).left, runs))
     known = [seconds for seconds in left if not math.isnan(seconds)]
     at_once = max(1, sum(status.standing == "running" for status in runs))
