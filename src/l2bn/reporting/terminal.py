@@ -59,7 +59,8 @@ def _cell(cell: Cell, arms: Sequence[Arm]) -> list[RenderableType]:
         values, rest = arm.of().values(), lost(arm, len(seeds - arm.seeds))
         shown = mean_interval(difference(bn, arm)) if bn else ("", "no BN run")
         runs = f"{len(values)}{'; ' + rest if rest else ''}"
-        table.add_row(arm.norm, mean_std(values), *(("", "") if arm is bn else shown), runs)
+        # A plain text would be read as rich's markup, and lose what is in brackets.
+        table.add_row(Text(arm.norm), mean_std(values), *(("", "") if arm is bn else shown), runs)
     for arm in arms:
         kernels = kernels_in_words(arm.records)
         if " and " in kernels or "in part" in kernels:
@@ -107,7 +108,7 @@ def layers_table(title: str, row: FeatureRow) -> RenderableType:
         table.add_column(header, justify="right", no_wrap=True)
     for layer in row["layers"]:
         values = [_number(layer[side][name], digits) for side, name, digits in _COLUMNS.values()]
-        table.add_row(layer["name"], *values, _number(layer[SHRINK], 3))
+        table.add_row(Text(layer["name"]), *values, _number(layer[SHRINK], 3))
     last = row[PENULTIMATE]
     values = [_number(last[name], digits) if side == OUTPUT else "" for side, name, digits in _COLUMNS.values()]
     table.add_row(PENULTIMATE, *values, "", style="bold")
