@@ -177,6 +177,16 @@ def test_what_changes_is_written_anew_and_runs_that_have_not_ended_count(tmp_pat
     assert board.update()
 
 
+def test_what_earlier_updates_wrote_does_not_pile_up(tmp_path: Path) -> None:
+    """Left open for a week, it would fill the disk with the same curves: one file stays that may be being read."""
+    pairs(tmp_path / "runs")
+    for _ in range(4):
+        assert Board(tmp_path / "runs", tmp_path / "arms").update()
+    for norm in ACCURACIES:
+        assert len(list((tmp_path / "arms" / norm).iterdir())) == 2
+        assert len(drawn(tmp_path / "arms" / norm)[0][TAG]) == 5
+
+
 def test_a_folder_without_runs_is_named(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts/report.py"), "tensorboard", "--runs", str(tmp_path / "nowhere")]
     done = subprocess.run(command, capture_output=True, text=True)
