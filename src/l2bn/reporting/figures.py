@@ -8,13 +8,15 @@ import re
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from itertools import cycle, groupby
 from math import nan
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -57,6 +59,7 @@ OF_EPS: Mapping[str, Mapping[str, Any]] = {
     L2BN: {**STYLES[L2BN], "label": "L2BN, norm 1"},
     RMS: {"color": "#0072B2", "linestyle": (0, (1, 1)), "marker": "^", "label": "L2BN, rms 1"},
 }
+HOLLOW: Mapping[str, Any] = {"linestyle": "", "markerfacecolor": "white", "markersize": 3}
 GREY = "#777777"
 
 RC: Any = {
@@ -77,39 +80,43 @@ RC: Any = {
     "ytick.labelsize": 7.5,
 }
 
-
-Curves = Mapping[Path, Sequence[float]]
+Curves = Mapping[Path, Sequence[float | None]]
 """The folder of a run to its test top-1 after each epoch, percent."""
+
+
+def drawing() -> AbstractContextManager[None]:
+    """Draw by RC and matplotlib's own defaults: a user's matplotlibrc changes nothing."""
+    return mpl.style.context(["default", RC])
 
 
 def read_curves(records: Sequence[Record]) -> tuple[Curves, list[Problem]]:
     """The curves of the runs that finished, and those whose epochs cannot be read."""
-    found: dict[Path, list[float]] = {}
+    found = {}
     problems = []
     for record in records:
         if record.status != "finished" or record.norm not in STYLES:
             continue
         try:
-            accuracies = [row["test/top1"] for row in record.metrics()]
-            found[record.folder] = [accuracy for accuracy in accuracies if accuracy is not None]
+            found[record.folder] = [row["test/top1"] for row in record.metrics()]
         except InvalidRecordError as error:
-            problems.append(Problem(record.folder, str(error)))
+            problems.append(Problem(record.folder, f"only from the accuracy curves: {error}"))
     return found, problems
 
 
 def write_figures(
     evidence: Evidence, folder: Path, sets: Sequence[RunSet] = ()
 ) -> tuple[list[Path], list[Problem]]:
-    """Draw accuracies as PNG and SVG: the paths written, and the records left out."""
+    """Draw accuracies as PNG and SVG: the paths written, and the records that have no curve.
+
+    Those count in all means and differences, as in the tables: their result stands in the summary.
+    """
     found, problems = read_curves(evidence.records)
-    broken = {problem.folder for problem in problems}
-    readable = replace(evidence, records=[record for record in evidence.records if record.folder not in broken])
-    comparisons = [row for row in grid(arms_of(readable)) if row.arms]
+    comparisons = [row for row in grid(arms_of(evidence)) if row.arms]
     pages: dict[str, list[Comparison]] = defaultdict(list)  # of curves, one per data set
     for comparison in comparisons:
         pages[re.sub(r"[^\w.]+", "-", comparison.cell.dataset)].append(comparison)
     paths = []
-    with mpl.rc_context(RC):
+    with drawing():
         for name, group in pages.items():
             if any(arm.of() for comparison in group for arm in comparison.arms):
                 paths += save_figure(curves(group, found), folder, f"curves-{name}")
@@ -125,7 +132,7 @@ def write_figures(
 def write_mechanism_figures(mechanism: Mechanism, folder: Path) -> tuple[list[Path], list[Problem]]:
     """Draw features and studies as PNG and SVG: the paths written, and the records whose sample cannot be read."""
     paths, problems = [], []
-    with mpl.rc_context(RC):
+    with drawing():
         for pair in measured_pairs(mechanism.arms):
             name = file_name(pair.cell)
             paths += save_figure(norms_by_depth(pair), folder, f"norms-{name}")
@@ -241,19 +248,22 @@ def curves(comparisons: Sequence[Comparison], found: Curves) -> Figure:
 def _draw_pair(panel: Axes, comparison: Comparison, found: Curves) -> None:
     visible: list[float] = []
     for arm in comparison.arms:
-        runs = [found[record.folder] for record in arm.records if record.folder in found]
-        curve = [estimate(accuracies) for accuracies in zip(*runs, strict=False)]
-        if not curve:
+        n = len(arm.of())
+        if n == 0:
             continue
+        runs = [found[record.folder] for record in arm.records if record.folder in found]
+        curve = _over_runs(runs)
         style = STYLES[arm.norm]
-        label = f"{style['label']}  {mean_std(arm.of().values())}  (n = {len(arm.of())})"
+        drawn = "" if len(runs) == n else f", curve of {len(runs)}"
+        label = f"{style['label']}  {mean_std(arm.of().values())}  (n = {n}{drawn})"
         # About eight markers a line, those of one arm between those of the other, so that both stay visible.
         step = max(1, len(curve) // 8)
         marks = (step // 2 if arm.norm == L2BN else 0), step
         _plot_band(panel, range(1, len(curve) + 1), curve, {**style, "label": label, "markevery": marks})
-        visible += [point.mean or 0.0 for point in curve]
+        visible += [point.mean for point in curve if point.mean is not None]
     if visible:
         panel.set_ylim(*_limits(visible))
+    if panel.lines:
         panel.legend(loc="lower right", handlelength=2.6, borderaxespad=0.2)
     longest = max((arm.epochs for arm in comparison.arms), default=1)
     panel.xaxis.set_major_locator(
@@ -394,18 +404,15 @@ def norms_by_depth(pair: Comparison) -> Figure:
             points = _by_layer(arm, f"{side}/norm_cv")
             _plot_band(panel, range(1, len(points) + 1), points, style)
             between = [point.mean for point in _by_layer(arm, f"{side}/norm_cv_between")]
-            hollow = {"linestyle": "", "markerfacecolor": "white", "label": None}
-            panel.plot(
-                range(1, len(between) + 1), between, **{**style, **hollow}, markersize=3, markeredgewidth=0.7
-            )
+            marks = {**style, **HOLLOW, "label": None}
+            panel.plot(range(1, len(between) + 1), between, **marks, markeredgewidth=0.7)
         panel.set_xlim(left=0.2)
         _depth_axis(panel)
     panels[0].set_ylim(bottom=0)  # the axis of both: it follows the values no longer
     panels[0].set_ylabel("std / mean of the samples' l2 norms")
     handles, _ = panels[0].get_legend_handles_labels()
-    hollow_key = Line2D([], [], color=GREY, linestyle="", marker="o", markerfacecolor="white", markersize=3)
-    labels = [*(handle.get_label() for handle in handles), "between classes"]
-    panels[0].legend([*handles, hollow_key], labels, handlelength=2.6)
+    key = Line2D([], [], color=GREY, marker="o", label="between classes", **HOLLOW)
+    panels[0].legend(handles=[*handles, key], handlelength=2.6)
     _finish(figure, title(pair.label, pair.cell), "± std", (len(arm.features) for arm in pair.arms))
     return figure
 
@@ -541,7 +548,7 @@ def accuracy_over_rates(study: Study) -> Figure:
         for norm, shift in ((BN, 0.95), (L2BN, 1.05)):
             runs = [(rate, study.at(norm, batch, rate)) for rate in rates]
             if any(arm and arm.of() for _, arm in runs):
-                arms = (study.at(norm, *value) for value in study.values)  # of all panels: the legend is in one
+                arms = (study.at(norm, *value) for value in study.values)  # of all panels: one has the legend
                 style = _counted(STYLES[norm], *(len(arm.of()) if arm else 0 for arm in arms))
                 _points(panel, runs, style, shift)
             for rate, lost in ((rate, arm.diverged) for rate, arm in runs if arm and arm.diverged):
@@ -550,25 +557,27 @@ def accuracy_over_rates(study: Study) -> Figure:
                 panel.text(*place, text, transform=panel.get_xaxis_transform(), ha="right", fontsize=6, color=GREY)
         _log_axis(panel, "learning rate", rates, [f"{rate:g}" for rate in rates])
     panels[0].set_ylabel("test top-1 (%)")
-    panels[0].legend(loc="lower left", handlelength=2.6)
+    fullest = max(panels, key=lambda panel: len(panel.get_legend_handles_labels()[0]))
+    fullest.legend(loc="lower left", handlelength=2.6)
     _finish(figure, f"{study.label}, {study.cell.backbone}; a dash for each seed")
     return figure
 
 
 def accuracy_over_updates(study: TrapStudy) -> Figure:
     """A panel per norm: accuracy by running and by batch statistics over the updates, mean and range."""
-    norms = [norm for norm in OF_EPS if norm in study.norms]
+    norms = study.norms
     figure, panels = _panels(2.2 * len(norms) + 0.6, 2.7, columns=len(norms), sharey=True)
     for panel, norm in zip(panels, norms, strict=True):
-        panel.set_title(OF_EPS[norm]["label"])
+        style = OF_EPS.get(norm, {"color": "#222222", "label": norm})
+        panel.set_title(style["label"])
         for kind, line in (("batch", (0, (4, 1.5))), ("running", "-")):
             curve = study.curve(norm, kind)
-            color = OF_EPS[norm]["color"] if kind == "running" else GREY
+            color = style["color"] if kind == "running" else GREY
             panel.fill_between(curve.index, curve.min(axis=1), curve.max(axis=1), color=color, alpha=0.18, lw=0)
             mean = curve.mean(axis=1)
             panel.plot(curve.index, mean, color=color, linestyle=line, linewidth=1.2, label=f"{kind} statistics")
         panel.set_xlabel("updates")
-        panel.legend(loc="lower right", handlelength=2.6, title=f"n = {study.norms[norm]}")
+        panel.legend(loc="lower right", handlelength=2.6, title=f"n = {norms[norm]}")
     panels[0].set_ylabel("test top-1 (%)")
-    _finish(figure, title(study.label, study.cell), "range", study.norms.values())
+    _finish(figure, title(study.label, study.cell), "range", norms.values())
     return figure
