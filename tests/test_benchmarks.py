@@ -16,6 +16,7 @@ from PIL import Image
 from conftest import ROOT
 from l2bn.benchmarks import accuracy, data, evaluation, measure, norm, train, waiting
 from l2bn.benchmarks.workload import CLASSES
+from l2bn.errors import UserError
 from l2bn.reporting.formatting import interval, signed
 from l2bn.reporting.statistics import estimate, paired_differences
 
@@ -153,6 +154,33 @@ def measured(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> M
         return result
 
     return measured
+
+
+@pytest.mark.parametrize("name", ["", "page.md", "result"], ids=["folder", "page", "no ending"])
+def test_a_place_that_cannot_take_the_result_is_refused_before_anything_is_measured(
+    name: str, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The page would overwrite a result that ends as it does."""
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "waiting", "--json", str(tmp_path / name)])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert f"give a file whose name ends in .json, not {tmp_path / name}" in capsys.readouterr().err
+
+
+def test_a_benchmark_that_fails_leaves_no_result(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty one would be no result for `benchmark.py pages`."""
+    options = ["--root", str(tmp_path / "nowhere"), "--json", str(tmp_path / "new/accuracy.json")]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "accuracy", *options])
+    with pytest.raises(UserError, match="nowhere"):
+        command.main()
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_pages_are_written_from_any_folder(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command.RESULTS == RESULTS
 
 
 def check_norms(rows: list[dict[str, Any]]) -> None:
