@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import cycle, groupby
+from itertools import groupby
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -140,14 +140,14 @@ def write_mechanism_figures(mechanism: Mechanism, folder: Path) -> tuple[list[Pa
                 paths += save_figure(through_training(pair), folder, f"training-{name}")
             if not pair.sampled:
                 continue
-            seed, *sampled = pair.sampled
+            seed, *runs = pair.sampled
             samples: list[Sample] = []
-            for run in sampled:
+            for run in runs:
                 try:
                     samples += filter(None, [read_sample(run)])
                 except InvalidRecordError as error:
                     problems.append(Problem(run, str(error)))
-            if len(samples) == len(sampled):
+            if len(samples) == 2:
                 paths += save_figure(feature_map(pair, seed, *samples), folder, f"map-{name}")
         for study in mechanism.studies.eps:
             paths += save_figure(accuracy_over_eps(study), folder, f"eps-{file_name(study.cell)}")
@@ -185,11 +185,8 @@ def _finish(figure: Figure, text: str, band: str = "", seeds: Iterable[int] = ()
     for axes in figure.axes:
         axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
         axes.set_axisbelow(True)
-    _title(figure, text + (f"; band: {band} over seeds" if any(n > 1 for n in seeds) else ""))
-
-
-def _title(figure: Figure, text: str) -> None:
-    figure.suptitle(text, x=0.01, ha="left").set_fontsize(10)
+    shown = f"; band: {band} over seeds" if any(n > 1 for n in seeds) else ""
+    figure.suptitle(text + shown, x=0.01, ha="left", fontsize=10)
 
 
 def _plot_band(panel: Axes, x: Sequence[float], points: Sequence[Estimate], style: Mapping[str, Any]) -> None:
@@ -487,7 +484,7 @@ def feature_map(pair: Comparison, seed: int, bn: Sample, l2bn: Sample) -> Figure
     panels[0].set_ylabel(f"second ({100 * shares[1]:.0f} %)")
     key = panels[0].get_legend_handles_labels()
     figure.legend(*key, loc="outside right center", title="class", markerscale=1.3)
-    _title(figure, title(pair.label, pair.cell))
+    figure.suptitle(title(pair.label, pair.cell), x=0.01, ha="left", fontsize=10)
     images = plural("test image", len(bn.labels))
     panels[0].text(0, 1.13, f"seed {seed}, {images}", transform=panels[0].transAxes, color=GREY, fontsize=7)
     return figure
@@ -525,12 +522,11 @@ def accuracy_over_eps(study: Study) -> Figure:
     left.legend(handlelength=2.6)
     right.set_title("shrink factor, L2BN at norm 1")
     apart = min(0.2, 0.7 / max(len(values) - 1, 1))
-    greys = [f"{0.15 + apart * i:.2f}" for i in range(len(values))]
-    for (eps, text), grey, marker in zip(values.items(), greys, cycle("osD^v"), strict=False):
+    for index, (eps, text) in enumerate(values.items()):
         layers = shrink_factors(study.at(L2BN, eps))
         if layers:
-            depth = range(1, len(layers) + 1)
-            right.plot(depth, layers, color=grey, marker=marker, markersize=3.5, linewidth=1.2, label=text)
+            style = {"color": f"{0.15 + apart * index:.2f}", "marker": "osD^v"[index % 5], "label": text}
+            right.plot(range(1, len(layers) + 1), layers, **style, markersize=3.5, linewidth=1.2)
     right.set_ylim(0, 1.05)
     _depth_axis(right)
     right.legend(title="eps", loc="center right", bbox_to_anchor=(1, 0.62), ncols=2)
