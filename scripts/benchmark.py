@@ -15,6 +15,7 @@ The GPU is measured where torch finds one; CUDA_VISIBLE_DEVICES= hides it. OMP_N
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 
 from l2bn.benchmarks import accuracy, data, evaluation, measure, norm, step, together, train, waiting
@@ -26,12 +27,22 @@ BENCHMARKS = {
     module.__name__.rpartition(".")[2]: module
     for module in (norm, step, train, together, data, evaluation, waiting, accuracy)
 }
-RESULTS = Path("results/benchmarks")
+RESULTS = Path(__file__).resolve().parents[1] / "results/benchmarks"
 
 
 def page_of(result: measure.Result) -> str:
     page: str = BENCHMARKS[result["benchmark"]].make_page(result)
     return page
+
+
+def file_of_result(text: str) -> Path:
+    """Read the option --json. Raises OSError where nothing can be written: now, not after hours of measuring."""
+    path = Path(text)
+    if path.suffix != ".json" or path.is_dir():
+        raise argparse.ArgumentTypeError(f"give a file whose name ends in .json, not {text}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=path.parent).close()
+    return path
 
 
 def write_pages() -> None:
@@ -46,15 +57,14 @@ def main() -> None:
     commands.add_parser("pages", description=write_pages.__doc__)
     for name, benchmark in BENCHMARKS.items():
         command = commands.add_parser(name, description=benchmark.__doc__)
-        command.add_argument("--json", type=Path, help="write the result here, and its page beside it")
+        command.add_argument(
+            "--json", type=file_of_result, metavar="FILE", help="write the result here, and its page beside it"
+        )
         benchmark.add_arguments(command)
     arguments = parser.parse_args()
     if arguments.benchmark == "pages":
         write_pages()
         return
-    if arguments.json:  # now, not after the hour that a measurement may take
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.touch()
     measured = BENCHMARKS[arguments.benchmark].run(arguments)
     result = {"benchmark": arguments.benchmark, "machine": describe_environment(measure.DEVICE), **measured}
     if arguments.json:

@@ -31,12 +31,17 @@ def pairs(root: Path, **options: Any) -> None:
             )
 
 
-def drawn(arm: Path) -> tuple[dict[str, dict[int, float]], dict[str, str]]:
-    """The scalars and the texts that TensorBoard reads of an arm, by tag."""
+def events_of(arm: Path) -> Any:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events: Any = EventAccumulator(str(arm))
+    events = EventAccumulator(str(arm))
     events.Reload()
+    return events
+
+
+def drawn(arm: Path) -> tuple[dict[str, dict[int, float]], dict[str, str]]:
+    """The scalars and the texts that TensorBoard reads of an arm, by tag."""
+    events = events_of(arm)
     scalars = {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
     texts = {
         tag: events.Tensors(tag)[-1].tensor_proto.string_val[0].decode(errors="ignore")
@@ -87,13 +92,8 @@ def test_cells_have_charts_of_their_own_in_one_layout(tmp_path: Path) -> None:
             "cifar10,mean=_0.5, 0.5_, resnet20, short",
         )
     }  # the run of bf16-mixed has taken the place of the first one's folder
-    events = texts["custom_scalars__config__"]
-    assert SPREAD in events
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    accumulator: Any = EventAccumulator(str(tmp_path / "arms/l2bn"))
-    accumulator.Reload()
-    proto = accumulator.Tensors("custom_scalars__config__")[0].tensor_proto
+    assert SPREAD in texts["custom_scalars__config__"]
+    proto = events_of(tmp_path / "arms/l2bn").Tensors("custom_scalars__config__")[0].tensor_proto
     ((category,),) = (Layout.FromString(proto.string_val[0]).category,)
     for chart in category.chart:
         (series,) = chart.margin.series
@@ -175,6 +175,16 @@ def test_what_changes_is_written_anew_and_runs_that_have_not_ended_count(tmp_pat
     assert "3 pairs" in texts[f"{CELL}/difference to bn/text_summary"]
     (late / CONFIG).write_text("{")  # no run's folder
     assert board.update()
+
+
+def test_what_earlier_updates_wrote_does_not_pile_up(tmp_path: Path) -> None:
+    """Left open for a week, it would fill the disk with the same curves: one file stays that may be being read."""
+    pairs(tmp_path / "runs")
+    for _ in range(4):
+        assert Board(tmp_path / "runs", tmp_path / "arms").update()
+    for norm in ACCURACIES:
+        assert len(list((tmp_path / "arms" / norm).iterdir())) == 2
+        assert len(drawn(tmp_path / "arms" / norm)[0][TAG]) == 5
 
 
 def test_a_folder_without_runs_is_named(tmp_path: Path) -> None:

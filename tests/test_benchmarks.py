@@ -2,8 +2,11 @@
 
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from PIL import Image
 from conftest import ROOT
 from l2bn.benchmarks import accuracy, data, evaluation, measure, norm, train, waiting
 from l2bn.benchmarks.workload import CLASSES
+from l2bn.errors import UserError
 from l2bn.reporting.formatting import interval, signed
 from l2bn.reporting.statistics import estimate, paired_differences
 
@@ -35,15 +39,101 @@ def test_committed_pages_are_made_from_the_committed_results(command: Any) -> No
         assert path.with_suffix(".md").read_text() == command.page_of(result)
 
 
+# The numbers of the README, made anew from the committed results.
+
+README = " ".join((ROOT / "README.md").read_text().split())
+
+
+def committed(name: str, rows: str = "rows") -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((RESULTS / f"{name}.json").read_text())[rows]
+    return found
+
+
+def test_the_readmes_costs_of_layer_and_step_are_those_of_the_committed_results() -> None:
+    """Training on maps of all formats, and steps called in the slowest way."""
+    cells = [cell for cell in committed("norm", "cells") if cell["phase"] == "training"]
+    ratios = {
+        (caller, kind): [measure.ratio(cell, kind) for cell in cells if cell["caller"] == caller]
+        for caller, kind in product(norm.CALLERS, ("naive", "fused"))
+    }
+    means = {key: f"{geometric_mean(found):.2f}" for key, found in ratios.items()}
+    worst = [f"{max(ratios[caller, 'fused']):.2f}" for caller in norm.CALLERS]
+    for text in (
+        f"takes {means['eager', 'fused']} of batch norm's time in training in the geometric mean",
+        f"over {len(ratios['eager', 'fused'])} maps of five networks",
+        f"(composed plainly: {means['eager', 'naive']})",
+        f"and {means['compiled', 'fused']} inside a compiled model ({means['compiled', 'naive']})",
+        f"the worst map takes {' and '.join(worst)}",
+    ):
+        assert text in README
+    rows = committed("step")
+    costs: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        costs[row["network"]].append(measure.ratio(row, "fused"))
+    slowest = {network: f"{max(found):.2f}" for network, found in costs.items()}
+    memory = max(measure.ratio(row, "fused", "peak_bytes") for row in rows)
+    assert (
+        f"step takes {slowest['ResNet-20']} of BN's time in ResNet-20, {slowest['MobileNetV2']} in MobileNetV2 and "
+        f"{slowest['ResNet-50']} in ResNet-50, with at most {100 * (memory - 1):.1f} % more memory"
+    ) in README
+
+
 def test_the_readmes_costs_of_evaluation_and_its_accuracy_are_those_of_the_committed_results() -> None:
     """Against both forms of BN, and as a difference with its interval, which is no equality."""
-    text = " ".join((ROOT / "README.md").read_text().split())
-    speeds = [row["images_per_second"] for row in json.loads((RESULTS / "evaluation.json").read_text())["rows"]]
+    speeds = [row["images_per_second"] for row in committed("evaluation")]
     trained, folded = (max(speed[kind] / speed["l2bn"] for speed in speeds) for kind in ("bn", "folded"))
-    assert f"evaluation takes up to {trained:.1f} of BN's time, and up to {folded:.2f} of that of BN folded" in text
-    runs = json.loads((RESULTS / "accuracy.json").read_text())["runs"]
+    assert (
+        f"evaluation takes up to {trained:.1f} of BN's time, and up to {folded:.2f} of that of BN folded" in README
+    )
+    runs = committed("accuracy", "runs")
     found = estimate(paired_differences(*(accuracy.of_path(runs, path) for path in ("plain", "ours"))))
-    assert f"by {signed(found.mean)} points, 95 % interval {interval(found)}, n = {found.n}" in text
+    assert f"by {signed(found.mean)} points, 95 % interval {interval(found)}, n = {found.n}" in README
+
+
+def chosen(name: str, norm: str) -> dict[str, float]:
+    """Network to images/s against the plain loop's, of ours as `compute.compile=auto` calls it."""
+    rows = committed(name)
+    return {row["network"]: train.speed_up(row, rows) for row in rows if row.get("auto") and row["norm"] == norm}
+
+
+def test_the_readmes_speeds_of_training_are_those_of_the_committed_results() -> None:
+    cpu, gpu = chosen("train", "bn"), [chosen("gpu/train", kind)["ResNet-20"] for kind in train.NORMS]
+    for text in (
+        f"{cpu['ResNet-20']:.2f} times in ResNet-20, {cpu['ShuffleNetV2']:.2f} in ShuffleNetV2, ",
+        f"{cpu['MobileNetV2']:.1f} in MobileNetV2, {cpu['VGG-16']:.2f} in VGG-16, ",
+        f"at 224 pixels {cpu['ResNet-18']:.2f} in ResNet-18 and {cpu['ResNet-50']:.2f} in ResNet-50",
+        "{:.1f} and {:.1f} times the plain loop's with BN".format(*gpu),
+    ):
+        assert text in README
+    rates = [round(row["images_per_second"], -2) for row in committed("gpu/train") if row.get("auto")]
+    assert "{:,.0f} images/s with BN and, in long runs, {:,.0f} with L2BN".format(*rates) in README
+
+
+def test_the_readmes_speeds_in_bfloat16_are_those_of_the_committed_results() -> None:
+    """The factor that both norms reach, called in one way."""
+    speeds: dict[str, dict[tuple[str, str], float]] = defaultdict(dict)
+    for row in committed("amx/train"):
+        if row["path"] == "ours":
+            speeds[row["network"]][row["norm"], row["precision"]] = row["images_per_second"]
+    gains = {
+        network: min(found[norm, "bf16-mixed"] / found[norm, "32-true"] for norm in train.NORMS)
+        for network, found in speeds.items()
+    }
+    assert (
+        f"trains {gains['ResNet-20']:.1f} times as many images/s as float32 in ResNet-20, "
+        f"{gains['MobileNetV2']:.1f} in MobileNetV2, {gains['ShuffleNetV2']:.1f} in ShuffleNetV2, "
+        f"{gains['VGG-16']:.1f} in VGG-16"
+    ) in README
+
+
+def test_the_readmes_speeds_beside_others_are_those_of_the_committed_results() -> None:
+    """Of several runs at once, and of a run beside a busy process."""
+    speeds = {(row["network"], row["runs"]): sum(row["images_per_second"]) for row in committed("together")}
+    gains = [speed / speeds[network, 1] for (network, runs), speed in speeds.items() if runs > 1]
+    assert f"does {min(gains):.1f} to {max(gains):.1f} times as much as all for one" in README
+    times = [row["seconds"] for row in committed("waiting") if row["batch"] == 128]
+    slower = [time["busy"][waiting.SPINS_OF_A_RUN] / time["alone"][waiting.SPINS_OF_A_RUN] for time in times]
+    assert f"takes {min(slower):.1f} to {max(slower):.1f} times as long" in README
 
 
 Measured = Callable[..., dict[str, Any]]
@@ -64,6 +154,33 @@ def measured(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> M
         return result
 
     return measured
+
+
+@pytest.mark.parametrize("name", ["", "page.md", "result"], ids=["folder", "page", "no ending"])
+def test_a_place_that_cannot_take_the_result_is_refused_before_anything_is_measured(
+    name: str, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The page would overwrite a result that ends as it does."""
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "waiting", "--json", str(tmp_path / name)])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert f"give a file whose name ends in .json, not {tmp_path / name}" in capsys.readouterr().err
+
+
+def test_a_benchmark_that_fails_leaves_no_result(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty one would be no result for `benchmark.py pages`."""
+    options = ["--root", str(tmp_path / "nowhere"), "--json", str(tmp_path / "new/accuracy.json")]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "accuracy", *options])
+    with pytest.raises(UserError, match="nowhere"):
+        command.main()
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_pages_are_written_from_any_folder(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command.RESULTS == RESULTS
 
 
 def check_norms(rows: list[dict[str, Any]]) -> None:

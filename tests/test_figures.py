@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import combinations
+from math import nan
 from pathlib import Path
 
 import matplotlib as mpl
@@ -10,10 +11,18 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from l2bn.records import METRICS
+from l2bn.records import METRICS, write_lines
 from l2bn.reporting.comparison import Comparison, arms_of, grid, pooled
 from l2bn.reporting.evidence import Evidence, read_evidence
-from l2bn.reporting.figures import RC, STYLES, curves, differences, differences_of_set, read_curves, write_figures
+from l2bn.reporting.figures import (
+    STYLES,
+    curves,
+    differences,
+    differences_of_set,
+    drawing,
+    read_curves,
+    write_figures,
+)
 from l2bn.reporting.reference import RunSet
 from l2bn.reporting.tables import BEGIN, END, readme_with_block
 from synthetic_records import write_pairs, write_run
@@ -32,7 +41,7 @@ def evidence(tmp_path: Path) -> Evidence:
 
 def draw_curves(evidence: Evidence, dataset: str) -> Figure:
     rows = [row for row in grid(arms_of(evidence)) if row.cell.dataset == dataset and row.arms]
-    with mpl.rc_context(RC):
+    with drawing():
         return curves(rows, read_curves(evidence.records)[0])
 
 
@@ -162,7 +171,7 @@ def test_nothing_of_the_dot_plot_is_cut_off_or_stands_on_another(tmp_path: Path)
     for backbone in ("resnet20", "a_backbone_with_a_long_name,and=many,options=changed"):
         write_pairs(tmp_path, [90], [-4.7], backbone=backbone, label="A data set of a long name, 12,800 images")
         write_pairs(tmp_path, [90], [0.4], backbone=backbone, recipe="short,batch_size=16,epochs=3,lr=0.02")
-    with mpl.rc_context(RC):
+    with drawing():
         figure = differences(grid(arms_of(read_evidence(tmp_path))))
     FigureCanvasAgg(figure).draw()
     axes = figure.axes[0]
@@ -192,12 +201,41 @@ def test_arms_differ_in_more_than_colour() -> None:
     assert light - dark > 0.2  # in greyscale
 
 
-def test_a_run_without_readable_epochs_is_named_and_left_out(tmp_path: Path, evidence: Evidence) -> None:
-    broken = next(record for record in evidence.records if record.norm == "l2bn" and record.backbone == "vgg16")
-    (broken.folder / METRICS).write_text('{"epoch": 1')
-    paths, problems = write_figures(evidence, tmp_path / "figures")
-    assert [problem.folder for problem in problems] == [broken.folder]
-    assert len(paths) == 6
+def test_a_run_without_readable_epochs_lacks_a_curve_and_counts_as_in_the_tables(
+    tmp_path: Path, evidence: Evidence
+) -> None:
+    """Its result stands in the summary, which is whole."""
+    row = next(row for row in grid(arms_of(evidence)) if row.cell.backbone == "vgg16")
+    assert row.other
+    broken = [record.folder for record in row.other.records]
+    (broken[0] / METRICS).write_text('{"epoch": 1')
+    with drawing():
+        before = list(texts(differences([row])))
+        paths, problems = write_figures(evidence, tmp_path / "figures")
+        assert [problem.folder for problem in problems] == [broken[0]]
+        assert "only from the accuracy curves" in problems[0].reason
+        assert len(paths) == 6
+        assert list(texts(differences([row]))) == before
+        assert "L2BN  92.90 ± 0.10  (n = 3, curve of 2)" in texts(draw_curves(evidence, "cifar10"))
+        for folder in broken[1:]:
+            (folder / METRICS).unlink()
+        assert "L2BN  92.90 ± 0.10  (n = 3, curve of 0)" in texts(draw_curves(evidence, "cifar10"))
+
+
+def test_an_epoch_without_an_accuracy_is_a_gap_and_moves_no_other(tmp_path: Path) -> None:
+    record = write_run(tmp_path, epochs=5, curve=5)
+    rows = record.metrics()
+    rows[1]["test/top1"] = None
+    write_lines(record.folder / METRICS, rows)
+    (line,) = draw_curves(read_evidence(tmp_path), "cifar10").axes[0].lines
+    assert list(line.get_ydata()) == pytest.approx([row["test/top1"] or nan for row in rows], nan_ok=True)
+
+
+def test_a_users_own_settings_of_matplotlib_change_nothing(tmp_path: Path, evidence: Evidence) -> None:
+    paths, _ = write_figures(evidence, tmp_path / "usual")
+    with mpl.rc_context({"text.usetex": True, "lines.linewidth": 5, "axes.facecolor": "red"}):
+        others, _ = write_figures(evidence, tmp_path / "own")
+    assert [path.read_bytes() for path in others] == [path.read_bytes() for path in paths]
 
 
 def test_nothing_is_drawn_without_records(tmp_path: Path) -> None:

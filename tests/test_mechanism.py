@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pytest
 
@@ -30,10 +29,10 @@ from l2bn.reporting.evidence import (
     read_evidence,
 )
 from l2bn.reporting.figures import (
-    RC,
     accuracy_over_eps,
     accuracy_over_rates,
     accuracy_over_updates,
+    drawing,
     feature_map,
     norms_by_depth,
     principal_plane,
@@ -187,7 +186,7 @@ def test_the_csv_has_every_measure_of_every_norm(evidence: Evidence) -> None:
 
 def test_figures_show_what_the_records_hold(evidence: Evidence) -> None:
     pair = pair_of(evidence)
-    with mpl.rc_context(RC):
+    with drawing():
         depth = norms_by_depth(pair).axes[0]
         assert list(depth.lines[0].get_ydata()) == pytest.approx([0.2, 0.4, 0.6])  # BN, input
         assert list(depth.lines[2].get_ydata()) == pytest.approx([0.1, 0.2, 0.3])
@@ -198,7 +197,7 @@ def test_figures_show_what_the_records_hold(evidence: Evidence) -> None:
 
 
 def test_no_panel_of_a_shared_axis_is_cut_off(evidence: Evidence) -> None:
-    with mpl.rc_context(RC):
+    with drawing():
         panels = norms_by_depth(pair_of(evidence)).axes
     for panel in panels:  # the norms at the output, 1.0, are above all at the input
         bottom, top = panel.get_ylim()
@@ -225,7 +224,7 @@ def test_the_map_shows_the_same_images_of_both_arms(evidence: Evidence) -> None:
     bn, l2bn = (read_sample(folder) for folder in folders)
     assert bn
     assert l2bn
-    with mpl.rc_context(RC):
+    with drawing():
         left, right = feature_map(pair, seed, bn, l2bn).axes
     assert len(left.collections) == len(right.collections) == 3
     for panel, sample in ((left, bn), (right, l2bn)):
@@ -287,7 +286,7 @@ def test_the_eps_tables_split_the_difference_into_norms_and_eps(tmp_path: Path) 
     assert norms[4] == "no spread"
     assert eps[4] != "–"
     assert whole[4] == "–"
-    with mpl.rc_context(RC):
+    with drawing():
         left, right = accuracy_over_eps(study).axes
     assert len(right.lines) == 2  # norm 1 at two values of eps
     assert len(left.get_legend().get_texts()) == 3
@@ -387,7 +386,7 @@ def test_the_rate_table_has_a_row_a_setting_and_its_note_counts(tmp_path: Path) 
     assert "Mean over the 2 settings in which all runs of seeds 0, 1, 2 finished" in note
     assert "+1.00 points, 95 % interval [−0.24, +2.24], n = 3" in note
     assert "Diverged: 1 of BN, 0 of L2BN" in note
-    with mpl.rc_context(RC):
+    with drawing():
         assert len(accuracy_over_rates(study).axes) == 2
 
 
@@ -453,8 +452,33 @@ def test_the_trap_table_says_when_running_statistics_have_caught_up(tmp_path: Pa
     assert trap_table(study).rows[0] == (*rows[0][:-1], "3; 1 diverged")
     assert rows[2][-2:] == ("120 to 140, 1 never", "3")
     assert rows[2][2:8] == ("10.00", "10.00", "10.00", "63.33", "63.33", "63.33")
-    with mpl.rc_context(RC):
+    with drawing():
         assert len(accuracy_over_updates(study).axes) == 2
+
+
+def test_a_trap_study_of_another_norm_has_its_figure(tmp_path: Path) -> None:
+    write_trap(tmp_path, DETACHED, (10, 20))
+    ((study,), _) = trap_studies(read_evidence(tmp_path).records)
+    with drawing():
+        (panel,) = accuracy_over_updates(study).axes
+    assert panel.get_title(loc="left") == DETACHED
+
+
+def test_the_legend_of_the_rates_names_both_norms_though_one_has_diverged_in_the_first_panel(
+    tmp_path: Path,
+) -> None:
+    for batch, status in ((8, "diverged"), (256, "finished")):
+        identity = {"recipe": {"batch_size": batch, "lr": 0.1}}
+        recipe = f"short,batch_size={batch}"
+        write_run(tmp_path, recipe=recipe, norm=BN, status=status, identity=identity)
+        write_run(tmp_path, recipe=recipe, norm=L2BN, identity=identity)
+    (study,) = studies_of(read_evidence(tmp_path, place=place_by_rate))
+    first, second = accuracy_over_rates(study).axes
+    assert first.get_legend() is None
+    assert [text.get_text() for text in second.get_legend().get_texts()] == [
+        "BN  (n = 0 to 1)",
+        "L2BN  (n = 1)",
+    ]
 
 
 # ---- The document -------------------------------------------------------------------------------------------
@@ -517,6 +541,19 @@ def test_the_committed_documents_are_what_the_records_give() -> None:
     text = reading.read_text(encoding="utf-8") if reading.exists() else ""
     for name, content in mechanism_documents(mechanism, text).items():
         assert (ROOT / "results" / name).read_text(encoding="utf-8") == content, name
+
+
+def test_long_names_are_cut_and_stay_apart(tmp_path: Path) -> None:
+    """A name of a folder may have 200 bytes, the cell of a figure has three of them."""
+    for end in "ab":
+        backbone, recipe = f"resnet20,{'é' * 80}", f"short,{'x' * 180}{end}"
+        for norm in (BN, L2BN):
+            write_features(write_run(tmp_path / "runs", norm=norm, backbone=backbone, recipe=recipe))
+    mechanism = read_mechanism(tmp_path / "runs", None)
+    paths, _ = write_mechanism_figures(mechanism, tmp_path / "figures")
+    assert len(set(paths)) == 4
+    text = mechanism_documents(mechanism, "")["mechanism.md"]
+    assert all(f"(figures/{path.name})" in text for path in paths if path.suffix == ".png")
 
 
 def test_the_script_writes_all_of_it(folders: tuple[Path, Path], tmp_path: Path) -> None:

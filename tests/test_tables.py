@@ -130,6 +130,14 @@ def test_a_cell_under_two_recipes_is_pooled_once(tmp_path: Path) -> None:
     assert (result.n, result.mean) == (1, pytest.approx(0.3))
 
 
+def test_the_terminal_shows_names_as_they_are(tmp_path: Path) -> None:
+    """Rich would take what stands in brackets for a style."""
+    norms = ("mine,axes=[height]", "mine,axes=[:heart:]")
+    for norm in norms:
+        write_run(tmp_path, norm=norm)
+    assert all(norm in in_terminal(tmp_path) for norm in norms)
+
+
 @pytest.mark.parametrize(
     ("dataset", "label", "shown"),
     [

@@ -15,16 +15,7 @@ import torch
 from torch import nn
 
 from l2bn.benchmarks.measure import DEVICE, Result, Row, count, page, table
-from l2bn.benchmarks.workload import (
-    CLASSES,
-    Workload,
-    build,
-    compute,
-    pictures,
-    plain_epoch,
-    recipe,
-    trainer_of,
-)
+from l2bn.benchmarks.workload import CLASSES, Workload, build, compute, pictures, plain_epoch, recipe, trainer_of
 from l2bn.data.augment import CropFlip
 from l2bn.data.folder import image_folder
 from l2bn.data.loader import evaluation_loader
@@ -55,13 +46,8 @@ def train_ours(
 def train_plain(workload: Workload, learning: Recipe, seed: int) -> float:
     """Test accuracy in percent after the last epoch."""
     model = initial(seed).to(DEVICE)
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=learning.lr,
-        momentum=learning.momentum,
-        weight_decay=learning.weight_decay,
-        nesterov=learning.nesterov,
-    )
+    options = {key: getattr(learning, key) for key in ("lr", "momentum", "weight_decay", "nesterov")}
+    optimizer = torch.optim.SGD(model.parameters(), **options)
     updates = learning.epochs * workload.steps
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer,

@@ -19,7 +19,7 @@ STEPS = 10  # of an epoch
 EPOCHS = 5
 
 
-def one_of_several(index: int, network: str, batch: int | None, runs: int, started: Any, times: Any) -> None:
+def one_of_several(index: int, network: str, batch: int, runs: int, started: Any, times: Any) -> None:
     """Train one of several runs in this process: warm up, wait for the others, then train for some epochs."""
     threads = max(1, min(torch.get_num_threads(), available_cores()) // runs)
     action, _ = ours(make_workload(network, STEPS, batch), "bn", threads=threads)

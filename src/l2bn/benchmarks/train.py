@@ -217,13 +217,6 @@ def run(arguments: argparse.Namespace) -> Result:
         workload = make_workload(network, STEPS[NETWORKS[network].size], arguments.batch)
         for row in measure(workload, arguments.callers, arguments.seconds):
             rows.append(row)
-            print(
-                network,
-                row["path"],
-                row["norm"],
-                row["caller"],
-                row["precision"],
-                f"{row['images_per_second']:.1f} images/s",
-                flush=True,
-            )
+            names = (row[key] for key in ("path", "norm", "caller", "precision"))
+            print(network, *names, f"{row['images_per_second']:.1f} images/s", flush=True)
     return {"rows": rows, "matrix_products": matrix_product_rates()}

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from statistics import median
 from unittest import mock
 
@@ -41,11 +41,8 @@ def _take_turn() -> float:
 
 
 @contextmanager
-def _competitor(load: str) -> Iterator[None]:
-    """Under the load "busy", a process that computes on one core."""
-    if load == "alone":
-        yield
-        return
+def _competitor() -> Iterator[None]:
+    """A process that computes on one core."""
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
         try:
             yield
@@ -65,7 +62,7 @@ def measure(network: str, batch: int, seconds: float) -> dict[str, dict[str, flo
                 processes[spins] = stack.enter_context(pool)
                 pool.submit(_take_turn).result()
         for load in LOADS:
-            with _competitor(load):
+            with _competitor() if load == "busy" else nullcontext():
                 end = time.perf_counter() + seconds
                 while time.perf_counter() < end or not times[load]["0"]:
                     for spins in order.sample(list(COUNTS), len(COUNTS)):

@@ -182,8 +182,8 @@ def trainer_of(workload: Workload, model: nn.Module, learning: Recipe, placing: 
     placed = placing.place(model, fabric.device, updates=0)
     trained, optimizer = fabric.setup(placed.trained, learning.optimizer(placed.network))
     splits = workload.splits
-    options: dict[str, Any] = {"splits": splits, "device": fabric.device, "workers": placing.workers}
-    options["channels_last"] = placing.channels_last
+    options: dict[str, Any] = {"splits": splits, "device": fabric.device}
+    options |= {"workers": placing.workers, "channels_last": placing.channels_last}
     return Trainer(
         fabric=fabric,
         model=trained,
@@ -243,19 +243,13 @@ class _Pictures(Dataset[Any]):
 def pictures(workload: Workload, generator: torch.Generator | None = None) -> DataLoader[Any]:
     """PIL transforms in a DataLoader, as most repositories have them."""
     size = workload.size
-    crop = (
-        transforms.RandomCrop(size, padding=4) if size == 32 else transforms.RandomResizedCrop(size, antialias=True)
-    )
-    transform = transforms.Compose(
-        [
-            crop,
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(workload.splits.mean, workload.splits.std),
-        ]
-    )
+    crop: nn.Module = transforms.RandomResizedCrop(size, antialias=True)
+    if size == 32:
+        crop = transforms.RandomCrop(size, padding=4)
+    normalize = transforms.Normalize(workload.splits.mean, workload.splits.std)
+    steps = [crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalize]
     return DataLoader(
-        _Pictures(workload, transform),
+        _Pictures(workload, transforms.Compose(steps)),
         workload.batch,
         shuffle=True,
         drop_last=True,

@@ -8,13 +8,15 @@ import re
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import cycle, groupby
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import groupby
 from math import nan
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -57,6 +59,7 @@ OF_EPS: Mapping[str, Mapping[str, Any]] = {
     L2BN: {**STYLES[L2BN], "label": "L2BN, norm 1"},
     RMS: {"color": "#0072B2", "linestyle": (0, (1, 1)), "marker": "^", "label": "L2BN, rms 1"},
 }
+HOLLOW: Mapping[str, Any] = {"linestyle": "", "markerfacecolor": "white", "markersize": 3}
 GREY = "#777777"
 
 RC: Any = {
@@ -77,39 +80,43 @@ RC: Any = {
     "ytick.labelsize": 7.5,
 }
 
-
-Curves = Mapping[Path, Sequence[float]]
+Curves = Mapping[Path, Sequence[float | None]]
 """The folder of a run to its test top-1 after each epoch, percent."""
+
+
+def drawing() -> AbstractContextManager[None]:
+    """Draw by RC and matplotlib's own defaults: a user's matplotlibrc changes nothing."""
+    return mpl.style.context(["default", RC])
 
 
 def read_curves(records: Sequence[Record]) -> tuple[Curves, list[Problem]]:
     """The curves of the runs that finished, and those whose epochs cannot be read."""
-    found: dict[Path, list[float]] = {}
+    found = {}
     problems = []
     for record in records:
         if record.status != "finished" or record.norm not in STYLES:
             continue
         try:
-            accuracies = [row["test/top1"] for row in record.metrics()]
-            found[record.folder] = [accuracy for accuracy in accuracies if accuracy is not None]
+            found[record.folder] = [row["test/top1"] for row in record.metrics()]
         except InvalidRecordError as error:
-            problems.append(Problem(record.folder, str(error)))
+            problems.append(Problem(record.folder, f"only from the accuracy curves: {error}"))
     return found, problems
 
 
 def write_figures(
     evidence: Evidence, folder: Path, sets: Sequence[RunSet] = ()
 ) -> tuple[list[Path], list[Problem]]:
-    """Draw accuracies as PNG and SVG: the paths written, and the records left out."""
+    """Draw accuracies as PNG and SVG: the paths written, and the records that have no curve.
+
+    Those count in all means and differences, as in the tables: their result stands in the summary.
+    """
     found, problems = read_curves(evidence.records)
-    broken = {problem.folder for problem in problems}
-    readable = replace(evidence, records=[record for record in evidence.records if record.folder not in broken])
-    comparisons = [row for row in grid(arms_of(readable)) if row.arms]
+    comparisons = [row for row in grid(arms_of(evidence)) if row.arms]
     pages: dict[str, list[Comparison]] = defaultdict(list)  # of curves, one per data set
     for comparison in comparisons:
         pages[re.sub(r"[^\w.]+", "-", comparison.cell.dataset)].append(comparison)
     paths = []
-    with mpl.rc_context(RC):
+    with drawing():
         for name, group in pages.items():
             if any(arm.of() for comparison in group for arm in comparison.arms):
                 paths += save_figure(curves(group, found), folder, f"curves-{name}")
@@ -125,7 +132,7 @@ def write_figures(
 def write_mechanism_figures(mechanism: Mechanism, folder: Path) -> tuple[list[Path], list[Problem]]:
     """Draw features and studies as PNG and SVG: the paths written, and the records whose sample cannot be read."""
     paths, problems = [], []
-    with mpl.rc_context(RC):
+    with drawing():
         for pair in measured_pairs(mechanism.arms):
             name = file_name(pair.cell)
             paths += save_figure(norms_by_depth(pair), folder, f"norms-{name}")
@@ -133,14 +140,14 @@ def write_mechanism_figures(mechanism: Mechanism, folder: Path) -> tuple[list[Pa
                 paths += save_figure(through_training(pair), folder, f"training-{name}")
             if not pair.sampled:
                 continue
-            seed, *sampled = pair.sampled
+            seed, *runs = pair.sampled
             samples: list[Sample] = []
-            for run in sampled:
+            for run in runs:
                 try:
                     samples += filter(None, [read_sample(run)])
                 except InvalidRecordError as error:
                     problems.append(Problem(run, str(error)))
-            if len(samples) == len(sampled):
+            if len(samples) == 2:
                 paths += save_figure(feature_map(pair, seed, *samples), folder, f"map-{name}")
         for study in mechanism.studies.eps:
             paths += save_figure(accuracy_over_eps(study), folder, f"eps-{file_name(study.cell)}")
@@ -178,11 +185,8 @@ def _finish(figure: Figure, text: str, band: str = "", seeds: Iterable[int] = ()
     for axes in figure.axes:
         axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
         axes.set_axisbelow(True)
-    _title(figure, text + (f"; band: {band} over seeds" if any(n > 1 for n in seeds) else ""))
-
-
-def _title(figure: Figure, text: str) -> None:
-    figure.suptitle(text, x=0.01, ha="left").set_fontsize(10)
+    shown = f"; band: {band} over seeds" if any(n > 1 for n in seeds) else ""
+    figure.suptitle(text + shown, x=0.01, ha="left", fontsize=10)
 
 
 def _plot_band(panel: Axes, x: Sequence[float], points: Sequence[Estimate], style: Mapping[str, Any]) -> None:
@@ -241,19 +245,22 @@ def curves(comparisons: Sequence[Comparison], found: Curves) -> Figure:
 def _draw_pair(panel: Axes, comparison: Comparison, found: Curves) -> None:
     visible: list[float] = []
     for arm in comparison.arms:
-        runs = [found[record.folder] for record in arm.records if record.folder in found]
-        curve = [estimate(accuracies) for accuracies in zip(*runs, strict=False)]
-        if not curve:
+        n = len(arm.of())
+        if n == 0:
             continue
+        runs = [found[record.folder] for record in arm.records if record.folder in found]
+        curve = _over_runs(runs)
         style = STYLES[arm.norm]
-        label = f"{style['label']}  {mean_std(arm.of().values())}  (n = {len(arm.of())})"
+        drawn = "" if len(runs) == n else f", curve of {len(runs)}"
+        label = f"{style['label']}  {mean_std(arm.of().values())}  (n = {n}{drawn})"
         # About eight markers a line, those of one arm between those of the other, so that both stay visible.
         step = max(1, len(curve) // 8)
         marks = (step // 2 if arm.norm == L2BN else 0), step
         _plot_band(panel, range(1, len(curve) + 1), curve, {**style, "label": label, "markevery": marks})
-        visible += [point.mean or 0.0 for point in curve]
+        visible += [point.mean for point in curve if point.mean is not None]
     if visible:
         panel.set_ylim(*_limits(visible))
+    if panel.lines:
         panel.legend(loc="lower right", handlelength=2.6, borderaxespad=0.2)
     longest = max((arm.epochs for arm in comparison.arms), default=1)
     panel.xaxis.set_major_locator(
@@ -394,18 +401,15 @@ def norms_by_depth(pair: Comparison) -> Figure:
             points = _by_layer(arm, f"{side}/norm_cv")
             _plot_band(panel, range(1, len(points) + 1), points, style)
             between = [point.mean for point in _by_layer(arm, f"{side}/norm_cv_between")]
-            hollow = {"linestyle": "", "markerfacecolor": "white", "label": None}
-            panel.plot(
-                range(1, len(between) + 1), between, **{**style, **hollow}, markersize=3, markeredgewidth=0.7
-            )
+            marks = {**style, **HOLLOW, "label": None}
+            panel.plot(range(1, len(between) + 1), between, **marks, markeredgewidth=0.7)
         panel.set_xlim(left=0.2)
         _depth_axis(panel)
     panels[0].set_ylim(bottom=0)  # the axis of both: it follows the values no longer
     panels[0].set_ylabel("std / mean of the samples' l2 norms")
     handles, _ = panels[0].get_legend_handles_labels()
-    hollow_key = Line2D([], [], color=GREY, linestyle="", marker="o", markerfacecolor="white", markersize=3)
-    labels = [*(handle.get_label() for handle in handles), "between classes"]
-    panels[0].legend([*handles, hollow_key], labels, handlelength=2.6)
+    key = Line2D([], [], color=GREY, marker="o", label="between classes", **HOLLOW)
+    panels[0].legend(handles=[*handles, key], handlelength=2.6)
     _finish(figure, title(pair.label, pair.cell), "± std", (len(arm.features) for arm in pair.arms))
     return figure
 
@@ -480,7 +484,7 @@ def feature_map(pair: Comparison, seed: int, bn: Sample, l2bn: Sample) -> Figure
     panels[0].set_ylabel(f"second ({100 * shares[1]:.0f} %)")
     key = panels[0].get_legend_handles_labels()
     figure.legend(*key, loc="outside right center", title="class", markerscale=1.3)
-    _title(figure, title(pair.label, pair.cell))
+    figure.suptitle(title(pair.label, pair.cell), x=0.01, ha="left", fontsize=10)
     images = plural("test image", len(bn.labels))
     panels[0].text(0, 1.13, f"seed {seed}, {images}", transform=panels[0].transAxes, color=GREY, fontsize=7)
     return figure
@@ -518,12 +522,11 @@ def accuracy_over_eps(study: Study) -> Figure:
     left.legend(handlelength=2.6)
     right.set_title("shrink factor, L2BN at norm 1")
     apart = min(0.2, 0.7 / max(len(values) - 1, 1))
-    greys = [f"{0.15 + apart * i:.2f}" for i in range(len(values))]
-    for (eps, text), grey, marker in zip(values.items(), greys, cycle("osD^v"), strict=False):
+    for index, (eps, text) in enumerate(values.items()):
         layers = shrink_factors(study.at(L2BN, eps))
         if layers:
-            depth = range(1, len(layers) + 1)
-            right.plot(depth, layers, color=grey, marker=marker, markersize=3.5, linewidth=1.2, label=text)
+            style = {"color": f"{0.15 + apart * index:.2f}", "marker": "osD^v"[index % 5], "label": text}
+            right.plot(range(1, len(layers) + 1), layers, **style, markersize=3.5, linewidth=1.2)
     right.set_ylim(0, 1.05)
     _depth_axis(right)
     right.legend(title="eps", loc="center right", bbox_to_anchor=(1, 0.62), ncols=2)
@@ -541,7 +544,7 @@ def accuracy_over_rates(study: Study) -> Figure:
         for norm, shift in ((BN, 0.95), (L2BN, 1.05)):
             runs = [(rate, study.at(norm, batch, rate)) for rate in rates]
             if any(arm and arm.of() for _, arm in runs):
-                arms = (study.at(norm, *value) for value in study.values)  # of all panels: the legend is in one
+                arms = (study.at(norm, *value) for value in study.values)  # of all panels: one has the legend
                 style = _counted(STYLES[norm], *(len(arm.of()) if arm else 0 for arm in arms))
                 _points(panel, runs, style, shift)
             for rate, lost in ((rate, arm.diverged) for rate, arm in runs if arm and arm.diverged):
@@ -550,25 +553,27 @@ def accuracy_over_rates(study: Study) -> Figure:
                 panel.text(*place, text, transform=panel.get_xaxis_transform(), ha="right", fontsize=6, color=GREY)
         _log_axis(panel, "learning rate", rates, [f"{rate:g}" for rate in rates])
     panels[0].set_ylabel("test top-1 (%)")
-    panels[0].legend(loc="lower left", handlelength=2.6)
+    fullest = max(panels, key=lambda panel: len(panel.get_legend_handles_labels()[0]))
+    fullest.legend(loc="lower left", handlelength=2.6)
     _finish(figure, f"{study.label}, {study.cell.backbone}; a dash for each seed")
     return figure
 
 
 def accuracy_over_updates(study: TrapStudy) -> Figure:
     """A panel per norm: accuracy by running and by batch statistics over the updates, mean and range."""
-    norms = [norm for norm in OF_EPS if norm in study.norms]
+    norms = study.norms
     figure, panels = _panels(2.2 * len(norms) + 0.6, 2.7, columns=len(norms), sharey=True)
     for panel, norm in zip(panels, norms, strict=True):
-        panel.set_title(OF_EPS[norm]["label"])
+        style = OF_EPS.get(norm, {"color": "#222222", "label": norm})
+        panel.set_title(style["label"])
         for kind, line in (("batch", (0, (4, 1.5))), ("running", "-")):
             curve = study.curve(norm, kind)
-            color = OF_EPS[norm]["color"] if kind == "running" else GREY
+            color = style["color"] if kind == "running" else GREY
             panel.fill_between(curve.index, curve.min(axis=1), curve.max(axis=1), color=color, alpha=0.18, lw=0)
             mean = curve.mean(axis=1)
             panel.plot(curve.index, mean, color=color, linestyle=line, linewidth=1.2, label=f"{kind} statistics")
         panel.set_xlabel("updates")
-        panel.legend(loc="lower right", handlelength=2.6, title=f"n = {study.norms[norm]}")
+        panel.legend(loc="lower right", handlelength=2.6, title=f"n = {norms[norm]}")
     panels[0].set_ylabel("test top-1 (%)")
-    _finish(figure, title(study.label, study.cell), "range", study.norms.values())
+    _finish(figure, title(study.label, study.cell), "range", norms.values())
     return figure

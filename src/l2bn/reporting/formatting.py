@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from operator import itemgetter
 
 import pandas as pd
@@ -116,11 +117,17 @@ def title(label: str, cell: Cell) -> str:
     return ", ".join((*names_of(label, cell), setting(cell)))
 
 
+LONGEST_NAME = 200  # bytes; file systems allow 255
+
+
 def file_name(cell: Cell) -> str:
-    """A cell as part of a file's name."""
+    """A cell as part of a file's name; a digest stands for the end of one that is too long for that."""
     setting = "" if cell.setting == "32-true" else cell.setting
     parts = (cell.dataset, cell.backbone, cell.recipe, setting)
-    return re.sub(r"[^\w.=-]+", "-", "-".join(filter(None, parts)))
+    name = re.sub(r"[^\w.=-]+", "-", "-".join(filter(None, parts))).encode()
+    if len(name) > LONGEST_NAME:
+        name = name[: LONGEST_NAME - 17] + f"-{blake2b(name, digest_size=8).hexdigest()}".encode()
+    return name.decode(errors="ignore")  # of a character that was cut
 
 
 # ---- Tables -------------------------------------------------------------------------------------------------

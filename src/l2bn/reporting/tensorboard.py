@@ -145,10 +145,16 @@ class Board:
         return True
 
     def _write(self, norm: str, curves: Mapping[tuple[str, str], Mapping[int, list[float]]], texts: Any) -> None:
-        """Write one arm of all cells to a new file, which purges what earlier files hold."""
+        """Write one arm of all cells to a new file, which purges what earlier files hold.
+
+        Of these the last stays, because TensorBoard may be reading it; all of them would fill the disk in time.
+        """
         from torch.utils.tensorboard import SummaryWriter  # takes seconds
 
-        writer: Any = SummaryWriter(str(self._out / norm), purge_step=0)
+        folder = self._out / norm
+        for path in sorted(folder.glob("events.out.tfevents.*"))[:-1]:
+            path.unlink(missing_ok=True)
+        writer: Any = SummaryWriter(str(folder), purge_step=0)
         charts = {}
         for (cell, quantity), curve in curves.items():
             tag = f"{cell}/{QUANTITIES[quantity]}"

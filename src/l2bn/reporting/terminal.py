@@ -52,23 +52,25 @@ def _cell(cell: Cell, arms: Sequence[Arm]) -> list[RenderableType]:
     for header, width in (("accuracy", 13), ("difference", 10), ("95 % interval", 16)):
         table.add_column(header, justify="right", min_width=width, no_wrap=True)
     table.add_column("runs", overflow="fold")
-    seeds = set[int]().union(*(arm.seeds for arm in arms))
+    records = [record for arm in arms for record in arm.records]
+    seeds = {record.seed for record in records}
     bn = next((arm for arm in arms if arm.norm == BN), None)
     notes = []
     for arm in sorted(arms, key=lambda arm: (arm.norm != BN, arm.norm != L2BN)):
         values, rest = arm.of().values(), lost(arm, len(seeds - arm.seeds))
         shown = mean_interval(difference(bn, arm)) if bn else ("", "no BN run")
         runs = f"{len(values)}{'; ' + rest if rest else ''}"
-        table.add_row(arm.norm, mean_std(values), *(("", "") if arm is bn else shown), runs)
+        # A plain text would be read as rich's markup, and lose what is in brackets.
+        table.add_row(Text(arm.norm), mean_std(values), *(("", "") if arm is bn else shown), runs)
     for arm in arms:
         kernels = kernels_in_words(arm.records)
         if " and " in kernels or "in part" in kernels:
             notes.append(f"{arm.norm}: kernels {kernels}, which agree within rounding")
-    images = images_in_words([run for arm in arms for run in arm.records])
-    notes += [f"images not proven equal: {images}"] if images else []
-    unlike = unlike_devices([run for arm in arms for run in arm.records])
-    notes += [f"pairs made in part on a CPU and in part on a GPU: {unlike}"] if unlike else []
-    if unlike_code([run for arm in arms for run in arm.records]):
+    if images := images_in_words(records):
+        notes.append(f"images not proven equal: {images}")
+    if unlike := unlike_devices(records):
+        notes.append(f"pairs made in part on a CPU and in part on a GPU: {unlike}")
+    if unlike_code(records):
         notes.append("your own code was edited between these runs: train them anew by one version")
     head = " · ".join((*names_of(arms[0].label, cell), setting(cell)))
     return [Text(head, style="bold"), table, *(Text(note, style="dim") for note in notes)]
@@ -107,7 +109,7 @@ def layers_table(title: str, row: FeatureRow) -> RenderableType:
         table.add_column(header, justify="right", no_wrap=True)
     for layer in row["layers"]:
         values = [_number(layer[side][name], digits) for side, name, digits in _COLUMNS.values()]
-        table.add_row(layer["name"], *values, _number(layer[SHRINK], 3))
+        table.add_row(Text(layer["name"]), *values, _number(layer[SHRINK], 3))
     last = row[PENULTIMATE]
     values = [_number(last[name], digits) if side == OUTPUT else "" for side, name, digits in _COLUMNS.values()]
     table.add_row(PENULTIMATE, *values, "", style="bold")
