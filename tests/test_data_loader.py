@@ -5,6 +5,7 @@ One battery for the four ways of holding a data set: in memory, as files, as sha
 
 import contextlib
 import dataclasses
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -363,6 +364,19 @@ def test_samples_that_are_not_what_a_split_gives_are_refused(
     expected = pytest.raises(UserError, match=said) if said else contextlib.nullcontext()
     with expected:
         list(evaluate(own, workers=workers).epoch(0))
+
+
+def test_a_batch_without_room_in_shared_memory_ends_the_run(sources: dict[str, Splits]) -> None:
+    """As in a container, whose /dev/shm has 64 MB: torch loses such a batch, and the run would wait for it."""
+    own = OnDisk(torch.zeros(3, 400, 400, dtype=torch.uint8))
+    splits = dataclasses.replace(sources["files"], test=own, image_size=400)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"no room for a batch in shared memory .*--shm-size=8g"):
+            list(evaluate(splits, workers=2).epoch(0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_labels_outside_the_classes_and_images_of_another_size_are_refused(sources: dict[str, Splits]) -> None:
