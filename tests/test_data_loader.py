@@ -379,6 +379,24 @@ def test_a_batch_without_room_in_shared_memory_ends_the_run(sources: dict[str, S
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+class Floats(CropFlip):
+    def apply(self, images: Tensor, numbers: Tensor) -> Tensor:
+        return images / 255
+
+
+class Smaller(CropFlip):
+    def apply(self, images: Tensor, numbers: Tensor) -> Tensor:
+        return images[..., 1:, 1:]
+
+
+@pytest.mark.parametrize(
+    ("own", "got"), [(Floats(), r"torch\.float32 \(8, 3, 6, 6\)"), (Smaller(), r"\(8, 3, 5, 5\)")]
+)
+def test_an_augmentation_that_makes_something_else_is_refused(own: CropFlip, got: str) -> None:
+    with pytest.raises(UserError, match=rf"must return uint8 images of shape \(8, 3, 6, 6\).* got .*{got}"):
+        next(train(dataclasses.replace(in_memory(), augmentation=own)).epoch(0))
+
+
 def test_labels_outside_the_classes_and_images_of_another_size_are_refused(sources: dict[str, Splits]) -> None:
     splits = sources["memory"]
     with pytest.raises(UserError, match=rf"from 0 to \d+; for {splits.num_classes - 1} classes give 0 to"):

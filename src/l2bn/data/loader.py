@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 from torch.utils.data._utils import signal_handling
 
-from l2bn.data.splits import Augmentation, Images, Split, Splits
+from l2bn.data.splits import Augmentation, Images, Split, Splits, kind_of
 from l2bn.errors import UserError
 from l2bn.processes import end_with_parent, leave_signals_to_parent
 from l2bn.seeding import derive_seed, generator, seed_global
@@ -134,7 +134,13 @@ class Loader(ABC):
         for (images, labels), sizes in self._fetch(epoch, self._plan(epoch)[start:]):
             if self.augmentation is not None:
                 numbers = torch.cat([self._draw(epoch, step + i) for i in range(len(sizes))])
+                shape = images.shape
                 images = self.augmentation.apply(images, self._send(numbers))
+                if images.dtype != torch.uint8 or images.shape != shape:
+                    raise UserError(
+                        f"{self.splits.label}: the augmentation must return uint8 images of shape {tuple(shape)}, "
+                        f"because they are scaled and normalized later; got {kind_of(images)}"
+                    )
             step += len(sizes)
             yield from zip(torch.split(self._normalise(images), sizes), torch.split(labels, sizes), strict=True)
 
@@ -306,24 +312,23 @@ class _Reader(Dataset[Tensor | UserError]):
                 except UserError as error:
                     return error
         try:
-            return default_collate(images)  # type: ignore[no-any-return]
+            return default_collate(images)
         except RuntimeError as error:
             if get_worker_info() is None:
                 raise
             # A worker makes the batch in shared memory. Moved there later, by a thread of the queue, a batch
             # without room would be lost, and the run would wait for it forever.
             return UserError(
-                f"a process that decodes images has no room for a batch in shared memory ({error}): enlarge /dev/shm "
+                f"a process that decodes images has no room for a batch in shared memory ({error}): make it larger "
                 "(docker run --shm-size=8g), or take fewer compute.workers, 0 for none"
             )
 
     def _checked(self, image: Tensor, label: int, expected: int) -> Tensor:
         """Return an image. Raises `UserError` unless it is as `Split` has it: floats would be scaled once more."""
         if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.shape != self.shape:
-            found = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
             raise UserError(
                 f"{self.name}: an image must be a uint8 tensor of shape {self.shape}, because it is scaled and "
-                f"normalized later; got {found}"
+                f"normalized later; got {kind_of(image)}"
             )
         if label != expected:
             raise UserError(f"{self.name}: an image came with the label {label}, but `labels` has {expected}")
