@@ -6,7 +6,6 @@ One battery for the four ways of holding a data set: in memory, as files, as sha
 import contextlib
 import dataclasses
 import resource
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -289,24 +288,15 @@ def test_global_random_state_is_left_alone(splits: Splits, workers: int) -> None
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_damaged_file_is_named_once_without_a_traceback(
-    tmp_path: Path, workers: int, damaged: Callable[[Path], Splits]
-) -> None:
+def test_a_damaged_file_is_named_once_without_a_traceback(tmp_path: Path, workers: int) -> None:
+    imagenet(tmp_path, {"train": "train", "val": "val", "devkit": "devkit"}, 8, 8)
+    file = tmp_path / "val" / "ILSVRC2012_val_00000003.JPEG"
+    file.write_bytes(file.read_bytes()[:500])
+    splits = files.imagenet(str(tmp_path), devkit="devkit", image_size=16, **COMMON)
     with pytest.raises(UserError) as caught:
-        list(evaluate(damaged(tmp_path), workers=workers).epoch(0))
+        list(evaluate(splits, workers=workers).epoch(0))
     assert "ILSVRC2012_val_00000003.JPEG: cannot be decoded" in str(caught.value)
     assert "Traceback" not in str(caught.value)
-
-
-@pytest.fixture
-def damaged() -> Callable[[Path], Splits]:
-    def make(folder: Path) -> Splits:
-        imagenet(folder, {"train": "train", "val": "val", "devkit": "devkit"}, 8, 8)
-        file = folder / "val" / "ILSVRC2012_val_00000003.JPEG"
-        file.write_bytes(file.read_bytes()[:500])
-        return files.imagenet(str(folder), devkit="devkit", image_size=16, **COMMON)
-
-    return make
 
 
 @pytest.mark.cuda
@@ -320,11 +310,6 @@ def test_a_gpu_gets_the_same_batches(splits: Splits, start: int) -> None:
         torch.cuda._sleep(2_000_000)  # cycles
         on_gpu.append((images + 0, targets + 0))  # read by the current stream only after the sleep
     torch.testing.assert_close([(images.cpu(), targets.cpu()) for images, targets in on_gpu], on_cpu)
-
-
-def test_one_class_is_refused(splits: Splits) -> None:
-    with pytest.raises(UserError, match="has one class: every answer"):
-        dataclasses.replace(splits, num_classes=1)
 
 
 class OnDisk:
@@ -399,6 +384,8 @@ def test_an_augmentation_that_makes_something_else_is_refused(own: CropFlip, got
 
 def test_labels_outside_the_classes_and_images_of_another_size_are_refused(sources: dict[str, Splits]) -> None:
     splits = sources["memory"]
+    with pytest.raises(UserError, match="has one class: every answer"):
+        dataclasses.replace(splits, num_classes=1)
     with pytest.raises(UserError, match=rf"from 0 to \d+; for {splits.num_classes - 1} classes give 0 to"):
         dataclasses.replace(splits, num_classes=splits.num_classes - 1)
     with pytest.raises(UserError, match=f"{splits.image_size} pixels wide, image_size is {splits.image_size + 1}"):

@@ -268,7 +268,11 @@ class _WorkerLoader(Loader):
         except RuntimeError as failure:
             if "DataLoader worker" not in str(failure):
                 raise
-            error = UserError(worker_ended(failure))
+            reason = str(failure).strip().rstrip(".")
+            error = UserError(
+                f"a process that decodes images was ended: {reason}; if memory ran short, take fewer "
+                "compute.workers"
+            )
         if error is not None:
             self._loader = None  # ends the workers here; left to the traceback, they would be collected late
             raise error
@@ -333,12 +337,6 @@ class _Reader(Dataset[Tensor | UserError]):
         if label != expected:
             raise UserError(f"{self.name}: an image came with the label {label}, but `labels` has {expected}")
         return image
-
-
-def worker_ended(failure: RuntimeError) -> str:
-    """Explain torch's error about a killed worker to a user."""
-    reason = str(failure).strip().rstrip(".")
-    return f"a process that decodes images was ended: {reason}; if memory ran short, take fewer compute.workers"
 
 
 def _serve(_: int) -> None:
