@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageOps
 
 from l2bn.data.decode import CHUNK, read_all, read_rgb
@@ -185,8 +186,9 @@ def test_the_name_of_a_file_does_not_matter(tmp_path: Path) -> None:
         jpeg(pixels(1, 64, 64)[0])[:1500],
         encoded(Image.fromarray(pixels(1, 64, 64)[0]), "PNG")[:1500],
         encoded(Image.fromarray(RGB.astype(np.float32)[..., 0]), "TIFF"),
+        encoded(Image.fromarray(RGB), "AVIF").replace(b"av01", b"av02"),
     ],
-    ids=["empty", "text", "truncated JPEG", "truncated PNG", "floating point"],
+    ids=["empty", "text", "truncated JPEG", "truncated PNG", "floating point", "damaged AVIF"],
 )
 def test_a_damaged_file_is_named(content: bytes) -> None:
     with pytest.raises(UserError, match=r"^some/file\.jpg: cannot be decoded \(.+\); replace the file"):
@@ -197,7 +199,11 @@ def half_zeros(content: bytes) -> bytes:
     return content[: len(content) // 2] + bytes(len(content) - len(content) // 2)
 
 
-@pytest.mark.parametrize(("kind", "options"), [("JPEG", {}), ("WEBP", {}), ("WEBP", {"lossless": True})], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("JPEG", {}), ("WEBP", {}), ("WEBP", {"lossless": True}), ("PNG", {}), ("AVIF", {})],
+    ids=str,
+)
 def test_a_download_that_was_broken_off_is_named(kind: str, options: dict[str, Any]) -> None:
     """Zeros stand for what is missing, and decoders show gray or black; zeros behind a whole file are harmless."""
     content = encoded(Image.fromarray(pixels(1, 64, 64)[0]), kind, **options)
@@ -238,6 +244,19 @@ def test_images_are_decoded_in_order_and_not_far_ahead(tmp_path: Path, monkeypat
     time.sleep(1)
     assert len(list(tmp_path.iterdir())) <= 6 * CHUNK
     assert list(results) == [path.name for path in paths[1:]]
+
+
+def threads(_: Path) -> int:
+    return torch.get_num_threads()
+
+
+def test_decoding_processes_have_one_thread_each() -> None:
+    """A fork leaves the threads of a run behind, and the resizing of an image would wait for them."""
+    torch.set_num_threads(2)
+    try:
+        assert list(read_all([Path("1")], threads, "")) == [1]
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_decoding_processes_end_with_a_killed_run(tmp_path: Path) -> None:

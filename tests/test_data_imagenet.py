@@ -1,7 +1,6 @@
 """ImageNet from its files: labels by wnid, the devkit's numbers, crops, and files that are not quite JPEG."""
 
 import io
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -202,10 +201,8 @@ def test_any_file_name_works(tree: Path, name: str) -> None:
     assert len([splits.train[index] for index in range(13)]) == 13
 
 
-def test_real_photographs(shared_data: Path, tmp_path: Path) -> None:
-    with tarfile.open(shared_data / "imagenet-samples.tar") as tar:
-        tar.extractall(tmp_path, filter="data")
-    splits = read(tmp_path, train="imagenet-samples", val="imagenet-samples", image_size=224)
+def test_real_photographs(photographs: Path) -> None:
+    splits = read(photographs, train="imagenet-samples", val="imagenet-samples", image_size=224)
     assert (len(splits.train), splits.num_classes) == (100, 100)
     loader = evaluation_loader(splits.test, splits=splits, batch_size=25, device="cpu", workers=2)
     images = torch.cat([images for images, _ in loader.epoch(0)])

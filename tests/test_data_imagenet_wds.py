@@ -159,7 +159,7 @@ def write_labels(folder: Path, part: str, shards: list[list[int]]) -> None:
     [
         ([1, 2], [1, 2], "no sample has 0: number the classes from 0"),
         ([0, 1], [0, 1, 7], "go up to 7, but no sample has 2"),
-        ([0, 1], [1, 2], "no training image of class 2"),
+        ([0, 1], [1, 2], "the class 2 has test images and no training images"),
     ],
 )
 def test_classes_without_training_images_are_refused(

@@ -5,7 +5,7 @@ One battery for the four ways of holding a data set: in memory, as files, as sha
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -288,24 +288,15 @@ def test_global_random_state_is_left_alone(splits: Splits, workers: int) -> None
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_damaged_file_is_named_once_without_a_traceback(
-    tmp_path: Path, workers: int, damaged: Callable[[Path], Splits]
-) -> None:
+def test_a_damaged_file_is_named_once_without_a_traceback(tmp_path: Path, workers: int) -> None:
+    imagenet(tmp_path, {"train": "train", "val": "val", "devkit": "devkit"}, 8, 8)
+    file = tmp_path / "val" / "ILSVRC2012_val_00000003.JPEG"
+    file.write_bytes(file.read_bytes()[:500])
+    splits = files.imagenet(str(tmp_path), devkit="devkit", image_size=16, **COMMON)
     with pytest.raises(UserError) as caught:
-        list(evaluate(damaged(tmp_path), workers=workers).epoch(0))
+        list(evaluate(splits, workers=workers).epoch(0))
     assert "ILSVRC2012_val_00000003.JPEG: cannot be decoded" in str(caught.value)
     assert "Traceback" not in str(caught.value)
-
-
-@pytest.fixture
-def damaged() -> Callable[[Path], Splits]:
-    def make(folder: Path) -> Splits:
-        imagenet(folder, {"train": "train", "val": "val", "devkit": "devkit"}, 8, 8)
-        file = folder / "val" / "ILSVRC2012_val_00000003.JPEG"
-        file.write_bytes(file.read_bytes()[:500])
-        return files.imagenet(str(folder), devkit="devkit", image_size=16, **COMMON)
-
-    return make
 
 
 @pytest.mark.cuda
@@ -319,11 +310,6 @@ def test_a_gpu_gets_the_same_batches(splits: Splits, start: int) -> None:
         torch.cuda._sleep(2_000_000)  # cycles
         on_gpu.append((images + 0, targets + 0))  # read by the current stream only after the sleep
     torch.testing.assert_close([(images.cpu(), targets.cpu()) for images, targets in on_gpu], on_cpu)
-
-
-def test_one_class_is_refused(splits: Splits) -> None:
-    with pytest.raises(UserError, match="has one class: every answer"):
-        dataclasses.replace(splits, num_classes=1)
 
 
 class OnDisk:
@@ -365,8 +351,41 @@ def test_samples_that_are_not_what_a_split_gives_are_refused(
         list(evaluate(own, workers=workers).epoch(0))
 
 
+def test_a_batch_without_room_in_shared_memory_ends_the_run(sources: dict[str, Splits]) -> None:
+    """As in a container, whose /dev/shm has 64 MB: torch loses such a batch, and the run would wait for it."""
+    own = OnDisk(torch.zeros(3, 400, 400, dtype=torch.uint8))
+    splits = dataclasses.replace(sources["files"], test=own, image_size=400)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"no room for a batch in shared memory .*--shm-size=8g"):
+            list(evaluate(splits, workers=2).epoch(0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+class Floats(CropFlip):
+    def apply(self, images: Tensor, numbers: Tensor) -> Tensor:
+        return images / 255
+
+
+class Smaller(CropFlip):
+    def apply(self, images: Tensor, numbers: Tensor) -> Tensor:
+        return images[..., 1:, 1:]
+
+
+@pytest.mark.parametrize(
+    ("own", "got"), [(Floats(), r"torch\.float32 \(8, 3, 6, 6\)"), (Smaller(), r"\(8, 3, 5, 5\)")]
+)
+def test_an_augmentation_that_makes_something_else_is_refused(own: CropFlip, got: str) -> None:
+    with pytest.raises(UserError, match=rf"must return uint8 images of shape \(8, 3, 6, 6\).* got .*{got}"):
+        next(train(dataclasses.replace(in_memory(), augmentation=own)).epoch(0))
+
+
 def test_labels_outside_the_classes_and_images_of_another_size_are_refused(sources: dict[str, Splits]) -> None:
     splits = sources["memory"]
+    with pytest.raises(UserError, match="has one class: every answer"):
+        dataclasses.replace(splits, num_classes=1)
     with pytest.raises(UserError, match=rf"from 0 to \d+; for {splits.num_classes - 1} classes give 0 to"):
         dataclasses.replace(splits, num_classes=splits.num_classes - 1)
     with pytest.raises(UserError, match=f"{splits.image_size} pixels wide, image_size is {splits.image_size + 1}"):

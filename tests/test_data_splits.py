@@ -1,5 +1,6 @@
 """The choices that every data set offers: subset, validation, normalisation."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -213,3 +214,39 @@ def test_a_constant_channel_is_centred_only() -> None:
 def test_images_of_another_kind_are_refused(images: torch.Tensor, labels: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="must be"):
         Images(images, labels)
+
+
+class Own:
+    """A split of the user's own."""
+
+    def __init__(self, labels: Any, count: int = 4) -> None:
+        self.labels, self.count = labels, count
+
+    def __len__(self) -> int:
+        return self.count
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        (Own([0, 1, 0, 1]), "`labels` must be an int64 tensor, one for each of the 4 training images, got list"),
+        (Own(np.array([0, 1, 0, 1])), "got ndarray"),
+        (Own(None), "got NoneType"),
+        (Own(torch.zeros(4)), r"got torch\.float32 \(4,\)"),
+        (Own(torch.arange(2)), r"got torch\.int64 \(2,\)"),
+        (Own(torch.arange(0), 0), "has no training images"),
+    ],
+)
+def test_a_split_without_images_or_labels_is_refused(own: Any, words: str) -> None:
+    whole = splits()
+    with pytest.raises(UserError, match=words):
+        make_splits(own, whole.test, 4, 4, label="Own")
+    with pytest.raises(UserError, match=words):
+        replace(whole, train=own)
+    with pytest.raises(UserError, match=words.replace("training", "test")):
+        replace(whole, test=own)
+
+
+def test_a_normalisation_of_other_pixels_is_refused_however_the_splits_were_made() -> None:
+    with pytest.raises(UserError, match=r"dataset\.mean=\[125\.0, .* of pixels scaled to \[0, 1\]"):
+        replace(splits(), mean=(125.0, 123.0, 114.0))

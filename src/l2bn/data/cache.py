@@ -72,6 +72,14 @@ def status(file: Path) -> os.stat_result:
         raise UserError(f"{file} cannot be read: {error.strerror}; restore the file") from error
 
 
+def content_of(file: Path) -> bytes:
+    """The bytes of a file. Raises `UserError` for one that is gone, for example."""
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}; restore the file") from error
+
+
 def cached(folder: str | None, name: str, key: Sequence[str], state: str, make: Callable[[], Arrays]) -> Arrays:
     """The arrays that `make` returns, read from the cache if it holds those of the same key and state.
 

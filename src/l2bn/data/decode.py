@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image, ImageOps
 
 from l2bn.data.cache import tracked
@@ -26,6 +27,7 @@ WORTH_A_PROCESS = 64  # images
 BITS_PER_SAMPLE, LARGEST_VALUE = 258, 281  # tags of TIFF
 ORIENTATION = ExifTags.Base.Orientation
 LEAST_FILLED = 64  # bytes of zeros at a file's end
+DAMAGE = OSError, SyntaxError, ValueError, EOFError, struct.error  # by which Pillow's readers report it
 DIM = 4096  # a 16-bit image that stays below holds at most 12 bits of its 16: it would be nearly black
 
 
@@ -45,14 +47,13 @@ def read_rgb(source: Path | bytes | bytearray, name: str, *, upright: bool = Fal
             return _upright(_to_rgb(image, wide), image) if upright else _to_rgb(image, wide)
     except FileNotFoundError:
         raise UserError(f"{name}: the file is gone; it existed when its folder was listed") from None
-    # Pillow's decoders report damage by all of these.
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+    except (*DAMAGE, RuntimeError, Image.DecompressionBombError) as error:
         raise UserError(f"{name}: cannot be decoded ({error}); replace the file") from error
 
 
 def _upright(decoded: Image.Image, image: Image.Image) -> Image.Image:
     exif = Image.Exif()
-    with suppress(OSError, SyntaxError, ValueError, EOFError, struct.error):  # a damaged tag turns nothing
+    with suppress(*DAMAGE):  # a damaged tag turns nothing
         exif[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
         decoded.info["exif"] = exif.tobytes()
         return ImageOps.exif_transpose(decoded)
@@ -66,7 +67,15 @@ def _is_zero_filled(content: bytes) -> bool:
         return False
     if content[:2] == b"\xff\xd8":  # JPEG: no end of the image behind its last scan
         return end.rfind(b"\xff\xd9") < end.rfind(b"\xff\xda")
-    return content[8:12] == b"WEBP" and len(end) + LEAST_FILLED <= 8 + int.from_bytes(content[4:8], "little")
+    if content[:4] == b"\x89PNG":
+        return end.rfind(b"IEND") < end.rfind(b"IDAT")
+    whole = 0
+    if content[8:12] == b"WEBP":
+        whole = 8 + int.from_bytes(content[4:8], "little")
+    elif content[4:8] == b"ftyp":  # AVIF: boxes, each with its length
+        while (length := int.from_bytes(content[whole : whole + 4])) >= 8:
+            whole += length
+    return len(end) + LEAST_FILLED <= whole
 
 
 def _to_rgb(image: Image.Image, wide: bool) -> Image.Image:
@@ -116,7 +125,7 @@ def read_all(paths: list[Path], read: Callable[[Path], T], text: str) -> Generat
     By processes, because most of the time spent on a small image is spent in Python. Close it to cancel the rest.
     """
     count = min(available_cores(), len(paths) // WORTH_A_PROCESS + 1)
-    with ProcessPoolExecutor(count, initializer=end_with_parent) as workers:
+    with ProcessPoolExecutor(count, initializer=_serve) as workers:
         try:
             yield from tracked(_read_ahead(workers, paths, read, 2 * count), text, len(paths))
         except BrokenProcessPool as error:
@@ -124,6 +133,15 @@ def read_all(paths: list[Path], read: Callable[[Path], T], text: str) -> Generat
         except BaseException:
             workers.shutdown(cancel_futures=True)
             raise
+
+
+def _serve() -> None:
+    """Set up a process: it ends with its parent, and has one thread.
+
+    More would wait forever for those of the parent, which a fork leaves behind.
+    """
+    end_with_parent()
+    torch.set_num_threads(1)
 
 
 def _read_ahead(

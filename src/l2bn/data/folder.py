@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from l2bn.data.cache import Arrays, cached, expand, file_state, status
+from l2bn.data.cache import Arrays, cached, content_of, expand, file_state, status
 from l2bn.data.decode import read_all, read_rgb
 from l2bn.data.splits import Common, Images, Splits, check_image_size, digest, make_splits
 from l2bn.errors import UserError
@@ -115,14 +115,9 @@ def list_parts(folder: Path, train: str, test: str, common: Common, kind: Kind =
     classes = trees[0].classes
     if len(classes) == 1:
         inner = scan(folder / train / classes[0])[0]
-        raise UserError(
-            f"only one class in {folder / train}, {classes[0]}: every answer would be right; "
-            + (
-                f"if {_listing(inner)} are the classes, set dataset.train={train}/{classes[0]}"
-                if inner
-                else "give two"
-            )
-        )
+        meant = f"if {_listing(inner)} are the classes, set dataset.train={train}/{classes[0]}"
+        remedy = meant if inner else "give two"
+        raise UserError(f"only one class in {folder / train}, {classes[0]}: every answer would be right; {remedy}")
     return trees
 
 
@@ -132,8 +127,8 @@ def _suggest(folder: Path, train: str, test: str, missing: str) -> str:
         return "Name the folder that holds train/<class>/ and test/<class>/ by dataset.root=FOLDER"
     found = scan(folder)[0]
     used = {"train": test, "test": train}[missing]
-    names = [name for name in found if name != used and name.lower().startswith(missing[:2])]
-    names += [name for name in found if name != used and missing == "test" and name.lower().startswith("val")]
+    starts = {"train": ("tr",), "test": ("te", "val")}[missing]
+    names = [name for name in found if name != used and name.lower().startswith(starts)]
     if names:
         return f"There is {names[0]}: set dataset.{missing}={names[0]}"
     if used in found:
@@ -197,13 +192,9 @@ def list_files(folder: Path, kind: Kind = IMAGES) -> Tree:
     """All files of a kind below `folder`/<class>/, in folders of any depth.
 
     A folder that several links lead to is listed once. Files of another kind by name are left out, and a log
-    line counts them. Raises `UserError` for a folder that is missing or cannot be listed, for a class without
-    files, and for two classes that are one folder.
+    line counts them. Raises `UserError` for a folder that cannot be listed, for a class without files, and for two
+    classes that are one folder.
     """
-    if not folder.is_dir():
-        raise UserError(
-            f"no folder {folder.absolute()}: {kind.name} are looked for in {folder.name}/<class>/; set dataset.root"
-        )
     classes, loose = scan(folder)
     if not classes:
         raise UserError(
@@ -314,10 +305,7 @@ def _decode(tree: Tree, image_size: int | None) -> tuple[npt.NDArray[np.uint8], 
 
 def _read(path: Path, image_size: int | None) -> tuple[npt.NDArray[np.uint8], str]:
     """The image, (H, H, 3), and the digest of its file's content."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; restore the file") from error
+    content = content_of(path)
     image = read_rgb(content, str(path), upright=True)
     if image_size is not None:
         image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)

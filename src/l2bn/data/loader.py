@@ -13,14 +13,14 @@ import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, Protocol, TypedDict, Unpack, runtime_checkable
+from typing import Protocol, TypedDict, Unpack, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 from torch.utils.data._utils import signal_handling
 
-from l2bn.data.splits import Augmentation, Images, Split, Splits
+from l2bn.data.splits import Augmentation, Images, Split, Splits, kind_of
 from l2bn.errors import UserError
 from l2bn.processes import end_with_parent, leave_signals_to_parent
 from l2bn.seeding import derive_seed, generator, seed_global
@@ -134,7 +134,13 @@ class Loader(ABC):
         for (images, labels), sizes in self._fetch(epoch, self._plan(epoch)[start:]):
             if self.augmentation is not None:
                 numbers = torch.cat([self._draw(epoch, step + i) for i in range(len(sizes))])
+                shape = images.shape
                 images = self.augmentation.apply(images, self._send(numbers))
+                if images.dtype != torch.uint8 or images.shape != shape:
+                    raise UserError(
+                        f"{self.splits.label}: the augmentation must return uint8 images of shape {tuple(shape)}, "
+                        f"because they are scaled and normalized later; got {kind_of(images)}"
+                    )
             step += len(sizes)
             yield from zip(torch.split(self._normalise(images), sizes), torch.split(labels, sizes), strict=True)
 
@@ -234,7 +240,7 @@ MOST_STEPS_AT_A_TIME, MOST_BYTES_AT_A_TIME = 16, 64 * 2**20
 class _WorkerLoader(Loader):
     """Images decoded by worker processes, copied to the device while it computes."""
 
-    _loader: DataLoader[Batch | UserError] | None = None
+    _loader: DataLoader[Tensor | UserError] | None = None
 
     def _fetch(self, epoch: int, steps: list[Tensor]) -> Iterator[tuple[Batch, list[int]]]:
         if self._loader is None:
@@ -244,7 +250,6 @@ class _WorkerLoader(Loader):
                 _Reader(self.split, self.splits.label, self.splits.image_size, self.seed),
                 batch_size=None,  # a key is already a whole batch
                 sampler=self._keys,
-                collate_fn=_as_is,
                 num_workers=self.workers,
                 worker_init_fn=_serve,
                 persistent_workers=self.workers > 0,
@@ -254,21 +259,25 @@ class _WorkerLoader(Loader):
         self._keys[:] = [(epoch, indices.tolist()) for indices in steps]
         error = None
         try:
-            for batch in self._workers():
-                if isinstance(batch, UserError):
-                    error = batch
+            for images, indices in zip(self._workers(), steps, strict=True):
+                if isinstance(images, UserError):
+                    error = images
                     break
-                images, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
-                yield (images, labels), [len(labels)]
+                labels = self._send(self.split.labels[indices])
+                yield (images.to(self.device, non_blocking=True), labels), [len(labels)]
         except RuntimeError as failure:
             if "DataLoader worker" not in str(failure):
                 raise
-            error = UserError(worker_ended(failure))
+            reason = str(failure).strip().rstrip(".")
+            error = UserError(
+                f"a process that decodes images was ended: {reason}; if memory ran short, take fewer "
+                "compute.workers"
+            )
         if error is not None:
             self._loader = None  # ends the workers here; left to the traceback, they would be collected late
             raise error
 
-    def _workers(self) -> Iterator[Batch | UserError]:
+    def _workers(self) -> Iterator[Tensor | UserError]:
         """Start decoding, without torch's handler of SIGCHLD.
 
         It would raise the error of a killed worker in the middle of any other code; without it, the error is raised
@@ -285,44 +294,49 @@ class _WorkerLoader(Loader):
 _Key = tuple[int, list[int]]  # epoch, indices
 
 
-class _Reader(Dataset[Batch | UserError]):
-    """Runs in the workers: makes the batch of a key, with a random seed for each sample."""
+class _Reader(Dataset[Tensor | UserError]):
+    """Runs in the workers: makes the images of a key, (n, 3, H, W) uint8, with a random seed for each sample.
+
+    A UserError is returned: raised here, it would arrive wrapped in the worker's traceback.
+    """
 
     def __init__(self, split: Split, name: str, image_size: int, seed: int | None) -> None:
         self.split, self.name, self.shape, self.seed = split, name, (3, image_size, image_size), seed
 
-    def __getitem__(self, key: _Key) -> Batch | UserError:
+    def __getitem__(self, key: _Key) -> Tensor | UserError:
         epoch, indices = key
-        samples = []
+        images = []
         with torch.random.fork_rng(devices=[]):
-            for index in indices:
+            for index, label in zip(indices, self.split.labels[indices].tolist(), strict=True):
                 if self.seed is not None:
                     # By index, not by place in the batch, so that batch size and ranks do not matter.
                     seed_global(derive_seed(self.seed, "sample", epoch, index), torch.device("cpu"))
                 try:
-                    samples.append(self._checked(*self.split[index], int(self.split.labels[index])))
+                    images.append(self._checked(*self.split[index], label))
                 except UserError as error:
-                    return error  # raised here, it would arrive wrapped in the worker's traceback
-        images, labels = zip(*samples, strict=True)
-        return torch.stack(images), torch.tensor(labels)
+                    return error
+        try:
+            return default_collate(images)
+        except RuntimeError as error:
+            if get_worker_info() is None:
+                raise
+            # A worker makes the batch in shared memory. Moved there later, by a thread of the queue, a batch
+            # without room would be lost, and the run would wait for it forever.
+            return UserError(
+                f"a process that decodes images has no room for a batch in shared memory ({error}): make it larger "
+                "(docker run --shm-size=8g), or take fewer compute.workers, 0 for none"
+            )
 
-    def _checked(self, image: Tensor, label: int, expected: int) -> tuple[Tensor, int]:
-        """Return a sample. Raises `UserError` unless it is as `Split` has it: floats would be scaled once more."""
+    def _checked(self, image: Tensor, label: int, expected: int) -> Tensor:
+        """Return an image. Raises `UserError` unless it is as `Split` has it: floats would be scaled once more."""
         if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.shape != self.shape:
-            found = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
             raise UserError(
                 f"{self.name}: an image must be a uint8 tensor of shape {self.shape}, because it is scaled and "
-                f"normalized later; got {found}"
+                f"normalized later; got {kind_of(image)}"
             )
         if label != expected:
             raise UserError(f"{self.name}: an image came with the label {label}, but `labels` has {expected}")
-        return image, label
-
-
-def worker_ended(failure: RuntimeError) -> str:
-    """Explain torch's error about a killed worker to a user."""
-    reason = str(failure).strip().rstrip(".")
-    return f"a process that decodes images was ended: {reason}; if memory ran short, take fewer compute.workers"
+        return image
 
 
 def _serve(_: int) -> None:
@@ -332,7 +346,3 @@ def _serve(_: int) -> None:
     """
     end_with_parent()
     leave_signals_to_parent()
-
-
-def _as_is(batch: Any) -> Any:
-    return batch

@@ -28,7 +28,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from scipy.signal import get_window, resample_poly
 from torch import Tensor
 
-from l2bn.data.cache import Arrays, cached, expand, file_state
+from l2bn.data.cache import Arrays, cached, content_of, expand, file_state
 from l2bn.data.decode import read_all
 from l2bn.data.folder import Kind, Tree, label_of, list_parts, scan
 from l2bn.data.splits import LARGEST_IMAGE, Common, Images, Splits, digest, make_splits
@@ -311,10 +311,7 @@ def _report(folder: Path, spectrogram: LogMel, facts: Values) -> None:
 
 def _read(path: Path, spectrogram: LogMel) -> tuple[Pixels, str, float, float, float]:
     """The spectrogram of a file, the digest of its content, its rate, channels and seconds."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; restore the file") from error
+    content = content_of(path)
     try:
         with soundfile.SoundFile(io.BytesIO(content)) as file:
             rate, length = file.samplerate, file.frames

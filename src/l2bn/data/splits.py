@@ -71,11 +71,10 @@ class Images:
     def __post_init__(self) -> None:
         shape = tuple(self.images.shape)
         if self.images.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
-            raise ValueError(f"images must be uint8 of shape (N, 3, H, H), got {self.images.dtype} {shape}")
+            raise ValueError(f"images must be uint8 of shape (N, 3, H, H), got {kind_of(self.images)}")
         if self.labels.dtype != torch.int64 or self.labels.shape != shape[:1]:
             raise ValueError(
-                f"labels must be int64, one for each of the {shape[0]} images, "
-                f"got {self.labels.dtype} {tuple(self.labels.shape)}"
+                f"labels must be int64, one for each of the {shape[0]} images, got {kind_of(self.labels)}"
             )
 
     def __len__(self) -> int:
@@ -120,19 +119,38 @@ def digest(parts: Iterable[str | bytes | Tensor]) -> str:
     return total.hexdigest()[:32]
 
 
+def kind_of(value: object) -> str:
+    """Return, for a message, the type and shape of a tensor, or the type of another value."""
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _check_labels(label: str, train: Split, test: Split) -> None:
+    """Raise `UserError` unless both splits have images, and `labels` as `Split` has it."""
+    for name, split in (("training", train), ("test", test)):
+        labels = getattr(split, "labels", None)
+        if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != (len(split),):
+            raise UserError(
+                f"{label}: `labels` must be an int64 tensor, one for each of the {len(split)} {name} images, "
+                f"got {kind_of(labels)}"
+            )
+        if not len(labels):
+            raise UserError(f"{label} has no {name} images: give at least one of each class")
+
+
 @dataclass(frozen=True)
 class Splits:
     """A data set, ready to train on.
 
-    Raises `UserError` for a single class, labels outside the classes, and images in memory of another size.
+    Raises `UserError` for a single class, no images, labels outside the classes, images in memory of another size,
+    and a mean or std that is not of pixels scaled to [0, 1].
     """
 
     train: Split
     test: Split
     num_classes: int
     image_size: int
-    mean: tuple[float, float, float]  # of each channel of the training pixels scaled to [0, 1]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]  # of each of the 3 channels of the training pixels scaled to [0, 1]
+    std: tuple[float, ...]
     augmentation: Augmentation | None
     label: str  # its name in tables
     baseline: str | None  # the row of published accuracies that it may be compared with
@@ -142,16 +160,12 @@ class Splits:
     def __post_init__(self) -> None:
         if self.num_classes < 2:
             raise UserError(f"{self.label} has one class: every answer would be right; give images of two or more")
+        _check_labels(self.label, self.train, self.test)
         for name, split in (("training", self.train), ("test", self.test)):
-            labels = split.labels
-            if labels.dtype != torch.int64 or labels.shape != (len(split),):
+            least, most = int(split.labels.min()), int(split.labels.max())
+            if not 0 <= least <= most < self.num_classes:
                 raise UserError(
-                    f"{self.label}: labels must be int64, one for each of the {len(split)} {name} images, "
-                    f"got {labels.dtype} {tuple(labels.shape)}"
-                )
-            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
-                raise UserError(
-                    f"{self.label}: labels of {name} images are from {int(labels.min())} to {int(labels.max())}; "
+                    f"{self.label}: labels of {name} images are from {least} to {most}; "
                     f"for {self.num_classes} classes give 0 to {self.num_classes - 1}"
                 )
             if isinstance(split, Images) and split.images.shape[-1] != self.image_size:
@@ -159,6 +173,12 @@ class Splits:
                     f"{self.label}: {name} images are {split.images.shape[-1]} pixels wide, image_size is "
                     f"{self.image_size}"
                 )
+        lengths = len(self.mean), len(self.std)
+        if lengths != (3, 3) or not all(0 <= m <= 1 for m in self.mean) or not all(0 < s <= 1 for s in self.std):
+            raise UserError(
+                f"dataset.mean={list(self.mean)}, dataset.std={list(self.std)}: give three numbers each, of pixels "
+                "scaled to [0, 1], with every std above 0"
+            )
 
 
 class Common(TypedDict, total=False):
@@ -203,16 +223,16 @@ def make_splits(
 
     Raises `UserError` for a choice that the data cannot fulfil.
     """
-    untrained = _untrained(train, test, classes)
-    if untrained:
+    label, baseline = common.get("label") or "", common.get("baseline")
+    if not label.strip():
+        raise UserError("dataset.label is empty: give the name that tables call the data by")
+    _check_labels(label, train, test)
+    if untrained := _untrained(train, test, classes):
         raise UserError(
             f"classes differ: the class {untrained[0]} has test images and no training images; "
             "add some, or remove it"
         )
     fingerprint = _fingerprint(train, test, files)
-    label, baseline = common.get("label") or "", common.get("baseline")
-    if not label.strip():
-        raise UserError("dataset.label is empty: give the name that tables call the data by")
     whole = whole or PUBLISHED.get(label) or PUBLISHED.get(baseline or "")
     if whole is not None and not (intact and _is_whole(train, test, num_classes, whole)):
         log.warning(
@@ -392,8 +412,8 @@ def pixel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
 
 
 def _normalisation(
-    train: Split, mean: list[float] | None, std: list[float] | None
-) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    train: Split, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     if mean is None and std is None:
         if not isinstance(train, Images):
             raise UserError("dataset.mean and dataset.std must be given for images that are not held in memory")
@@ -401,9 +421,4 @@ def _normalisation(
         std = [value or 1.0 for value in std]  # a constant channel is only centred
     if mean is None or std is None:
         raise UserError("dataset.mean and dataset.std go together: give both, or null for both to compute them")
-    if len(mean) != 3 or len(std) != 3 or not all(0 <= m <= 1 for m in mean) or not all(0 < s <= 1 for s in std):
-        raise UserError(
-            f"dataset.mean={mean}, dataset.std={std}: give three numbers each, of pixels scaled to [0, 1], "
-            "with every std above 0"
-        )
-    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+    return tuple(mean), tuple(std)
