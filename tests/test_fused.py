@@ -86,15 +86,15 @@ def assert_exact(x: Tensor, rounding: float = 1e-5, **options: object) -> None:
 
 
 def uncompiled(
-    function: Callable[..., object], tensors: tuple[Tensor | None, ...], *constants: object, strict: bool
+    function: Callable[..., object], tensors: tuple[Tensor | None, ...], *constants: object, **_: object
 ) -> list[Tensor]:
     return compiler.listed(function(*tensors, *constants))
 
 
 @contextlib.contextmanager
-def for_any_size() -> Iterator[None]:
-    """Kernels compiled once for sizes left open, as the fifth and later kinds of one channel count are."""
-    with mock.patch.object(compiler, "STATIC_KINDS", 0):
+def for_each_size() -> Iterator[None]:
+    """Kernels compiled for the sizes at hand, as the first ones of a channel count are on CUDA."""
+    with mock.patch.dict(compiler.STATIC_KINDS, cpu=4):
         yield
 
 
@@ -142,8 +142,15 @@ def test_formulas_are_exact(
 def test_kernels_for_any_size_are_exact(shape: tuple[int, ...], channels_last: bool) -> None:
     torch.manual_seed(0)
     x = torch.randn(shape)
-    with for_any_size():
-        assert_exact(x.contiguous(memory_format=torch.channels_last) if channels_last else x)
+    assert_exact(x.contiguous(memory_format=torch.channels_last) if channels_last else x)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_kernels_for_each_size_are_exact(layout: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 4, 5, 4)
+    with for_each_size():
+        assert_exact(x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x)
 
 
 @pytest.mark.parametrize(
@@ -471,12 +478,13 @@ def test_a_compiled_step_holds_as_many_maps_as_with_batch_norm(side: int, layout
     assert held[L2BatchNorm2d] - held[nn.BatchNorm2d] < of_map / 2, held
 
 
-def test_many_kinds_of_map_all_have_kernels() -> None:
-    """No limit to the channel counts; ever new sizes of one of them share a kernel in the end."""
+@pytest.mark.parametrize("static", [0, 4])
+def test_many_kinds_of_map_all_have_kernels(static: int) -> None:
+    """No limit to the channel counts; ever new sizes share a kernel, on CUDA after the first ones of each count."""
     compiled = []
 
     def count(
-        function: Callable[..., object], tensors: object, constants: tuple[object, ...], sizes: str
+        function: Callable[..., object], tensors: object, constants: tuple[object, ...], sizes: str, *_: object
     ) -> object:
         compiled.append(sizes)
         return compiler._with_absent(function, tensors, constants)
@@ -484,17 +492,19 @@ def test_many_kinds_of_map_all_have_kernels() -> None:
     with (
         mock.patch.object(compiler, "_compile", count),
         mock.patch.object(compiler, "_kernels", {}),
+        mock.patch.dict(compiler._kinds, clear=True),
+        mock.patch.dict(compiler.STATIC_KINDS, cpu=static),
         torch.no_grad(),
     ):
-        for channels in range(1, 41):
+        for channels in range(2, 42):
             layer = L2BatchNorm2d(channels, affine=False, fused="on").eval()
             for _ in range(2):
                 assert layer(torch.ones(3, channels, 2, 2)).isfinite().all()
-        assert compiled == ["fake"] * 40
+        assert compiled == (["fake"] * 40 if static else ["symbolic"])
         compiled.clear()
         for size in range(17, 30):
-            layer(torch.ones(3, 40, size, 1))
-        assert compiled == ["fake"] * compiler.STATIC_KINDS + ["symbolic"]
+            layer(torch.ones(size, 41, size, 1))
+        assert compiled == ["fake"] * static + ["symbolic"]
 
 
 @pytest.fixture
@@ -502,7 +512,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """The functions for which a kernel was built; none is compiled."""
     built: list[object] = []
 
-    def build(function: Any, tensors: Any, constants: Any, _: str) -> Any:
+    def build(function: Any, tensors: Any, constants: Any, *_: object) -> Any:
         built.append(function)
         return compiler._with_absent(function, tensors, constants)
 

@@ -33,7 +33,7 @@ KINDS = list(COUNTERPARTS)
 def _uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     require("PyTorch's module inputs", missing)
 
-    def run(function: Any, tensors: Any, *constants: Any, strict: bool) -> list[Tensor]:
+    def run(function: Any, tensors: Any, *constants: Any, **_: Any) -> list[Tensor]:
         return compiler.listed(function(*tensors, *constants))
 
     monkeypatch.setattr(autograd, "run_kernel", run)

@@ -157,7 +157,7 @@ def test_the_record_of_a_run_that_was_resumed_with_other_kernels_names_both(
         stop_after(patch, 9)
         with pytest.raises(SystemExit):
             train(*options)
-    monkeypatch.setattr("l2bn.kernels.compiler.UPDATES_A_CHANNEL_COUNT", {})
+    monkeypatch.setattr("l2bn.kernels.compiler.UPDATES_TO_REPAY", {})
     assert train(*options).kernels == "plain then fused"
     assert "resumed with other kernels" in caplog.text
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from l2bn.kernels import columns, rows
-from l2bn.kernels.compiler import operators_must_be_seen, run_kernel, scalar
+from l2bn.kernels.compiler import Fixed, nothing_fixed, operators_must_be_seen, run_kernel, scalar
 from l2bn.kernels.formulas import (
     Scalar,
     as_map,
@@ -38,6 +38,10 @@ def formulas_for(positions: int) -> ModuleType:
     return columns if positions <= FEW_POSITIONS else rows
 
 
+def fixed_for(formulas: ModuleType) -> Fixed:
+    return columns.fixed if formulas is columns else nothing_fixed
+
+
 # ------------------------------------------------------------------------------------------ for eager callers
 
 
@@ -60,6 +64,7 @@ def forward_kernel(
 
 def backward_kernel(g: Tensor, x: Tensor, weight: Tensor | None, *saved_and_constants: Any) -> tuple[Tensor, ...]:
     *saved, formulas, rms, axis = saved_and_constants
+    g = g.expand_as(x)  # with sizes left open: they are equal, so that one loop reads both
     dx, gw, gb = formulas.backward(as_rows(g, axis), as_rows(x, axis), weight, tuple(saved), rms, axis)
     return as_map(dx, x, axis), gw, gb
 
@@ -95,10 +100,11 @@ class _Training(torch.autograd.Function):
         eps: float,
         strict: bool,
     ) -> Tensor:
-        ctx.axis, ctx.rms, ctx.eps, ctx.bias, ctx.strict = position_axis(x), rms, eps, bias, strict
+        ctx.axis, ctx.rms, ctx.eps, ctx.bias = position_axis(x), rms, eps, bias
         ctx.formulas = formulas_for(x.shape[2:].numel())
         tensors = dense(x, ctx.axis), weight, bias, mean, var, step, scalar(eps)
-        y, *saved = run_kernel(forward_kernel, tensors, ctx.formulas, rms, ctx.axis, strict=strict)
+        ctx.options = {"strict": strict, "fixed": fixed_for(ctx.formulas)}
+        y, *saved = run_kernel(forward_kernel, tensors, ctx.formulas, rms, ctx.axis, **ctx.options)
         ctx.save_for_backward(x, weight, *saved)
         return y
 
@@ -113,7 +119,7 @@ class _Training(torch.autograd.Function):
 
             return *gradients_by_operators(definition, (x, weight, ctx.bias), g), *[None] * 6
         tensors = dense(g, ctx.axis), dense(x, ctx.axis), weight, *saved
-        dx, gw, gb = run_kernel(backward_kernel, tensors, ctx.formulas, ctx.rms, ctx.axis, strict=ctx.strict)
+        dx, gw, gb = run_kernel(backward_kernel, tensors, ctx.formulas, ctx.rms, ctx.axis, **ctx.options)
         return (
             dx,
             None if weight is None else gw.to(weight.dtype),
@@ -204,4 +210,4 @@ def evaluate(
     if torch.compiler.is_compiling():
         return evaluation_kernel(x, weight, bias, mean, var, eps, *constants)
     tensors = dense(x, axis), weight, bias, mean, var, scalar(eps)
-    return run_kernel(evaluation_kernel, tensors, *constants, strict=strict)[0]
+    return run_kernel(evaluation_kernel, tensors, *constants, strict=strict, fixed=fixed_for(constants[0]))[0]

@@ -30,16 +30,24 @@ DEVICES = ("cpu", "cuda")  # inductor's kernels are tested there, and float64 ex
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 Kernel = Callable[..., list[Tensor]]
+Fixed = Callable[[Tensor], tuple[int, ...]]
+"""Returns what a kernel for any size holds for alone, of the sizes of its first tensor. Also called while the kernel
+is traced, where `int` makes a size a constant, and a question makes a divisor known."""
 
-STATIC_KINDS = 4
-"""So many batch and image sizes of one channel count get a kernel of their own; all others share one that is
-compiled for any size, so that a stream of new sizes doesn't compile without end."""
 
-UPDATES_A_CHANNEL_COUNT = {"cpu": 100, "cuda": 10_000}
-"""So many updates repay the first compilation for one channel count, by device. ResNet-20, batch 128, 3 of them:
+def nothing_fixed(_: Tensor) -> tuple[int, ...]:
+    return ()
 
-cpu: 3 kernels a channel count, about 2.5 s, against 28 ms saved per update (0.44 of BN's 194 ms, two cores).
-cuda: 42 s for all, against 1.4 ms saved per update (0.4 of BN's 3.5 ms on an H100).
+
+STATIC_KINDS = {"cpu": 0, "cuda": 4}
+"""So many batch and image sizes of one channel count get a kernel of their own, by device; all others share one for
+any size. On a CPU that one is about as fast (results/README.md); on CUDA it was not measured."""
+
+UPDATES_TO_REPAY = {"cpu": 100, "cuda": 30_000}
+"""So many updates repay the compilation, by device. ResNet-20, batch 128:
+
+cpu: 3 kernels, about 9 s, against 85 ms saved per update (0.44 of BN's 194 ms, two cores).
+cuda: 42 s for 9 kernels, against 1.4 ms saved per update (0.4 of BN's 3.5 ms on an H100).
 """
 
 PATIENCE = 2.0
@@ -78,11 +86,16 @@ def scalar(value: float) -> Tensor:
 
 
 def run_kernel(
-    function: Function, tensors: tuple[Tensor | None, ...], *constants: Any, strict: bool = False
+    function: Function,
+    tensors: tuple[Tensor | None, ...],
+    *constants: Any,
+    strict: bool = False,
+    fixed: Fixed = nothing_fixed,
 ) -> list[Tensor]:
     """Return function(*tensors, *constants) as a list, by a kernel for tensors of their kind.
 
-    A kind is shapes, strides, types, devices and the constants; inductor compiles its kernel at the first call. If
+    A kind is types, devices, numbers of axes, the constants, and what is `fixed` of the first tensor's sizes; on
+    CUDA it is all sizes at first, see `STATIC_KINDS`. Inductor compiles a kernel at the first call of its kind. If
     that fails, the function itself serves from then on, after one warning; with `strict` the error is raised.
     """
     kind = (
@@ -97,27 +110,32 @@ def run_kernel(
         with _compiling:
             kernel = _kernels.get(kind)  # another thread may have compiled it in the meantime
             if kernel is None:
-                kernel = _kernels[kind] = _new_kernel(function, tensors, constants, strict)
+                kernel = _kernels[kind] = _new_kernel(function, tensors, constants, strict, fixed)
     return kernel(*[t for t in tensors if t is not None])
 
 
 def _new_kernel(
-    function: Function, tensors: tuple[Tensor | None, ...], constants: tuple[Any, ...], strict: bool
+    function: Function,
+    tensors: tuple[Tensor | None, ...],
+    constants: tuple[Any, ...],
+    strict: bool,
+    fixed: Fixed,
 ) -> Kernel:
-    sizes = next(t.shape for t in tensors if t is not None)
+    x = next(t for t in tensors if t is not None)
     common = (
         function,
         constants,
         torch.get_num_threads(),
         *[None if t is None else (t.dtype, t.device, t.ndim) for t in tensors],
     )
-    _kinds[common, sizes[1]] += 1
+    _kinds[common, x.shape[1]] += 1
     try:
-        if _kinds[common, sizes[1]] <= STATIC_KINDS:
+        if _kinds[common, x.shape[1]] <= STATIC_KINDS[x.device.type]:
             return _compile(function, tensors, constants, "fake")
-        any_size = (common, tuple(size == 1 for size in sizes))  # the compiler takes a size of 1 for a constant
+        ones = tuple(size == 1 for size in x.shape)  # the compiler takes a size of 1 for a constant
+        any_size = (common, ones, fixed(x))
         if any_size not in _kernels:
-            _kernels[any_size] = _compile(function, tensors, constants, "symbolic")
+            _kernels[any_size] = _compile(function, tensors, constants, "symbolic", fixed)
         return _kernels[any_size]
     except Exception as error:  # whatever a full disk or a missing compiler raises
         if strict:
@@ -144,6 +162,7 @@ def _compile(
     tensors: tuple[Tensor | None, ...],
     constants: tuple[Any, ...],
     sizes: Literal["fake", "symbolic"],
+    fixed: Fixed = nothing_fixed,
 ) -> Kernel:
     # Imported here: they are slow, and needed only where a kernel is built.
     from torch._inductor import compile as compile_graph
@@ -153,7 +172,7 @@ def _compile(
     present = [t.detach() for t in tensors if t is not None]
     called = _with_absent(function, tensors, constants)
     if sizes == "symbolic":
-        present, called = _vectors(present), _of_vectors(called, [t.ndim == 0 for t in present])
+        present, called = _vectors(present), _of_vectors(called, [t.ndim == 0 for t in present], fixed)
     with (
         _telling_what_takes_long(),
         torch.inference_mode(False),
@@ -186,7 +205,7 @@ def _tell() -> None:
     # A program that has set no logging up shows warnings alone.
     level = logging.INFO if logger.isEnabledFor(logging.INFO) else logging.WARNING
     logger.log(
-        level, "preparing L2BN's kernels: seconds for each size of map, less once torch's cache has them on disk"
+        level, "preparing L2BN's kernels: seconds for each kind of map, less once torch's cache has them on disk"
     )
 
 
@@ -195,9 +214,14 @@ def _vectors(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [t.view(1) if t.ndim == 0 else t for t in tensors]
 
 
-def _of_vectors(kernel: Kernel, scalars: list[bool]) -> Kernel:
+def _of_vectors(kernel: Kernel, scalars: list[bool], fixed: Fixed) -> Kernel:
     """Return the kernel for arguments as `_vectors` makes them; `scalars` says which of them were tensors ()."""
-    return lambda *tensors: kernel(*(t.view(()) if s else t for t, s in zip(tensors, scalars, strict=True)))
+
+    def of_vectors(*tensors: Tensor) -> list[Tensor]:
+        fixed(tensors[0])
+        return kernel(*(t.view(()) if s else t for t, s in zip(tensors, scalars, strict=True)))
+
+    return of_vectors
 
 
 def listed(result: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
@@ -246,7 +270,7 @@ def select_kernels(model: nn.Module, device: torch.device | str, updates: int) -
     undecided = [layer for layer in layers if layer.fused == "auto"]
     if undecided:
         kind = torch.device(device).type
-        needed = UPDATES_A_CHANNEL_COUNT.get(kind, 0) * len({layer.num_features for layer in undecided})
+        needed = UPDATES_TO_REPAY.get(kind, 0)
         works = updates >= needed and compiler_works(kind)
         if updates < needed:
             logger.info(
