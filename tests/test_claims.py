@@ -469,6 +469,8 @@ def test_the_first_set_is_that_of_the_cpu_grid() -> None:
                 "more_seeds: [1, 1]",
                 "more_seeds: [0, 1]",
                 "control: {norm: n, backbones: [z]}",
+                "control: {norm: n, backbones: a}",
+                "more_seeds: '12'",
             )
         ),
     ],
