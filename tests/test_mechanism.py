@@ -347,12 +347,13 @@ def test_a_norm_that_differs_in_more_than_eps_is_refused_in_a_study_of_eps(tmp_p
 def test_a_record_without_the_numbers_of_a_study_is_named_and_left_out(
     place: Place, recipe: object, tmp_path: Path
 ) -> None:
-    """A record of no study, of a norm without eps among them."""
-    norm = {"norm": {"eps": None}}
+    """A record of no study, and one with the network's own eps, which may be any."""
+    norm = {"norm": {"eps": 1e-5}}
     bad = [write_run(tmp_path, seed=1, identity={"recipe": recipe, **norm}).folder]
     if place is place_by_eps:
         bad += [write_run(tmp_path, seed=2, identity={"recipe": STUDIED}).folder]
-        bad += [write_run(tmp_path, seed=3, identity={"recipe": STUDIED, "norm": {"eps": "small"}}).folder]
+        for seed, eps in ((3, "small"), (4, None)):
+            bad += [write_run(tmp_path, seed=seed, identity={"recipe": STUDIED, "norm": {"eps": eps}}).folder]
     good = write_run(tmp_path, identity={"recipe": STUDIED, **norm})
     evidence = read_evidence(tmp_path, place=place)
     assert evidence.records == [good]
@@ -453,6 +454,10 @@ def test_the_trap_table_says_when_running_statistics_have_caught_up(tmp_path: Pa
     assert trap_table(study).rows[0] == (*rows[0][:-1], "3; 1 diverged")
     assert rows[2][-2:] == ("120 to 140, 1 never", "3")
     assert rows[2][2:8] == ("10.00", "10.00", "10.00", "63.33", "63.33", "63.33")
+    write_run(tmp_path, norm=RMS, status="diverged")
+    (study,), _ = trap_studies(read_evidence(tmp_path).records)
+    lost = trap_table(study).rows[4:]
+    assert lost == [(RMS, kind, *["–"] * 6, "", "0; 1 diverged") for kind in ("running", "batch")]
     with mpl.rc_context(RC):
         assert len(accuracy_over_updates(study).axes) == 2
 
@@ -537,3 +542,6 @@ def test_a_document_of_own_runs_holds_none_of_the_published_studies(tmp_path: Pa
     text = (tmp_path / "runs/mechanism/mechanism.md").read_text()
     assert "From 0 records " in text
     assert "##" not in text
+    done = subprocess.run([*command, "--studies", tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"{tmp_path} holds no records of studies, in eps_study, lr_study, variance_trap" in done.stderr

@@ -4,6 +4,7 @@ import codecs
 import csv
 import io
 import json
+import os
 import random
 import re
 import runpy
@@ -584,6 +585,19 @@ def test_the_script_says_what_is_wrong_without_a_traceback(tmp_path: Path) -> No
     empty = report("tables", "--runs", tmp_path)
     assert empty.returncode == 0
     assert "No ended run here yet" in empty.stdout
+
+
+@pytest.mark.parametrize("command", ["tables", "claims"])
+def test_files_are_written_though_nobody_reads_what_is_printed(command: str, tmp_path: Path) -> None:
+    """As when a pager is left before its end."""
+    write_run(tmp_path / "runs")
+    out = tmp_path / "out.md"
+    reading, writing = os.pipe()
+    os.close(reading)
+    arguments = [sys.executable, ROOT / "scripts/report.py", command, "--runs", tmp_path / "runs", "--out", out]
+    with os.fdopen(writing, "w") as closed:
+        assert not subprocess.run(arguments, stdout=closed, stderr=subprocess.PIPE, check=False).stderr
+    assert (out / "grid.md" if command == "tables" else out).exists()
 
 
 def test_every_command_shows_an_example_that_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
