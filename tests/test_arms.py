@@ -1,5 +1,6 @@
 """Arms in TensorBoard: one curve per norm and cell, the spread over seeds, and the paired difference."""
 
+import socket
 import subprocess
 import sys
 import time
@@ -183,6 +184,16 @@ def test_a_folder_without_runs_is_named(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "nowhere is no folder of records" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_tensorboard_that_cannot_start_ends_the_command(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts/report.py"), "tensorboard", "--runs", str(tmp_path)]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = subprocess.run([*command, "--port", port], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert f"could not bind to port {port}" in done.stderr
 
 
 # In a browser.

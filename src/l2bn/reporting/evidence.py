@@ -78,16 +78,12 @@ class Cell:
 
 
 def cell_of(record: Record) -> Cell:
-    """The cell of a run."""
-    return Cell(record.dataset, record.recipe, record.backbone, record.setting, task=task_of(record))
-
-
-def task_of(record: Record) -> Task:
-    """The contents of a record's data set: by its choice, else by the function that a user's own file names."""
+    """The cell of a run; its task by the choice of data set, else by the function that a user's own file names."""
     dataset = record.identity.get("dataset")
     target = str(dataset.get("_target_")) if isinstance(dataset, dict) else ""
     own: Task = "sound" if target.startswith("l2bn.data.sound.") else "images"
-    return TASKS.get(record.dataset.partition(",")[0], own)
+    task = TASKS.get(record.dataset.partition(",")[0], own)
+    return Cell(record.dataset, record.recipe, record.backbone, record.setting, task=task)
 
 
 def overrides(name: str) -> dict[str, str]:
@@ -154,19 +150,15 @@ class Evidence:
         quantities = (TOP1, BEST, *FEATURES)
         rows = []
         for record in self.records:
-            values = _values(record, self.features.get(record.folder, ()))
+            values: dict[str, float | None] = {}
+            if record.status == "finished":
+                values = {TOP1: record.last["test/top1"], BEST: record.best["test/top1"]}
+                if measured := self.features.get(record.folder):
+                    values |= {quantity: measure(measured[-1], quantity) for quantity in FEATURES}
             rows.append((*self.place.of(record), record.seed, record, *map(values.get, quantities)))
         columns = ["cell", "norm", "seed", "record", *quantities]
         frame = pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(quantities, float))
         return frame.set_index("seed").sort_index(kind="stable")
-
-
-def _values(record: Record, rows: Sequence[FeatureRow]) -> dict[str, float | None]:
-    """Quantity to value for one run; none for a diverged one."""
-    if record.status != "finished":
-        return {}
-    measured = {quantity: measure(rows[-1], quantity) for quantity in FEATURES} if rows else {}
-    return {TOP1: record.last["test/top1"], BEST: record.best["test/top1"], **measured}
 
 
 def measure(row: FeatureRow, quantity: str) -> float | None:
