@@ -359,6 +359,16 @@ def test_publishing_does_not_replace_another_result(tmp_path: Path) -> None:
         publish(written(tmp_path / "other", seconds=9.0).folder, tmp_path / "records")
 
 
+def test_a_run_in_another_setting_has_its_place_beside_the_published_one(tmp_path: Path) -> None:
+    """The folder's names hold no setting: who moved the other away would lose it."""
+    other = written(tmp_path / "other", precision="bf16-mixed")
+    publish(written(tmp_path / "one").folder, tmp_path / "records")
+    with pytest.raises(FileExistsError, match=rf"setting 32-true, .* in bf16-mixed; .*{tmp_path}/records/NAME"):
+        publish(other.folder, tmp_path / "records")
+    publish(other.folder, tmp_path / "records/bf16")
+    assert sorted(load(tmp_path / "records")["setting"]) == ["32-true", "bf16-mixed"]
+
+
 def test_records_behind_links_to_folders_are_found_once(tmp_path: Path) -> None:
     record = written(tmp_path / "elsewhere" / "run")
     (tmp_path / "runs").mkdir()

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 CONFIG, ENVIRONMENT, METRICS, SUMMARY = "config.yaml", "env.json", "metrics.jsonl", "summary.json"
 FEATURES, STATISTICS, SAMPLE = "features.jsonl", "statistics.jsonl", "penultimate.safetensors"
-MEASUREMENTS = (FEATURES, STATISTICS, SAMPLE)
 SCHEMA = 1
 THEN = " then "
 
@@ -494,6 +493,11 @@ def publish(folder: Path, destination: Path) -> Path:
             raise FileExistsError(
                 f"{target} holds a damaged record ({error}); move it away to replace it"
             ) from error
+        if published.setting != record.setting:
+            raise FileExistsError(
+                f"{target} holds a run in the setting {published.setting}, this one was made in {record.setting}; "
+                f"publish it to a folder of its own, such as {destination / 'NAME'}: tables hold both"
+            )
         if published != record:
             raise FileExistsError(
                 f"{target} holds another result of this cell and seed; move it away to replace it"
@@ -506,7 +510,7 @@ def publish(folder: Path, destination: Path) -> Path:
 
 def _publishable(folder: Path) -> dict[str, bytes]:
     """The files of a record, the summary last, without the machine's paths. Raises InvalidRecordError."""
-    measured = [name for name in MEASUREMENTS if (folder / name).exists()]
+    measured = [name for name in (FEATURES, STATISTICS, SAMPLE) if (folder / name).exists()]
     try:
         config = yaml.safe_load((folder / CONFIG).read_bytes())
         files = {name: (folder / name).read_bytes() for name in (ENVIRONMENT, METRICS, *measured, SUMMARY)}
