@@ -2,8 +2,6 @@
 
 import csv
 import io
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +65,7 @@ from l2bn.reporting.studies import (
     trap_studies,
     trap_table,
 )
-from synthetic_records import write_features, write_run
+from synthetic_records import report, write_features, write_run
 
 ROOT = Path(__file__).parents[1]
 
@@ -526,9 +524,7 @@ def test_the_committed_documents_are_what_the_records_give() -> None:
 
 def test_the_script_writes_all_of_it(folders: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, ROOT / "scripts/report.py", "mechanism", "--runs", folders[0]]
-    command += ["--studies", folders[1], "--out", out]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    printed = report("mechanism", "--runs", folders[0], "--studies", folders[1], "--out", out).stdout
     for name in ("mechanism.md", "mechanism/features.csv", "mechanism/studies.csv"):
         assert str(out / name) in printed
         assert (out / name).exists()
@@ -537,11 +533,11 @@ def test_the_script_writes_all_of_it(folders: tuple[Path, Path], tmp_path: Path)
 
 def test_a_document_of_own_runs_holds_none_of_the_published_studies(tmp_path: Path) -> None:
     write_run(tmp_path / "runs")  # without measured features, which the document is about
-    command = [sys.executable, ROOT / "scripts/report.py", "mechanism", "tables", "--runs", tmp_path / "runs"]
-    subprocess.run(command, capture_output=True, check=True)
+    command = ("mechanism", "tables", "--runs", tmp_path / "runs")
+    assert report(*command).returncode == 0
     text = (tmp_path / "runs/mechanism/mechanism.md").read_text()
     assert "From 0 records " in text
     assert "##" not in text
-    done = subprocess.run([*command, "--studies", tmp_path], capture_output=True, text=True, check=False)
+    done = report(*command, "--studies", tmp_path)
     assert done.returncode == 1
     assert f"{tmp_path} holds no records of studies, in eps_study, lr_study, variance_trap" in done.stderr

@@ -29,7 +29,7 @@ from l2bn.reporting.formatting import Table, in_words, latex, markdown
 from l2bn.reporting.reference import Reference, RunSet, read_reference, read_sets
 from l2bn.reporting.tables import BEGIN, END, documents, readme_with_block
 from l2bn.reporting.terminal import norms_table
-from synthetic_records import write_pairs, write_run
+from synthetic_records import SCRIPT, report, write_pairs, write_run
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "results/reference/baselines.yaml"
@@ -48,11 +48,6 @@ def in_terminal(root: Path) -> str:
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(norms_table(read_evidence(root)))
     return console.export_text()
-
-
-def report(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "scripts/report.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 # ---- What a number is ------------------------------------------------------------------------------------
@@ -584,14 +579,14 @@ def test_files_are_written_though_nobody_reads_what_is_printed(command: str, tmp
     out = tmp_path / "out.md"
     reading, writing = os.pipe()
     os.close(reading)
-    arguments = [sys.executable, ROOT / "scripts/report.py", command, "--runs", tmp_path / "runs", "--out", out]
+    arguments = [sys.executable, SCRIPT, command, "--runs", tmp_path / "runs", "--out", out]
     with os.fdopen(writing, "w") as closed:
         assert not subprocess.run(arguments, stdout=closed, stderr=subprocess.PIPE, check=False).stderr
     assert (out / "grid.md" if command == "tables" else out).exists()
 
 
 def test_every_command_shows_an_example_that_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
-    parser = runpy.run_path(str(ROOT / "scripts/report.py"))["parser"]()
+    parser = runpy.run_path(str(SCRIPT))["parser"]()
     for command in ("tables", "figures", "claims", "mechanism"):
         with pytest.raises(SystemExit):
             parser.parse_args([command, "--help"])
