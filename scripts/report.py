@@ -7,13 +7,15 @@ python scripts/report.py tables --runs runs    compare the norms of your runs in
 """
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from l2bn.errors import UserError
 from l2bn.failures import told_plainly
-from l2bn.records import Problem
+from l2bn.records import Problem, write_durably
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -37,13 +39,14 @@ def tables(arguments: argparse.Namespace) -> Sequence[Problem]:
     out = RESULTS / "tables" if published else arguments.out
     readme = arguments.readme or (ROOT / "README.md" if published else None)
     evidence, reference = read_evidence(arguments.runs), read_reference(arguments.reference)
-    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
-    console.print(norms_table(evidence), crop=False)
     if readme:
         text = readme.read_text(encoding="utf-8")
-        readme.write_text(readme_with_block(text, evidence, read_sets(SETS)[0]), encoding="utf-8")
-    if out:
-        _print_paths(write_documents(documents(evidence, reference), out))
+        write_durably(readme.resolve(), readme_with_block(text, evidence, read_sets(SETS)[0]))
+    # Before anything is printed, which ends the command where the reader of a pipe is gone.
+    paths = write_documents(documents(evidence, reference), out) if out else []
+    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+    console.print(norms_table(evidence), crop=False)
+    _print_paths(paths)
     return evidence.problems
 
 
@@ -65,15 +68,14 @@ def claims(arguments: argparse.Namespace) -> Sequence[Problem]:
     from l2bn.reporting.claims import claims_markdown
     from l2bn.reporting.evidence import read_evidence
     from l2bn.reporting.reference import read_sets
+    from l2bn.reporting.tables import write_documents
 
     out = arguments.out or (RESULTS / "claims.md" if arguments.runs.resolve() == RECORDS else None)
     evidence = read_evidence(arguments.runs, features=True)
     text = claims_markdown(evidence, read_sets(SETS))
+    paths = write_documents({out.name: text}, out.parent) if out else []
     print(text)
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text, encoding="utf-8")
-        print(out)
+    _print_paths(paths)
     return evidence.problems
 
 
@@ -81,14 +83,17 @@ def mechanism(arguments: argparse.Namespace) -> Sequence[Problem]:
     """Compare features, controls and the studies of eps, running statistics and learning rate."""
     from l2bn.reporting.figures import write_mechanism_figures
     from l2bn.reporting.mechanism import mechanism_documents, read_mechanism
+    from l2bn.reporting.studies import EPS, RATES, TRAP
     from l2bn.reporting.tables import write_documents
 
     published = arguments.runs.resolve() == RECORDS
     out = arguments.out or (RESULTS if published else arguments.runs / "mechanism")
-    reading = RESULTS / "reference/mechanism.md"
     found = read_mechanism(arguments.runs, arguments.studies or (RESULTS / "studies" if published else None))
     problems = list(found.problems)
+    if arguments.studies and not (found.studies.records or problems):
+        raise UserError(f"{arguments.studies} holds no records of studies, in {', '.join((EPS, RATES, TRAP))}")
     if arguments.what != "figures":
+        reading = RESULTS / "reference/mechanism.md"
         text = reading.read_text(encoding="utf-8") if published and reading.exists() else ""
         _print_paths(write_documents(mechanism_documents(found, text), out))
     if arguments.what != "tables":
@@ -102,7 +107,6 @@ def tensorboard(arguments: argparse.Namespace) -> Sequence[Problem]:
     """Show the mean curve of each norm and cell in TensorBoard, renewed every 30 seconds until Ctrl-C."""
     import signal
     import subprocess
-    import time
 
     from l2bn.reporting.tensorboard import Board
 
@@ -116,17 +120,18 @@ def tensorboard(arguments: argparse.Namespace) -> Sequence[Problem]:
     place = ["--host", "127.0.0.1", "--port", str(arguments.port)]
     server = subprocess.Popen([sys.executable, "-m", "tensorboard.main", "--logdir", str(arguments.runs), *place])
     try:
-        while server.poll() is None:
-            time.sleep(30)
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                sys.exit(server.wait(timeout=30))
             board.update()
     finally:
         server.terminate()
         server.wait()
-    return []
 
 
 def _print_paths(paths: Sequence[Path], nothing: str = "") -> None:
-    print("\n".join(map(str, paths)) or nothing)
+    for line in paths or filter(None, [nothing]):
+        print(line)
 
 
 def _add(commands: Any, command: Command, example: str, out: str) -> argparse.ArgumentParser:

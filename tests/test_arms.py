@@ -1,5 +1,6 @@
 """Arms in TensorBoard: one curve per norm and cell, the spread over seeds, and the paired difference."""
 
+import socket
 import subprocess
 import sys
 import time
@@ -11,12 +12,11 @@ from typing import Any
 
 import pytest
 
-from conftest import ROOT
 from l2bn.records import CONFIG, METRICS, SUMMARY, read_metrics, write_lines
 from l2bn.reporting.evidence import read_evidence
 from l2bn.reporting.tensorboard import SPREAD, Board, curves_of, find_runs, texts_of
 from local_slurm import free_port
-from synthetic_records import write_run
+from synthetic_records import SCRIPT, report, write_run
 
 CELL = "cifar10, resnet20, short"
 TAG = f"{CELL}/test top-1, percent"
@@ -188,11 +188,19 @@ def test_what_earlier_updates_wrote_does_not_pile_up(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_runs_is_named(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "scripts/report.py"), "tensorboard", "--runs", str(tmp_path / "nowhere")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = report("tensorboard", "--runs", tmp_path / "nowhere")
     assert done.returncode == 1
     assert "nowhere is no folder of records" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_tensorboard_that_cannot_start_ends_the_command(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = report("tensorboard", "--runs", tmp_path, "--port", port)
+    assert done.returncode != 0
+    assert f"could not bind to port {port}" in done.stderr
 
 
 # In a browser.
@@ -203,7 +211,7 @@ def address(tmp_path: Path) -> Iterator[str]:
     """The address of the TensorBoard that `report.py tensorboard` starts."""
     pairs(tmp_path / "runs")
     port = free_port()
-    command = [sys.executable, str(ROOT / "scripts/report.py"), "tensorboard", "--runs", str(tmp_path / "runs")]
+    command = [sys.executable, str(SCRIPT), "tensorboard", "--runs", str(tmp_path / "runs")]
     process = subprocess.Popen([*command, "--port", str(port)], stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120

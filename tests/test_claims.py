@@ -1,8 +1,6 @@
 """The verdicts: each follows from its numbers by the stated rule, and none stands without them."""
 
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -28,7 +26,7 @@ from l2bn.reporting.comparison import arms_of
 from l2bn.reporting.evidence import Evidence, read_evidence
 from l2bn.reporting.reference import RunSet, read_sets
 from l2bn.reporting.statistics import fixed_estimate
-from synthetic_records import write_features, write_pairs, write_run
+from synthetic_records import report, write_features, write_pairs, write_run
 
 ROOT = Path(__file__).parents[1]
 SETS = read_sets(ROOT / "results/reference/sets.yaml")
@@ -469,6 +467,8 @@ def test_the_first_set_is_that_of_the_cpu_grid() -> None:
                 "more_seeds: [1, 1]",
                 "more_seeds: [0, 1]",
                 "control: {norm: n, backbones: [z]}",
+                "control: {norm: n, backbones: a}",
+                "more_seeds: '12'",
             )
         ),
     ],
@@ -489,7 +489,6 @@ def test_the_committed_claims_are_what_the_records_give() -> None:
 def test_the_script_prints_and_writes(tmp_path: Path) -> None:
     write_grid(tmp_path / "runs", [0.2, 0.3, 0.4])
     out = tmp_path / "claims.md"
-    command = [sys.executable, ROOT / "scripts/report.py", "claims", "--runs", tmp_path / "runs", "--out", out]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert out.read_text() in result.stdout
-    assert "| supported |" in result.stdout
+    printed = report("claims", "--runs", tmp_path / "runs", "--out", out).stdout
+    assert out.read_text() in printed
+    assert "| supported |" in printed

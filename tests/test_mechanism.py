@@ -2,8 +2,6 @@
 
 import csv
 import io
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +64,7 @@ from l2bn.reporting.studies import (
     trap_studies,
     trap_table,
 )
-from synthetic_records import write_features, write_run
+from synthetic_records import report, write_features, write_run
 
 ROOT = Path(__file__).parents[1]
 
@@ -346,12 +344,13 @@ def test_a_norm_that_differs_in_more_than_eps_is_refused_in_a_study_of_eps(tmp_p
 def test_a_record_without_the_numbers_of_a_study_is_named_and_left_out(
     place: Place, recipe: object, tmp_path: Path
 ) -> None:
-    """A record of no study, of a norm without eps among them."""
-    norm = {"norm": {"eps": None}}
+    """A record of no study, and one with the network's own eps, which may be any."""
+    norm = {"norm": {"eps": 1e-5}}
     bad = [write_run(tmp_path, seed=1, identity={"recipe": recipe, **norm}).folder]
     if place is place_by_eps:
         bad += [write_run(tmp_path, seed=2, identity={"recipe": STUDIED}).folder]
-        bad += [write_run(tmp_path, seed=3, identity={"recipe": STUDIED, "norm": {"eps": "small"}}).folder]
+        for seed, eps in ((3, "small"), (4, None)):
+            bad += [write_run(tmp_path, seed=seed, identity={"recipe": STUDIED, "norm": {"eps": eps}}).folder]
     good = write_run(tmp_path, identity={"recipe": STUDIED, **norm})
     evidence = read_evidence(tmp_path, place=place)
     assert evidence.records == [good]
@@ -452,6 +451,10 @@ def test_the_trap_table_says_when_running_statistics_have_caught_up(tmp_path: Pa
     assert trap_table(study).rows[0] == (*rows[0][:-1], "3; 1 diverged")
     assert rows[2][-2:] == ("120 to 140, 1 never", "3")
     assert rows[2][2:8] == ("10.00", "10.00", "10.00", "63.33", "63.33", "63.33")
+    write_run(tmp_path, norm=RMS, status="diverged")
+    (study,), _ = trap_studies(read_evidence(tmp_path).records)
+    lost = trap_table(study).rows[4:]
+    assert lost == [(RMS, kind, *["–"] * 6, "", "0; 1 diverged") for kind in ("running", "batch")]
     with drawing():
         assert len(accuracy_over_updates(study).axes) == 2
 
@@ -558,9 +561,7 @@ def test_long_names_are_cut_and_stay_apart(tmp_path: Path) -> None:
 
 def test_the_script_writes_all_of_it(folders: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, ROOT / "scripts/report.py", "mechanism", "--runs", folders[0]]
-    command += ["--studies", folders[1], "--out", out]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    printed = report("mechanism", "--runs", folders[0], "--studies", folders[1], "--out", out).stdout
     for name in ("mechanism.md", "mechanism/features.csv", "mechanism/studies.csv"):
         assert str(out / name) in printed
         assert (out / name).exists()
@@ -569,8 +570,11 @@ def test_the_script_writes_all_of_it(folders: tuple[Path, Path], tmp_path: Path)
 
 def test_a_document_of_own_runs_holds_none_of_the_published_studies(tmp_path: Path) -> None:
     write_run(tmp_path / "runs")  # without measured features, which the document is about
-    command = [sys.executable, ROOT / "scripts/report.py", "mechanism", "tables", "--runs", tmp_path / "runs"]
-    subprocess.run(command, capture_output=True, check=True)
+    command = ("mechanism", "tables", "--runs", tmp_path / "runs")
+    assert report(*command).returncode == 0
     text = (tmp_path / "runs/mechanism/mechanism.md").read_text()
     assert "From 0 records " in text
     assert "##" not in text
+    done = report(*command, "--studies", tmp_path)
+    assert done.returncode == 1
+    assert f"{tmp_path} holds no records of studies, in eps_study, lr_study, variance_trap" in done.stderr

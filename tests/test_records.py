@@ -1,15 +1,18 @@
 """Records: written whole, read back equal, and a mangled one named and left out."""
 
 import contextlib
+import errno
 import itertools
 import json
 import math
 import os
 import re
 import shutil
+import stat
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -25,6 +28,7 @@ from l2bn.records import (
     STATISTICS,
     SUMMARY,
     InvalidRecordError,
+    Problem,
     Record,
     load,
     publish,
@@ -32,6 +36,7 @@ from l2bn.records import (
     read_metrics,
     read_records,
     read_statistics,
+    write_durably,
     write_lines,
 )
 
@@ -172,6 +177,38 @@ def test_a_run_that_has_not_ended_is_no_record_and_no_problem(tmp_path: Path) ->
     written(tmp_path / "run")
     (tmp_path / "run" / SUMMARY).unlink()
     assert read_records(tmp_path) == ([], [])
+    with pytest.warns(UserWarning, match=rf"no run under {tmp_path} has ended"):
+        assert load(tmp_path).empty
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of another user, or of a server that does not answer: its runs would be missing from a table unnoticed."""
+    record = written(tmp_path / "a")
+    written(tmp_path / "b", seed=1)
+    scandir = os.scandir
+
+    def failing(folder: Any) -> Any:
+        if Path(folder) == tmp_path / "b":
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    problem = Problem(tmp_path / "b", "the folder cannot be read: Permission denied")
+    assert read_records(tmp_path) == ([record], [problem])
+
+
+@pytest.mark.parametrize(("code", "fails"), [(errno.EINVAL, False), (errno.EBADF, False), (errno.EIO, True)])
+def test_a_file_system_that_cannot_flush_folders_takes_files(
+    code: int, fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match=os.strerror(code)) if fails else contextlib.nullcontext():
+        write_durably(tmp_path / "file", "content")
+    assert (tmp_path / "file").read_text() == "content"
 
 
 @pytest.mark.parametrize(
@@ -320,6 +357,16 @@ def test_publishing_does_not_replace_another_result(tmp_path: Path) -> None:
     publish(written(tmp_path / "one").folder, tmp_path / "records")
     with pytest.raises(FileExistsError, match="another result"):
         publish(written(tmp_path / "other", seconds=9.0).folder, tmp_path / "records")
+
+
+def test_a_run_in_another_setting_has_its_place_beside_the_published_one(tmp_path: Path) -> None:
+    """The folder's names hold no setting: who moved the other away would lose it."""
+    other = written(tmp_path / "other", precision="bf16-mixed")
+    publish(written(tmp_path / "one").folder, tmp_path / "records")
+    with pytest.raises(FileExistsError, match=rf"setting 32-true, .* in bf16-mixed; .*{tmp_path}/records/NAME"):
+        publish(other.folder, tmp_path / "records")
+    publish(other.folder, tmp_path / "records/bf16")
+    assert sorted(load(tmp_path / "records")["setting"]) == ["32-true", "bf16-mixed"]
 
 
 def test_records_behind_links_to_folders_are_found_once(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import codecs
 import csv
 import io
 import json
+import os
 import random
 import re
 import runpy
@@ -14,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import yaml
 from matplotlib.text import Text
 from rich.console import Console
 
@@ -27,7 +29,7 @@ from l2bn.reporting.formatting import Table, in_words, latex, markdown
 from l2bn.reporting.reference import Reference, RunSet, read_reference, read_sets
 from l2bn.reporting.tables import BEGIN, END, documents, readme_with_block
 from l2bn.reporting.terminal import norms_table
-from synthetic_records import write_pairs, write_run
+from synthetic_records import SCRIPT, report, write_pairs, write_run
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "results/reference/baselines.yaml"
@@ -46,11 +48,6 @@ def in_terminal(root: Path) -> str:
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(norms_table(read_evidence(root)))
     return console.export_text()
-
-
-def report(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "scripts/report.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 # ---- What a number is ------------------------------------------------------------------------------------
@@ -226,13 +223,6 @@ def test_a_compiled_arm_is_compared_with_one_that_was_not(tmp_path: Path) -> Non
     write_run(tmp_path, norm="l2bn", accuracy=91.0, kernels="fused+compiled")
     (row,) = rows_of(tmp_path)
     assert (row["difference"], row["kernels"]) == ("1.0000", "fused, in part compiled")
-
-
-def test_one_seed_by_two_kernel_paths_with_other_results_is_an_error(tmp_path: Path) -> None:
-    for kernels, accuracy in (("plain", 91.0), ("fused", 91.1)):
-        write_run(tmp_path / kernels, norm="l2bn", kernels=kernels, accuracy=accuracy)
-    with pytest.raises(UserError, match=r"fused/.*seed0 and .*plain/.*seed0"):
-        read_evidence(tmp_path)
 
 
 def test_a_changed_default_under_an_old_name_is_an_error(tmp_path: Path) -> None:
@@ -418,14 +408,6 @@ def test_side_experiments_do_not_widen_the_grid(tmp_path: Path) -> None:
     assert len(rows_of(tmp_path)) == 2
 
 
-def test_labels_of_jpeg_and_subset_data_show(tmp_path: Path) -> None:
-    write_run(tmp_path, dataset="cifar10_jpeg", label="CIFAR-10 (JPEG)")
-    write_run(tmp_path, dataset="cifar10,subset=10000", label="CIFAR-10, 10,000 images", baseline=None)
-    table = grid_of(tmp_path)
-    assert "| CIFAR-10 (JPEG) |" in table
-    assert "| CIFAR-10, 10,000 images |" in table
-
-
 def test_no_records_make_tables_that_say_so(tmp_path: Path) -> None:
     texts = documents(read_evidence(tmp_path), PUBLISHED)
     assert set(texts) == {f"{name}.{kind}" for name in ("grid", "norms") for kind in ("md", "csv", "tex")}
@@ -489,15 +471,18 @@ def test_published_numbers_stand_only_beside_equal_data_net_and_recipe(
 
 
 def test_every_reference_names_configs_that_exist() -> None:
-    """A renamed backbone or recipe would silently lose its comparison."""
+    """A misspelt or renamed data set, backbone or recipe would silently have no comparison."""
+    recipes, backbones = (
+        {path.stem for path in (ROOT / "configs" / group).glob("*.yaml")} for group in ("recipe", "backbone")
+    )
+    datasets = {yaml.safe_load(path.read_text())["baseline"] for path in (ROOT / "configs/dataset").glob("*.yaml")}
     tables = [table for table in PUBLISHED.bn if table["recipe"]]
     assert len(tables) >= 4
-    recipes = {path.stem for path in (ROOT / "configs/recipe").glob("*.yaml")}
-    backbones = {path.stem for path in (ROOT / "configs/backbone").glob("*.yaml")}
-    for table in tables:
-        assert table["recipe"] in recipes
+    assert {table["recipe"] for table in tables} <= recipes
+    for table in (*tables, PUBLISHED.images):
         for dataset in table.keys() - {"source", "recipe"}:
-            assert {net.split(",")[0] for net in table[dataset]} <= backbones
+            assert dataset in datasets
+            assert {net.partition(",")[0] for net in table[dataset]} <= backbones
 
 
 def test_the_papers_numbers_fill_their_column_once_entered(tmp_path: Path) -> None:
@@ -544,9 +529,10 @@ def test_a_reference_file_with_a_mistake_is_named(tmp_path: Path, text: str) -> 
 # ---- Bad records -----------------------------------------------------------------------------------------
 
 
-def test_two_results_of_one_cell_and_seed_are_an_error_naming_both(tmp_path: Path) -> None:
-    write_run(tmp_path / "here", accuracy=92.0)
-    write_run(tmp_path / "there", accuracy=92.1)
+@pytest.mark.parametrize("kernels", ["plain", "fused"])
+def test_two_results_of_one_cell_and_seed_are_an_error_naming_both(kernels: str, tmp_path: Path) -> None:
+    write_run(tmp_path / "here", norm="l2bn", accuracy=92.0)
+    write_run(tmp_path / "there", norm="l2bn", accuracy=92.1, kernels=kernels)
     with pytest.raises(UserError, match=r"here/.*seed0 and .*there/.*seed0"):
         read_evidence(tmp_path)
 
@@ -594,8 +580,21 @@ def test_the_script_says_what_is_wrong_without_a_traceback(tmp_path: Path) -> No
     assert "No ended run here yet" in empty.stdout
 
 
+@pytest.mark.parametrize("command", ["tables", "claims"])
+def test_files_are_written_though_nobody_reads_what_is_printed(command: str, tmp_path: Path) -> None:
+    """As when a pager is left before its end."""
+    write_run(tmp_path / "runs")
+    out = tmp_path / "out.md"
+    reading, writing = os.pipe()
+    os.close(reading)
+    arguments = [sys.executable, SCRIPT, command, "--runs", tmp_path / "runs", "--out", out]
+    with os.fdopen(writing, "w") as closed:
+        assert not subprocess.run(arguments, stdout=closed, stderr=subprocess.PIPE, check=False).stderr
+    assert (out / "grid.md" if command == "tables" else out).exists()
+
+
 def test_every_command_shows_an_example_that_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
-    parser = runpy.run_path(str(ROOT / "scripts/report.py"))["parser"]()
+    parser = runpy.run_path(str(SCRIPT))["parser"]()
     for command in ("tables", "figures", "claims", "mechanism"):
         with pytest.raises(SystemExit):
             parser.parse_args([command, "--help"])

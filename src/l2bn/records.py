@@ -14,6 +14,7 @@ Tables and figures read nothing but records. pydantic checks what is read. `load
 commands start fast.
 """
 
+import errno
 import fnmatch
 import itertools
 import json
@@ -22,10 +23,10 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, TypeGuard
 
 import yaml
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
 CONFIG, ENVIRONMENT, METRICS, SUMMARY = "config.yaml", "env.json", "metrics.jsonl", "summary.json"
 FEATURES, STATISTICS, SAMPLE = "features.jsonl", "statistics.jsonl", "penultimate.safetensors"
-MEASUREMENTS = (FEATURES, STATISTICS, SAMPLE)
 SCHEMA = 1
 THEN = " then "
 
@@ -79,7 +79,7 @@ class Problem(NamedTuple):
     reason: str
 
 
-def is_finite_number(value: object) -> bool:
+def is_finite_number(value: object) -> TypeGuard[float]:
     """Tell whether a value is a number that a float can hold."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
@@ -141,19 +141,20 @@ def _row(fields: Mapping[str, Any]) -> Any:
 
 # Accuracies in percent; test/top5 is null under 5 classes; step counts updates.
 METRIC_KEYS = ("epoch", "step", "lr", "train/loss", "train/top1", "test/loss", "test/top1", "test/top5", *COST_KEYS)
-_Metrics = _row(dict.fromkeys(METRIC_KEYS, Number | None) | {"epoch": Place, "step": Count})
-_Statistics = _row(
-    dict.fromkeys(("running/loss", "running/top1", "batch/loss", "batch/top1"), Number | None) | {"step": Number}
-)
+_METRICS = TypeAdapter(_row(dict.fromkeys(METRIC_KEYS, Number | None) | {"epoch": Place, "step": Count}))
+
+_STATISTIC_KEYS = ("running/loss", "running/top1", "batch/loss", "batch/top1")
+_STATISTICS = TypeAdapter(_row(dict.fromkeys(_STATISTIC_KEYS, Number | None) | {"step": Number}))
+
 _Measures = _row(dict.fromkeys(MEASURES, Number | None))
 # The histogram counts norms at the layer's input: bin i begins at 2 ** (i / BINS_PER_OCTAVE), `first` is the first.
 _Norms = _row({"first": int, "counts": list[Count]})
 # `shrink` is null without running statistics; layers stand in the order in which they run.
 _Layer = _row({"name": str, "shrink": Number | None, "norms": _Norms, "input": _Measures, "output": _Measures})
 _Layers = list[_Layer]  # type: ignore[valid-type]
-_Features = _row({"epoch": Place, "step": Place, "images": Place, "layers": _Layers, "penultimate": _Measures})
-
-_METRICS, _FEATURES, _STATISTICS = (TypeAdapter(kind) for kind in (_Metrics, _Features, _Statistics))
+_FEATURES = TypeAdapter(
+    _row({"epoch": Place, "step": Place, "images": Place, "layers": _Layers, "penultimate": _Measures})
+)
 
 
 def _check_epoch(row: Metrics) -> Metrics:
@@ -231,7 +232,7 @@ class Record:
     def read(cls, folder: Path) -> Self:
         """The record in a folder. Raises InvalidRecordError where it is missing, corrupt or foreign."""
         try:
-            content = json.loads((folder / SUMMARY).read_text())
+            content = json.loads((folder / SUMMARY).read_bytes())
         except (OSError, ValueError, RecursionError) as error:
             raise InvalidRecordError(f"{SUMMARY} cannot be read: {error}") from error
         if not isinstance(content, dict) or content.pop("schema", None) != SCHEMA:
@@ -252,14 +253,15 @@ def first_fault(error: ValidationError) -> str:
     return f"{place}: {reason}, not {repr(fault['input'])[:60]}" if place else reason
 
 
-def files_under(root: Path, pattern: str) -> list[Path]:
+def files_under(root: Path, pattern: str, unreadable: Callable[[OSError], object] | None = None) -> list[Path]:
     """The files under a folder whose names match, in the order of their paths; links to folders are followed.
 
-    `Path.rglob` does not follow them. A folder that several links lead to counts once.
+    `Path.rglob` does not follow them. A folder that several links lead to counts once. A folder that cannot be read
+    is passed over, after a call of `unreadable`.
     """
     seen: set[str] = set()
     found = []
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, onerror=unreadable, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:
             folders.clear()
@@ -272,8 +274,13 @@ def files_under(root: Path, pattern: str) -> list[Path]:
 
 def read_records(root: Path) -> tuple[list[Record], list[Problem]]:
     """Every ended run under a folder, in the order of their paths, and the folders that had to be left out."""
-    records, problems = [], []
-    for path in files_under(root, SUMMARY):
+    records: list[Record] = []
+    problems: list[Problem] = []
+
+    def unreadable(error: OSError) -> None:
+        problems.append(Problem(Path(error.filename), f"the folder cannot be read: {error.strerror}"))
+
+    for path in files_under(root, SUMMARY, unreadable):
         try:
             records.append(Record.read(path.parent))
         except InvalidRecordError as error:
@@ -288,7 +295,8 @@ def load(folder: Path | str, *, epochs: bool = False) -> "pd.DataFrame":
     recipe and setting are comparable. A run also has the other fields of `Record`, the losses and accuracies (in
     percent) of its last epoch, and `best/top1`: all NaN if it diverged, for then it has no result. An epoch has
     METRIC_KEYS, also one of a run that diverged later. A folder that holds no valid record is left out with a
-    warning; two runs of one cell, norm and seed both stay, with a warning, for a mean would count them twice.
+    warning; two runs of one cell, norm and seed both stay, with a warning, for a mean would count them twice. A
+    frame without rows, which has no columns, also comes with a warning.
 
     Raises FileNotFoundError for a missing folder.
     """
@@ -298,29 +306,31 @@ def load(folder: Path | str, *, epochs: bool = False) -> "pd.DataFrame":
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is no folder of runs")
     records, problems = read_records(root)
-    names = ("dataset", "backbone", "norm", "recipe", "setting", "seed", "status")
-    first: dict[tuple[object, ...], Record] = {}
-    for record in records:
-        other = first.setdefault(tuple(getattr(record, key) for key in names[:-1]), record)
-        if other is not record:
-            message = f"{other.folder} and {record.folder} are runs of one cell, norm and seed: keep one of them"
-            warnings.warn(message, stacklevel=2)
+    firsts: dict[tuple[object, ...], Record] = {}
     rows: list[dict[str, Any]] = []
     for record in records:
-        fields = {key: getattr(record, key) for key in Record.__dataclass_fields__}
-        run, last, best = {key: getattr(record, key) for key in names}, fields.pop("last"), fields.pop("best")
-        if not epochs:
-            # The last whole epoch before a divergence would look like a result.
-            last, best = (last, best) if record.status == "finished" else ({}, {})
-            metrics = {key: last.get(key) for key in METRIC_KEYS if "/" in key}
-            rows.append({**run, **metrics, "best/top1": best.get("test/top1"), **fields})
+        names = ("dataset", "backbone", "norm", "recipe", "setting", "seed")
+        run = {key: getattr(record, key) for key in names}
+        first = firsts.setdefault(tuple(run.values()), record)
+        if first is not record:
+            message = f"{first.folder} and {record.folder} are runs of one cell, norm and seed: keep one of them"
+            warnings.warn(message, stacklevel=2)
+        run["status"] = record.status
+        if epochs:
+            try:
+                rows += [run | epoch for epoch in record.metrics()]
+            except InvalidRecordError as error:
+                problems.append(Problem(record.folder, str(error)))
             continue
-        try:
-            rows += [{**run, **epoch} for epoch in record.metrics()]
-        except InvalidRecordError as error:
-            problems.append(Problem(record.folder, str(error)))
+        # The last whole epoch before a divergence would look like a result.
+        last, best = (record.last, record.best) if record.status == "finished" else ({}, {})
+        result = {key: last.get(key) for key in METRIC_KEYS if "/" in key} | {"best/top1": best.get("test/top1")}
+        others = {key: value for key, value in vars(record).items() if key not in ("last", "best")}
+        rows.append(run | result | others)
     for problem in problems:
         warnings.warn(f"{problem.folder} is left out: {problem.reason}", stacklevel=2)
+    if not rows:
+        warnings.warn(f"no run under {root} has ended: the data frame has no columns", stacklevel=2)
     return pd.DataFrame(rows)
 
 
@@ -357,8 +367,8 @@ def _read_steps(path: Path, kind: TypeAdapter[Any]) -> list[Any]:
 
 def _read_lines(path: Path, kind: TypeAdapter[Any]) -> list[Any]:
     try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
         raise InvalidRecordError(f"{path.name} cannot be read: {error}") from error
     rows = []
     for number, line in enumerate(lines, start=1):
@@ -389,17 +399,18 @@ def keep_measurements(
     A run may stand at the last update of an epoch, before the evaluation in which the features are measured. A line
     that was cut off goes, too. Raises InvalidRecordError.
     """
+    kept: dict[str, list[Any]] = {}
     for name, read in ((FEATURES, read_features), (STATISTICS, read_statistics)):
         path = folder / name
         if path.exists():
             content = path.read_bytes()
             write_durably(path, content[: content.rfind(b"\n") + 1])
-            rows = read(folder)
-            kept = [row for row in rows if row["step"] <= step and row.get("epoch", 0) <= epochs]
-            write_lines(path, kept)
-            if len(kept) < len(rows):
-                (folder / SAMPLE).unlink(missing_ok=True)
-    return read_features(folder), read_statistics(folder)
+        rows = read(folder)
+        kept[name] = [row for row in rows if row["step"] <= step and row.get("epoch", 0) <= epochs]
+        if len(kept[name]) < len(rows):
+            (folder / SAMPLE).unlink(missing_ok=True)
+            write_lines(path, kept[name])
+    return kept[FEATURES], kept[STATISTICS]
 
 
 class Sample(NamedTuple):
@@ -482,6 +493,11 @@ def publish(folder: Path, destination: Path) -> Path:
             raise FileExistsError(
                 f"{target} holds a damaged record ({error}); move it away to replace it"
             ) from error
+        if published.setting != record.setting:
+            raise FileExistsError(
+                f"{target} holds a run in the setting {published.setting}, this one was made in {record.setting}; "
+                f"publish it to a folder of its own, such as {destination / 'NAME'}: tables hold both"
+            )
         if published != record:
             raise FileExistsError(
                 f"{target} holds another result of this cell and seed; move it away to replace it"
@@ -494,9 +510,9 @@ def publish(folder: Path, destination: Path) -> Path:
 
 def _publishable(folder: Path) -> dict[str, bytes]:
     """The files of a record, the summary last, without the machine's paths. Raises InvalidRecordError."""
-    measured = [name for name in MEASUREMENTS if (folder / name).exists()]
+    measured = [name for name in (FEATURES, STATISTICS, SAMPLE) if (folder / name).exists()]
     try:
-        config = yaml.safe_load((folder / CONFIG).read_text())
+        config = yaml.safe_load((folder / CONFIG).read_bytes())
         files = {name: (folder / name).read_bytes() for name in (ENVIRONMENT, METRICS, *measured, SUMMARY)}
         environment = json.loads(files[ENVIRONMENT])
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
@@ -511,7 +527,8 @@ def write_durably(path: Path, data: bytes | str) -> None:
     """Replace a file in one step: write a temporary file beside it, flush it to the disk, rename it.
 
     After a crash or a power cut the path holds the old content or the new one, never a mixture. Raises
-    OSError (disk full, read-only folder): then the old file stands and the temporary one is removed.
+    OSError (disk full, read-only folder): then the old file stands and the temporary one is removed. A file system
+    that cannot flush a folder (some network and virtual ones) may lose the new content in a power cut.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     content = data.encode() if isinstance(data, str) else data
@@ -527,5 +544,8 @@ def write_durably(path: Path, data: bytes | str) -> None:
     descriptor = os.open(path.parent, os.O_RDONLY)  # a rename is on the disk only once its folder is
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EBADF, errno.EINVAL):  # as of CIFS
+            raise
     finally:
         os.close(descriptor)

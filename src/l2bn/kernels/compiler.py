@@ -31,8 +31,8 @@ DEVICES = ("cpu", "cuda")  # inductor's kernels are tested there, and float64 ex
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 Kernel = Callable[..., list[Tensor]]
 Fixed = Callable[[Tensor], tuple[int, ...]]
-"""Returns what a kernel for any size holds for alone, of the sizes of its first tensor. Also called while the kernel
-is traced, where `int` makes a size a constant, and a question makes a divisor known."""
+"""Returns what a kernel for any size holds for alone, of the sizes of its first tensor. Also called while it is
+traced, where `int` makes a size a constant, and a question makes a divisor known."""
 
 
 def nothing_fixed(_: Tensor) -> tuple[int, ...]:

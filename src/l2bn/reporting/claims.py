@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from l2bn.records import Record
 from l2bn.reporting.comparison import FULL_EPOCHS, Arm, Comparison, arms_of, backbone_of, compare, grid, pooled
 from l2bn.reporting.evidence import (
     ANGLE_MEAN,
@@ -207,10 +206,13 @@ def _better(task: Task, arms: Sequence[Arm]) -> Finding:
         tail = result.reason or f"95 % interval {interval(result)}, p {probability(result.p, result)}"
         evidence += f" Pooled L2BN − BN: {signed(result.mean)} points, {tail}."
     # Only seeds that both have: a norm with more runs would diverge more often.
-    runs = [
-        run for row in cells if row.full_length for arm in row.arms for run in arm.records if _is_paired(row, run)
+    lost = [
+        run.norm
+        for row in cells
+        for run in row.records
+        if row.full_length and run.status == "diverged" and run.seed in row.paired_seeds
     ]
-    bn, l2bn = (sum(run.status == "diverged" for run in runs if run.norm == norm) for norm in (BN, L2BN))
+    bn, l2bn = lost.count(BN), lost.count(L2BN)
     evidence += f" Diverged of that length, with a seed that both have: {bn} of BN, {l2bn} of L2BN."
     verdict = _verdict(for_other_networks(counted), ACCURATE.better)
     if verdict == "supported" and l2bn > bn:
@@ -222,10 +224,6 @@ def _better(task: Task, arms: Sequence[Arm]) -> Finding:
         if row not in counted
     )
     return Finding(evidence, verdict or "not decided at this n", short)
-
-
-def _is_paired(row: Comparison, run: Record) -> bool:
-    return all(arm is not None and run.seed in arm.seeds for arm in (row.reference, row.other))
 
 
 def _better_on_scenes(arms: Sequence[Arm]) -> Finding:
@@ -347,7 +345,8 @@ def sets_section(arms: Sequence[Arm], sets: Sequence[RunSet]) -> list[str]:
 def _second(first: SetFinding, arms: Sequence[Arm]) -> list[str]:
     """The second estimate of a complete set, over all its seeds, once there are runs of the later ones."""
     question, run_set = first.question, first.run_set
-    second = judge_set(question, replace(run_set, seeds=(*run_set.seeds, *run_set.more_seeds)), arms)
+    whole = replace(run_set, seeds=(*run_set.seeds, *run_set.more_seeds), more_seeds=())
+    second = judge_set(question, whole, arms)
     if second.ended == first.ended or question.reference != BN:  # the control has no later seeds
         return []
     names = f"seeds {', '.join(map(str, run_set.more_seeds))}"

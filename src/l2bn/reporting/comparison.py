@@ -152,6 +152,11 @@ class Comparison:
     def difference(self, quantity: str = TOP1) -> Estimate:
         return difference(self.reference, self.other, quantity)
 
+    @property
+    def paired_seeds(self) -> set[int]:
+        """The seeds of which both arms have a run, finished or diverged."""
+        return self.reference.seeds & self.other.seeds if self.reference and self.other else set()
+
     def missing_seeds(self, arm: Arm | None) -> set[int]:
         """The seeds that one arm of this comparison has and this one lacks."""
         return {record.seed for record in self.records} - (arm.seeds if arm else set())

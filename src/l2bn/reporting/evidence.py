@@ -78,16 +78,12 @@ class Cell:
 
 
 def cell_of(record: Record) -> Cell:
-    """The cell of a run."""
-    return Cell(record.dataset, record.recipe, record.backbone, record.setting, task=task_of(record))
-
-
-def task_of(record: Record) -> Task:
-    """The contents of a record's data set: by its choice, else by the function that a user's own file names."""
+    """The cell of a run; its task by the choice of data set, else by the function that a user's own file names."""
     dataset = record.identity.get("dataset")
     target = str(dataset.get("_target_")) if isinstance(dataset, dict) else ""
     own: Task = "sound" if target.startswith("l2bn.data.sound.") else "images"
-    return TASKS.get(record.dataset.partition(",")[0], own)
+    task = TASKS.get(record.dataset.partition(",")[0], own)
+    return Cell(record.dataset, record.recipe, record.backbone, record.setting, task=task)
 
 
 def overrides(name: str) -> dict[str, str]:
@@ -154,19 +150,15 @@ class Evidence:
         quantities = (TOP1, BEST, *FEATURES)
         rows = []
         for record in self.records:
-            values = _values(record, self.features.get(record.folder, ()))
+            values: dict[str, float | None] = {}
+            if record.status == "finished":
+                values = {TOP1: record.last["test/top1"], BEST: record.best["test/top1"]}
+                if measured := self.features.get(record.folder):
+                    values |= {quantity: measure(measured[-1], quantity) for quantity in FEATURES}
             rows.append((*self.place.of(record), record.seed, record, *map(values.get, quantities)))
         columns = ["cell", "norm", "seed", "record", *quantities]
         frame = pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(quantities, float))
         return frame.set_index("seed").sort_index(kind="stable")
-
-
-def _values(record: Record, rows: Sequence[FeatureRow]) -> dict[str, float | None]:
-    """Quantity to value for one run; none for a diverged one."""
-    if record.status != "finished":
-        return {}
-    measured = {quantity: measure(rows[-1], quantity) for quantity in FEATURES} if rows else {}
-    return {TOP1: record.last["test/top1"], BEST: record.best["test/top1"], **measured}
 
 
 def measure(row: FeatureRow, quantity: str) -> float | None:
@@ -206,7 +198,6 @@ def read_evidence(root: Path, *, features: bool = False, place: Place = BY_NAME)
             problems.append(Problem(record.folder, str(error)))
     records = _distinct(records, place)
     _check_conditions(records, place)
-    _check_keys(records, place)
     measured: dict[Path, Sequence[FeatureRow]] = {}
     for record in records if features else ():
         try:
@@ -239,43 +230,32 @@ def _result(record: Record) -> tuple[object, ...]:
 
 
 def _check_conditions(records: Iterable[Record], place: Place) -> None:
-    """Raise UserError where runs of one cell differ in a value that both know, or in their images.
+    """Raise UserError where runs of one cell, or of one study, were made under unequal conditions.
 
-    So a default edited between two runs, or a changed folder of images, is not overlooked. A key that only one of
-    two runs knows is passed over where its value is empty, false or 0, so that the suite may grow an option; so is
-    a missing fingerprint. Runs of a study must also agree in all that the study does not vary.
+    So a default edited between two runs, or a changed folder of images, is not overlooked. A key that some runs
+    lack is passed over where its value is empty, false or 0, so that the suite may grow an option; so is a missing
+    fingerprint. Runs of a study may differ in what the study varies.
     """
-    known: dict[tuple[object, ...], tuple[object, Path]] = {}
+    # By cell, or the cell without the study's value; by norm for values of the norm's own; and by name.
+    known: dict[tuple[Cell, str, str], tuple[object, Path]] = {}
+    holders: dict[tuple[Cell, str, str], set[Path]] = defaultdict(set)
+    members: dict[tuple[Cell, str], set[Path]] = defaultdict(set)
     for record in records:
         own = _conditions(record)
         for (cell, norm), varied in {BY_NAME.of(record): (), place.of(record): place.varied}.items():
             study = replace(cell, value=())
             for name, value in own.items():
-                if name in varied and value is None:  # the network's own, which the cell's value holds
-                    continue
                 of_norm = name == "parameters" or name.startswith("norm.")
-                where = cell if name in varied else study, norm if of_norm else "", name
-                first, folder = known.setdefault(where, (value, record.folder))
+                scope = cell if name in varied else study, norm if of_norm else ""
+                first, folder = known.setdefault((*scope, name), (value, record.folder))
                 if first != value:
                     raise _unequal(name, (first, value), (folder, record.folder), varied)
-
-
-def _check_keys(records: Iterable[Record], place: Place) -> None:
-    """Raise UserError where one of two runs of a cell, or a study, has a value for a key that the other lacks."""
-    firsts: dict[tuple[Cell, str], tuple[dict[str, object], Path]] = {}
-    for record in records:
-        cell, norm = place.of(record)
-        study = replace(cell, value=())
-        of_norm: dict[str, object] = {}
-        others: dict[str, object] = {}
-        for name, value in _flat(record.identity):
-            (of_norm if name.startswith("norm.") else others)[name] = value
-        for key, own in (((study, norm), of_norm), ((study, ""), others)):
-            first, folder = firsts.setdefault(key, (own, record.folder))
-            for name in sorted((first.keys() ^ own.keys()) - set(place.varied)):
-                if first.get(name) or own.get(name):
-                    values = first.get(name, "no value"), own.get(name, "no value")
-                    raise _unequal(name, values, (folder, record.folder), place.varied)
+                holders[*scope, name].add(record.folder)
+                members[scope].add(record.folder)
+    for (cell, norm, name), (value, folder) in known.items():
+        lacking = members[cell, norm] - holders[cell, norm, name]
+        if value and lacking and name not in (*place.varied, "images.files"):
+            raise _unequal(name, (value, "no value"), (folder, min(lacking)), place.varied)
 
 
 def _conditions(record: Record) -> dict[str, object]:
@@ -289,19 +269,16 @@ def _conditions(record: Record) -> dict[str, object]:
 def _unequal(
     name: str, values: tuple[object, object], folders: tuple[Path, Path], varied: Sequence[str]
 ) -> UserError:
-    (a, b), (one, other) = values, folders
-    return UserError(
-        f"two runs of one cell were made under unequal conditions ({name}: {a} and {b}): {one} and {other}; "
-        f"{_remedy(name, varied)}"
-    )
-
-
-def _remedy(name: str, varied: Sequence[str]) -> str:
     if name in ("train_images", "test_images", "images.files"):
-        return "keep the runs on one set of images, or give the other a name of its own by dataset.label"
-    if varied:
-        return f"keep one of them: the runs of this study differ in nothing but {', '.join(varied)}"
-    return "keep one of them, or give the changed config a name of its own"
+        remedy = "keep the runs on one set of images, or give the other a name of its own by dataset.label"
+    elif varied:
+        remedy = f"keep one of them: the runs of this study differ in nothing but {', '.join(varied)}"
+    else:
+        remedy = "keep one of them, or give the changed config a name of its own"
+    return UserError(
+        f"two runs of one cell were made under unequal conditions ({name}: {values[0]} and {values[1]}): "
+        f"{folders[0]} and {folders[1]}; {remedy}"
+    )
 
 
 def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:

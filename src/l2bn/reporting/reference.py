@@ -7,12 +7,14 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import yaml
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
 
 from l2bn.errors import UserError
-from l2bn.records import Record
+from l2bn.records import Record, first_fault
 from l2bn.reporting.comparison import Comparison
 from l2bn.reporting.evidence import BN, L2BN, Cell, overrides
 from l2bn.reporting.formatting import PRECISIONS
@@ -24,31 +26,51 @@ def _reading(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = first_fault(error) if isinstance(error, ValidationError) else f"{type(error).__name__}: {error}"
         raise UserError(
-            f"{path} cannot be used as the {what}: {type(error).__name__}: {error}; "
-            "its header says how it is laid out"
+            f"{path} cannot be used as the {what}: {reason}; its header says how it is laid out"
         ) from error
 
 
 # ---- Sets of runs ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+class Control(NamedTuple):
+    """A further norm that is compared with L2BN, and the backbones that have runs of it."""
+
+    norm: str
+    backbones: tuple[str, ...]
+
+
+@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class RunSet:
     """A named set of runs, fixed before the first of them was published.
 
     settings: of the backbones that were measured in another setting than `setting`.
+
+    Raises pydantic's ValidationError, a ValueError, for a value that is wrong.
     """
 
     label: str
     dataset: str
     recipe: str
     setting: str
-    backbones: tuple[str, ...]
-    seeds: tuple[int, ...]
+    backbones: Annotated[tuple[str, ...], Field(min_length=1)]
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)]
     more_seeds: tuple[int, ...] = ()
-    control: tuple[str, tuple[str, ...]] | None = None  # norm and backbones
+    control: Control | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        seeds = (*self.seeds, *self.more_seeds)
+        if len({*seeds}) < len(seeds) or len({*self.backbones}) < len(self.backbones):
+            raise ValueError("a seed or a backbone is given twice")
+        named = self.settings.keys() | set(self.control.backbones if self.control else ())
+        if other := named - {*self.backbones}:
+            raise ValueError(f"settings or control name {', '.join(sorted(other))}, which is none of the backbones")
+        precisions = {setting.partition(",")[0] for setting in (self.setting, *self.settings.values())}
+        if unknown := precisions - PRECISIONS.keys():
+            raise ValueError(f"no precision is {', '.join(sorted(unknown))}; take one of {', '.join(PRECISIONS)}")
 
     @property
     def figure(self) -> str:
@@ -75,34 +97,12 @@ class RunSet:
 def read_sets(path: Path) -> list[RunSet]:
     """The sets of a file, at least one. Raises UserError where it is missing or not laid out as its header says."""
     with _reading(path, "sets of runs"):
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))["sets"]
-        if not entries:
+        sets = [RunSet(**entry) for entry in yaml.safe_load(path.read_text(encoding="utf-8"))["sets"]]
+        if not sets:
             raise ValueError("there is no set")
-        sets = [_run_set(entry) for entry in entries]
         if len({one.figure for one in sets}) < len(sets):
             raise ValueError("two sets have one data set and recipe, and would share a figure")
         return sets
-
-
-def _run_set(entry: dict[str, Any]) -> RunSet:
-    lists = {key: tuple(entry[key]) for key in ("backbones", "seeds", "more_seeds") if key in entry}
-    if not lists["backbones"] or not lists["seeds"]:
-        raise ValueError("backbones and seeds of a set must not be empty")
-    for key, values in lists.items():
-        if len(set(values)) < len(values):
-            raise ValueError(f"{key} repeat a value: {', '.join(map(str, values))}")
-    if again := set(lists["seeds"]) & set(lists.get("more_seeds", ())):
-        raise ValueError(f"seeds and more_seeds share {', '.join(map(str, sorted(again)))}")
-    settings = entry.get("settings", {})
-    if other := settings.keys() - set(lists["backbones"]):
-        raise ValueError(f"settings name {', '.join(sorted(other))}, which is none of the backbones")
-    precisions = {setting.partition(",")[0] for setting in (entry["setting"], *settings.values())}
-    if unknown := precisions - set(PRECISIONS):
-        raise ValueError(f"no precision is {', '.join(sorted(unknown))}; take one of {', '.join(PRECISIONS)}")
-    control = entry.get("control")
-    if control and not set(control["backbones"]) <= set(lists["backbones"]):
-        raise ValueError("control names a backbone that is none of the set's, which has no L2BN to compare it with")
-    return RunSet(**entry | lists | {"control": control and (control["norm"], tuple(control["backbones"]))})
 
 
 # ---- Published accuracies -------------------------------------------------------------------------------------

@@ -164,9 +164,10 @@ def fixed_estimate(cells: Sequence[Sequence[float]]) -> tuple[list[Estimate], Es
 
 
 def power(n: int, std: float, difference: float) -> float:
-    """Probability that a paired t-test of n pairs at `LEVEL` sees a true `difference`; noncentral t."""
-    if std < NO_SPREAD:
-        return 1.0
+    """Probability that a paired t-test of n pairs at `LEVEL` sees a true `difference`; noncentral t.
+
+    `std` is that of a paired difference, above 0, in the unit of `difference`.
+    """
     critical = float(stats.t.ppf((1 + LEVEL) / 2, n - 1))
     shift = difference * sqrt(n) / std
     # Beyond this shift the tail is 1 to all digits, and the noncentral distribution loses its own.
@@ -176,12 +177,7 @@ def power(n: int, std: float, difference: float) -> float:
 
 
 def seeds_needed(std: float, difference: float) -> int:
-    """Fewest pairs whose t-test sees `difference` with probability `POWER`; at least `MIN_PAIRS`.
-
-    `std` is that of a paired difference, in the unit of `difference`.
-    """
-    if std < 0 or difference <= 0:
-        raise ValueError(f"std must be >= 0 and difference > 0; got {std}, {difference}")
+    """Fewest pairs whose t-test sees `difference` with probability `POWER` (see `power`); at least `MIN_PAIRS`."""
     quantiles = stats.norm.ppf((1 + LEVEL) / 2) + stats.norm.ppf(POWER)
     # The normal approximation is never above the t-test's number, so the search starts just under it.
     n = max(MIN_PAIRS, ceil((quantiles * std / difference) ** 2))

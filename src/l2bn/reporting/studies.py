@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import pandas as pd
 
@@ -54,25 +54,27 @@ EPS, RATES, TRAP = "eps_study", "lr_study", "variance_trap"
 DEFAULT_EPS, SMALLEST_EPS = 1e-5, 1e-12
 
 
-def _number(record: Record, group: str, name: str) -> Any:
-    """A number of the identity; None for an eps that is the network's own. Raises InvalidRecordError."""
+def _number(record: Record, group: str, name: str) -> float:
+    """A number of the identity. Raises InvalidRecordError for another value.
+
+    So for an eps of null, the network's own, which a record does not hold: networks differ in it.
+    """
     found = record.identity.get(group)
     value = found.get(name) if isinstance(found, dict) else None
-    if not is_finite_number(value) and not (isinstance(found, dict) and name == "eps" and value is None):
+    if not is_finite_number(value):
         raise InvalidRecordError(f"{SUMMARY}: identity.{group}.{name} must be a number in a study, not {value!r}")
-    return value
+    return float(value)
 
 
 def _batch_and_rate(record: Record) -> tuple[int, float]:
-    return int(_number(record, "recipe", "batch_size")), float(_number(record, "recipe", "lr"))
+    return int(_number(record, "recipe", "batch_size")), _number(record, "recipe", "lr")
 
 
 def _by_eps(record: Record) -> tuple[Cell, str]:
     """The cell at the run's eps, and the norm without it."""
     _batch_and_rate(record)  # stand in studies.csv
     eps = _number(record, "norm", "eps")
-    value = (DEFAULT_EPS if eps is None else float(eps),)
-    return replace(cell_of(record), value=value), re.sub(",eps=[^,]*", "", record.norm)
+    return replace(cell_of(record), value=(eps,)), re.sub(",eps=[^,]*", "", record.norm)
 
 
 def _by_rate(record: Record) -> tuple[Cell, str]:
@@ -246,7 +248,7 @@ class TrapStudy:
 
     @property
     def norms(self) -> dict[str, int]:
-        """Norm to number of seeds."""
+        """Norm to number of seeds that finished."""
         return dict(self.rows.groupby("norm", sort=False)["seed"].nunique())
 
     def curve(self, norm: str, kind: str) -> pd.DataFrame:
@@ -291,12 +293,12 @@ def trap_table(study: TrapStudy) -> Table:
     """Mean accuracy over the seeds by both statistics at some updates, and when the running ones have caught up."""
     columns = ("Norm", "Statistics", *(f"update {step}" for step in SHOWN_UPDATES), "caught up after", "n")
     rows = []
-    for norm, seeds in study.norms.items():
+    for norm in dict.fromkeys((*study.norms, *study.diverged)):
+        seeds, gone = study.norms.get(norm, 0), study.diverged.get(norm, 0)
         for kind in ("running", "batch"):
             means = study.curve(norm, kind).mean(axis="columns")
             shown = (f"{means[step]:.2f}" if step in means else NONE for step in SHOWN_UPDATES)
-            when = study.caught_up(norm) if kind == "running" else ""
-            gone = study.diverged.get(norm, 0)
+            when = study.caught_up(norm) if kind == "running" and seeds else ""
             rows.append((norm, kind, *shown, when, f"{seeds}; {gone} diverged" if gone else str(seeds)))
     return Table(columns, rows, names=2)
 
