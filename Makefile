@@ -64,8 +64,9 @@ bench: bench-norm bench-step bench-train bench-data ## all benchmarks that need 
 bench-norm: setup ## time the layer: BN, the plain composition and the fused kernels side by side
 	$(BENCH) norm $(MADE)/norm.json $(ARGS)
 
-bench-step: setup ## time whole training steps with BN and with L2BN
+bench-step: setup ## time whole training steps with BN and with L2BN, and the first ones in a new process
 	$(BENCH) step $(MADE)/step.json $(ARGS)
+	$(BENCH) first $(MADE)/first.json
 
 bench-train: setup ## images/s in training and evaluation, beside the plain loop; several runs side by side
 	$(BENCH) train $(MADE)/train.json $(ARGS)

@@ -7,6 +7,7 @@ python scripts/benchmark.py together --json results/benchmarks/together.json    
 python scripts/benchmark.py data --json results/benchmarks/data.json        making batches
 python scripts/benchmark.py evaluation --json results/benchmarks/evaluation.json
 python scripts/benchmark.py waiting --json results/benchmarks/waiting.json  threads on a busy machine
+python scripts/benchmark.py first --json results/benchmarks/first.json      the first calls of a model
 python scripts/benchmark.py accuracy --root FOLDER --json results/benchmarks/accuracy.json
 python scripts/benchmark.py pages       write the pages in results/benchmarks again, from the results there
 
@@ -18,14 +19,14 @@ import json
 import tempfile
 from pathlib import Path
 
-from l2bn.benchmarks import accuracy, data, evaluation, measure, norm, step, together, train, waiting
+from l2bn.benchmarks import accuracy, data, evaluation, first, measure, norm, step, together, train, waiting
 from l2bn.failures import told_plainly
 from l2bn.records import write_durably
 from l2bn.training.environment import describe_environment
 
 BENCHMARKS = {
     module.__name__.rpartition(".")[2]: module
-    for module in (norm, step, train, together, data, evaluation, waiting, accuracy)
+    for module in (norm, step, train, together, data, evaluation, waiting, first, accuracy)
 }
 RESULTS = Path(__file__).resolve().parents[1] / "results/benchmarks"
 

@@ -279,6 +279,15 @@ def test_waiting_threads_are_measured(measured: Measured) -> None:
     assert all(min(seconds.values()) > 0 for seconds in rows[0]["seconds"].values())
 
 
+@pytest.mark.slow
+def test_first_calls_are_measured(measured: Measured) -> None:
+    """One compilation serves another batch size, and another process by the cache on disk."""
+    rows = measured("first", "--networks", "resnet18", "--batch", "4", "--pixels", "224")["rows"]
+    assert [(row["norm"], row["cache"]) for row in rows] == [("bn", "–"), ("l2bn", "empty"), ("l2bn", "filled")]
+    _, empty, filled = (row["seconds"] for row in rows)
+    assert max(empty["another batch size"], filled["first step"]) < empty["first step"]
+
+
 def test_accuracies_are_measured(measured: Measured, tmp_path: Path) -> None:
     pixels = torch.randint(0, 256, (CLASSES, 32, 32, 3), dtype=torch.uint8)
     for part, copies in (("train", 13), ("test", 1)):

@@ -23,6 +23,7 @@ from l2bn.benchmarks.measure import (
     Result,
     Row,
     add_common_arguments,
+    count,
     interleaved,
     page,
     peak_memory,
@@ -51,6 +52,13 @@ def maps_of(network: str) -> list[tuple[int, ...]]:
     with torch.no_grad():
         model(torch.zeros(1, 3, size, size))
     return sorted(seen, key=lambda shape: (-math.prod(shape), shape))
+
+
+def spread(maps: list[tuple[int, ...]], wanted: int) -> list[tuple[int, ...]]:
+    """So many of the maps, at even distances and with both ends; all, if there are not more."""
+    if wanted >= len(maps):
+        return maps
+    return [maps[round(place * (len(maps) - 1) / max(wanted - 1, 1))] for place in range(wanted)]
 
 
 def compiled_alone(layer: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -150,12 +158,15 @@ def memory_ratio(cells: list[Row]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser, ["ResNet-20", "VGG-16", "MobileNetV2", "ShuffleNetV2", "ResNet-50"], seconds=1)
+    parser.add_argument(
+        "--maps", type=count, default=3, help="of each network, from the largest to the smallest (default: 3)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> Result:
     keep_freed_memory()  # as a run does
     torch.manual_seed(0)
-    networks = {shape: name for name in arguments.networks for shape in maps_of(name)}
+    networks = {shape: name for name in arguments.networks for shape in spread(maps_of(name), arguments.maps)}
     cells: list[Row] = []
     for shape, network in networks.items():
         for cell in measure_map(shape, arguments.seconds):
