@@ -42,7 +42,10 @@ def file_of_result(text: str) -> Path:
     if path.suffix != ".json" or path.is_dir():
         raise argparse.ArgumentTypeError(f"give a file whose name ends in .json, not {text}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=path.parent).close()
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, text) from error
     return path
 
 

@@ -239,14 +239,14 @@ PROMISES_ON_IMAGES: dict[str, list[Callable[..., Any]]] = {
         test_data_folder.test_a_link_from_test_to_train_is_refused,
         test_data_imagenet.test_training_images_by_another_name_are_no_test_images,
         test_data_folder.test_a_single_class_is_refused_with_the_folder_that_may_be_meant,
-        test_data_loader.test_one_class_is_refused,
+        test_data_loader.test_labels_outside_the_classes_and_images_of_another_size_are_refused,
         test_data_imagenet_wds.test_classes_without_training_images_are_refused,
         test_data_splits.test_a_class_without_training_images_is_refused,
     ],
     "`subset` or `validation` leaves a class that is tested without training images": [
         test_data_sets.test_a_data_set_offers_subset_and_validation,
     ],
-    "zeros stand for the rest of a broken download (JPEG, WebP); a shard is cut, damaged or several in one": [
+    "zeros stand for the rest of a download (JPEG, PNG, WebP, AVIF); a shard is cut, damaged or several in one": [
         test_data_decode.test_a_download_that_was_broken_off_is_named,
         test_data_imagenet_wds.test_a_truncated_shard_is_named,
         test_data_imagenet_wds.test_a_damaged_shard_loses_no_samples_in_silence,
