@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from l2bn.kernels import columns, rows
-from l2bn.kernels.compiler import Fixed, nothing_fixed, operators_must_be_seen, run_kernel, scalar
+from l2bn.kernels.compiler import operators_must_be_seen, run_kernel, scalar
 from l2bn.kernels.formulas import (
     Scalar,
     as_map,
@@ -36,10 +36,6 @@ AVX-512 cores."""
 
 def formulas_for(positions: int) -> ModuleType:
     return columns if positions <= FEW_POSITIONS else rows
-
-
-def fixed_for(formulas: ModuleType) -> Fixed:
-    return columns.fixed if formulas is columns else nothing_fixed
 
 
 # ------------------------------------------------------------------------------------------ for eager callers
@@ -103,7 +99,7 @@ class _Training(torch.autograd.Function):
         ctx.axis, ctx.rms, ctx.eps, ctx.bias = position_axis(x), rms, eps, bias
         ctx.formulas = formulas_for(x.shape[2:].numel())
         tensors = dense(x, ctx.axis), weight, bias, mean, var, step, scalar(eps)
-        ctx.options = {"strict": strict, "fixed": fixed_for(ctx.formulas)}
+        ctx.options = {"strict": strict, "each_size": ctx.formulas is columns}
         y, *saved = run_kernel(forward_kernel, tensors, ctx.formulas, rms, ctx.axis, **ctx.options)
         ctx.save_for_backward(x, weight, *saved)
         return y
@@ -210,4 +206,4 @@ def evaluate(
     if torch.compiler.is_compiling():
         return evaluation_kernel(x, weight, bias, mean, var, eps, *constants)
     tensors = dense(x, axis), weight, bias, mean, var, scalar(eps)
-    return run_kernel(evaluation_kernel, tensors, *constants, strict=strict, fixed=fixed_for(constants[0]))[0]
+    return run_kernel(evaluation_kernel, tensors, *constants, strict=strict, each_size=constants[0] is columns)[0]

@@ -32,14 +32,6 @@ from l2bn.kernels.formulas import (
     widened,
 )
 
-GROUPS = (16, 8, 4, 2, 1)
-"""Samples that `down` sums at once: the first of these that divides the batch."""
-
-
-def fixed(x: Tensor) -> tuple[int, ...]:
-    """Return the group of `down` and the map's sides, constants of a kernel because loops over them are short."""
-    return next(k for k in GROUPS if x.shape[0] % k == 0), *map(int, x.shape[2:])
-
 
 def over_columns(channels: Tensor, rows: Tensor, axis: int) -> Tensor:
     """Give channels (C,) the axes that broadcast with rows."""
@@ -64,9 +56,9 @@ def down(rows: Tensor, axis: int) -> Tensor:
     A group is summed along the memory; the sums of the groups, which are read across it, are fewer.
     """
     n = rows.shape[0]
-    # In a compiled model nothing is asked of an open size: the answer would compile a graph for each kind of it.
-    is_true = statically_known_true if torch.compiler.is_compiling() else bool
-    group = next(k for k in GROUPS if is_true(n % k == 0))
+    # Of a size left open nothing is known, and nothing is asked: the answer would compile a graph for each kind of
+    # it.
+    group = next((k for k in (16, 8, 4, 2) if statically_known_true(n % k == 0)), 1)
     groups = rows.view(n // group, group, *rows.shape[1:]).sum((1, 2) if axis == 1 else 1)
     return computed_once(groups).sum(0, dtype=torch.float64)
 

@@ -30,18 +30,10 @@ DEVICES = ("cpu", "cuda")  # inductor's kernels are tested there, and float64 ex
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 Kernel = Callable[..., list[Tensor]]
-Fixed = Callable[[Tensor], tuple[int, ...]]
-"""Returns what a kernel for any size holds for alone, of the sizes of its first tensor. Also called while it is
-traced, where `int` makes a size a constant, and a question makes a divisor known."""
 
-
-def nothing_fixed(_: Tensor) -> tuple[int, ...]:
-    return ()
-
-
-STATIC_KINDS = {"cpu": 0, "cuda": 4}
-"""So many batch and image sizes of one channel count get a kernel of their own, by device; all others share one for
-any size. On a CPU that one is about as fast (results/README.md); on CUDA it was not measured."""
+STATIC_KINDS = 4
+"""So many batch and image sizes of one channel count get a kernel of their own, on CUDA and for maps of few
+positions; all others share one for any size. On a CPU it is about as fast where positions are many."""
 
 UPDATES_TO_REPAY = {"cpu": 100, "cuda": 30_000}
 """So many updates repay the compilation, by device. ResNet-20, batch 128:
@@ -90,13 +82,13 @@ def run_kernel(
     tensors: tuple[Tensor | None, ...],
     *constants: Any,
     strict: bool = False,
-    fixed: Fixed = nothing_fixed,
+    each_size: bool = False,
 ) -> list[Tensor]:
     """Return function(*tensors, *constants) as a list, by a kernel for tensors of their kind.
 
-    A kind is types, devices, numbers of axes, the constants, and what is `fixed` of the first tensor's sizes; on
-    CUDA it is all sizes at first, see `STATIC_KINDS`. Inductor compiles a kernel at the first call of its kind. If
-    that fails, the function itself serves from then on, after one warning; with `strict` the error is raised.
+    A kind is types, devices, numbers of axes and the constants, and on CUDA or with `each_size` at first all sizes,
+    see `STATIC_KINDS`. Inductor compiles a kernel at the first call of its kind. If that fails, the function itself
+    serves from then on, after one warning; with `strict` the error is raised.
     """
     kind = (
         function,
@@ -110,7 +102,7 @@ def run_kernel(
         with _compiling:
             kernel = _kernels.get(kind)  # another thread may have compiled it in the meantime
             if kernel is None:
-                kernel = _kernels[kind] = _new_kernel(function, tensors, constants, strict, fixed)
+                kernel = _kernels[kind] = _new_kernel(function, tensors, constants, strict, each_size)
     return kernel(*[t for t in tensors if t is not None])
 
 
@@ -119,7 +111,7 @@ def _new_kernel(
     tensors: tuple[Tensor | None, ...],
     constants: tuple[Any, ...],
     strict: bool,
-    fixed: Fixed,
+    each_size: bool,
 ) -> Kernel:
     x = next(t for t in tensors if t is not None)
     common = (
@@ -129,13 +121,14 @@ def _new_kernel(
         *[None if t is None else (t.dtype, t.device, t.ndim) for t in tensors],
     )
     _kinds[common, x.shape[1]] += 1
+    static = STATIC_KINDS if each_size or x.device.type == "cuda" else 0
     try:
-        if _kinds[common, x.shape[1]] <= STATIC_KINDS[x.device.type]:
+        if _kinds[common, x.shape[1]] <= static:
             return _compile(function, tensors, constants, "fake")
         ones = tuple(size == 1 for size in x.shape)  # the compiler takes a size of 1 for a constant
-        any_size = (common, ones, fixed(x))
+        any_size = (common, ones)
         if any_size not in _kernels:
-            _kernels[any_size] = _compile(function, tensors, constants, "symbolic", fixed)
+            _kernels[any_size] = _compile(function, tensors, constants, "symbolic")
         return _kernels[any_size]
     except Exception as error:  # whatever a full disk or a missing compiler raises
         if strict:
@@ -162,7 +155,6 @@ def _compile(
     tensors: tuple[Tensor | None, ...],
     constants: tuple[Any, ...],
     sizes: Literal["fake", "symbolic"],
-    fixed: Fixed = nothing_fixed,
 ) -> Kernel:
     # Imported here: they are slow, and needed only where a kernel is built.
     from torch._inductor import compile as compile_graph
@@ -172,7 +164,7 @@ def _compile(
     present = [t.detach() for t in tensors if t is not None]
     called = _with_absent(function, tensors, constants)
     if sizes == "symbolic":
-        present, called = _vectors(present), _of_vectors(called, [t.ndim == 0 for t in present], fixed)
+        present, called = _vectors(present), _of_vectors(called, [t.ndim == 0 for t in present])
     with (
         _telling_what_takes_long(),
         torch.inference_mode(False),
@@ -214,14 +206,9 @@ def _vectors(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [t.view(1) if t.ndim == 0 else t for t in tensors]
 
 
-def _of_vectors(kernel: Kernel, scalars: list[bool], fixed: Fixed) -> Kernel:
+def _of_vectors(kernel: Kernel, scalars: list[bool]) -> Kernel:
     """Return the kernel for arguments as `_vectors` makes them; `scalars` says which of them were tensors ()."""
-
-    def of_vectors(*tensors: Tensor) -> list[Tensor]:
-        fixed(tensors[0])
-        return kernel(*(t.view(()) if s else t for t, s in zip(tensors, scalars, strict=True)))
-
-    return of_vectors
+    return lambda *tensors: kernel(*(t.view(()) if s else t for t, s in zip(tensors, scalars, strict=True)))
 
 
 def listed(result: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
