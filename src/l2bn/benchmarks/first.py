@@ -8,10 +8,10 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from unittest import mock
 
-import timm
 import torch
 
 from l2bn import swap_norm
+from l2bn.backbones.library import timm_model
 from l2bn.benchmarks.measure import DEVICE, Result, Row, count, page, synchronise, table
 
 NETWORKS = ("resnet50", "efficientnet_b0")
@@ -26,7 +26,7 @@ CASES = (("bn", "–"), ("l2bn", "empty"), ("l2bn", "filled"))  # a norm, and th
 
 def seconds_of_calls(network: str, norm: str, batch: int, pixels: int) -> dict[str, float]:
     """Return the seconds of training steps and of an evaluation in a process that has called nothing yet."""
-    model = timm.create_model(network, num_classes=10).to(DEVICE)
+    model = timm_model(10, network).to(DEVICE)
     if norm == "l2bn":
         swap_norm(model, "l2bn")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)

@@ -35,11 +35,11 @@ STATIC_KINDS = 4
 """So many batch and image sizes of one channel count get a kernel of their own, on CUDA and for maps of few
 positions; all others share one for any size. On a CPU it is about as fast where positions are many."""
 
-UPDATES_TO_REPAY = {"cpu": 100, "cuda": 30_000}
-"""So many updates repay the compilation, by device. ResNet-20, batch 128:
+UPDATES_TO_REPAY = {"cpu": (100, 0), "cuda": (0, 10_000)}
+"""So many updates repay the first compilation, by device: in all, and for each channel count. ResNet-20, batch 128:
 
 cpu: 3 kernels, about 9 s, against 85 ms saved per update (0.44 of BN's 194 ms, two cores).
-cuda: 42 s for 9 kernels, against 1.4 ms saved per update (0.4 of BN's 3.5 ms on an H100).
+cuda: 42 s for 3 channel counts, against 1.4 ms saved per update (0.4 of BN's 3.5 ms on an H100).
 """
 
 PATIENCE = 2.0
@@ -86,8 +86,8 @@ def run_kernel(
 ) -> list[Tensor]:
     """Return function(*tensors, *constants) as a list, by a kernel for tensors of their kind.
 
-    A kind is types, devices, numbers of axes and the constants, and on CUDA or with `each_size` at first all sizes,
-    see `STATIC_KINDS`. Inductor compiles a kernel at the first call of its kind. If that fails, the function itself
+    A kind is types, devices, numbers of axes and the constants, and with `each_size` or on CUDA at first the sizes
+    too (STATIC_KINDS). Inductor compiles a kernel at the first call of its kind. If that fails, the function itself
     serves from then on, after one warning; with `strict` the error is raised.
     """
     kind = (
@@ -125,8 +125,7 @@ def _new_kernel(
     try:
         if _kinds[common, x.shape[1]] <= static:
             return _compile(function, tensors, constants, "fake")
-        ones = tuple(size == 1 for size in x.shape)  # the compiler takes a size of 1 for a constant
-        any_size = (common, ones)
+        any_size = (common, tuple(size == 1 for size in x.shape))  # the compiler takes a size of 1 for a constant
         if any_size not in _kernels:
             _kernels[any_size] = _compile(function, tensors, constants, "symbolic")
         return _kernels[any_size]
@@ -257,7 +256,8 @@ def select_kernels(model: nn.Module, device: torch.device | str, updates: int) -
     undecided = [layer for layer in layers if layer.fused == "auto"]
     if undecided:
         kind = torch.device(device).type
-        needed = UPDATES_TO_REPAY.get(kind, 0)
+        in_all, a_channel_count = UPDATES_TO_REPAY.get(kind, (0, 0))
+        needed = in_all + a_channel_count * len({layer.num_features for layer in undecided})
         works = updates >= needed and compiler_works(kind)
         if updates < needed:
             logger.info(
