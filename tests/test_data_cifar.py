@@ -174,6 +174,31 @@ def test_a_download_with_another_checksum_is_not_kept(archived: Path, tmp_path: 
     assert not list((tmp_path / "root").iterdir())
 
 
+def test_a_download_that_breaks_off_is_named_and_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class BrokenOff(SimpleHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b"1000\r\nonly a part")
+            self.close_connection = True
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), BrokenOff) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        official = cifar.CIFAR10
+        address = f"http://127.0.0.1:{server.server_port}/{official.file}"
+        monkeypatch.setattr(cifar, "CIFAR10", Archive(address, official.md5, official.folder))
+        with pytest.raises(UserError, match="cannot be downloaded"):
+            read(tmp_path / "root")
+        server.shutdown()
+    assert not list((tmp_path / "root").iterdir())
+
+
 @pytest.mark.parametrize("download", [False, True])
 @pytest.mark.parametrize(("name", "function"), [("CIFAR10", cifar10), ("CIFAR100", cifar100)])
 def test_what_is_missing_is_said_with_the_ways_to_provide_it(

@@ -415,6 +415,13 @@ def test_processes_share_gpus_and_cores(tmp_path: Path, monkeypatch: pytest.Monk
     assert os.environ.get("OMP_NUM_THREADS") is None
 
 
+def test_processes_of_several_devices_share_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(sweep.VISIBLE, "4,7,2,1,5")
+    jobs = [environment_after(0.5, tmp_path / str(number)) for number in range(2)]
+    assert sweep.run_processes(jobs, -1, devices=2) == [None] * 2
+    assert sorted(json.loads(path.read_text())[0] for path in tmp_path.iterdir()) == ["2,1", "4,7"]
+
+
 @pytest.mark.parametrize("n_jobs", [-1, 5])
 def test_fewer_processes_than_cores_leave_none_idle(
     n_jobs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -106,9 +106,9 @@ class _JobLauncher(Launcher):
 
 
 class ProcessLauncher(_JobLauncher):
-    """Runs jobs as processes of this machine, `n_jobs` at a time: a GPU each, the CPU cores shared out.
+    """Runs jobs as processes of this machine, `n_jobs` at a time: the GPUs and CPU cores are shared out.
 
-    n_jobs: -1 for one per GPU, or without a GPU one per CPU core.
+    n_jobs: -1 for as many as have `compute.devices` GPUs each, or without a GPU as many CPU cores.
     """
 
     def __init__(self, n_jobs: int) -> None:
@@ -123,7 +123,9 @@ class ProcessLauncher(_JobLauncher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         from l2bn.training.sweep import run_processes
 
-        endings = run_processes(self._jobs(job_overrides), self.n_jobs)
+        jobs = self._jobs(job_overrides)
+        devices = max(job.config.compute.devices for job in jobs)
+        endings = run_processes(jobs, self.n_jobs, devices)
         return [_returned(failure) for failure in endings]
 
 

@@ -5,6 +5,7 @@ import tarfile
 import tempfile
 import zlib
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 from torchvision.datasets.utils import calculate_md5, download_url
@@ -42,7 +43,7 @@ def fetch(archive: Archive, root: Path, download: bool, remedy: str) -> Path:
             with tempfile.TemporaryDirectory(dir=root, prefix=".downloading-") as place:
                 download_url(archive.url, place, archive.file, archive.md5)
                 Path(place, archive.file).replace(path)
-        except (OSError, RuntimeError) as error:  # unreachable, another checksum, or no place to write to
+        except (OSError, HTTPException, RuntimeError) as error:  # unreachable, broken off, or another checksum
             raise UserError(
                 f"no {path.absolute()}, and {archive.url} cannot be downloaded ({error}). {remedy}"
             ) from error

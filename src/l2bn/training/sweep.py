@@ -86,18 +86,20 @@ def _judge(run: PlannedRun, error: str | None) -> Status:
 # Runs side by side on this machine.
 
 
-def run_processes(jobs: Sequence[Callable[[], bool]], n_jobs: int) -> list[str | None]:
+def run_processes(jobs: Sequence[Callable[[], bool]], n_jobs: int, devices: int = 1) -> list[str | None]:
     """Call each job in a process of its own, `n_jobs` at a time; return how each failed, None for success.
 
-    Each process has a GPU of its own where there is one, and its share of the CPU cores (unless OMP_NUM_THREADS is
-    set already); fewer jobs than `n_jobs` have larger shares. A process that dies fails its own job only. A
-    request to stop is passed on: the processes leave in good order, no other is started, and SystemExit with
-    `interruption.EXIT_CODE` is raised.
+    Each process has `devices` GPUs of its own where there are as many, and its share of the CPU cores (unless
+    OMP_NUM_THREADS is set already); fewer jobs than `n_jobs` have larger shares. A process that dies fails its own
+    job only. A request to stop is passed on: the processes leave in good order, no other is started, and SystemExit
+    with `interruption.EXIT_CODE` is raised.
 
-    n_jobs: -1 for one per GPU, or without a GPU one per CPU core.
+    n_jobs: -1 for one per `devices` GPUs, or without a GPU one per as many CPU cores.
     """
-    gpus, cores = visible_gpus(), available_cores()
-    n_jobs = min(n_jobs if n_jobs > 0 else len(gpus) or cores, max(1, len(jobs)))
+    found, cores = visible_gpus(), available_cores()
+    gpus = [",".join(found[end - devices : end]) for end in range(devices, len(found) + 1, devices)]
+    most = n_jobs if n_jobs > 0 else len(gpus) or max(1, cores // devices)
+    n_jobs = min(most, max(1, len(jobs)))
     shared = {name: os.environ.get(name, str(max(1, cores // n_jobs))) for name in THREADS}
     failures: list[str | None] = [None] * len(jobs)
     waiting, slots = list(enumerate(jobs)), list(range(n_jobs))
