@@ -1,5 +1,6 @@
 """Train one run, or a sweep with -m: python scripts/train.py dataset=cifar10 backbone=resnet20 norm=l2bn seed=0."""
 
+import argparse
 from pathlib import Path
 
 import hydra
@@ -26,12 +27,14 @@ def main() -> None:
     from l2bn.training.plan import ROOT, composing
 
     refuse_copies()
-    arguments = vars(get_args_parser().parse_intermixed_args())
+    # Of Hydra's own --config-dir the last alone would count.
+    parser = argparse.ArgumentParser(parents=[get_args_parser()], add_help=False, conflict_handler="resolve")
+    parser.add_argument("--config-dir", "-cd", type=Path, action="append", default=[])
+    arguments = vars(parser.parse_intermixed_args())
     if any(value for key, value in arguments.items() if key not in OURS):  # --help, --cfg and the like
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=ROOT)(train)()
         return
-    folders = [Path(arguments["config_dir"])] if arguments["config_dir"] else []
-    with composing(arguments["overrides"], folders) as (composer, overrides):
+    with composing(arguments["overrides"], arguments["config_dir"]) as (composer, overrides):
         mode = RunMode.MULTIRUN if arguments["multirun"] else composer.get_mode(ROOT, overrides) or RunMode.RUN
         start = composer.multirun if mode == RunMode.MULTIRUN else composer.run
         # Relative paths are those of the place where the command was given.

@@ -115,6 +115,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "experiment").mkdir()
     parameters = {"dataset": "mine", "backbone": "tiny", "norm": "bn,clipped", "recipe": "quick"}
     experiment = {"runs_dir": str(tmp_path / "runs"), "progress": False, "dataset": {"subset": 64}}
+    experiment |= {"compute": {"threads": 1}}  # as the processes of tests: sums of more threads round differently
     experiment |= {"hydra": {"mode": "MULTIRUN", "sweeper": {"params": parameters}}}
     text = "# @package _global_\n# Mine.\n" + yaml.safe_dump(experiment)
     (folder / "experiment/both.yaml").write_text(text)
@@ -245,7 +246,8 @@ def test_own_parts_may_have_any_types(
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
 def test_own_parts_are_trained_and_opened_again(launcher: str, mine: Path, tmp_path: Path) -> None:
-    given = ["--config-dir", mine]
+    (tmp_path / "another").mkdir()
+    given = ["--config-dir", mine, "--config-dir", tmp_path / "another"]
     assert "sweep: 2 finished" in script("train", *given, "experiment=both", f"launcher={launcher}")
     assert "2 finished" in script("status", *given, "--experiment", "both")
     for group, name in (("norm", "clipped"), ("backbone", "tiny"), ("dataset", "mine"), ("recipe", "quick")):
