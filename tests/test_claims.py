@@ -137,7 +137,8 @@ def test_options_of_a_network_make_no_other_network(tmp_path: Path) -> None:
         write_pairs(tmp_path, [90.0] * 3, [shift, shift + 0.1, shift - 0.1], backbone=backbone)
     found, evidence = verdict(tmp_path, 5)
     assert found == "not decided at this n"
-    assert "1 data set × backbone cell, 1 backbone." in evidence
+    assert "(1 data set × backbone cell, 1 backbone of at least 3). Pooled" in evidence
+    assert "points, no interval." in evidence
 
 
 def test_models_lost_to_divergence_forbid_support(tmp_path: Path) -> None:
@@ -295,7 +296,7 @@ def test_features_of_sound_are_not_pooled_with_those_of_images(number: int, tmp_
         write("cifar10", net, 0.01)
     found = verdict(tmp_path, number)
     assert found[0] == "supported"
-    assert "3 of 3 cells count" in found[1]
+    assert "3 of 3 cells count for other networks (3 backbones)" in found[1]
     for net in range(3):
         write("tau2020", net, -0.1)
     assert verdict(tmp_path, number)[0] == "supported"
@@ -303,24 +304,38 @@ def test_features_of_sound_are_not_pooled_with_those_of_images(number: int, tmp_
 
 
 @pytest.mark.parametrize(
-    ("differences", "expected"),
+    ("differences", "expected", "text"),
     [
-        ((SMALL, SMALL, SMALL), "supported"),
-        ((minus(SMALL), minus(SMALL), minus(SMALL)), "contradicted"),
-        (((0.5, -0.6, 0.1), SMALL, minus(SMALL)), "not decided"),
-        (((9.0, 9.1, 8.9), SMALL, minus(SMALL)), "not decided"),  # a cell is significant on the other side
-        ((minus((9.0, 9.1, 8.9)), SMALL, SMALL), "not decided"),
-        (((9.0, 9.1, 8.9), SMALL, (-0.01, 0.1, -0.1)), "supported"),  # one that is not may lie there
-        (((0.5, 0.5, 0.5),) * 3, "not decided"),  # no spread
+        ((SMALL, SMALL, SMALL), "supported", "+0.50 [+0.42, +0.58], 3 of 3 networks on that side"),
+        (
+            (minus(SMALL), minus(SMALL), minus(SMALL)),
+            *("contradicted", "−0.50 [−0.58, −0.42], 3 of 3 networks on that side"),
+        ),
+        (((0.5, -0.6, 0.1), SMALL, minus(SMALL)), "not decided", "0.00 [−0.27, +0.27]"),
+        (
+            ((9.0, 9.1, 8.9), SMALL, minus(SMALL)),
+            "not decided",
+            "+3.00 [+2.92, +3.08], 2 of 3 networks on that side (significant on the other side: net2)",
+        ),
+        (
+            (minus((9.0, 9.1, 8.9)), SMALL, SMALL),
+            "not decided",
+            "−2.67 [−2.75, −2.59], 1 of 3 networks on that side (significant on the other side: net1, net2)",
+        ),
+        (  # a cell that is not significant may lie there
+            ((9.0, 9.1, 8.9), SMALL, (-0.01, 0.1, -0.1)),
+            *("supported", "+3.17 [+3.08, +3.25], 2 of 3 networks on that side"),
+        ),
+        (((0.5, 0.5, 0.5),) * 3, "not decided", "+0.50 no spread"),
     ],
     ids=str,
 )
 def test_the_interval_and_every_cell_of_the_set_decide(
-    differences: tuple[tuple[float, ...], ...], expected: str, tmp_path: Path
+    differences: tuple[tuple[float, ...], ...], expected: str, text: str, tmp_path: Path
 ) -> None:
     write_set(tmp_path, *differences)
     finding = of_accuracy(tmp_path)
-    assert (finding.verdict, finding.text) == (expected, f"{expected}, 18 runs")
+    assert (finding.verdict, finding.text) == (expected, f"{expected}, 18 runs: {text}")
 
 
 @pytest.mark.parametrize("gain", [1, -1])
@@ -335,14 +350,17 @@ def test_divergence_counts_for_accuracy_and_is_not_replaced(gain: int, diverged:
     assert (finding.ended, [one.n for one in finding.estimates]) == (18, [2, 3, 3])
     assert finding.diverged == ((1, 0) if diverged == "bn" else (0, 1))
     side = "supported" if gain > 0 else "contradicted"
-    assert finding.verdict == ("not decided" if (gain > 0) is (diverged == "l2bn") else side)
+    lost = (gain > 0) is (diverged == "l2bn")
+    assert finding.verdict == ("not decided" if lost else side)
+    assert finding.text.endswith(")" if lost else "side")
 
 
 def test_a_cell_without_any_pair_leaves_the_set_undecided(tmp_path: Path) -> None:
     write_set(tmp_path, SMALL, SMALL, SMALL)
     for seed in range(3):
         write_run(tmp_path, backbone="net2", seed=seed, status="diverged", **RUNS)
-    assert (of_accuracy(tmp_path).text, of_accuracy(tmp_path).estimates[2].n) == ("not decided, 18 runs", 0)
+    assert of_accuracy(tmp_path).text == "not decided, 18 runs: – a cell has no pair"
+    assert of_accuracy(tmp_path).estimates[2].n == 0
     text = claims_markdown(read_evidence(tmp_path), [SET])
     assert "| net2 | – | – | – | – | 0 |" in text
     assert "| all, each weighing alike | – | a cell has no pair | a cell has no pair | – | 6 |" in text
@@ -379,7 +397,7 @@ def test_later_seeds_give_a_second_estimate_beside_the_first(tmp_path: Path) -> 
     text = claims_markdown(read_evidence(tmp_path), [SET])
     assert of_accuracy(tmp_path).overall == first.overall
     assert "| 5 | L2BN improves the accuracy of various models on image classification. | not decided" in text
-    assert "| supported, 18 runs of a set |" in text
+    assert "| supported, 18 runs: +0.50 [+0.42, +0.58], 3 of 3 networks on that side, of a set |" in text
     _, overall = fixed_estimate([[*SMALL, -3.0, -3.1]] * 3)
     shown = f"{overall.mean:+.2f} [{overall.low:+.2f}, {overall.high:+.2f}], 15 pairs".replace("-", "−")
     assert f"Second estimate, with seeds 3, 4, which does not replace the first: {shown}." in text
@@ -393,18 +411,18 @@ def test_claims_about_features_wait_for_features_and_claim_1_for_its_control(tmp
         better = 0.02 + 0.001 * record.seed if record.norm == "l2bn" else 0.0
         write_features(record, within_share=0.3 - better)
     arms = arms_of(read_evidence(tmp_path, features=True))
-    assert judge_set(COMPACT, SET, arms).text == "supported, 18 runs"
+    assert judge_set(COMPACT, SET, arms).text.startswith("supported, 18 runs: −0.0210 [")
     assert judge_set(EQUAL_NORMS, SET, arms).text == "not decided, 18 of 24 runs"
     for net, seed in product(range(2), range(3)):
         record = write_run(tmp_path, norm="l2bn_mean_norm", backbone=f"net{net}", seed=seed, **RUNS)
         write_features(record, within_share=0.1)
     finding = judge_set(EQUAL_NORMS, SET, arms_of(read_evidence(tmp_path, features=True)))
-    assert finding.text == "contradicted, 24 runs"
+    assert finding.text.startswith("contradicted, 24 runs: +0.1")
     assert [cell.backbone for cell in finding.cells] == ["net0", "net1"]
 
 
 cells = st.lists(
-    st.lists(st.floats(-3, 3).map(lambda x: round(x, 2)), min_size=2, max_size=4), min_size=1, max_size=4
+    st.lists(st.floats(-3, 3).map(lambda x: round(x, 2)), min_size=2, max_size=4), min_size=3, max_size=3
 )
 
 

@@ -143,10 +143,13 @@ def test_the_table_of_a_pair_holds_means_and_paired_differences(evidence: Eviden
     pair = pair_of(evidence)
     rows = {row[0]: row[1:] for row in pair_table(pair).rows}
     assert rows["within share, penultimate"] == (
-        *("0.2200 ± 0.0200", "0.1900 ± 0.0100", "−0.0300", "[−0.0548, −0.0052]", "3"),
+        *("0.2200 ± 0.0200 (3)", "0.1900 ± 0.0100 (3; 1 diverged)", "−0.0300", "[−0.0548, −0.0052]", "3"),
     )
     assert rows["mean angle, penultimate (°)"][2] == "+2.00"
-    assert rows["shrink factor of the norm layers"][:2] == ("0.9500 ± 0.0000", "0.9500 ± 0.0000")
+    assert rows["shrink factor of the norm layers"][:2] == (
+        "0.9500 ± 0.0000 (3)",
+        "0.9500 ± 0.0000 (3; 1 diverged)",
+    )
 
 
 def test_the_table_of_norms_sets_each_against_bn_and_l2bn_against_each(evidence: Evidence) -> None:
@@ -526,8 +529,8 @@ def test_the_reading_is_labelled_with_the_records_it_was_written_from(folders: t
 
 def test_the_overview_has_a_row_for_each_cell(folders: tuple[Path, Path]) -> None:
     text = mechanism_documents(read_mechanism(*folders), "")["mechanism.md"].partition("## Overview")[2]
-    row = "| 0.400 ± 0.000 | 0.200 ± 0.000 | −0.0300 | [−0.0548, −0.0052] | +2.00 | [−2.97, +6.97] | 3 |"
-    assert row in text.partition("##")[0]
+    row = "| 0.400 ± 0.000 (3) | 0.200 ± 0.000 (3; 1 diverged) | −0.0300 | [−0.0548, −0.0052] | +2.00 |"
+    assert f"{row} [−2.97, +6.97] | 3 |" in text.partition("##")[0]
 
 
 def test_without_records_there_is_a_document_and_no_section(tmp_path: Path) -> None:

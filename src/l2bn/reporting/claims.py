@@ -32,6 +32,7 @@ from l2bn.reporting.evidence import (
     Cell,
     Evidence,
     Task,
+    unlike_devices,
 )
 from l2bn.reporting.formatting import (
     NONE,
@@ -128,7 +129,7 @@ def for_other_networks(rows: Iterable[Comparison], quantity: str = TOP1) -> Esti
     return result if len(_backbones(counted)) >= MIN_BACKBONES else Estimate(result.n)
 
 
-def _verdict(result: Estimate, better: int) -> Verdict | None:
+def judged(result: Estimate, better: int) -> Verdict | None:
     """The verdict of an interval on one side of 0; `better` is the sign of the claimed difference."""
     if result.low is None or result.high is None:
         return None
@@ -165,12 +166,13 @@ def _judge_features(question: Question, arms: Sequence[Arm]) -> Finding:
     counted = [row for row in pairs if is_counted(row, quantity)]
     evidence = (
         f"{quantity.partition('/')[2]} of the penultimate features, L2BN − {reference}: {'; '.join(cells)}. "
-        f"{len(counted)} of {plural('cell', len(pairs))} count ({plural('backbone', len(_backbones(counted)))})."
+        f"{len(counted)} of {plural('cell', len(pairs))} count for other networks ({_enough(counted)})."
     )
     result = pooled(counted, quantity)
     if result.n:
-        evidence += f" Pooled: {signed(result.mean, digits)}, 95 % interval {interval(result, digits)}."
-    verdict = _verdict(for_other_networks(counted, quantity), question.better)
+        tail = "no interval" if result.reason else f"95 % interval {interval(result, digits)}"
+        evidence += f" Pooled over {plural('cell', result.n)}: {signed(result.mean, digits)}, {tail}."
+    verdict = judged(for_other_networks(counted, quantity), question.better)
     return Finding(evidence, verdict or "not decided at this n")
 
 
@@ -199,12 +201,12 @@ def _better(task: Task, arms: Sequence[Arm]) -> Finding:
     counted = [row for row in rows if is_counted(row)]
     result = pooled(counted)
     evidence = (
-        f"{len(counted)} of {plural('row', len(rows))} of the grid count: "
-        f"{plural('data set × backbone cell', result.n)}, {plural('backbone', len(_backbones(counted)))}."
+        f"{len(counted)} of {plural('row', len(rows))} of the grid count for other networks "
+        f"({plural('data set × backbone cell', result.n)}, {_enough(counted)})."
     )
     if result.n:
-        tail = result.reason or f"95 % interval {interval(result)}, p {probability(result.p, result)}"
-        evidence += f" Pooled L2BN − BN: {signed(result.mean)} points, {tail}."
+        tail = f"95 % interval {interval(result)}, p {probability(result.p, result)}"
+        evidence += f" Pooled L2BN − BN: {signed(result.mean)} points, {'no interval' if result.reason else tail}."
     # Only seeds that both have: a norm with more runs would diverge more often.
     lost = [
         run.norm
@@ -214,7 +216,7 @@ def _better(task: Task, arms: Sequence[Arm]) -> Finding:
     ]
     bn, l2bn = lost.count(BN), lost.count(L2BN)
     evidence += f" Diverged of that length, with a seed that both have: {bn} of BN, {l2bn} of L2BN."
-    verdict = _verdict(for_other_networks(counted), ACCURATE.better)
+    verdict = judged(for_other_networks(counted), ACCURATE.better)
     if verdict == "supported" and l2bn > bn:
         verdict = None
     short = tuple(
@@ -242,6 +244,12 @@ def _better_on_scenes(arms: Sequence[Arm]) -> Finding:
 
 def _backbones(rows: Iterable[Comparison]) -> set[str]:
     return {backbone_of(row.cell) for row in rows}
+
+
+def _enough(rows: Iterable[Comparison]) -> str:
+    """The number of backbones, and how many are needed where they are fewer."""
+    count = len(_backbones(rows))
+    return plural("backbone", count) + (f" of at least {MIN_BACKBONES}" if count < MIN_BACKBONES else "")
 
 
 def _named(row: Comparison) -> str:
@@ -280,30 +288,49 @@ class SetFinding:
 
     @property
     def verdict(self) -> Verdict:
-        """The whole interval on one side, no cell significant on the other, and L2BN's divergence not against it.
+        """The whole interval on one side, and nothing against it."""
+        found = self._side
+        return found if found and not self._against else "not decided"
+
+    @property
+    def _side(self) -> Verdict | None:
+        """The verdict of the interval over all cells."""
+        return judged(self.overall, self.question.better) if self.overall else None
+
+    @property
+    def _against(self) -> str:
+        """What speaks against the interval: a cell that is significant on the other side, or L2BN's divergence.
 
         Divergence counts for accuracy alone: L2BN must have diverged no more often to be supported, no less often
         to be contradicted.
         """
-        found = _verdict(self.overall, self.question.better) if self.overall else None
-        if found is None:
-            return "not decided"
-        side = self.question.better if found == "supported" else -self.question.better
-        against = any(
-            p is not None and p < 1 - LEVEL and side * (one.mean or 0.0) < 0
-            for one, p in zip(self.estimates, self.corrected, strict=True)
-        )
+        side = self.question.better * (1 if self._side == "supported" else -1)
+        cells = [
+            cell.backbone
+            for cell, one, p in zip(self.cells, self.estimates, self.corrected, strict=True)
+            if p is not None and p < 1 - LEVEL and side * (one.mean or 0.0) < 0
+        ]
+        if cells:
+            return f"significant on the other side: {', '.join(cells)}"
         reference, l2bn = self.diverged
-        lost = l2bn > reference if found == "supported" else l2bn < reference
-        return "not decided" if against or (lost and self.question.quantity == TOP1) else found
+        lost = l2bn > reference if self._side == "supported" else l2bn < reference
+        counts = lost and self.question.quantity == TOP1
+        return f"diverged: {l2bn} of L2BN, {reference} of {_in_table(self.question)}" if counts else ""
 
     @property
     def text(self) -> str:
-        """The verdict, or how far the set is; a dash where it has no runs of the reference."""
+        """The verdict with its estimate, or how far the set is; a dash where it has no runs of the reference."""
         if not self.cells:
             return NONE
-        runs = f"{self.ended} of {self.wanted}" if self.ended < self.wanted else f"{self.wanted}"
-        return f"{self.verdict}, {runs} runs"
+        if not self.overall:
+            return f"not decided, {self.ended} of {self.wanted} runs"
+        text = f"{self.verdict}, {self.wanted} runs: {' '.join(mean_interval(self.overall, self.question.digits))}"
+        if not self._side:
+            return text
+        sign = 1 if (self.overall.mean or 0.0) > 0 else -1
+        alike = sum(sign * (one.mean or 0.0) > 0 for one in self.estimates)
+        text += f", {alike} of {plural('network', len(self.cells))} on that side"
+        return text + (f" ({self._against})" if self._against else "")
 
 
 def judge_set(question: Question, run_set: RunSet, arms: Sequence[Arm]) -> SetFinding:
@@ -336,7 +363,7 @@ def sets_section(arms: Sequence[Arm], sets: Sequence[RunSet]) -> list[str]:
         rows.append((run_set.label, *(finding.text for finding in findings.values())))
         for number, finding in findings.items():
             if finding.overall:
-                table = markdown(_set_table(finding, finding.overall))
+                table = markdown(_set_table(finding, finding.overall, arms))
                 estimates += [f"### Claim {number} on {run_set.label}", table, *_second(finding, arms)]
     columns = ("Set", *(f"Claim {number}" for number in asked))
     return [markdown(Table(columns, rows, names=len(columns))), *estimates]
@@ -356,11 +383,11 @@ def _second(first: SetFinding, arms: Sequence[Arm]) -> list[str]:
     return [f"Second estimate, with {names}, which does not replace the first: {estimate}, {pairs}."]
 
 
-def _set_table(finding: SetFinding, overall: Estimate) -> Table:
+def _set_table(finding: SetFinding, overall: Estimate, arms: Sequence[Arm]) -> Table:
     """A row per cell and one for all, with each cell's own deviation beside the pooled one."""
     question, digits = finding.question, finding.question.digits
-    reference = "BN" if question.reference == BN else question.reference
-    columns = ("Backbone", f"L2BN − {reference}", "95 % interval", "p (Holm)", "Deviation", "Pairs")
+    reference = _in_table(question)
+    columns = ("Backbone", f"L2BN − {reference}", "95 % interval, pooled s", "p (Holm)", "Deviation", "Pairs")
     names = [*(in_words(cell.backbone) for cell in finding.cells), "all, each weighing alike"]
     results = zip(names, (*finding.estimates, overall), (*finding.corrected, overall.p), strict=True)
     rows = [
@@ -370,9 +397,32 @@ def _set_table(finding: SetFinding, overall: Estimate) -> Table:
         )
         for name, one, p in results
     ]
-    diverged = f"Diverged: {finding.diverged[0]} of {reference}, {finding.diverged[1]} of L2BN."
-    pooling = "The last row's deviation is the one pooled within the cells; its p is not corrected."
-    return Table(columns, rows, [f"Measure: {question.text}. {pooling} {diverged}"])
+    degrees = overall.n - len(finding.cells)
+    notes = [
+        f"Measure: {question.text}.",
+        f"All intervals and p here go by s, the deviation pooled within the cells (last row), with "
+        f"{plural('degree', degrees)} of freedom; other tables and figures go by each cell's own deviation, so "
+        "their intervals differ. The last p is not corrected.",
+        f"Diverged: {finding.diverged[0]} of {reference}, {finding.diverged[1]} of L2BN.",
+        *_unlike_pairs(finding, arms),
+    ]
+    return Table(columns, rows, [" ".join(notes)])
+
+
+def _in_table(question: Question) -> str:
+    """The reference as tables name it."""
+    return "BN" if question.reference == BN else question.reference
+
+
+def _unlike_pairs(finding: SetFinding, arms: Sequence[Arm]) -> list[str]:
+    """A note on the pairs of a set that were not made on one kind of device from start to end."""
+    found = []
+    for cell in finding.cells:
+        compared = [arm for arm in arms if arm.cell == cell and arm.norm in (L2BN, finding.question.reference)]
+        records = [run for arm in compared for run in arm.records if run.seed in finding.run_set.seeds]
+        seeds = unlike_devices(records)
+        found += [f"{in_words(cell.backbone)}, {seeds}"] if seeds else []
+    return [f"Pairs made in part on a CPU and in part on a GPU: {'; '.join(found)}."] if found else []
 
 
 # ---- The claims and their document ----------------------------------------------------------------------------
@@ -478,5 +528,5 @@ def _row(claim: Claim, found: Finding, arms: Sequence[Arm], first: RunSet) -> st
         tests.append(f"[{escape_markdown(name.removeprefix('test_').replace('_', ' '))}](../tests/{file})")
     evidence = escape_markdown(found.evidence) + (f" Tested: {', '.join(tests)}." if tests else "")
     these = judge_set(claim.question, first, arms).text if claim.question else NONE
-    these += f" of {first.label}" if these != NONE else ""
+    these += f", of {first.label}" if these != NONE else ""
     return f"| {claim.number} | {escape_markdown(claim.text)} | {found.verdict} | {these} | {evidence} |"

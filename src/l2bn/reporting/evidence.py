@@ -34,6 +34,7 @@ from l2bn.records import (
     read_features,
     read_records,
 )
+from l2bn.records import FEATURES as FEATURES_FILE
 
 BN, L2BN = "bn", "l2bn"
 RMS, DETACHED, MEAN_NORM = "l2bn_rms", "l2bn_detached", "l2bn_mean_norm"
@@ -211,7 +212,7 @@ def read_evidence(root: Path, *, features: bool = False, place: Place = BY_NAME)
 
 
 def _distinct(records: Iterable[Record], place: Place) -> list[Record]:
-    """One record per cell, norm and seed. Raises UserError naming two that contradict."""
+    """One record per cell, norm and seed, with features if any has them. Raises UserError on a contradiction."""
     kept: dict[tuple[Cell, str, int], Record] = {}
     for record in records:
         first = kept.setdefault((*place.of(record), record.seed), record)
@@ -220,6 +221,8 @@ def _distinct(records: Iterable[Record], place: Place) -> list[Record]:
                 "two records of one cell and seed hold different results: "
                 f"{first.folder} and {record.folder}; keep one of them"
             )
+        if not (first.folder / FEATURES_FILE).exists() and (record.folder / FEATURES_FILE).exists():
+            kept[*place.of(record), record.seed] = record
     return list(kept.values())
 
 

@@ -27,10 +27,16 @@ def signed(value: float | None, digits: int = 2) -> str:
 
 
 def interval(result: Estimate, digits: int = 2) -> str:
-    """`[low, high]`, or why there is none."""
-    if result.low is None:
+    """`[low, high]`, or why there is none. A bound that rounds to 0 has the digit that shows its side."""
+    if result.low is None or result.high is None:
         return result.reason if result.n else NONE
-    return f"[{signed(result.low, digits)}, {signed(result.high, digits)}]"
+    low, high = (signed(bound, digits + _zeros(bound, digits)) for bound in (result.low, result.high))
+    return f"[{low}, {high}]"
+
+
+def _zeros(value: float, digits: int) -> int:
+    """The decimals to add to `digits` until a value does not round to 0; none where it is no difference at all."""
+    return next((more for more in range(10 - digits) if round(value, digits + more)), 0)
 
 
 def mean_interval(result: Estimate, digits: int = 2) -> tuple[str, str]:
@@ -48,7 +54,9 @@ def probability(p: float | None, result: Estimate) -> str:
     """A p-value, corrected or not, or why its estimate has none."""
     if p is None:
         return result.reason if result.n else NONE
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
+    if p < 0.001:
+        return "<0.001"
+    return "<0.05" if p < 0.05 and f"{p:.3f}" == "0.050" else f"{p:.3f}"
 
 
 def mean_std(values: Iterable[float], digits: int = 2) -> str:
@@ -197,10 +205,13 @@ def latex(table: Table) -> str:
 def csv_text(rows: Iterable[Mapping[str, object]], columns: Sequence[str], float_format: str) -> str:
     """The rows as CSV, None as an empty cell.
 
-    Floats are rounded, so that the last bits of another machine's sums change nothing. A text that is not ASCII
-    begins with a byte order mark, without which spreadsheets take UTF-8 for another encoding.
+    Floats are rounded, and to 0 below 1e-15, so that the last bits of another machine's sums change nothing. A text
+    that is not ASCII begins with a byte order mark, without which spreadsheets take UTF-8 for another encoding.
     """
     chosen = map(itemgetter(*columns), rows)
-    cells = [[format(cell, float_format) if isinstance(cell, float) else cell for cell in row] for row in chosen]
+    cells = [
+        [format(round(cell, 15) + 0.0, float_format) if isinstance(cell, float) else cell for cell in row]
+        for row in chosen
+    ]
     text = pd.DataFrame(cells, columns=list(columns), dtype=object).to_csv(index=False, lineterminator="\n")
     return text if text.isascii() else f"\ufeff{text}"

@@ -37,7 +37,6 @@ from l2bn.reporting.formatting import (
     file_name,
     markdown,
     mean_interval,
-    mean_std,
     mean_std_n,
     names_of,
     numbers_of_values,
@@ -93,10 +92,10 @@ def measured_pairs(arms: Sequence[Arm]) -> list[Comparison]:
 
 def pair_table(pair: Comparison) -> Table:
     """Every measure in the two arms of a cell after the last epoch, and their paired differences."""
-    columns = ("Measure", "BN", "L2BN", "L2BN − BN", "95 % interval", "n")
+    columns = ("Measure", "BN (n)", "L2BN (n)", "L2BN − BN", "95 % interval", "Pairs")
     rows = []
     for quantity, text, digits in QUANTITIES:
-        arms = (mean_std(arm.of(quantity).values(), digits) for arm in pair.arms)
+        arms = (mean_std_n(arm, quantity, digits) for arm in pair.arms)
         difference = pair.difference(quantity)
         rows.append((text, *arms, *mean_interval(difference, digits), str(difference.n)))
     return Table(columns, rows)
@@ -105,13 +104,13 @@ def pair_table(pair: Comparison) -> Table:
 def summary_table(pairs: Sequence[Comparison]) -> Table:
     """A row per cell: the spread of the norms, and the two measures that decide the claims."""
     columns = (
-        *("Data set", "Backbone", "Recipe", "Norm cv, BN", "Norm cv, L2BN"),
-        *("Within share, L2BN − BN", "95 % interval", "Mean angle, L2BN − BN (°)", "95 % interval of that", "n"),
+        *("Data set", "Backbone", "Recipe", "Norm cv, BN (n)", "Norm cv, L2BN (n)", "Within share, L2BN − BN"),
+        *("95 % interval", "Mean angle, L2BN − BN (°)", "95 % interval of that", "Pairs"),
     )
     rows = []
     for pair in pairs:
         share, angle = pair.difference(WITHIN_SHARE), pair.difference(ANGLE_MEAN)
-        spreads = (mean_std(arm.of(NORM_CV).values(), 3) for arm in pair.arms)
+        spreads = (mean_std_n(arm, NORM_CV, 3) for arm in pair.arms)
         results = *mean_interval(share, 4), *mean_interval(angle), numbers_of_values([share, angle])
         rows.append((*names_of(pair.label, pair.cell), *spreads, *results))
     return Table(columns, rows, names=3)
@@ -141,7 +140,7 @@ STEPS = (
 def steps_table(arms: Sequence[Arm]) -> Table:
     """The effect of equal norms and of their gradient; no rows where a control is missing."""
     found = {arm.norm: arm for arm in arms}
-    columns = ("Difference", *(quantity.text for quantity in OF_CONTROLS), "n")
+    columns = ("Difference", *(quantity.text for quantity in OF_CONTROLS), "Pairs")
     rows = []
     for start, end, text in STEPS if {DETACHED, MEAN_NORM, L2BN} <= found.keys() else ():
         results = [difference(found[start], found[end], quantity.name) for quantity in OF_CONTROLS]

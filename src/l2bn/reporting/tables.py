@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from l2bn.errors import UserError
-from l2bn.reporting.claims import ACCURATE, MIN_BACKBONES, for_other_networks, judge_set
+from l2bn.reporting.claims import ACCURATE, MIN_BACKBONES, for_other_networks, judge_set, judged
 from l2bn.reporting.comparison import FULL_EPOCHS, Arm, Comparison, arms_of, grid, holm_over, other_norms, pooled
 from l2bn.reporting.evidence import BEST, BN, L2BN, Evidence, images_in_words, unlike_code, unlike_devices
 from l2bn.reporting.formatting import (
@@ -182,10 +182,10 @@ def _counts(evidence: Evidence, rows: Sequence[Comparison]) -> list[str]:
 def _differing(rows: Sequence[Comparison], norm: str) -> list[str]:
     """Notes on what runs of one row may differ in: the norm's kernels, pixels of the images, kinds of device."""
     mixed = "Pairs made in part on a CPU and in part on a GPU"
+    kernels = _grouped(rows, lambda row: row.kernels, lambda text: " and " in text or "in part" in text)
+    dropout = " but for dropout, which masks other units in a compiled model" if "in part" in kernels else ""
     found = {
-        f"Kernels of {norm}, equal within rounding, so that runs of all share a row": _grouped(
-            rows, lambda row: row.kernels, lambda text: " and " in text or "in part" in text
-        ),
+        f"Kernels of {norm}, equal within rounding{dropout}, so that runs of all share a row": kernels,
         "Images not proven equal by their fingerprints": _grouped(
             rows, lambda row: images_in_words(row.records), lambda text: text != "no fingerprint"
         ),
@@ -212,7 +212,7 @@ def _grouped(rows: Sequence[Comparison], text: Callable[[Comparison], str], name
 
 
 def _pooled(rows: Sequence[Comparison]) -> list[str]:
-    """The pooled estimate and the seeds needed, long runs and short ones apart."""
+    """The pooled estimate and the seeds needed, long runs and short ones apart, of all rows with a pair."""
     lines, images = [], [row for row in rows if row.cell.task == "images"]
     for full, name in ((True, f"of {FULL_EPOCHS} epochs and more"), (False, f"under {FULL_EPOCHS} epochs")):
         chosen = [row for row in images if row.full_length is full and row.differences()]
@@ -220,9 +220,11 @@ def _pooled(rows: Sequence[Comparison]) -> list[str]:
             continue
         result = pooled(chosen)
         tail = f"95 % interval {interval(result)}, p {probability(result.p, result)}"
+        pairs = sorted({len(row.differences()) for row in chosen})
+        each = f"{pairs[0]} to {pairs[-1]} pairs" if len(pairs) > 1 else plural("pair", pairs[0])
         lines.append(
-            f"Pooled L2BN − BN, runs {name}: {signed(result.mean)} points over "
-            f"{plural('data set × backbone cell', result.n)} that weigh alike; "
+            f"Pooled L2BN − BN, all rows of runs {name}: {signed(result.mean)} points over "
+            f"{plural('data set × backbone cell', result.n)} of {each} that weigh alike; "
             f"{f'no interval: {result.reason}' if result.low is None else tail}. {_seeds(chosen)}"
         )
     return lines
@@ -269,7 +271,7 @@ def grid_csv(rows: Sequence[Comparison], reference: Reference, norm: str) -> str
             | {"published_source": found and found.source, "distance": found and found.distance}
             | {f"paper_{key}": reference.paper(row).get(key) for key in ("bn", "l2bn", "where")}
         )
-    return csv_text(lines, columns, ".4f")
+    return csv_text(lines, columns, ".6g")
 
 
 def documents(evidence: Evidence, reference: Reference) -> dict[str, str]:
@@ -328,19 +330,22 @@ def _answer(rows: Sequence[Comparison], run_set: RunSet) -> str:
     """The estimate for these networks with n, interval and verdict, and that for other networks."""
     arms = [arm for row in rows for arm in row.arms]
     these, others = judge_set(ACCURATE, run_set, arms), for_other_networks(rows)
-    found = f"not decided, {these.ended} of {these.wanted} runs"
+    found = f"open until all {these.wanted} runs have ended ({these.ended} have)"
     if these.overall:
         pairs = plural("pair", these.overall.n)
         lost = f"diverged: {these.diverged[0]} of BN, {these.diverged[1]} of L2BN"
-        found = f"{these.verdict}; L2BN − BN {_points(these.overall)}, n = {pairs}, {lost}"
+        spread = "" if these.overall.reason else ", by a spread pooled over the networks"
+        found = f"{these.verdict}: L2BN − BN is {_points(these.overall)}{spread}, n = {pairs}, {lost}"
     networks = f"{len(run_set.backbones)} networks ({', '.join(run_set.backbones)}) on {run_set.label}"
     beyond = f"there is no interval yet ({others.n} of at least {MIN_BACKBONES} networks with {MIN_PAIRS} pairs)"
     if others.mean is not None:
-        beyond = f"L2BN − BN is {_points(others)}, over {plural('network', others.n)} and all their seeds"
+        verdict = judged(others, ACCURATE.better) or "not decided at this n"
+        beyond = f"it is {verdict}: {_points(others)}, over {plural('network', others.n)} and all their seeds"
     return (
-        f"**In these {escape_markdown(networks)}: {found}.** For other networks like them, {beyond}. The "
-        "statistical rules were fixed before the first of these runs was published; [claims.md](results/claims.md) "
-        "has them, and the verdicts on the paper's other claims."
+        f"**The claim that L2BN improves accuracy, in {escape_markdown(networks)}, is {found}.** For other "
+        f"networks like them, {beyond}. The rule for these networks was fixed before their first run was "
+        "published; [results/README.md](results/README.md#two-rules-for-a-verdict) says what was changed later. "
+        "[claims.md](results/claims.md) has both rules and the verdicts on the paper's other claims."
     )
 
 
