@@ -59,7 +59,7 @@ lint: setup ## ruff and mypy
 
 BENCH := python scripts/benchmark.py
 MADE  := --json results/benchmarks
-bench: bench-norm bench-step bench-train bench-data ## all benchmarks that need no data set: hours; on a quiet machine only
+bench: bench-norm bench-step bench-train bench-data ## layer, steps, training and data, into results/: hours; on a quiet machine only
 
 bench-norm: setup ## time the layer: BN, the plain composition and the fused kernels side by side
 	$(BENCH) norm $(MADE)/norm.json $(ARGS)

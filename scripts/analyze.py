@@ -10,8 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from l2bn.errors import UserError
-from l2bn.failures import told_plainly
+from l2bn.failures import explain, told_plainly
 
 
 def main() -> None:
@@ -38,8 +37,11 @@ def main() -> None:
                 root=arguments.root,
                 config_dirs=arguments.config_dir,
             )
-        except UserError as error:
-            print(error, file=sys.stderr)
+        except Exception as error:
+            message = explain(error)
+            if message is None:
+                raise
+            print(message, file=sys.stderr)
             failures += 1
             continue
         for row in rows:

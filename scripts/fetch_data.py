@@ -62,8 +62,10 @@ def draw(splits: Splits, classes: Sequence[str], file: Path) -> None:
         if name not in splits.classes:
             known = ", ".join(splits.classes[:10])
             raise UserError(f"--classes: {splits.label} has no class {name}; it has {known}, ...")
-        first = int((splits.train.labels == splits.classes.index(name)).nonzero()[0])
-        panel.imshow(splits.train[first][0].permute(1, 2, 0).numpy())
+        found = (splits.train.labels == splits.classes.index(name)).nonzero()
+        if not len(found):
+            raise UserError(f"--classes: {splits.label} has no training image of {name}")
+        panel.imshow(splits.train[int(found[0])][0].permute(1, 2, 0).numpy())
         panel.set_title(name.replace("_", " "), fontsize=9)
         panel.set_axis_off()
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -60,7 +60,7 @@ def test_the_readmes_costs_of_layer_and_step_are_those_of_the_committed_results(
     worst = [f"{max(ratios[caller, 'fused']):.2f}" for caller in norm.CALLERS]
     for text in (
         f"takes {means['eager', 'fused']} of batch norm's time in training in the geometric mean",
-        f"over {len(ratios['eager', 'fused'])} maps of five networks",
+        f"over {len(ratios['eager', 'fused']) // 2} maps of five networks in two memory formats",
         f"(composed plainly: {means['eager', 'naive']})",
         f"and {means['compiled', 'fused']} inside a compiled model ({means['compiled', 'naive']})",
         f"the worst map takes {' and '.join(worst)}",
@@ -130,7 +130,7 @@ def test_the_readmes_speeds_beside_others_are_those_of_the_committed_results() -
     """Of several runs at once, and of a run beside a busy process."""
     speeds = {(row["network"], row["runs"]): sum(row["images_per_second"]) for row in committed("together")}
     gains = [speed / speeds[network, 1] for (network, runs), speed in speeds.items() if runs > 1]
-    assert f"does {min(gains):.1f} to {max(gains):.1f} times as much as all for one" in README
+    assert f"does {min(gains):.1f} to {max(gains):.1f} times as much as with all cores for one run" in README
     times = [row["seconds"] for row in committed("waiting") if row["batch"] == 128]
     slower = [time["busy"][waiting.SPINS_OF_A_RUN] / time["alone"][waiting.SPINS_OF_A_RUN] for time in times]
     assert f"takes {min(slower):.1f} to {max(slower):.1f} times as long" in README

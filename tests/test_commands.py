@@ -129,7 +129,7 @@ def test_a_mistake_that_hydra_meets_is_one_message_too(given: str, tmp_path: Pat
     ("error", "told"),
     [
         (UserError("seed must be 0 or more, not -1"), "seed must be 0 or more, not -1"),
-        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs"), "runs: No space left on device; name another"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs"), "runs: No space left on device; make room"),
         (yaml.YAMLError("no YAML in x.yaml"), "no YAML in x.yaml\ncorrect this file"),
         (BrokenPipeError(errno.EPIPE, "of another pipe"), "[Errno 32] of another pipe"),
         (ValueError("of a library"), "of a library\ngiven: seed=-1"),

@@ -227,7 +227,7 @@ def test_two_writers_with_one_process_id_do_not_collide(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_what_a_killed_process_left_is_removed_a_day_later(tmp_path: Path) -> None:
+def test_what_a_killed_process_left_is_removed_an_hour_later(tmp_path: Path) -> None:
     file = tmp_path / "cache"
     old, new = tmp_path / "cache.0123", tmp_path / "cache.4567"
     for remains in (old, new):

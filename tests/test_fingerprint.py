@@ -1,5 +1,6 @@
 """The images are part of a run: other images are refused where it is resumed, skipped, evaluated or published."""
 
+import hashlib
 import io
 import json
 import os
@@ -97,6 +98,10 @@ def test_a_digest_knows_where_one_part_ends_and_what_shape_it_has() -> None:
     parts = [["ab", "c"], ["a", "bc"], ["abc"], [zeros], [zeros.view(2, 2)], [zeros[:2], zeros[2:]], [zeros.bool()]]
     assert len({digest(part) for part in parts}) == len(parts)
     assert digest([zeros.view(2, 2).t()]) == digest([zeros.view(2, 2)])
+    rows = torch.arange(3000, dtype=torch.uint8).view(3000, 1)
+    assert digest([rows.t().contiguous().t()]) == digest([rows])
+    whole = hashlib.sha256(b"torch.uint8 (3000, 1) " + hashlib.sha256(rows.numpy().tobytes()).digest())
+    assert digest([rows]) == whole.hexdigest()[:32]
 
 
 def run(root: Path) -> tuple[str, ...]:

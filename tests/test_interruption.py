@@ -343,9 +343,10 @@ def test_the_processes_of_a_run_end_with_it(photographs: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_the_processes_of_a_run_may_be_spawned(photographs: Path, tmp_path: Path) -> None:
-    """As on macOS, where processes are not forked."""
-    spawning = "import multiprocessing; multiprocessing.set_start_method('spawn')\n"
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_the_processes_of_a_run_need_not_be_forked(method: str, photographs: Path, tmp_path: Path) -> None:
+    """As on macOS, and by Python 3.14's default."""
+    spawning = f"import multiprocessing; multiprocessing.set_start_method('{method}')\n"
     options = (*decoding(photographs), "recipe.epochs=1", "compute.workers=1")
     process = start(tmp_path, *options, before=spawning)
     output, _ = process.communicate(timeout=600)

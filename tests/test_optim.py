@@ -3,10 +3,12 @@
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from l2bn.errors import UserError
 from l2bn.training.optim import Cosine, CosineRestarts, Exponential, MultiStep, OneCycle, Recipe, Schedule
 
 SETTINGS = {
@@ -21,6 +23,15 @@ SETTINGS = {
     "mixup": 0.0,
     "schedule": Cosine(),
 }
+
+
+def test_a_schedule_of_the_users_own_gives_plain_numbers() -> None:
+    """Of numpy's, a checkpoint could not be read again."""
+    recipe = Recipe(**SETTINGS | {"schedule": lambda epoch, epochs: np.float32(0.5)})
+    assert type(recipe.learning_rate(1.0)) is float
+    for wrong in (None, "fast", -0.1, math.inf, math.nan):
+        with pytest.raises(UserError, match=r"recipe\.schedule gives .* after 0 of 10 epochs"):
+            Recipe(**SETTINGS | {"schedule": lambda epoch, epochs, wrong=wrong: wrong})
 
 
 def test_cosine_stepped_per_epoch_is_torchs() -> None:

@@ -222,6 +222,9 @@ def test_a_user_file_with_the_name_of_ours_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"norm/bn\.yaml is in .* and in .*; give your own another name"):
         planned("norm=bn", folders=[tmp_path])
     assert len(planned("norm=l2bn", folders=[tmp_path])) == 1
+    (tmp_path / "train.yaml").write_text((ROOT / "configs/train.yaml").read_text().replace("seed: 0", "seed: 7"))
+    with pytest.raises(UserError, match=r"^train\.yaml is in .* and in "):
+        planned("norm=l2bn", folders=[tmp_path])
 
 
 # The command.

@@ -183,6 +183,16 @@ def test_a_network_without_a_classifier_is_refused() -> None:
 # ---- What eps leaves ----------------------------------------------------------------------------------------
 
 
+def test_a_classifier_that_does_not_run_is_named() -> None:
+    network = nn.ModuleList([nn.BatchNorm2d(3), nn.Linear(3, 2)])
+    probe = Probe(network, ["0"], 2)
+    with probe.attached(), torch.no_grad():
+        probe.expect(torch.tensor([0, 1]))
+        network[0](torch.randn(2, 3, 4, 4))
+    with pytest.raises(ValueError, match="does not run in evaluation"):
+        probe.row(1, 1)
+
+
 def test_the_shrink_factor_is_the_deviation_of_the_evaluated_output() -> None:
     """Where the running statistics are those of the batch, exactly; here of 16 x 32 x 32 values, as in l2bn.py."""
     torch.manual_seed(0)

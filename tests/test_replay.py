@@ -4,11 +4,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
 
-from conftest import TINY, Train, train_in
+from conftest import TINIEST, TINY, Train, train_in
 from l2bn.errors import UserError
 from l2bn.records import CONFIG, ENVIRONMENT, SUMMARY, publish
 from l2bn.training.existing import analyze, evaluate_run, replay
@@ -27,6 +28,27 @@ def test_a_run_is_evaluated_to_the_same_numbers(train: Train) -> None:
     record = train("norm=l2bn", "recipe.epochs=1", *TINY)
     loss, top1, top5 = evaluate_run(record.folder)
     assert (loss, top1, top5) == (record.last["test/loss"], record.last["test/top1"], record.last["test/top5"])
+
+
+def test_a_network_without_a_classifier_is_evaluated_and_not_measured(train: Train) -> None:
+    run = train("norm=bn", "recipe.epochs=1", *TINIEST).folder
+    with (
+        mock.patch("l2bn.training.existing.Probe", side_effect=ValueError("it has no linear layer")),
+        pytest.raises(UserError, match=r"seed0: its features cannot be measured: it has no linear layer"),
+    ):
+        analyze(run)
+
+
+def test_the_threads_and_graphs_of_another_machine_are_not_replayed(train: Train, tmp_path: Path) -> None:
+    record = train("norm=bn", "recipe.epochs=1", "compute.threads=1", *TINIEST).folder
+    config = record / "config.yaml"
+    config.write_text(config.read_text().replace("compile: auto", "compile: graphs"))
+    again = replay(record, str(tmp_path / "again")).folder / "config.yaml"
+    assert yaml.safe_load(again.read_text())["compute"] == {
+        **yaml.safe_load(config.read_text())["compute"],
+        "compile": "auto",
+        "threads": None,
+    }
 
 
 def test_a_run_of_a_gpu_is_evaluated_on_a_cpu(train: Train) -> None:

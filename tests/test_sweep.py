@@ -459,6 +459,13 @@ def test_a_missing_package_of_a_launcher_is_named(multirun: Sweep, monkeypatch: 
     assert "Traceback" not in printed
 
 
+@pytest.mark.parametrize("key", ["nodes", "tasks_per_node"])
+def test_tasks_that_would_train_one_run_twice_are_refused(key: str, multirun: Sweep) -> None:
+    code, printed = multirun(*FOUR, "launcher=slurm", f"hydra.launcher.{key}=2")
+    assert code == 1
+    assert f"hydra.launcher.{key} must be 1, not 2" in printed
+
+
 def test_launchers_of_other_packages_are_not_pretended() -> None:
     """In another Hydra program `hydra/launcher=joblib` without its package is "not found"."""
     stored = ConfigStore.instance().repo["hydra"]["launcher"]

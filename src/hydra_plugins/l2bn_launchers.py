@@ -133,6 +133,14 @@ class SlurmLauncher(_JobLauncher):
     """Submits jobs to Slurm through submitit, and waits until all have ended."""
 
     def __init__(self, **options: Any) -> None:
+        from l2bn.errors import UserError
+
+        for key in ("nodes", "tasks_per_node"):
+            if options.get(key, 1) != 1:
+                raise UserError(
+                    f"hydra.launcher.{key} must be 1, not {options[key]}: each task would train the same run; for "
+                    "one run on N devices take compute.devices=N and hydra.launcher.gpus_per_node=N"
+                )
         self.options: dict[str, Any] = {
             key: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
             for key, value in options.items()

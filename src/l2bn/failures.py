@@ -1,6 +1,7 @@
 """Failures: what an exception means to a user, how a command ends on one, and the note of it in a run's folder."""
 
 import contextlib
+import errno
 import os
 import select
 import signal
@@ -30,9 +31,9 @@ def told_plainly() -> Iterator[None]:
 
     A command that prints into a pipe without a reader (`| head`) ends silently, as `cat` does.
 
-    A mistake is a `UserError`, an error of the system with a file's name (a folder that cannot be written), and an
-    error that a library raises before any code of this package has run (invalid YAML). Other errors keep their
-    traceback; with HYDRA_FULL_ERROR=1 in the environment all errors do.
+    A mistake is a `UserError`, an error of the system with a file's name (a folder that cannot be written), a lack
+    of memory, and an error that a library raises before any code of this package has run (invalid YAML). Other
+    errors keep their traceback; with HYDRA_FULL_ERROR=1 in the environment all errors do.
     """
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         yield
@@ -75,7 +76,14 @@ def explain(error: Exception) -> str | None:
         cause = error.__cause__
         return f"{error}\n{cause}" if isinstance(cause, OmegaConfBaseException) else str(error)
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{os.fsdecode(error.filename)}: {error.strerror}; name another place, or make room for it there"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "make room there, or name another place" if full else "correct the path or its permissions"
+        return f"{os.fsdecode(error.filename)}: {error.strerror}; {remedy}"
+    if is_out_of_memory(error):
+        return (
+            f"out of memory: {_first_sentence(error)}; take a smaller dataset.image_size or dataset.subset, a data "
+            "set whose images are decoded as they are read (dataset=imagenet), or another device"
+        )
     if isinstance(error, yaml.YAMLError):
         return f"{error}\ncorrect this file: it is not valid YAML"
     return None if _passed_through_us(error) else _about(error, sys.argv[1:])
@@ -115,6 +123,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
+def _first_sentence(error: BaseException) -> str:
+    return str(error).partition(". ")[0] or type(error).__name__
+
+
 @contextlib.contextmanager
 def explained(run: object, folder: Path) -> Iterator[None]:
     """Turn full disks and memories, missing deterministic kernels and batches of one value into UserError.
@@ -143,8 +155,9 @@ def explained(run: object, folder: Path) -> Iterator[None]:
             ) from error
         if is_out_of_memory(error):
             raise UserError(
-                f"{run}: out of memory: {reason.partition('. ')[0] or type(error).__name__}; take a smaller "
-                "recipe.batch_size, more compute.devices, compute.precision=bf16-mixed or compute.compile=false"
+                f"{run}: out of memory: {_first_sentence(error)}; take compute.compile=false, or, as another run "
+                "for each norm and under another runs_dir, a smaller recipe.batch_size, more compute.devices or "
+                "compute.precision=bf16-mixed"
             ) from error
         if "deterministic" in reason:
             raise UserError(f"{run}: {reason}\ntake compute.deterministic=false or another backbone") from error

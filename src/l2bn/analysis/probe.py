@@ -111,7 +111,9 @@ class Probe:
         self._pieces = [piece for pieces in gathered for piece in pieces]
 
     def row(self, epoch: int, step: int) -> FeatureRow:
-        """The measures so far, as a line of `features.jsonl`."""
+        """The measures so far, as a line of `features.jsonl`. Raises ValueError if the classifier has not run."""
+        if ("penultimate", SIDES[0]) not in self._sums:
+            raise ValueError("the layer that would be the classifier does not run in evaluation")
         last = self._sums["penultimate", SIDES[0]]
         names = [name for name, side in self._sums if side == SIDES[0] and name in self._layers]
         return {

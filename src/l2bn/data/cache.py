@@ -26,7 +26,7 @@ Arrays = list[npt.NDArray[Any]]
 T = TypeVar("T")
 
 FORMAT = "3"  # raise it when the same sources give other arrays
-DAY = 24 * 60 * 60  # seconds; a temporary file that nobody has written to for so long is left from a killed process
+HOUR = 60 * 60  # seconds; a temporary file that nobody has written to for so long is left from a killed process
 
 
 def cache_file(folder: str | None, name: str, *key: str) -> Path:
@@ -164,7 +164,7 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
     file.parent.mkdir(parents=True, exist_ok=True)
     for remains in file.parent.glob(f"{glob.escape(file.name)}.*"):
         with suppress(OSError):
-            if time.time() - remains.stat().st_mtime > DAY:
+            if time.time() - remains.stat().st_mtime > HOUR:
                 remains.unlink()
     temporary = file.with_name(f"{file.name}.{secrets.token_hex(8)}")
     try:

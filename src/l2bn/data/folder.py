@@ -217,7 +217,7 @@ def list_files(folder: Path, kind: Kind = IMAGES) -> Tree:
         if not found:
             raise UserError(
                 f"no {kind.name} in {folder / name}: files ending in {', '.join(kind.suffixes)} are looked for; "
-                "put some there or remove the folder"
+                "put some there, or remove the class from all parts of the data set"
             )
         names += [os.path.relpath(path, folder) for path in found]
         labels += [label] * len(found)
@@ -265,7 +265,7 @@ def same_classes(train: Tree, test: Tree) -> None:
         if missing:
             raise UserError(
                 f"classes differ: {', '.join(missing)} in {here.folder} but not in {there.folder}; "
-                "both need the same folders"
+                "both need the same folders, each with files: add them, or remove the class from both"
             )
 
 

@@ -197,7 +197,8 @@ def read_bytes(file: Path, at_start: Version, offset: int, size: int) -> bytearr
     if not same or found != size:
         raise UserError(
             f"{file} was changed or replaced during the run, and other images may stand where its images stood; "
-            "restore the images that the run began with"
+            "restore the images that the run began with; where machines with copies of their own share one cache, "
+            "give each its own by dataset.cache=FOLDER"
         )
     return content
 

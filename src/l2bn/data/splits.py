@@ -106,16 +106,21 @@ class Augmentation(ABC):
         return self.apply(images, self.draw(len(images), generator).to(images.device))
 
 
+DIGESTED = 1024  # rows of a tensor that are made contiguous at a time
+
+
 def digest(parts: Iterable[str | bytes | Tensor]) -> str:
-    """32 hexadecimal digits over texts, bytes and tensors (type, shape and values), in their order."""
+    """32 hexadecimal digits over texts, bytes and tensors of rows (type, shape and values), in their order."""
     total = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
             total.update(f"{part.dtype} {tuple(part.shape)} ".encode())
-            content: bytes | memoryview = part.contiguous().numpy().data
+            content = hashlib.sha256()
+            for start in range(0, max(1, len(part)), DIGESTED):  # a copy of all may not fit in memory
+                content.update(part[start : start + DIGESTED].contiguous().numpy().data)
         else:
-            content = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
-        total.update(hashlib.sha256(content).digest())  # of fixed length, so that no part runs into the next
+            content = hashlib.sha256(part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part)
+        total.update(content.digest())  # of fixed length, so that no part runs into the next
     return total.hexdigest()[:32]
 
 

@@ -64,10 +64,10 @@ def replay(folder: Path, runs_dir: str, root: str | None = None, config_dirs: Se
     or `root`.
     """
     planned = read_run(folder, root, config_dirs, foreign=True)
-    own = {
-        "runs_dir": str(expand(runs_dir, "runs_dir")),
-        "compute": {**planned.config["compute"], "device": "auto"},
-    }
+    compute = {**planned.config["compute"], "device": "auto", "threads": None}  # those of its machine
+    if compute.get("compile") == "graphs" and not torch.cuda.is_available():
+        compute["compile"] = "auto"
+    own = {"runs_dir": str(expand(runs_dir, "runs_dir")), "compute": compute}
     return run(replace(planned, config={**planned.config, **own}), original=folder)
 
 
@@ -148,7 +148,7 @@ class OpenedRun:
         quieten()
         planned = read_run(folder, root, config_dirs)
         # Only training is worth compiling for.
-        own = {"device": device, "devices": 1, "sync_bn": False, "compile": False}
+        own = {"device": device, "devices": 1, "sync_bn": False, "compile": False, "threads": None}
         precision = planned.config["compute"]["precision"]
         if precision in OF_GPUS and (device == "cpu" or not torch.cuda.is_available()):
             log.warning("%s was trained in %s, which needs a GPU; it is computed in float32", folder, precision)
@@ -172,11 +172,14 @@ class OpenedRun:
         """Return the features of a checkpoint on the test images, as a row and a sample."""
         self.load(state)
         classes = self.built.splits.num_classes
-        probe = Probe(self.network, self.built.norm_layers, classes)
-        with probe.attached():
-            evaluate(self.network, self.test, classes, self.fabric, probe.expect)
         position = state["position"]
-        return collect(probe, self.fabric, position["epoch"], int(position["rows"][-1]["step"]))
+        try:
+            probe = Probe(self.network, self.built.norm_layers, classes)
+            with probe.attached():
+                evaluate(self.network, self.test, classes, self.fabric, probe.expect)
+            return collect(probe, self.fabric, position["epoch"], int(position["rows"][-1]["step"]))
+        except ValueError as error:
+            raise UserError(f"{self.folder}: its features cannot be measured: {error}") from error
 
 
 def _write_measures(cell: Cell, folder: Path, rows: list[FeatureRow], sample: Sample | None) -> None:

@@ -12,6 +12,8 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from l2bn.errors import UserError
+
 log = logging.getLogger(__name__)
 
 LARGEST = torch.finfo(torch.float32).max
@@ -154,10 +156,24 @@ class Recipe:
                 raise ValueError(f"{name} must lie in [0, 1), not {getattr(self, name)}")
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs a momentum greater than 0; set nesterov=false or a momentum")
+        self.learning_rate(0.0)
 
     def learning_rate(self, epoch: float) -> float:
-        """Return the learning rate of the step that begins after `epoch` epochs, with fractions."""
-        return self.lr * self.schedule(epoch, self.epochs)
+        """Return the learning rate of the step that begins after `epoch` epochs, with fractions.
+
+        Raises UserError where the schedule is of the user's own and gives no factor.
+        """
+        factor: object = self.schedule(epoch, self.epochs)
+        try:
+            value = float(factor)  # type: ignore[arg-type]  # numpy's own numbers make a checkpoint unreadable
+        except (TypeError, ValueError):
+            value = math.nan
+        if not 0 <= value < math.inf:
+            raise UserError(
+                f"recipe.schedule gives {factor} after {epoch:g} of {self.epochs} epochs; it must give a factor of "
+                "recipe.lr, a number of 0 or more"
+            )
+        return self.lr * value
 
     def warn_if_cut_off(self) -> None:
         """Log where the run ends before its learning rate has taken its course."""
