@@ -227,6 +227,34 @@ def test_second_derivatives_are_those_of_the_definition() -> None:
     assert torch.autograd.gradgradcheck(layer, (x,))
 
 
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")  # of a cycle that ends with the test
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("case", ["hooks", "a layer applied twice"])
+def test_gradients_that_can_be_differentiated_count_each_path_once(case: str, create_graph: bool) -> None:
+    """Hooks run once, and what reaches a layer through itself is not added again."""
+
+    def gradients(fused: compiler.Fused) -> list[Tensor]:
+        torch.manual_seed(0)
+        conv = nn.Conv2d(4, 4, 3, padding=1).double()
+        layer = L2BatchNorm2d(4, fused=fused, track_running_stats=False).double()
+        nn.init.normal_(layer.weight)
+        h = conv(torch.randn(5, 4, 6, 6, dtype=torch.float64))
+        if case == "hooks":
+            layer.weight.register_hook(lambda g: 2 * g)
+            h.retain_grad()
+            y = layer(h)
+        else:
+            y = layer(conv(layer(h)))
+        y.sin().sum().backward(create_graph=create_graph)
+        found = [layer.weight.grad, layer.bias.grad, conv.weight.grad, *([h.grad] if case == "hooks" else [])]
+        return [g.detach() for g in found if g is not None]
+
+    with mock.patch.object(autograd, "run_kernel", uncompiled):
+        found = gradients("on")
+    for one, expected in zip(found, gradients("off"), strict=True):
+        torch.testing.assert_close(one, expected)
+
+
 def test_activations_in_place_and_views_are_allowed() -> None:
     """timm's activations work in place on the norm's output."""
     torch.manual_seed(0)
@@ -636,6 +664,14 @@ assert "kernels=plain" in repr(layer)
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("no compiler works for cpu") == 1, result.stdout
+
+
+@pytest.mark.parametrize(("name", "value"), [("scale", "RMS"), ("fused", False), ("fused", "plain")])
+def test_an_attribute_set_to_an_unknown_value_is_refused(name: str, value: object) -> None:
+    layer = L2BatchNorm2d(3, fused="on")
+    setattr(layer, name, value)
+    with mock.patch.object(autograd, "run_kernel", uncompiled), pytest.raises(ValueError, match=f"{name} is "):
+        layer(torch.randn(2, 3, 4, 4))
 
 
 def test_repr_shows_scale_and_kernels() -> None:

@@ -193,7 +193,10 @@ def test_conversion_keeps_layers_and_names_and_changes_nothing_alone() -> None:
     plain = copy.deepcopy(model)
     layers, keys = list(model.modules()), list(model.state_dict())
     assert convert_sync(model) == 8
-    assert convert_sync(model) == 0, "converted twice"
+    group: Any = object()
+    assert convert_sync(model, group) == 0, "converted twice"
+    assert all(m.process_group is group for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    assert convert_sync(model) == 0
     assert all(a is b for a, b in zip(model.modules(), layers, strict=True))
     assert list(model.state_dict()) == keys
     assert isinstance(model[0][3], L2BatchNormAct2d)

@@ -281,7 +281,17 @@ class Reached(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "hold", [lambda bn: [bn], lambda bn: (bn,), lambda bn: {"first": [bn]}, lambda bn: [nn.Identity(), {"a": bn}]]
+    "hold",
+    [
+        lambda bn: [bn],
+        lambda bn: (bn,),
+        lambda bn: {"first": [bn]},
+        lambda bn: [nn.Identity(), {"a": bn}],
+        lambda bn: functools.partial(nn.functional.relu, bn),
+        lambda bn: bn.forward,
+        lambda bn: lambda x: bn(x).relu(),
+        lambda bn: [functools.partial(lambda x: bn(x), None)],
+    ],
 )
 def test_a_layer_that_a_swap_would_not_reach_is_refused(hold: Callable[[nn.Module], object]) -> None:
     model = nn.Sequential(nn.BatchNorm1d(3), Reached(hold))
@@ -290,4 +300,17 @@ def test_a_layer_that_a_swap_would_not_reach_is_refused(hold: Callable[[nn.Modul
         swap_norm(model, "l2bn")
     assert dict(model.named_modules()) == before
     assert swap_norm(model, "bn") == 2  # nothing is replaced
-    assert swap_norm(Reached(lambda _: [nn.Identity(), {"a": 1}]), "l2bn") == 1
+    circle: list[object] = [nn.Identity(), {"a": 1}, lambda x: circle]
+    circle.append(circle)
+    assert swap_norm(Reached(lambda _: circle), "l2bn") == 1
+
+
+def test_running_statistics_of_another_layer_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    swap_norm(copy.deepcopy(model), "l2bn")
+    model(torch.randn(4, 3))
+    swap_norm(copy.deepcopy(model), "group_norm")
+    swap_norm(copy.deepcopy(model), "bn")
+    assert "estimated by other layers" not in caplog.text
+    swap_norm(model, "l2bn")
+    assert "estimated by other layers" in caplog.text

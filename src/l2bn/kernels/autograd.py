@@ -128,11 +128,16 @@ def gradients_by_operators(
     function: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], g: Tensor
 ) -> list[Tensor | None]:
     """Return the gradients of the inputs, g that of function(*inputs), so that they can be differentiated and
-    transformed."""
-    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    transformed.
+
+    They are taken at aliases of the inputs: at the inputs themselves hooks would run twice, and where one input
+    depends on another, as in a layer that is applied twice, the path between them would count twice.
+    """
     higher = torch.is_grad_enabled()
     with torch.enable_grad():
-        gradients = iter(torch.autograd.grad(function(*inputs), wanted, g, create_graph=higher))
+        aliases = [t if t is None else t.view_as(t) for t in inputs]
+        wanted = [t for t in aliases if t is not None and t.requires_grad]
+        gradients = iter(torch.autograd.grad(function(*aliases), wanted, g, create_graph=higher))
     return [next(gradients) if t is not None and t.requires_grad else None for t in inputs]
 
 

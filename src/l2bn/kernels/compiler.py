@@ -125,7 +125,9 @@ def _new_kernel(
     try:
         if _kinds[common, x.shape[1]] <= static:
             return _compile(function, tensors, constants, "fake")
-        any_size = (common, tuple(size == 1 for size in x.shape))  # the compiler takes a size of 1 for a constant
+        # The compiler takes a size of 1 for a constant, and indices for as long as those of its first map.
+        long = max(t.numel() for t in tensors if t is not None) > torch.iinfo(torch.int32).max
+        any_size = (common, tuple(size == 1 for size in x.shape), long)
         if any_size not in _kernels:
             _kernels[any_size] = _compile(function, tensors, constants, "symbolic")
         return _kernels[any_size]

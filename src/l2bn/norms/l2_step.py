@@ -11,6 +11,7 @@ from torch import Tensor
 from l2bn.kernels.formulas import differentiable_scale, normalized, widened
 
 Scale = Literal["unit", "rms"]
+SCALES: tuple[str, ...] = get_args(Scale)
 
 
 def l2_normalize(x: Tensor, scale: Scale = "unit") -> Tensor:
@@ -26,8 +27,8 @@ def l2_normalize(x: Tensor, scale: Scale = "unit") -> Tensor:
 
 def is_rms(scale: Scale) -> bool:
     """Return whether samples get a root mean square of 1. Raises ValueError for an unknown scale."""
-    if scale not in get_args(Scale):
-        raise ValueError(f"scale is {scale!r}; it may be {' or '.join(get_args(Scale))}")
+    if scale not in SCALES:
+        raise ValueError(f"scale is {scale!r}; it may be {' or '.join(SCALES)}")
     return scale == "rms"
 
 

@@ -40,6 +40,8 @@ from l2bn.norms.stepped import (
 
 logger = logging.getLogger(__name__)
 
+FUSED: tuple[str, ...] = get_args(Fused)
+
 
 class _L2BatchNorm(SteppedBatchNorm):
     """The base of the three layers; see the module's docstring for the equation."""
@@ -73,13 +75,15 @@ class _L2BatchNorm(SteppedBatchNorm):
         if not self._has_kernels_for(x, state):
             return super()._normalized(x, state)
         weight, bias, mean, var = state
-        rms, strict = self.scale == "rms", self.fused == "on"
+        rms, strict = is_rms(self.scale), self.fused == "on"
         if not self.training and mean is not None and var is not None:
             return autograd.evaluate(x, weight, bias, mean, var, rms, self.epsilon, strict)
         return autograd.train(x, weight, bias, mean, var, share_of_batch(self, state), rms, self.epsilon, strict)
 
     def _has_kernels_for(self, x: Tensor, state: State) -> bool:
         """Return whether the fused formulas serve this call; otherwise the definition does."""
+        if self.fused != "auto":
+            check_fused(self.fused)
         if self.fused == "off" or x.device.type not in DEVICES:
             return False
         tensors = [x, *[t for t in state if t is not None]]
@@ -130,9 +134,10 @@ def convert(
     scale: Scale = "unit",
     fused: Fused = "auto",
 ) -> nn.Module:
-    """Return the L2BN layer that takes the place of `bn`, on everything `bn` holds.
+    """Return the L2BN layer that takes the place of `bn`, on everything `bn` holds, running statistics included.
 
-    `eps` and `momentum` keep bn's own when None.
+    So `bn` must not be called any more; to keep both, convert a deep copy. `eps` and `momentum` keep bn's own when
+    None.
 
     Raises:
         TypeError: `bn` is no batch norm layer, or has behaviour that L2BN would lose.
@@ -145,8 +150,8 @@ def convert(
 
 
 def check_fused(fused: str) -> None:
-    if fused not in get_args(Fused):
-        raise ValueError(f"fused is {fused!r}; it may be {', '.join(get_args(Fused))}")
+    if fused not in FUSED:
+        raise ValueError(f"fused is {fused!r}; it may be {', '.join(FUSED)}")
 
 
 def updates_needed(momentum: float | None) -> float:

@@ -35,7 +35,10 @@ def convert(
 
 
 class DivideByMeanNorm(nn.Module):
-    """Divide all samples by the running mean of their norms; a batch in training updates it first."""
+    """Divide all samples by the running mean of their norms; a batch in training updates it first.
+
+    A forward pass that is computed twice, as by activation checkpointing, moves the mean twice.
+    """
 
     running_norm: Tensor
     num_batches_tracked: Tensor

@@ -9,10 +9,11 @@ import functools
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pkgutil import iter_modules
+from types import CellType, FunctionType, MethodType
 from typing import TypeVar
 
 from torch import nn
@@ -23,6 +24,7 @@ Norm = Callable[..., nn.Module]
 Layer = TypeVar("Layer", bound=nn.Module)
 logger = logging.getLogger(__name__)
 
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # attributes, hooks among them
 STOCK = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -51,7 +53,19 @@ def swap_norm(model: nn.Module, norm: str | Norm) -> int:
         len(layers),
         ", ".join(sorted({type(layer).__name__ for layer in layers.values()})),
     )
+    if any(_keeps_estimate(layer, other) for layer, other in layers.items()):
+        logger.warning(
+            "running statistics were estimated by other layers than those that use them now: train, or call "
+            "torch.optim.swa_utils.update_bn, before you evaluate"
+        )
     return len(layers)
+
+
+def _keeps_estimate(layer: nn.Module, other: nn.Module) -> bool:
+    """Tell whether a layer of another class holds running statistics that were estimated before."""
+    batches = getattr(layer, "num_batches_tracked", None)
+    kept = type(other) is not type(layer) and getattr(other, "num_batches_tracked", None) is batches
+    return kept and batches is not None and not batches.is_meta and bool(batches > 0)
 
 
 def replacements(model: nn.Module, norm: str | Norm) -> dict[nn.Module, nn.Module]:
@@ -84,21 +98,34 @@ def replacements(model: nn.Module, norm: str | Norm) -> dict[nn.Module, nn.Modul
 def _refuse_other_references(model: nn.Module, replaced: set[nn.Module]) -> None:
     for path, parent in model.named_modules():
         for name, value in vars(parent).items():
-            if name != "_modules" and any(layer in replaced for layer in _modules_in(value)):
+            if name not in OF_EVERY_MODULE and any(m in replaced for m in _modules_in(value, {id(parent)})):
                 raise TypeError(
                     f"{path or type(model).__name__}.{name} refers to a batch norm layer beside the registered "
-                    "modules, and a swap would not reach it there: hold it in an nn.ModuleList or nn.ModuleDict"
+                    "modules, and a swap would not reach it there: hold it in an nn.ModuleList or nn.ModuleDict, "
+                    "and call it by its attribute"
                 )
 
 
-def _modules_in(value: object) -> Iterator[nn.Module]:
+def _modules_in(value: object, seen: set[int]) -> Iterator[nn.Module]:
+    """Yield the modules that a value is, holds or calls, in containers, partials, bound methods and closures."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    inner: Iterable[object] = ()
     if isinstance(value, nn.Module):
         yield value
     elif isinstance(value, Mapping):
-        yield from _modules_in(list(value.values()))
+        inner = value.values()
     elif isinstance(value, list | tuple | set):
-        for item in value:
-            yield from _modules_in(item)
+        inner = value
+    elif isinstance(value, functools.partial):
+        inner = (value.func, value.args, value.keywords)
+    elif isinstance(value, MethodType):
+        inner = (value.__self__,)
+    elif isinstance(value, FunctionType):
+        inner = (cell.cell_contents for cell in value.__closure__ or () if cell != CellType())  # not an empty one
+    for item in inner:
+        yield from _modules_in(item, seen)
 
 
 def norm_layers(model: nn.Module) -> tuple[str, ...]:

@@ -239,8 +239,8 @@ OF_L2BN: dict[type[nn.Module], type[_Sync]] = {
 def convert_sync(model: nn.Module, process_group: Group = None) -> int:
     """Make the batch statistics of each BN and L2BN layer joint across a group's ranks (None: all ranks).
 
-    In place: the layers keep their identity, parameters, hooks and state-dict keys, and change their class. Returns
-    their number; a model without such layers is left as it is.
+    In place: the layers keep their identity, parameters, hooks and state-dict keys, and change their class; layers
+    that are joint already get this group. Returns the number of changed ones.
 
     Raises:
         TypeError: a batch norm layer is neither, or has behaviour of its own. Nothing is changed then.
@@ -248,7 +248,9 @@ def convert_sync(model: nn.Module, process_group: Group = None) -> int:
     layers = counterparts(model)
     for layer, cls in layers.items():
         layer.__class__ = cls
-        layer.process_group = process_group  # type: ignore[assignment]
+    for module in model.modules():
+        if isinstance(module, _Sync):
+            module.process_group = process_group
     logger.info("%s: batch statistics of %d layers are joint across ranks", type(model).__name__, len(layers))
     return len(layers)
 
