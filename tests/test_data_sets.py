@@ -83,16 +83,6 @@ def test_a_data_set_that_is_not_there_is_said_with_its_place(
         build(name, overrides)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_file_opens_with_what_it_is_and_how_to_run_it(name: str) -> None:
-    lines = (CONFIGS / f"{name}.yaml").read_text().splitlines()
-    header = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
-    assert len(header) >= 2
-    assert any(line.startswith("# Run:") and f"dataset={name}" in line for line in header) or "fetch_data" in str(
-        header
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_normalisation_constants_are_those_of_the_data(name: str) -> None:

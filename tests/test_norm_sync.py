@@ -3,6 +3,7 @@
 import copy
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm.layers
