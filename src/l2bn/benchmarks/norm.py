@@ -1,4 +1,4 @@
-"""The layer alone: BN, L2BN composed naively and L2BN by fused kernels, side by side on the maps of real networks.
+"""The layer alone: BN, L2BN composed plainly and L2BN by fused kernels, side by side on the maps of real networks.
 
 A cell is one map (N, C, H, W) in one memory format, called from eager code or compiled, either training (forward
 and backward) or evaluation. Dynamo is never reset and keeps its default limits: a layer that recompiles for each
@@ -117,8 +117,9 @@ def measure_map(shape: tuple[int, ...], seconds: float) -> Iterator[Row]:
 
 
 EXPLANATION = """
-Ratios to `nn.BatchNorm2d` called the same way, measured in turn in one process: geometric mean over the maps, and
-the worst. Memory: most bytes held at once, same ratio. Copy: traffic of the least passes over the map, as a share
+L2BN plain (the l2 step and batch norm by PyTorch's operators) and fused (compiled kernels). Ratios to
+`nn.BatchNorm2d` called the same way, measured in turn in one process: geometric mean over the maps, and the worst.
+Memory: most bytes held at once, same ratio. Copy: traffic of the least passes over the map, as a share
 of the bandwidth of a copy of that map; median.
 """
 
@@ -139,13 +140,13 @@ def make_page(result: Result) -> str:
         name = f"{'×'.join(map(str, cell['shape']))} {cell['layout']}"
         times = [f"{cell['seconds'][norm] * 1e3:.3g} ms" for norm in ("bn", "fused")]
         worst.append((cell["caller"], name, cell["network"], *times, f"{ratio(cell, 'fused'):.2f}"))
-    names = ("called", "phase", "format", "maps", "naive", "fused", "fused, worst", "memory", "copy")
+    names = ("called", "phase", "format", "maps", "plain", "fused", "fused, worst", "memory", "copy")
     return page(
         "The layer alone: time against batch norm's",
         result,
         EXPLANATION,
         table(names, means, names=3),
-        "The worst cells of training:",
+        "The slowest maps in training:",
         table(("called", "map", "network", "BN", "fused", "ratio"), worst, names=3),
     )
 

@@ -1,4 +1,4 @@
-"""Whole training steps (forward, backward, SGD) of networks with BN, with L2BN composed naively and fused."""
+"""Whole training steps (forward, backward, SGD) of networks with BN, with L2BN composed plainly and fused."""
 
 import argparse
 from itertools import product
@@ -50,8 +50,9 @@ def training_step(network: str, norm: str, caller: str, layout: str, batch: int)
 
 
 EXPLANATION = """
-Forward, backward and SGD; ratios to the same network with BN, measured in turn in one process. Memory: most bytes
-held at once within the step.
+Forward, backward and SGD, with L2BN plain (the l2 step and batch norm by PyTorch's operators) and fused (compiled
+kernels); ratios to the same network with BN, measured in turn in one process. Memory: most bytes held at once
+within the step.
 """
 
 GRAPHS = " graphs: replayed as by `compute.compile=graphs`, with memory that is held between steps, too."
@@ -67,7 +68,7 @@ def make_page(result: Result) -> str:
             f"{ratio(row, norm, 'peak_bytes'):.3f}" if row["peak_bytes"] else "–" for norm in ("naive", "fused")
         ]
         rows.append((*names, time, *times, *memory))
-    numbers = ("batch", "BN", "naive", "fused", "memory, naive", "memory, fused")
+    numbers = ("batch", "BN", "plain", "fused", "memory, plain", "memory, fused")
     return page(
         "A whole training step: time and memory against batch norm's",
         result,
