@@ -1,5 +1,6 @@
 """A run, from its configuration to its record."""
 
+import itertools
 import json
 import mmap
 import subprocess
@@ -240,6 +241,16 @@ def test_the_evaluation_takes_about_the_memory_of_small_images_or_of_training(
 ) -> None:
     assert session.evaluation_batch(training_batch, image_size) == expected
     assert session.evaluation_batch(1, 100_000) == 1
+
+
+def test_even_batches_leave_no_process_without_an_image() -> None:
+    assert session.even_batch(201, 10, 1) == 10
+    assert session.even_batch(201, 10, 2) == 11
+    assert session.even_batch(10_000, 512, 1) == session.even_batch(10_000, 512, 8) == 500
+    for images, most, least in itertools.product(range(8, 60), range(1, 12), range(1, 9)):
+        size = session.even_batch(images, most, least)
+        assert min(most, size) >= 1
+        assert (images - 1) % size + 1 >= least
 
 
 def test_a_finished_run_is_left_alone(train: Train, losses: list[float]) -> None:

@@ -245,9 +245,20 @@ def evaluation_batch(training_batch: int, image_size: int) -> int:
 def make_shuffled_loader(built: BuiltRun, fabric: Fabric) -> Loader:
     """Return the test images in about equal, stratified batches, which are the same in every run."""
     test = built.splits.test
-    batches = -(-len(test) // evaluation_batch(built.recipe.batch_size, built.splits.image_size))
+    batch = evaluation_batch(built.recipe.batch_size, built.splits.image_size)
     shuffled = test.select(stratified_order(test.labels, "statistics"))
-    return evaluation_loader(shuffled, batch_size=-(-len(test) // batches), **_placing(built, fabric))
+    return evaluation_loader(
+        shuffled, batch_size=even_batch(len(test), batch, fabric.world_size), **_placing(built, fabric)
+    )
+
+
+def even_batch(images: int, most: int, least: int) -> int:
+    """Return the size of about equal batches of at most `most` images, or more if the last one had under `least`.
+
+    A process without an image of a batch would skip it, while the others wait for it in a joint norm layer.
+    """
+    sizes = (-(-images // batches) for batches in range(-(-images // most), 0, -1))
+    return next((size for size in sizes if (images - 1) % size + 1 >= least), images)
 
 
 def _placing(built: BuiltRun, fabric: Fabric) -> dict[str, Any]:
