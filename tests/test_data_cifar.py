@@ -284,7 +284,7 @@ def test_no_other_encoding_is_called(tmp_path: Path) -> None:
 def test_a_list_of_classes_that_is_not_the_official_one_is_named(tmp_path: Path) -> None:
     write_cifar10(tmp_path, {}, 40, 10)
     (meta,) = tmp_path.rglob("batches.meta")
-    for content in ({}, {b"label_names": [b"cat"]}, {"label_names": [1, 2]}):
+    for content in ({}, {b"label_names": [b"cat"]}, {"label_names": [1, 2]}, {"label_names": 5}):
         meta.write_bytes(pickle.dumps(content))
         with pytest.raises(UserError, match=r"batches\.meta has no label_names: it is not the official file"):
             cifar10(str(tmp_path), download=False, **COMMON)

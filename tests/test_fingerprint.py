@@ -98,9 +98,9 @@ def test_a_digest_knows_where_one_part_ends_and_what_shape_it_has() -> None:
     parts = [["ab", "c"], ["a", "bc"], ["abc"], [zeros], [zeros.view(2, 2)], [zeros[:2], zeros[2:]], [zeros.bool()]]
     assert len({digest(part) for part in parts}) == len(parts)
     assert digest([zeros.view(2, 2).t()]) == digest([zeros.view(2, 2)])
-    rows = torch.arange(3000, dtype=torch.uint8).view(3000, 1)
+    rows = torch.arange(6000, dtype=torch.uint8).view(3000, 2)
     assert digest([rows.t().contiguous().t()]) == digest([rows])
-    whole = hashlib.sha256(b"torch.uint8 (3000, 1) " + hashlib.sha256(rows.numpy().tobytes()).digest())
+    whole = hashlib.sha256(b"torch.uint8 (3000, 2) " + hashlib.sha256(rows.numpy().tobytes()).digest())
     assert digest([rows]) == whole.hexdigest()[:32]
 
 

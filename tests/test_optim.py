@@ -29,7 +29,7 @@ def test_a_schedule_of_the_users_own_gives_plain_numbers() -> None:
     """Of numpy's, a checkpoint could not be read again."""
     recipe = Recipe(**SETTINGS | {"schedule": lambda epoch, epochs: np.float32(0.5)})
     assert type(recipe.learning_rate(1.0)) is float
-    for wrong in (None, "fast", -0.1, math.inf, math.nan):
+    for wrong in (None, "0.5", -0.1, math.inf, math.nan, torch.ones(2), 10**400):
         with pytest.raises(UserError, match=r"recipe\.schedule gives .* after 0 of 10 epochs"):
             Recipe(**SETTINGS | {"schedule": lambda epoch, epochs, wrong=wrong: wrong})
 

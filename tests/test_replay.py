@@ -7,12 +7,14 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 import yaml
 
 from conftest import TINIEST, TINY, Train, train_in
 from l2bn.errors import UserError
 from l2bn.records import CONFIG, ENVIRONMENT, SUMMARY, publish
-from l2bn.training.existing import analyze, evaluate_run, replay
+from l2bn.training.existing import _threads, analyze, evaluate_run, replay
+from l2bn.training.plan import read_config
 from official_formats import write
 from test_training import results
 
@@ -39,15 +41,18 @@ def test_a_network_without_a_classifier_is_evaluated_and_not_measured(train: Tra
         analyze(run)
 
 
-def test_the_threads_and_graphs_of_another_machine_are_not_replayed(train: Train, tmp_path: Path) -> None:
+def test_what_another_machine_had_more_of_is_not_replayed(train: Train, tmp_path: Path) -> None:
     record = train("norm=bn", "recipe.epochs=1", "compute.threads=1", *TINIEST).folder
     config = record / "config.yaml"
     config.write_text(config.read_text().replace("compile: auto", "compile: graphs"))
+    assert _threads(read_config(record)) == 1
+    with mock.patch("l2bn.training.existing.available_cores", return_value=0):
+        assert _threads(read_config(record)) is None
     again = replay(record, str(tmp_path / "again")).folder / "config.yaml"
     assert yaml.safe_load(again.read_text())["compute"] == {
         **yaml.safe_load(config.read_text())["compute"],
-        "compile": "auto",
-        "threads": None,
+        "compile": "graphs" if torch.cuda.is_available() else "auto",
+        "threads": 1,
     }
 
 

@@ -290,6 +290,7 @@ class Reached(nn.Module):
         lambda bn: functools.partial(nn.functional.relu, bn),
         lambda bn: bn.forward,
         lambda bn: lambda x: bn(x).relu(),
+        lambda bn: lambda x, bn=bn: bn(x),
         lambda bn: [functools.partial(lambda x: bn(x), None)],
     ],
 )

@@ -108,16 +108,14 @@ class _JobLauncher(Launcher):
 class ProcessLauncher(_JobLauncher):
     """Runs jobs as processes of this machine, `n_jobs` at a time: the GPUs and CPU cores are shared out.
 
-    n_jobs: -1 for as many as have `compute.devices` GPUs each, or without a GPU as many CPU cores.
+    n_jobs: -1 for as many as the GPUs suffice for, with `compute.devices` each; without a GPU the CPU cores.
     """
 
     def __init__(self, n_jobs: int) -> None:
         from l2bn.errors import UserError
 
         if n_jobs < 1 and n_jobs != -1:
-            raise UserError(
-                f"hydra.launcher.n_jobs must be at least 1, or -1 for one per GPU or core, not {n_jobs}"
-            )
+            raise UserError(f"hydra.launcher.n_jobs must be at least 1, or -1 for all GPUs or cores, not {n_jobs}")
         self.n_jobs = n_jobs
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:

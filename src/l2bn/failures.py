@@ -81,8 +81,8 @@ def explain(error: Exception) -> str | None:
         return f"{os.fsdecode(error.filename)}: {error.strerror}; {remedy}"
     if is_out_of_memory(error):
         return (
-            f"out of memory: {_first_sentence(error)}; take a smaller dataset.image_size or dataset.subset, a data "
-            "set whose images are decoded as they are read (dataset=imagenet), or another device"
+            f"out of memory: {_first_sentence(error)}; take smaller images or fewer, a data set whose images are "
+            "decoded as they are read (dataset=imagenet), or another device"
         )
     if isinstance(error, yaml.YAMLError):
         return f"{error}\ncorrect this file: it is not valid YAML"
@@ -120,7 +120,10 @@ def explained_overrides(overrides: Sequence[str]) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    said = isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    return said or isinstance(error, MemoryError)
 
 
 def _first_sentence(error: BaseException) -> str:
@@ -155,9 +158,9 @@ def explained(run: object, folder: Path) -> Iterator[None]:
             ) from error
         if is_out_of_memory(error):
             raise UserError(
-                f"{run}: out of memory: {_first_sentence(error)}; take compute.compile=false, or, as another run "
-                "for each norm and under another runs_dir, a smaller recipe.batch_size, more compute.devices or "
-                "compute.precision=bf16-mixed"
+                f"{run}: out of memory: {_first_sentence(error)}; take a smaller "
+                "recipe.batch_size, more compute.devices or compute.precision=bf16-mixed, for all norms that are "
+                "compared: these are other runs; with CUDA graphs also compute.compile=false helps"
             ) from error
         if "deterministic" in reason:
             raise UserError(f"{run}: {reason}\ntake compute.deterministic=false or another backbone") from error

@@ -30,7 +30,8 @@ def end_with_parent() -> None:
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     parent = multiprocessing.parent_process()
-    if parent is not None and not parent.is_alive():  # it ended before; a fork server stands between the two
+    # Another parent than this: it ended before, or a fork server stands between the two.
+    if parent is not None and parent.pid != os.getppid() and not parent.is_alive():
         os.kill(os.getpid(), signal.SIGKILL)
 
 

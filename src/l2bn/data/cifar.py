@@ -72,9 +72,10 @@ def _read(
     common: Common,
 ) -> Splits:
     """The splits from the files of both parts; key: of the labels, as in `fine_labels` and `fine_label_names`."""
-    classes = tuple(load_arrays(folder / meta).get(f"{key}_names", ()))
-    if not classes or not all(isinstance(name, str) for name in classes):
+    names = load_arrays(folder / meta).get(f"{key}_names")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise UserError(f"{folder / meta} has no {key}_names: it is not the official file; move {folder} away")
+    classes = tuple(names)
     train, test = (_images([folder / name for name in names], f"{key}s", len(classes)) for names in parts)
     md5 = dict([*official.train_list, *official.test_list])
     changed = [name for name in (*parts[0], *parts[1]) if calculate_md5(folder / name) != md5[name]]

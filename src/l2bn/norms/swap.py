@@ -123,7 +123,8 @@ def _modules_in(value: object, seen: set[int]) -> Iterator[nn.Module]:
     elif isinstance(value, MethodType):
         inner = (value.__self__,)
     elif isinstance(value, FunctionType):
-        inner = (cell.cell_contents for cell in value.__closure__ or () if cell != CellType())  # not an empty one
+        cells = (cell.cell_contents for cell in value.__closure__ or () if cell != CellType())  # not an empty one
+        inner = (*cells, value.__defaults__, value.__kwdefaults__)
     for item in inner:
         yield from _modules_in(item, seen)
 

@@ -29,7 +29,15 @@ from l2bn.kernels.formulas import (
     update_running,
     widened,
 )
-from l2bn.norms.l2bn import L2BatchNorm1d, L2BatchNorm2d, L2BatchNorm3d, L2BatchNormAct2d, _L2BatchNorm
+from l2bn.norms.l2_step import is_rms
+from l2bn.norms.l2bn import (
+    L2BatchNorm1d,
+    L2BatchNorm2d,
+    L2BatchNorm3d,
+    L2BatchNormAct2d,
+    _L2BatchNorm,
+    check_fused,
+)
 from l2bn.norms.stepped import Activated, State, SteppedBatchNorm, check_call, share_of_batch, state_of
 from l2bn.norms.swap import stock_name
 
@@ -189,9 +197,10 @@ class _SyncL2BatchNorm(_Sync, _L2BatchNorm):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _joint(self, x: Tensor, state: State) -> Tensor:
+        check_fused(self.fused)
         compiled = self.fused == "on" or (self.fused == "auto" and compiler_works(x.device.type))
         fused = self.fused if compiled else "off"
-        options = self.scale == "rms", self.epsilon, self.process_group, fused
+        options = is_rms(self.scale), self.epsilon, self.process_group, fused
         return self._moved(_JointL2BN.apply(x, state.weight, state.bias, *options), state)
 
     def _shares_batch(self) -> bool:
@@ -251,7 +260,8 @@ def convert_sync(model: nn.Module, process_group: Group = None) -> int:
     for module in model.modules():
         if isinstance(module, _Sync):
             module.process_group = process_group
-    logger.info("%s: batch statistics of %d layers are joint across ranks", type(model).__name__, len(layers))
+    if layers:
+        logger.info("%s: batch statistics of %d layers are joint across ranks", type(model).__name__, len(layers))
     return len(layers)
 
 

@@ -129,6 +129,24 @@ def for_other_networks(rows: Iterable[Comparison], quantity: str = TOP1) -> Esti
     return result if len(_backbones(counted)) >= MIN_BACKBONES else Estimate(result.n)
 
 
+def judge_others(rows: Sequence[Comparison]) -> Verdict:
+    """The verdict on accuracy for other networks, from the rows of a task."""
+    found = judged(for_other_networks(rows), ACCURATE.better)
+    bn, l2bn = _diverged(rows)
+    return found if found and not (found == "supported" and l2bn > bn) else "not decided at this n"
+
+
+def _diverged(rows: Iterable[Comparison]) -> tuple[int, int]:
+    """The long runs of BN and of L2BN that diverged, of the seeds that both have."""
+    lost = [
+        run.norm
+        for row in rows
+        for run in row.records
+        if row.full_length and run.status == "diverged" and run.seed in row.paired_seeds
+    ]
+    return lost.count(BN), lost.count(L2BN)
+
+
 def judged(result: Estimate, better: int) -> Verdict | None:
     """The verdict of an interval on one side of 0; `better` is the sign of the claimed difference."""
     if result.low is None or result.high is None:
@@ -207,25 +225,15 @@ def _better(task: Task, arms: Sequence[Arm]) -> Finding:
     if result.n:
         tail = f"95 % interval {interval(result)}, p {probability(result.p, result)}"
         evidence += f" Pooled L2BN − BN: {signed(result.mean)} points, {'no interval' if result.reason else tail}."
-    # Only seeds that both have: a norm with more runs would diverge more often.
-    lost = [
-        run.norm
-        for row in cells
-        for run in row.records
-        if row.full_length and run.status == "diverged" and run.seed in row.paired_seeds
-    ]
-    bn, l2bn = lost.count(BN), lost.count(L2BN)
+    bn, l2bn = _diverged(cells)
     evidence += f" Diverged of that length, with a seed that both have: {bn} of BN, {l2bn} of L2BN."
-    verdict = judged(for_other_networks(counted), ACCURATE.better)
-    if verdict == "supported" and l2bn > bn:
-        verdict = None
     short = tuple(
         f"Not counted: {', '.join(names_of(row.label, row.cell))}: {signed(row.difference().mean)} points, "
         f"{plural('pair', row.difference().n)} of {plural('epoch', row.epochs or 0)}"
         for row in rows
         if row not in counted
     )
-    return Finding(evidence, verdict or "not decided at this n", short)
+    return Finding(evidence, judge_others(cells), short)
 
 
 def _better_on_scenes(arms: Sequence[Arm]) -> Finding:
@@ -290,7 +298,7 @@ class SetFinding:
     def verdict(self) -> Verdict:
         """The whole interval on one side, and nothing against it."""
         found = self._side
-        return found if found and not self._against else "not decided"
+        return found if found and not self.against else "not decided"
 
     @property
     def _side(self) -> Verdict | None:
@@ -298,12 +306,14 @@ class SetFinding:
         return judged(self.overall, self.question.better) if self.overall else None
 
     @property
-    def _against(self) -> str:
-        """What speaks against the interval: a cell that is significant on the other side, or L2BN's divergence.
+    def against(self) -> str:
+        """What speaks against the side of the interval: a cell significant on the other, or L2BN's divergence.
 
         Divergence counts for accuracy alone: L2BN must have diverged no more often to be supported, no less often
         to be contradicted.
         """
+        if self._side is None:
+            return ""
         side = self.question.better * (1 if self._side == "supported" else -1)
         cells = [
             cell.backbone
@@ -327,10 +337,10 @@ class SetFinding:
         text = f"{self.verdict}, {self.wanted} runs: {' '.join(mean_interval(self.overall, self.question.digits))}"
         if not self._side:
             return text
-        sign = 1 if (self.overall.mean or 0.0) > 0 else -1
+        sign, side = (1, "above") if (self.overall.mean or 0.0) > 0 else (-1, "below")
         alike = sum(sign * (one.mean or 0.0) > 0 for one in self.estimates)
-        text += f", {alike} of {plural('network', len(self.cells))} on that side"
-        return text + (f" ({self._against})" if self._against else "")
+        text += f", {alike} of {plural('network', len(self.cells))} {side} 0"
+        return text + (f" ({self.against})" if self.against else "")
 
 
 def judge_set(question: Question, run_set: RunSet, arms: Sequence[Arm]) -> SetFinding:
@@ -397,10 +407,10 @@ def _set_table(finding: SetFinding, overall: Estimate, arms: Sequence[Arm]) -> T
         )
         for name, one, p in results
     ]
-    degrees = overall.n - len(finding.cells)
+    degrees = sum(max(one.n - 1, 0) for one in finding.estimates)
     notes = [
         f"Measure: {question.text}.",
-        f"All intervals and p here go by s, the deviation pooled within the cells (last row), with "
+        f"All intervals and p here go by s, the deviation pooled within the cells, which the last row gives, with "
         f"{plural('degree', degrees)} of freedom; other tables and figures go by each cell's own deviation, so "
         "their intervals differ. The last p is not corrected.",
         f"Diverged: {finding.diverged[0]} of {reference}, {finding.diverged[1]} of L2BN.",
@@ -528,5 +538,5 @@ def _row(claim: Claim, found: Finding, arms: Sequence[Arm], first: RunSet) -> st
         tests.append(f"[{escape_markdown(name.removeprefix('test_').replace('_', ' '))}](../tests/{file})")
     evidence = escape_markdown(found.evidence) + (f" Tested: {', '.join(tests)}." if tests else "")
     these = judge_set(claim.question, first, arms).text if claim.question else NONE
-    these += f", of {first.label}" if these != NONE else ""
+    these = these if these == NONE else escape_markdown(f"{first.label}: {these}")
     return f"| {claim.number} | {escape_markdown(claim.text)} | {found.verdict} | {these} | {evidence} |"

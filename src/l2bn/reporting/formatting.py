@@ -205,12 +205,12 @@ def latex(table: Table) -> str:
 def csv_text(rows: Iterable[Mapping[str, object]], columns: Sequence[str], float_format: str) -> str:
     """The rows as CSV, None as an empty cell.
 
-    Floats are rounded, and to 0 below 1e-15, so that the last bits of another machine's sums change nothing. A text
+    Floats are rounded, and to 0 below 1e-10, so that the last bits of another machine's sums change nothing. A text
     that is not ASCII begins with a byte order mark, without which spreadsheets take UTF-8 for another encoding.
     """
     chosen = map(itemgetter(*columns), rows)
     cells = [
-        [format(round(cell, 15) + 0.0, float_format) if isinstance(cell, float) else cell for cell in row]
+        [format(round(cell, 10) + 0.0, float_format) if isinstance(cell, float) else cell for cell in row]
         for row in chosen
     ]
     text = pd.DataFrame(cells, columns=list(columns), dtype=object).to_csv(index=False, lineterminator="\n")

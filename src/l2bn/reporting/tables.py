@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from l2bn.errors import UserError
-from l2bn.reporting.claims import ACCURATE, MIN_BACKBONES, for_other_networks, judge_set, judged
+from l2bn.reporting.claims import ACCURATE, MIN_BACKBONES, for_other_networks, judge_others, judge_set
 from l2bn.reporting.comparison import FULL_EPOCHS, Arm, Comparison, arms_of, grid, holm_over, other_norms, pooled
 from l2bn.reporting.evidence import BEST, BN, L2BN, Evidence, images_in_words, unlike_code, unlike_devices
 from l2bn.reporting.formatting import (
@@ -221,10 +221,10 @@ def _pooled(rows: Sequence[Comparison]) -> list[str]:
         result = pooled(chosen)
         tail = f"95 % interval {interval(result)}, p {probability(result.p, result)}"
         pairs = sorted({len(row.differences()) for row in chosen})
-        each = f"{pairs[0]} to {pairs[-1]} pairs" if len(pairs) > 1 else plural("pair", pairs[0])
+        each = f"{pairs[0]} to {pairs[-1]} pairs" if len(pairs) > 1 else f"{plural('pair', pairs[0])} each"
         lines.append(
             f"Pooled L2BN − BN, all rows of runs {name}: {signed(result.mean)} points over "
-            f"{plural('data set × backbone cell', result.n)} of {each} that weigh alike; "
+            f"{plural('data set × backbone cell', result.n)}, which weigh alike, from rows of {each}; "
             f"{f'no interval: {result.reason}' if result.low is None else tail}. {_seeds(chosen)}"
         )
     return lines
@@ -335,12 +335,14 @@ def _answer(rows: Sequence[Comparison], run_set: RunSet) -> str:
         pairs = plural("pair", these.overall.n)
         lost = f"diverged: {these.diverged[0]} of BN, {these.diverged[1]} of L2BN"
         spread = "" if these.overall.reason else ", by a spread pooled over the networks"
-        found = f"{these.verdict}: L2BN − BN is {_points(these.overall)}{spread}, n = {pairs}, {lost}"
+        against = f" ({these.against})" if these.against else ""
+        found = f"{these.verdict}{against}: L2BN − BN is {_points(these.overall)}{spread}, n = {pairs}, {lost}"
     networks = f"{len(run_set.backbones)} networks ({', '.join(run_set.backbones)}) on {run_set.label}"
     beyond = f"there is no interval yet ({others.n} of at least {MIN_BACKBONES} networks with {MIN_PAIRS} pairs)"
     if others.mean is not None:
-        verdict = judged(others, ACCURATE.better) or "not decided at this n"
-        beyond = f"it is {verdict}: {_points(others)}, over {plural('network', others.n)} and all their seeds"
+        beyond = (
+            f"it is {judge_others(rows)}: {_points(others)}, over {plural('network', others.n)} and all their seeds"
+        )
     return (
         f"**The claim that L2BN improves accuracy, in {escape_markdown(networks)}, is {found}.** For other "
         f"networks like them, {beyond}. The rule for these networks was fixed before their first run was "

@@ -1,8 +1,9 @@
 """Existing runs and records: trained again, evaluated, analyzed."""
 
+import contextlib
 import logging
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from l2bn.data.cache import expand
 from l2bn.data.loader import Loader
 from l2bn.errors import UserError
 from l2bn.failures import fitting
+from l2bn.processes import available_cores
 from l2bn.records import (
     CONFIG,
     FEATURES,
@@ -64,11 +66,17 @@ def replay(folder: Path, runs_dir: str, root: str | None = None, config_dirs: Se
     or `root`.
     """
     planned = read_run(folder, root, config_dirs, foreign=True)
-    compute = {**planned.config["compute"], "device": "auto", "threads": None}  # those of its machine
+    compute = {**planned.config["compute"], "device": "auto", "threads": _threads(planned)}
     if compute.get("compile") == "graphs" and not torch.cuda.is_available():
         compute["compile"] = "auto"
     own = {"runs_dir": str(expand(runs_dir, "runs_dir")), "compute": compute}
     return run(replace(planned, config={**planned.config, **own}), original=folder)
+
+
+def _threads(planned: PlannedRun) -> int | None:
+    """Return the CPU threads of a run, which change the last bits of sums; None where this machine has fewer."""
+    threads = planned.config["compute"].get("threads")
+    return threads if isinstance(threads, int) and threads <= available_cores() else None
 
 
 def evaluate_run(
@@ -148,7 +156,7 @@ class OpenedRun:
         quieten()
         planned = read_run(folder, root, config_dirs)
         # Only training is worth compiling for.
-        own = {"device": device, "devices": 1, "sync_bn": False, "compile": False, "threads": None}
+        own = {"device": device, "devices": 1, "sync_bn": False, "compile": False, "threads": _threads(planned)}
         precision = planned.config["compute"]["precision"]
         if precision in OF_GPUS and (device == "cpu" or not torch.cuda.is_available()):
             log.warning("%s was trained in %s, which needs a GPU; it is computed in float32", folder, precision)
@@ -173,11 +181,17 @@ class OpenedRun:
         self.load(state)
         classes = self.built.splits.num_classes
         position = state["position"]
-        try:
+        with self._measuring():
             probe = Probe(self.network, self.built.norm_layers, classes)
-            with probe.attached():
-                evaluate(self.network, self.test, classes, self.fabric, probe.expect)
+        with probe.attached():
+            evaluate(self.network, self.test, classes, self.fabric, probe.expect)
+        with self._measuring():
             return collect(probe, self.fabric, position["epoch"], int(position["rows"][-1]["step"]))
+
+    @contextlib.contextmanager
+    def _measuring(self) -> Iterator[None]:
+        try:
+            yield
         except ValueError as error:
             raise UserError(f"{self.folder}: its features cannot be measured: {error}") from error
 

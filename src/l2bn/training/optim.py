@@ -165,8 +165,9 @@ class Recipe:
         """
         factor: object = self.schedule(epoch, self.epochs)
         try:
-            value = float(factor)  # type: ignore[arg-type]  # numpy's own numbers make a checkpoint unreadable
-        except (TypeError, ValueError):
+            # Numpy's own numbers would make a checkpoint unreadable.
+            value = math.nan if isinstance(factor, str) else float(factor)  # type: ignore[arg-type]
+        except (TypeError, ValueError, OverflowError, RuntimeError):
             value = math.nan
         if not 0 <= value < math.inf:
             raise UserError(

@@ -302,6 +302,12 @@ def composing(overrides: Sequence[str] = (), folders: Sequence[Path] = ()) -> It
         for source in hydra.config_loader.get_sources():
             if not source.available():
                 raise UserError(f"hydra.searchpath: there is no folder {source.full_path()}")
+        roots = [str(folder) for folder, source in own_folders().items() if source.is_config(ROOT)]
+        if len(roots) > 1:
+            raise UserError(
+                f"{ROOT}.yaml is in {' and in '.join(roots)}, and the suite's own alone is read: give its values "
+                "in a file of the group experiment"
+            )
         yield hydra, rest
 
 
@@ -473,7 +479,7 @@ class _Planner:
         run = PlannedRun(
             cell=name_cell(resolved, self._defaults[key], chosen),
             config=resolved,
-            files=list(self._files(choices)),
+            files=[f"{ROOT}.yaml", *self._files(choices)],
             folders=list(self._folders),
             overrides=overrides,
             deferred=deferred,
@@ -485,7 +491,7 @@ class _Planner:
         """Yield the YAML file of each choice. Raises UserError where a user's file has the name of another."""
         chosen = {group: choice for group, choice in choices.items() if isinstance(choice, str)}
         names = [f"{group}/{choice}" for group, choice in chosen.items() if not group.startswith("hydra/")]
-        for name in (ROOT, *names):
+        for name in names:
             folders = [str(folder) for folder, source in self._folders.items() if source.is_config(name)]
             if len(folders) > 1:
                 raise UserError(f"{name}.yaml is in {' and in '.join(folders)}; give your own another name")
