@@ -421,6 +421,18 @@ def test_claims_about_features_wait_for_features_and_claim_1_for_its_control(tmp
     assert [cell.backbone for cell in finding.cells] == ["net0", "net1"]
 
 
+def test_a_run_that_lies_there_twice_has_the_features_of_either(tmp_path: Path) -> None:
+    """They may have been measured in a copy alone; the records are met in the order of their folders."""
+    for name in ("a", "b"):
+        for root, measured in (("first", name == "a"), ("second", name == "b")):
+            for norm in ("bn", "l2bn"):
+                record = write_run(tmp_path / name / root, norm=norm, backbone="net0", seed=0, **RUNS)
+                if measured:
+                    write_features(record, within_share=0.3)
+        evidence = read_evidence(tmp_path / name, features=True)
+        assert len(evidence.records) == len(evidence.features) == 2
+
+
 cells = st.lists(
     st.lists(st.floats(-3, 3).map(lambda x: round(x, 2)), min_size=2, max_size=4), min_size=3, max_size=3
 )

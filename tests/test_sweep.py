@@ -463,7 +463,8 @@ def test_a_missing_package_of_a_launcher_is_named(multirun: Sweep, monkeypatch: 
 def test_tasks_that_would_train_one_run_twice_are_refused(key: str, multirun: Sweep) -> None:
     code, printed = multirun(*FOUR, "launcher=slurm", f"hydra.launcher.{key}=2")
     assert code == 1
-    assert f"hydra.launcher.{key} must be 1, not 2" in printed
+    assert f"\nhydra.launcher.{key} must be 1, not 2" in f"\n{printed}"
+    assert "Error in call" not in printed
 
 
 def test_launchers_of_other_packages_are_not_pretended() -> None:

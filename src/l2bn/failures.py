@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
-from hydra.errors import CompactHydraException, HydraException, OverrideParseException
+from hydra.errors import CompactHydraException, HydraException, InstantiationException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
 from l2bn.errors import UserError
@@ -74,6 +74,8 @@ def explain(error: Exception) -> str | None:
         )
     if isinstance(error, CompactHydraException):
         cause = error.__cause__
+        if isinstance(error, InstantiationException) and isinstance(cause, UserError):  # of a launcher
+            return str(cause)
         return f"{error}\n{cause}" if isinstance(cause, OmegaConfBaseException) else str(error)
     if isinstance(error, OSError) and error.filename is not None:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -72,10 +72,9 @@ def _read(
     common: Common,
 ) -> Splits:
     """The splits from the files of both parts; key: of the labels, as in `fine_labels` and `fine_label_names`."""
-    names = load_arrays(folder / meta).get(f"{key}_names")
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+    classes = load_arrays(folder / meta).get(f"{key}_names")
+    if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
         raise UserError(f"{folder / meta} has no {key}_names: it is not the official file; move {folder} away")
-    classes = tuple(names)
     train, test = (_images([folder / name for name in names], f"{key}s", len(classes)) for names in parts)
     md5 = dict([*official.train_list, *official.test_list])
     changed = [name for name in (*parts[0], *parts[1]) if calculate_md5(folder / name) != md5[name]]
@@ -84,7 +83,7 @@ def _read(
     whole = (len(classes), *COUNTS)
     variant = "coarse" if key == "coarse_label" else ""
     return make_splits(
-        train, test, len(classes), 32, classes, whole=whole, intact=not changed, variant=variant, **common
+        train, test, len(classes), 32, tuple(classes), whole=whole, intact=not changed, variant=variant, **common
     )
 
 

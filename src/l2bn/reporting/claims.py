@@ -307,7 +307,7 @@ class SetFinding:
 
     @property
     def against(self) -> str:
-        """What speaks against the side of the interval: a cell significant on the other, or L2BN's divergence.
+        """The objection to the side of the interval: a cell significant on the other, or L2BN's divergence.
 
         Divergence counts for accuracy alone: L2BN must have diverged no more often to be supported, no less often
         to be contradicted.
@@ -410,7 +410,7 @@ def _set_table(finding: SetFinding, overall: Estimate, arms: Sequence[Arm]) -> T
     degrees = sum(max(one.n - 1, 0) for one in finding.estimates)
     notes = [
         f"Measure: {question.text}.",
-        f"All intervals and p here go by s, the deviation pooled within the cells, which the last row gives, with "
+        "All intervals and p here go by s, the deviation pooled within the cells, which the last row gives, with "
         f"{plural('degree', degrees)} of freedom; other tables and figures go by each cell's own deviation, so "
         "their intervals differ. The last p is not corrected.",
         f"Diverged: {finding.diverged[0]} of {reference}, {finding.diverged[1]} of L2BN.",

@@ -489,9 +489,10 @@ class _Planner:
 
     def _files(self, choices: Mapping[str, str | None]) -> Iterator[str]:
         """Yield the YAML file of each choice. Raises UserError where a user's file has the name of another."""
-        chosen = {group: choice for group, choice in choices.items() if isinstance(choice, str)}
-        names = [f"{group}/{choice}" for group, choice in chosen.items() if not group.startswith("hydra/")]
-        for name in names:
+        for group, choice in choices.items():
+            if not isinstance(choice, str) or group.startswith("hydra/"):
+                continue
+            name = f"{group}/{choice}"
             folders = [str(folder) for folder, source in self._folders.items() if source.is_config(name)]
             if len(folders) > 1:
                 raise UserError(f"{name}.yaml is in {' and in '.join(folders)}; give your own another name")
