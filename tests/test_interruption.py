@@ -22,6 +22,7 @@ from conftest import ROOT, TINY, Train, decoding
 from l2bn.errors import UserError
 from l2bn.processes import SIGNALS
 from l2bn.records import Record, read_records
+from l2bn.training import session
 from l2bn.training.checkpoint import Checkpoints
 from l2bn.training.interruption import (
     EXIT_CODE,
@@ -32,6 +33,7 @@ from l2bn.training.interruption import (
     refuse_copies,
     sole_owner,
 )
+from l2bn.training.session import Session
 from test_training import drawn, equal, results, weights
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -271,8 +273,42 @@ def test_after_a_handler_that_returns_the_run_goes_on(tmp_path: Path) -> None:
     assert any(tmp_path.rglob("summary.json"))
 
 
+@pytest.mark.parametrize("analysis", ["off", "on"])
+def test_a_signal_in_an_evaluation_stops_the_run_there(
+    analysis: str, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scheduler may grant less time than an evaluation takes; the run then goes on with the evaluation."""
+    command = (f"analysis={analysis}", "norm=l2bn", "recipe.epochs=2", *TINY)
+    whole = train(*command, f"runs_dir={tmp_path / 'whole'}")
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "EVALUATION_BATCH", 8)  # images, of 128
+        expect, left = Session.watch, iter(range(20))
+
+        @contextlib.contextmanager
+        def told(*given: Any) -> Iterator[Any]:
+            with expect(*given) as before_batch:
+
+                def tell(labels: torch.Tensor) -> None:
+                    if next(left) == 9:
+                        os.kill(os.getpid(), signal.SIGTERM)
+                    before_batch(labels)
+
+                yield tell
+
+        patch.setattr(Session, "watch", told)
+        with pytest.raises(SystemExit) as stopped:
+            train(*command)
+    assert stopped.value.code == EXIT_CODE
+    assert next(left) == 10
+    assert newest(tmp_path / "runs")[0].startswith("epoch0000-step0000008.")
+    resumed = train(*command)
+    assert results(resumed) == results(whole)
+    assert equal(weights(resumed), weights(whole))
+    assert drawn(resumed) == drawn(whole)
+
+
 @pytest.mark.parametrize(("sweep", "code"), [((), 0), (("hydra.mode=MULTIRUN", "seed=0,1"), EXIT_CODE)])
-def test_a_signal_in_the_last_evaluation_stops_the_sweep_behind_it(
+def test_a_signal_at_the_end_of_the_last_evaluation_stops_the_sweep_behind_it(
     sweep: tuple[str, ...], code: int, tmp_path: Path
 ) -> None:
     """The run has only its record left to write; the next one must not begin."""
@@ -280,8 +316,9 @@ def test_a_signal_in_the_last_evaluation_stops_the_sweep_behind_it(
         "import os\nfrom l2bn.training import loop\n"
         "evaluate = loop.evaluate\n"
         "def tell(*arguments):\n"
+        "    found = evaluate(*arguments)\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return evaluate(*arguments)\n"
+        "    return found\n"
         "loop.evaluate = tell\n"
     )
     process = start(tmp_path, *sweep, "norm=bn", "recipe.epochs=1", before=told)

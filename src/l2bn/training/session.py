@@ -5,13 +5,14 @@ import copy
 import functools
 import gc
 import logging
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from l2bn.backbones.cost import count_parameters
@@ -26,7 +27,7 @@ from l2bn.training.compute import Compute
 from l2bn.training.environment import note_start
 from l2bn.training.interruption import EXIT_CODE, Interruption, follow_parent, sole_owner
 from l2bn.training.journal import Journal
-from l2bn.training.loop import DelayedMin, DivergedError, Position, Trainer, forget_peak_memory
+from l2bn.training.loop import BeforeBatch, DelayedMin, DivergedError, Position, Trainer, forget_peak_memory
 from l2bn.training.observation import AnalysisPolicy, Observer
 from l2bn.training.optim import Recipe
 from l2bn.training.plan import PlannedRun
@@ -177,7 +178,7 @@ class Session:
             seed=self.built.run.cell.seed,
             after_step=self.after_step,
             after_epoch=self.after_epoch,
-            watch=self.observer.watch,
+            watch=self.watch,
         )
         divergence = None
         try:
@@ -200,6 +201,23 @@ class Session:
             self.state.save(position)
         if stop:
             self.interruption.leave()
+
+    @contextlib.contextmanager
+    def watch(self, epoch: int) -> Iterator[BeforeBatch]:
+        """Measure features in an evaluation if that is due, and stop between two of its batches if asked to.
+
+        Several processes finish it: they need not have equally many batches at which to agree.
+        """
+        with self.observer.watch(epoch) as expect:
+
+            def before_batch(labels: Tensor) -> None:
+                if self.fabric.world_size == 1 and self._must_stop(0):
+                    self.state.save(self.position)  # after the last step of the epoch
+                    self.interruption.leave()
+                if expect is not None:
+                    expect(labels)
+
+            yield before_batch
 
     def after_epoch(self, position: Position) -> None:
         """Write measurements, checkpoint and metrics, in this order, and stop if asked to."""
