@@ -1,5 +1,6 @@
 """Arms in TensorBoard: one curve per norm and cell, the spread over seeds, and the paired difference."""
 
+import shutil
 import socket
 import subprocess
 import sys
@@ -175,6 +176,10 @@ def test_what_changes_is_written_anew_and_runs_that_have_not_ended_count(tmp_pat
     assert "3 pairs" in texts[f"{CELL}/difference to bn/text_summary"]
     (late / CONFIG).write_text("{")  # no run's folder
     assert board.update()
+    for folder in (tmp_path / "runs").rglob("l2bn"):
+        shutil.rmtree(folder)
+    assert board.update()
+    assert {path.parent.name for path in (tmp_path / "arms").rglob("events*")} == ACCURACIES.keys() - {"l2bn"}
 
 
 def test_what_earlier_updates_wrote_does_not_pile_up(tmp_path: Path) -> None:

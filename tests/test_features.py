@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from l2bn.analysis.features import histogram, measure
+from l2bn.analysis.features import ABOUT_ORIGIN, histogram, measure
 from l2bn.analysis.moments import Moments
 from l2bn.records import BINS_PER_OCTAVE, CLASS_MEASURES, MEASURES
 
@@ -175,11 +175,12 @@ def test_collapsed_classes_reach_the_ends_of_the_ranges() -> None:
     [
         (torch.randn(6, 3), torch.zeros(6, dtype=torch.int64), {"norm_mean", "within_share", "effective_rank"}),
         (torch.zeros(6, 3), torch.arange(6) % 2, {"norm_mean", "class_cosine"}),
+        (torch.ones(1000, 1) * torch.randn(300), torch.arange(1000) % 2, {"norm_mean", *ABOUT_ORIGIN}),
         (torch.randn(1, 3), torch.zeros(1, dtype=torch.int64), {"norm_mean", "class_cosine"}),
         (torch.tensor([[1.0], [math.nan]]), torch.arange(2), set()),
         (torch.tensor([[1.0], [math.inf]]), torch.arange(2), set()),
     ],
-    ids=["one class", "all zero", "one image", "nan", "infinite"],
+    ids=["one class", "all zero", "all equal", "one image", "nan", "infinite"],
 )
 def test_what_is_not_defined_is_none_and_nothing_raises(
     features: Tensor, labels: Tensor, defined: set[str]
@@ -188,13 +189,14 @@ def test_what_is_not_defined_is_none_and_nothing_raises(
     assert found.keys() == set(MEASURES)
     assert defined <= {name for name, value in found.items() if value is not None}
     assert all(value is None or math.isfinite(value) for value in found.values())
-    assert found["angle_mean"] is None
+    assert found["angle_mean"] is None or defined >= set(ABOUT_ORIGIN)
     assert found["nc1"] is None
+    assert found["within_share"] is None or "within_share" in defined
 
 
 # ---- Properties ---------------------------------------------------------------------------------------------
 
-SHIFTED = tuple(name for name in CLASS_MEASURES if name not in ("class_cosine", "angle_mean", "angle_min"))
+SHIFTED = tuple(name for name in CLASS_MEASURES if name not in ABOUT_ORIGIN)
 
 
 def rotated(features: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from l2bn import L2BatchNorm1d, L2BatchNorm2d, L2BatchNorm3d
 from l2bn.norms import l2bn_detached
 from l2bn.norms.l2bn import L2BatchNormAct2d, convert
+from l2bn.norms.l2bn_mean_norm import DivideByMeanNorm
 from l2bn.norms.sync import convert_sync
 
 SHARES = [(5, 7), (1, 11), (0, 12)]  # samples of the two ranks: unequal, so that means must be weighted
@@ -102,6 +103,10 @@ def rank(rank: int, folder: str) -> None:
     positions = L2BatchNorm2d(4, fused="off")
     convert_sync(positions)
     results["one value a channel"] = positions(torch.randn(1, 4, 1, 1)).isfinite().all()
+    step = DivideByMeanNorm(0.1)
+    step(torch.zeros(0, 4, 5, 3) if rank == 0 else torch.ones(2, 4, 5, 3))  # a rank may be without samples
+    step(joint_batch("contiguous")[0].split((5, 7))[rank])
+    results["mean norm"] = step.running_norm
     results["refused"] = [refusal(*case) for case in REFUSED]
     model = DistributedDataParallel(small_net())
     x, _ = joint_batch("contiguous")
@@ -161,6 +166,15 @@ def test_second_derivatives_equal_one_process_with_the_joint_batch(
 
 def test_one_value_a_channel_is_enough_where_other_ranks_have_values(ranks: list[dict]) -> None:
     assert all(r["one value a channel"] for r in ranks)
+
+
+def test_the_mean_norm_is_that_of_all_ranks(ranks: list[dict]) -> None:
+    """Unlike running statistics it is used in training, so that it must not depend on the rank."""
+    step = DivideByMeanNorm(0.1)
+    step(torch.ones(2, 4, 5, 3))
+    step(joint_batch("contiguous")[0])
+    assert torch.equal(ranks[0]["mean norm"], ranks[1]["mean norm"])
+    torch.testing.assert_close(ranks[0]["mean norm"], step.running_norm)
 
 
 def test_what_the_layer_refuses_its_synchronised_form_refuses(ranks: list[dict]) -> None:

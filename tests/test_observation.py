@@ -20,7 +20,8 @@ from conftest import QUIET, ROOT, TINY, Train
 from l2bn.analysis.probe import Probe
 from l2bn.errors import UserError
 from l2bn.norms.swap import norm_layers, swap_norm
-from l2bn.records import FEATURES, SAMPLE, STATISTICS, Record, read_features, read_sample, read_statistics
+from l2bn.records import FEATURES, METRICS, SAMPLE, STATISTICS, Record, read_features, read_sample, read_statistics
+from l2bn.training import observation
 from l2bn.training.checkpoint import Checkpoints
 from l2bn.training.existing import analyze
 from l2bn.training.journal import Journal
@@ -228,6 +229,17 @@ def test_by_batch_statistics_is_as_in_training_but_for_dropout_and_nothing_moves
     assert all(module.training for module in model.modules())
 
 
+def test_the_comparison_is_no_time_of_training(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slowly(*given: Any) -> Any:
+        time.sleep(2.5)
+        return compare_statistics(*given)
+
+    monkeypatch.setattr(observation, "compare_statistics", slowly)
+    record = train("recipe.epochs=1", *TINY, "analysis=statistics", "analysis.statistics_every=4")
+    assert len(read_statistics(record.folder)) == 2
+    assert record.seconds < 2.5
+
+
 def test_at_the_start_evaluation_lags_behind_batch_statistics(train: Train) -> None:
     """The running variance of a unit L2BN starts far above that of its features."""
     options = ("norm=l2bn", "recipe.epochs=1", "progress=false", "dataset.subset=700")
@@ -269,6 +281,19 @@ def test_the_script_prints_a_line_for_each_layer(
         assert f" {layer['input']['norm_cv']:.3f} " in printed.out
     assert f"{row['penultimate']['within_share']:.3f}" in printed.out.split("penultimate")[1]
     assert max(map(len, printed.out.splitlines())) <= 110
+
+
+def test_an_epoch_that_a_crash_kept_out_of_the_metrics_is_analyzed_too(train: Train) -> None:
+    """The checkpoint of an epoch is written before its line."""
+    record = train(EPOCHS, *TINY)
+    before = (record.folder / METRICS).read_text()
+    (record.folder / METRICS).write_text(before.splitlines(keepends=True)[0])
+    (record.folder / "summary.json").unlink()
+    rows = analyze(record.folder)
+    assert [row["epoch"] for row in rows] == [2]
+    assert read_features(record.folder) == rows
+    assert (record.folder / SAMPLE).exists()
+    assert (record.folder / METRICS).read_text() == before
 
 
 def test_what_cannot_be_analyzed_is_named(train: Train, tmp_path: Path) -> None:

@@ -77,6 +77,16 @@ class Spare(Unused):
         super().__init__(num_classes)
         self.spare = nn.Linear(2, num_classes)
 
+class Rows(nn.Module):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(2))
+        self.head = nn.Linear(4, num_classes)
+
+    def forward(self, x):
+        tokens = self.stem(x).mT
+        return self.head(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2]).mean(1)
+
 class Wrong(Flat):
     def forward(self, x):
         return self.tail(x)
@@ -288,6 +298,8 @@ def test_own_parts_are_trained_and_opened_again(launcher: str, mine: Path, tmp_p
         ("Auxiliary", ["norm=bn"], r"in training the network returns tuple, not \(\d+, 10\)"),
         ("Unused", ["norm=bn", "compute.devices=2"], "no gradient reaches spare.weight, spare.bias"),
         ("Unused", ["norm=bn"], ""),
+        ("Rows", ["norm=bn", "analysis=on"], "analysis: head would be the classifier.*several rows for an image"),
+        ("Rows", ["norm=l2bn"], ""),
         ("Spare", ["norm=bn", "analysis=on"], "analysis: spare would be the classifier.*does not run"),
         ("Wrong", ["norm=bn"], "images of 32 x 32 pixels: AttributeError: 'Wrong' object has no attribute 'tail'"),
         ("ByFour", ["norm=bn"], ""),

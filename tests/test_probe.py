@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from l2bn import swap_norm
 from l2bn.analysis.features import measure
 from l2bn.analysis.moments import Moments
-from l2bn.analysis.probe import SAMPLED_IMAGES, Probe, _warn_of_rows, classifier, shrink
+from l2bn.analysis.probe import SAMPLED_CLASSES, SAMPLED_IMAGES, Probe, _warn_of_rows, classifier, shrink
 from l2bn.backbones.resnet import cifar_resnet
 from l2bn.norms.swap import norm_layers
-from l2bn.records import FeatureRow, Sample
+from l2bn.records import CLASS_MEASURES, FeatureRow
 
 K = 3
 
@@ -123,6 +123,37 @@ def test_a_layer_over_tokens_is_left_out(caplog: pytest.LogCaptureFixture) -> No
     ]
 
 
+class OfTokens(nn.Module):
+    """Classifies each of 36 tokens of an image, and takes the mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(2))
+        self.head = nn.Linear(4, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.stem(x).mT).mean(1)
+        return logits
+
+
+def test_features_of_a_classifier_over_tokens_are_their_mean() -> None:
+    model = OfTokens().eval()
+    x, labels = images(40)
+    with torch.no_grad():
+        features = model.stem(x).mean(2)
+    moments = Moments.zeros(K, 4, features.device)
+    moments.add(features, labels)
+    probe = look(model, x, labels)
+    expected = measure(moments)
+    found = probe.row(1, 1)["penultimate"]
+    assert {name: found[name] for name in CLASS_MEASURES} == pytest.approx(
+        {name: expected[name] for name in CLASS_MEASURES}, rel=1e-4
+    )
+    sample = probe.sample()
+    assert sample is not None
+    torch.testing.assert_close(torch.from_numpy(sample.features), features)
+
+
 def test_it_holds_sums_and_not_images() -> None:
     model = small_net()
 
@@ -139,12 +170,25 @@ def test_the_sample_is_the_first_images_of_each_class_in_their_order() -> None:
     model = small_net()
     x, labels = images(400)
     sample = look(model, x, labels).sample()
+    assert sample is not None
     first = torch.cat([(labels == k).nonzero().flatten()[:SAMPLED_IMAGES] for k in range(K)]).sort().values
     assert len(sample.labels) == K * SAMPLED_IMAGES
     assert torch.equal(torch.from_numpy(sample.labels), labels[first])
     with torch.no_grad():
         expected = model[3][:4](model[2](model[1](model[0](x))))[first]
     torch.testing.assert_close(torch.from_numpy(sample.features), expected)
+
+
+def test_test_images_of_later_classes_alone_give_no_sample() -> None:
+    model = small_net()
+    model[3][4] = nn.Linear(8, SAMPLED_CLASSES + 2)
+    probe = Probe(model, norm_layers(model), SAMPLED_CLASSES + 2)
+    x, labels = images(8)
+    with torch.inference_mode(), probe.attached():
+        probe.expect(SAMPLED_CLASSES + labels % 2)
+        model(x)
+    assert probe.row(1, 1)["images"] == 8
+    assert probe.sample() is None
 
 
 # ---- The penultimate features -------------------------------------------------------------------------------
@@ -226,6 +270,7 @@ def see_a_share(rank: int, folder: str) -> None:
                 model(some[own])
         probe.join()
     sample = probe.sample()
+    assert sample is not None
     torch.save((probe.row(1, 9), sample.features, sample.labels), f"{folder}/{rank}")
     dist.destroy_process_group()
 
@@ -234,7 +279,8 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     model = small_net()
     whole = look(model, *images(401), batch=50)
     mp.spawn(see_a_share, (str(tmp_path),), nprocs=2)
-    sample: Sample = whole.sample()
+    sample = whole.sample()
+    assert sample is not None
     for rank in range(2):
         row, features, labels = torch.load(tmp_path / str(rank), weights_only=False)
         assert flat(row) == pytest.approx(flat(whole.row(1, 9)), rel=1e-4)

@@ -80,10 +80,10 @@ def test_weights_that_are_no_result_are_evaluated_with_a_warning(
 
 
 def test_weights_of_an_earlier_epoch_are_no_result(train: Train, caplog: pytest.LogCaptureFixture) -> None:
-    record = train("recipe.epochs=2", *TINY)
+    record = train("recipe.epochs=2", "checkpoint.every_steps=4", *TINY)
     max((record.folder / "checkpoints").iterdir()).unlink()
     evaluate_run(record.folder)
-    assert "lacks the checkpoint at its end: its last weights, those after 1 of 2 epochs" in caplog.text
+    assert "lacks the checkpoint at its end: its last weights, those after 1 of 2 epochs and 4 steps," in caplog.text
 
 
 @pytest.mark.parametrize("again", ["evaluate", "analyze", "replay"])
@@ -126,6 +126,11 @@ def test_the_paths_of_a_replay_are_those_of_the_composed_data_set(
     run = train_in(tmp_path / "runs", *options, "recipe.batch_size=8", "progress=false", folders=[own])
     record = publish(run.folder, tmp_path / "records")
     assert results(replay(record, str(tmp_path / "again"), config_dirs=[own])) == results(run)
+    text = (own / "dataset" / "mine.yaml").read_text()
+    (own / "dataset" / "mine.yaml").write_text(text.partition("root")[0])
+    with pytest.raises(UserError, match=r"dataset\.root: .*; give --root"):
+        replay(record, str(tmp_path / "third"), config_dirs=[own])
+    (own / "dataset" / "mine.yaml").write_text(text)
     monkeypatch.delenv("IMAGES")
     with pytest.raises(UserError, match=r"dataset\.root: .*'IMAGES' not found\"; give --root"):
         replay(record, str(tmp_path / "third"), config_dirs=[own])

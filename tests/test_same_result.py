@@ -91,7 +91,7 @@ def trainer(
     placing: Compute,
     net: Net,
     lr: float,
-    after_step: Callable[[Position], None] = lambda _: None,
+    after_step: Callable[[Position], float] = lambda _: 0.0,
 ) -> Losses:
     data = splits()
     loader = training_loader(

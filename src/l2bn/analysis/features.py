@@ -26,9 +26,9 @@ With class means mu_k = mean z, s_k^2 = mean ||z - mu_k||^2 over the images of c
                         sigma_i the singular values of the centred features
 
 Small is compact: within_share, nc1, cdnv (and a class_cosine near 1). Large is separated: the angles, distance,
-fisher. All variances are biased (1/N). norm_cv^2 = norm_cv_within^2 + norm_cv_between^2. All but class_cosine and
-the two angles about the origin stay as they are when the features are shifted; all of CLASS_MEASURES when they
-are multiplied by a number; fisher under every invertible linear map. nc1 and fisher mean little where N - K is
+fisher. All variances are biased (1/N). norm_cv^2 = norm_cv_within^2 + norm_cv_between^2. Of CLASS_MEASURES all but
+those ABOUT_ORIGIN stay as they are when the features are shifted, all of them when they are multiplied by a number;
+fisher under every invertible linear map. nc1 and fisher mean little where N - K is
 not far above d.
 
 Sources: nc1 Papyan, Han and Donoho, PNAS 117 (2020) 24652, arXiv:2008.08186; cdnv Galanti, György and Hutter,
@@ -49,10 +49,16 @@ import torch
 from torch import Tensor
 
 from l2bn.analysis.moments import OCTAVES, Moments
-from l2bn.records import BINS_PER_OCTAVE, MEASURES, Measures
+from l2bn.records import BINS_PER_OCTAVE, CLASS_MEASURES, MEASURES, Measures
 
 RANK_TOLERANCE = 1e-10
 """Eigenvalues of a covariance below this share of the largest count as 0 where one is inverted."""
+
+
+ABOUT_ORIGIN = ("class_cosine", "angle_mean", "angle_min")
+
+LEAST_SPREAD = 1e-12
+"""tr S_T below this share of mean ||z||^2, a deviation of 17 roundings of float32, is taken for 0."""
 
 
 def measure(moments: Moments) -> Measures:
@@ -61,6 +67,9 @@ def measure(moments: Moments) -> Measures:
         return dict.fromkeys(MEASURES)
     geometry = Geometry(moments)
     values = {name: float(_FORMULAS[name](geometry)) for name in MEASURES}
+    # As of a network that puts out the same for all images.
+    if geometry.total <= LEAST_SPREAD * geometry.mean_square:
+        values |= {name: math.nan for name in CLASS_MEASURES if name not in ABOUT_ORIGIN}
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
@@ -89,6 +98,8 @@ class Geometry:
         self.centred = self.means - self.mean  # (K, d)
         spread = m.squares[there] / self.counts - self.means.square().sum(1)
         self.spreads = spread.clamp_min(0)  # (K,) s_k^2
+        self.total = self.shares @ (self.spreads + self.centred.square().sum(1))  # tr S_T
+        self.mean_square = m.squares.sum() / self.n  # mean ||z||^2
 
     @cached_property
     def within(self) -> Tensor:
@@ -104,8 +115,7 @@ class Geometry:
     def pairs(self) -> tuple[Tensor, Tensor]:
         """||mu_k - mu_l||^2 and (s_k^2 + s_l^2) / 2 of all pairs k < l."""
         i, j = torch.triu_indices(len(self.means), len(self.means), 1)
-        apart = torch.cdist(self.means, self.means, compute_mode="donot_use_mm_for_euclid_dist").square()
-        return apart[i, j], (self.spreads[i] + self.spreads[j]) / 2
+        return torch.pdist(self.means).square(), (self.spreads[i] + self.spreads[j]) / 2
 
 
 NOT_DEFINED = torch.tensor(math.nan)
@@ -141,8 +151,7 @@ def class_cosine(g: Geometry) -> Tensor:
 
 
 def within_share(g: Geometry) -> Tensor:
-    within, between = g.shares @ g.spreads, g.shares @ g.centred.square().sum(1)
-    return within / (within + between)
+    return g.shares @ g.spreads / g.total
 
 
 # ---- Separation -------------------------------------------------------------------------------------------
@@ -152,10 +161,8 @@ def angles(means: Tensor) -> Tensor:
     """Degrees between the rows of (K, d), each pair once; rows of length 0 have none."""
     length = torch.linalg.vector_norm(means, dim=1, keepdim=True)
     unit = (means / length)[length.squeeze(1) > 0]
-    i, j = torch.triu_indices(len(unit), len(unit), 1)
     # Half the chord is the sine of half the angle; a cosine would lose the digits of small angles.
-    chord = torch.linalg.vector_norm(unit[i] - unit[j], dim=1)
-    return torch.rad2deg(2 * torch.asin((chord / 2).clamp_max(1)))
+    return torch.rad2deg(2 * torch.asin((torch.pdist(unit) / 2).clamp_max(1)))
 
 
 def angle_mean(g: Geometry) -> Tensor:

@@ -81,9 +81,11 @@ class Probe:
         return see
 
     def _see_penultimate(self, _: nn.Module, given: tuple[Tensor, ...], __: Tensor) -> None:
-        self._add(("penultimate", SIDES[0]), given[0])
+        # (N, d), or (N, ..., d) where the layer runs at several places of an image.
+        features = given[0].movedim(-1, 1) if isinstance(self._classifier, nn.Linear) else given[0]
+        self._add(("penultimate", SIDES[0]), features)
         if min(self._sampled[:SAMPLED_CLASSES]) < SAMPLED_IMAGES:
-            self._take_sample(pooled(given[0]), self._labels)
+            self._take_sample(pooled(features), self._labels)
 
     def _add(self, place: tuple[str, str], features: Tensor) -> None:
         if place not in self._sums:
@@ -133,8 +135,13 @@ class Probe:
             **{side: _rounded(measure(sums)) for side, sums in sides.items()},
         }
 
-    def sample(self) -> Sample:
-        """Penultimate features of the first images of each of the first classes, in the order of the test set."""
+    def sample(self) -> Sample | None:
+        """Penultimate features of the first images of each of the first classes, in the order of the test set.
+
+        None if the test set has no image of these classes.
+        """
+        if not self._pieces:
+            return None
         pieces = sorted(self._pieces, key=lambda piece: piece[:2])
         features, labels = torch.cat([piece[2] for piece in pieces]), torch.cat([piece[3] for piece in pieces])
         places = torch.cat([(labels == k).nonzero()[:SAMPLED_IMAGES] for k in range(SAMPLED_CLASSES)])

@@ -194,7 +194,7 @@ def trainer_of(workload: Workload, model: nn.Module, learning: Recipe, placing: 
         test=evaluation_loader(splits.test, batch_size=256, **options),
         classes=CLASSES,
         seed=seed,
-        after_step=lambda _: None,
+        after_step=lambda _: 0.0,
         after_epoch=lambda _: None,
     )
 

@@ -8,10 +8,11 @@ L2BN has over it comes from equal norms and their gradient.
 
 r is a buffer, so the state dict is not BN's. It is used in training too, constant to the gradient, and updated
 before: cumulatively through the first 1/momentum batches, since a start at any fixed number would be far off,
-then by momentum.
+then by momentum. The processes of a distributed training update it by the mean over all their samples.
 """
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -51,12 +52,20 @@ class DivideByMeanNorm(nn.Module):
 
     def forward(self, x: Tensor, scale: Scale = "unit") -> Tensor:
         """(N, ...) to the same."""
-        if self.training and x.numel():  # the mean of no norms is no number
+        if self.training:
             self._track(x.detach())
         return x * (target_norm(x, scale) / self.running_norm.clamp_min(TINY))
 
     def _track(self, x: Tensor) -> None:
-        norm = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim))).mean()
+        norms = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)))
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            total = torch.stack([norms.sum(), norms.new_full((), len(norms))])
+            dist.all_reduce(total)
+            norm = total[0] / total[1]
+        elif x.numel():
+            norm = norms.mean()
+        else:  # the mean of no norms is no number
+            return
         self.num_batches_tracked.add_(1)
         share = 1.0 / self.num_batches_tracked
         if self.momentum is not None:

@@ -55,9 +55,10 @@ class Run:
 def find_runs(root: Path) -> list[Run]:
     """Every run under a folder that has finished an epoch and not diverged, each cell, norm and seed once.
 
-    Of a run that lies there twice, as one and its replay, the longer is taken. Other folders are passed over.
+    Of a run that lies there twice, as one and its replay, the longer is taken, or the one with more features. Other
+    folders are passed over.
     """
-    longest: dict[tuple[Cell, str, int], tuple[int, Run]] = {}
+    longest: dict[tuple[Cell, str, int], tuple[tuple[int, int], Run]] = {}
     for path in files_under(root, METRICS):
         try:
             config = yaml.safe_load((path.parent / CONFIG).read_text())
@@ -77,8 +78,9 @@ def find_runs(root: Path) -> list[Run]:
                 value = measure(row, quantity) if quantity.startswith("penultimate") else row[quantity]
                 if value is not None:
                     curves[quantity][row["epoch"]] = value
-        if len(rows) > longest.get((cell, norm, seed), (0,))[0] and not diverged:
-            longest[cell, norm, seed] = len(rows), Run(title(cell), norm, seed, curves)
+        length = len(rows), len(features)
+        if length > longest.get((cell, norm, seed), ((0, 0),))[0] and not diverged:
+            longest[cell, norm, seed] = length, Run(title(cell), norm, seed, curves)
     return [run for _, run in longest.values()]
 
 
@@ -135,7 +137,11 @@ class Board:
         curves, texts = curves_of(find_runs(self._root)), texts_of(read_evidence(self._root))
         if self._written == (curves, texts):
             return False
-        for norm in dict.fromkeys(norm for norm, *_ in (*curves, *texts)):
+        norms = dict.fromkeys(norm for norm, *_ in (*curves, *texts))
+        for path in self._out.glob("*/events.out.tfevents.*"):
+            if path.parent.name not in norms:  # its runs have gone
+                path.unlink()
+        for norm in norms:
             self._write(
                 norm,
                 {(cell, quantity): curve for (one, cell, quantity), curve in curves.items() if one == norm},

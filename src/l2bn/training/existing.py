@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from l2bn.records import (
     METRICS,
     FeatureRow,
     InvalidRecordError,
+    Metrics,
     Record,
     Sample,
     read_metrics,
@@ -92,7 +93,7 @@ def evaluate_run(
     if state is None:
         raise UserError(f"{folder} has no checkpoint to evaluate")
     opened.load(state)
-    done, epochs = state["position"]["epoch"], opened.built.recipe.epochs
+    done, step, epochs = state["position"]["epoch"], state["position"]["step"], opened.built.recipe.epochs
     record = read_record(folder)
     reason = ""
     if record is None:
@@ -102,9 +103,8 @@ def evaluate_run(
     elif done < epochs:
         reason = "lacks the checkpoint at its end"
     if reason:
-        log.warning(
-            "%s %s: its last weights, those after %d of %d epochs, are no result", folder, reason, done, epochs
-        )
+        at = f"after {done} of {epochs} epochs" + (f" and {step} steps" if step else "")
+        log.warning("%s %s: its last weights, those %s, are no result", folder, reason, at)
     return evaluate(opened.network, opened.test, opened.built.splits.num_classes, opened.fabric)
 
 
@@ -126,16 +126,18 @@ def analyze(
     opened = OpenedRun.open(folder, device, root, config_dirs)
     with sole_owner(folder):
         found = []
+        epochs: list[Metrics] = []
         for _, state in opened.checkpoints.intact(opened.fabric.device):
             if state["position"]["step"] == 0:  # after a whole epoch
                 found.append(opened.measure(state))
+                epochs = max(epochs, state["position"]["rows"], key=len)
                 if not every_checkpoint:
                     break
         if not found:
             raise UserError(f"{folder} has no checkpoint after an epoch to analyze")
         rows = [row for row, _ in reversed(found)]
         kept = opened.built.analysis.sample and rows[-1]["epoch"] == opened.built.recipe.epochs
-        _write_measures(opened.built.run.cell, folder, rows, found[0][1] if kept else None)
+        _write_measures(opened.built.run.cell, folder, epochs, rows, found[0][1] if kept else None)
     return rows
 
 
@@ -176,7 +178,7 @@ class OpenedRun:
         with fitting(self.folder):
             self.network.load_state_dict(state["model"])
 
-    def measure(self, state: dict[str, Any]) -> tuple[FeatureRow, Sample]:
+    def measure(self, state: dict[str, Any]) -> tuple[FeatureRow, Sample | None]:
         """Return the features of a checkpoint on the test images, as a row and a sample."""
         self.load(state)
         classes = self.built.splits.num_classes
@@ -196,11 +198,16 @@ class OpenedRun:
             raise UserError(f"{self.folder}: its features cannot be measured: {error}") from error
 
 
-def _write_measures(cell: Cell, folder: Path, rows: list[FeatureRow], sample: Sample | None) -> None:
-    """Merge the lines into those of the run, and draw all of them again."""
+def _write_measures(
+    cell: Cell, folder: Path, epochs: list[Metrics], rows: list[FeatureRow], sample: Sample | None
+) -> None:
+    """Merge the lines into those of the run, and draw all of them again.
+
+    epochs: the metrics in the checkpoints. The file has an epoch less if the run was cut off between the two.
+    """
     try:
         before, _ = records.keep_measurements(folder, math.inf)
-        metrics = read_metrics(folder / METRICS)
+        metrics = max(read_metrics(folder / METRICS), epochs, key=len)
     except InvalidRecordError as error:
         raise UserError(f"{folder}: {error}") from error
     record = read_record(folder)
@@ -245,13 +252,13 @@ def read_run(
     return planned
 
 
-def _machine_paths(dataset: str, keys: Collection[str]) -> dict[str, Any]:
+def _machine_paths(dataset: str, keys: Set[str]) -> dict[str, Any]:
     """Return those of the keys to which the YAML file of a data set, if there is one, gives a value."""
     if not any(source.is_config(f"dataset/{dataset}") for source in own_folders().values()):
         return {}
     node = compose(ROOT, [f"dataset={dataset}"]).dataset
     try:
-        return {key: node[key] for key in keys if key in node}
+        return {key: node[key] for key in keys & node.keys()}  # also one without a value, which raises
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {str(error.msg).splitlines()[0]}; give --root") from None
 

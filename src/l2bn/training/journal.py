@@ -2,7 +2,7 @@
 
 TensorBoard draws one chart per tag, over all selected runs. The tags of the custom scalars tab therefore name data
 set, backbone and recipe, with the values overridden in them, so that each chart shows all norms and seeds of one
-comparison and nothing else.
+comparison. Runs of another precision or number of devices, which lie in other folders, share it.
 """
 
 import os

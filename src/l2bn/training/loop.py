@@ -135,6 +135,7 @@ class Trainer:
 
     model: the network as Fabric trains it, with its precision and all-reduced gradients.
     after_step, after_epoch: called with the position just reached, to write a checkpoint, show progress or leave.
+        `after_step` returns the seconds that it has measured, which are no time of training.
     watch: the context of an evaluation, given the epochs completed, to measure features.
     """
 
@@ -147,7 +148,7 @@ class Trainer:
     test: Loader
     classes: int
     seed: int
-    after_step: Callable[[Position], None]
+    after_step: Callable[[Position], float]
     after_epoch: Callable[[Position], None]
     watch: Callable[[int], contextlib.AbstractContextManager[BeforeBatch | None]] = unwatched
 
@@ -212,7 +213,7 @@ class Trainer:
                 bad_step = first_bad_step(totals.bad_step)
                 if bad_step is not None and math.isfinite(bad_step):
                     raise DivergedError.at(epoch, bad_step)
-            self.after_step(position)
+            clock += self.after_step(position)
         totals = totals.joined(self.fabric)
         totals.raise_if_diverged(epoch)
         position.seconds += time.perf_counter() - clock

@@ -4,7 +4,8 @@ They do not change what the run computes, and are no part of its identity.
 """
 
 import math
-from collections.abc import Callable, Container, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -50,10 +51,12 @@ class AnalysisPolicy:
         return every > 0 and (epoch == epochs or epoch % every == 0)
 
 
-def check_observable(policy: AnalysisPolicy, model: nn.Module, classes: int, run: Container[nn.Module]) -> None:
+def check_observable(
+    policy: AnalysisPolicy, model: nn.Module, classes: int, batches: Mapping[nn.Module, set[int]]
+) -> None:
     """Raise UserError if features are to be measured and the model has no classifier to find them by.
 
-    run: the layers that run in an evaluation.
+    batches: the layers that run in an evaluation, with the batch sizes that each puts out for one image.
     """
     if policy.every == 0:
         return
@@ -61,11 +64,12 @@ def check_observable(policy: AnalysisPolicy, model: nn.Module, classes: int, run
         found = classifier(model, classes)
     except ValueError as error:
         raise UserError(f"analysis: {error}; take analysis=off") from error
-    if found not in run:
+    fault = "does not run in evaluation" if found not in batches else "gets several rows for an image"
+    if batches.get(found) != {1}:
         name = next(name for name, layer in model.named_modules() if layer is found)
         raise UserError(
-            f"analysis: {name} would be the classifier, whose input is measured, but does not run in evaluation; "
-            "make it the last linear layer that does, or take analysis=off"
+            f"analysis: {name} would be the classifier, whose input is measured, but {fault}; make it the last "
+            "linear layer that runs once for an image, or take analysis=off"
         )
 
 
@@ -88,7 +92,7 @@ class Observer:
     epochs: int
     steps: int
     journal: Journal | None
-    _found: tuple[FeatureRow, Sample] | None = field(default=None, init=False)
+    _found: tuple[FeatureRow, Sample | None] | None = field(default=None, init=False)
 
     @contextmanager
     def watch(self, epoch: int) -> Iterator[BeforeBatch | None]:
@@ -109,17 +113,22 @@ class Observer:
             self.journal.append_features(row, sample if kept else None)
         self._found = None
 
-    def after_step(self, position: Position) -> None:
-        """Compare running and batch statistics, if that is due."""
+    def after_step(self, position: Position) -> float:
+        """Compare running and batch statistics, if that is due; return the seconds that it took."""
         update = position.epoch * self.steps + position.step
-        if update <= self.policy.statistics_until and update % self.policy.statistics_every == 0:
-            row = compare_statistics(self.network, self.layers, self.classes, self.shuffled(), self.fabric, update)
-            if self.journal:
-                self.journal.append_statistics(row)
+        if update > self.policy.statistics_until or update % self.policy.statistics_every:
+            return 0.0
+        if self.fabric.device.type == "cuda":
+            torch.cuda.synchronize(self.fabric.device)  # the steps under way are no part of it
+        began = time.perf_counter()
+        row = compare_statistics(self.network, self.layers, self.classes, self.shuffled(), self.fabric, update)
+        if self.journal:
+            self.journal.append_statistics(row)
+        return time.perf_counter() - began
 
 
 @torch.inference_mode()
-def collect(probe: Probe, fabric: Fabric, epoch: int, step: int) -> tuple[FeatureRow, Sample]:
+def collect(probe: Probe, fabric: Fabric, epoch: int, step: int) -> tuple[FeatureRow, Sample | None]:
     """Return the measurements of a probe, joined over all processes, as a row and a sample."""
     if fabric.world_size > 1:
         probe.join()

@@ -192,15 +192,16 @@ class Session:
             self.journal.conclude(record)
             record.write()
 
-    def after_step(self, position: Position) -> None:
-        """Measure, write a checkpoint if it is due, and stop if asked to."""
+    def after_step(self, position: Position) -> float:
+        """Measure, write a checkpoint if it is due, and stop if asked to; return the seconds of measuring."""
         self.display.step(position.epoch, position.step, position.seconds)
-        self.observer.after_step(position)
+        measuring = self.observer.after_step(position)
         stop = self._must_stop(position.step)
         if stop or (position.step < self.steps and self.built.checkpoint.due(position.step)):
             self.state.save(position)
         if stop:
             self.interruption.leave()
+        return measuring
 
     @contextlib.contextmanager
     def watch(self, epoch: int) -> Iterator[BeforeBatch]:
