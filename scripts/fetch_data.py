@@ -60,8 +60,8 @@ def draw(splits: Splits, classes: Sequence[str], file: Path) -> None:
     figure = Figure(figsize=(2.6 * len(classes), 2.8), layout="constrained")
     for panel, name in zip(figure.subplots(1, len(classes), squeeze=False)[0], classes, strict=True):
         if name not in splits.classes:
-            known = ", ".join(splits.classes[:10])
-            raise UserError(f"--classes: {splits.label} has no class {name}; it has {known}, ...")
+            known = ", ".join(splits.classes[:10]) + (", ..." if len(splits.classes) > 10 else "")
+            raise UserError(f"--classes: {splits.label} has no class {name}; it has {known}")
         found = (splits.train.labels == splits.classes.index(name)).nonzero()
         if not len(found):
             raise UserError(f"--classes: {splits.label} has no training image of {name}")
@@ -69,7 +69,8 @@ def draw(splits: Splits, classes: Sequence[str], file: Path) -> None:
         panel.set_title(name.replace("_", " "), fontsize=9)
         panel.set_axis_off()
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=150, metadata={"Software": None})
+    metadata = {"Software": None} if file.suffix == ".png" else None  # no version in the file
+    figure.savefig(file, dpi=150, metadata=metadata)
 
 
 if __name__ == "__main__":

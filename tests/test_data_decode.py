@@ -64,16 +64,36 @@ def test_a_range_that_the_file_states_is_used(tags: dict[int, Any]) -> None:
     np.testing.assert_array_equal(decoded(content)[..., 0], RAMP)
 
 
-def tiff_of_12_bits(values: np.ndarray[Any, Any]) -> bytes:
-    """An uncompressed TIFF that packs two values of 12 bits into three bytes, as cameras write it."""
-    pairs = values.reshape(-1, 2).astype(np.uint32)
-    packed = (pairs[:, 0] << 12 | pairs[:, 1]).astype(">u4").view(np.uint8).reshape(-1, 4)[:, 1:].tobytes()
-    height, width = values.shape
-    tags = [(256, width), (257, height), (258, 12), (259, 1), (262, 1), (273, 8), (278, height), (279, len(packed))]
+def tiff(shape: tuple[int, int], bits: int, packed: bytes, white_is_zero: bool = False, kind: int = 1) -> bytes:
+    """An uncompressed gray TIFF; `kind` is 1 for unsigned values, 2 for signed ones."""
+    height, width = shape
+    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, 0 if white_is_zero else 1), (273, 8)]
+    tags += [(278, height), (279, len(packed)), (339, kind)]
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
     return (
         b"II*\0" + struct.pack("<I", 8 + len(packed)) + packed + struct.pack("<H", len(tags)) + entries + bytes(4)
     )
+
+
+def tiff_of_12_bits(values: np.ndarray[Any, Any]) -> bytes:
+    """Two values of 12 bits in three bytes, as cameras write them."""
+    pairs = values.reshape(-1, 2).astype(np.uint32)
+    packed = (pairs[:, 0] << 12 | pairs[:, 1]).astype(">u4").view(np.uint8).reshape(-1, 4)[:, 1:].tobytes()
+    return tiff((values.shape[0], values.shape[1]), 12, packed)
+
+
+def test_white_may_be_zero() -> None:
+    shape = RAMP.shape[0], RAMP.shape[1]
+    wide, narrow = (RAMP * 257).astype("<u2").tobytes(), RAMP.astype(np.uint8).tobytes()
+    for bits, content in ((16, wide), (8, narrow)):
+        np.testing.assert_array_equal(decoded(tiff(shape, bits, content))[..., 0], RAMP)
+        np.testing.assert_array_equal(decoded(tiff(shape, bits, content, white_is_zero=True))[..., 0], 255 - RAMP)
+
+
+def test_signed_values_have_no_range_and_are_refused() -> None:
+    content = (RAMP * 256 - 2**15).astype("<i2").tobytes()
+    with pytest.raises(UserError, match="signed pixels have no fixed range"):
+        decoded(tiff((RAMP.shape[0], RAMP.shape[1]), 16, content, kind=2))
 
 
 def test_twelve_bits_are_scaled_by_the_depth_of_the_file() -> None:
@@ -117,6 +137,7 @@ def test_the_width_of_an_image_is_not_its_depth(kind: str) -> None:
 
 def test_black_of_sixteen_bits_stays_black() -> None:
     assert not decoded(encoded(Image.fromarray(np.zeros((8, 8), np.uint16)), "PNG")).any()
+    assert not decoded(png_of_16_bits(np.zeros((8, 8, 3), np.uint16))).any()
 
 
 def test_values_of_32_bits_have_no_range_and_are_refused() -> None:
@@ -226,7 +247,7 @@ def test_a_photograph_is_turned_as_its_camera_says_where_that_is_asked(orientati
 
 
 def test_a_file_that_went_away_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"gone\.jpg: the file is gone"):
+    with pytest.raises(UserError, match=r"gone\.jpg cannot be read: No such file or directory; restore the file"):
         read_rgb(tmp_path / "gone.jpg", "gone.jpg")
 
 
@@ -247,6 +268,7 @@ def test_images_are_decoded_in_order_and_not_far_ahead(tmp_path: Path, monkeypat
 
 
 def threads(_: Path) -> int:
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN, "Ctrl-C would print a traceback of each process"
     return torch.get_num_threads()
 
 

@@ -227,15 +227,26 @@ def test_two_writers_with_one_process_id_do_not_collide(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_what_another_process_has_made_meanwhile_stays(tmp_path: Path) -> None:
+    """As where files cannot be locked: it may be training on it already."""
+    file = tmp_path / "cache"
+    with cache.replacing(file, made=file.exists) as one, cache.replacing(file, made=file.exists) as other:
+        one.write(b"one")
+        other.write(b"other")
+    assert file.read_bytes() == b"other"
+    assert list(tmp_path.iterdir()) == [file]
+
+
 def test_what_a_killed_process_left_is_removed_an_hour_later(tmp_path: Path) -> None:
     file = tmp_path / "cache"
-    old, new = tmp_path / "cache.0123", tmp_path / "cache.4567"
-    for remains in (old, new):
+    old, new, lock = (tmp_path / f"cache.{end}" for end in ("0123", "4567", "lock"))
+    for remains in (old, new, lock):
         remains.write_bytes(b"half")
-    os.utime(old, (1e9, 1e9))
+    for remains in (old, lock):  # this process may hold the lock
+        os.utime(remains, (1e9, 1e9))
     with cache.replacing(file):
         pass
-    assert sorted(tmp_path.iterdir()) == [file, new]
+    assert sorted(tmp_path.iterdir()) == [file, new, lock]
 
 
 def test_image_size_cuts_out_the_centre_square(tree: Path) -> None:

@@ -129,7 +129,7 @@ def test_a_published_set_that_is_not_whole_gives_its_number_of_images_and_has_no
     label, baseline = common["label"], common["baseline"]
 
     def outcome(train: list[int], test: list[int], **options: Any) -> tuple[str, str | None]:
-        found = make_splits(numbered(train), numbered(test), 4, 4, whole=whole, **options, **common)
+        found = make_splits(numbered(train), numbered(test, 200), 4, 4, whole=whole, **options, **common)
         return found.label, found.baseline
 
     train, test = [i % 4 for i in range(200)], [0, 1, 2, 3]
@@ -144,6 +144,9 @@ def test_a_published_set_that_is_not_whole_gives_its_number_of_images_and_has_no
         f"{label}, 200 and 3 images, coarse, 8 images",
         None,
     )
+    monkeypatch.setitem(module.CONTENTS, baseline, "a digest by class")
+    assert outcome(train, test) == (f"{label}, other pixels", None)
+    assert outcome(train, test, variant="coarse") == (f"{label}, coarse", None)  # has other classes
 
 
 def test_the_counts_of_published_sets_are_those_in_the_configurations() -> None:

@@ -291,7 +291,8 @@ PROMISES: dict[str, list[Callable[..., Any]]] = {
         test_interruption.test_a_scheduler_may_tell_all_processes_of_a_run,
         test_interruption.test_a_handler_that_was_there_before_is_called_after_the_checkpoint,
         test_interruption.test_a_second_signal_ends_the_run_at_once,
-        test_interruption.test_a_signal_in_the_last_evaluation_stops_the_sweep_behind_it,
+        test_interruption.test_a_signal_in_an_evaluation_stops_the_run_there,
+        test_interruption.test_a_signal_at_the_end_of_the_last_evaluation_stops_the_sweep_behind_it,
         test_training.test_a_resumed_run_equals_the_uninterrupted_one,
     ],
     "stdout or stderr cannot be written": [

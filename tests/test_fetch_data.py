@@ -89,7 +89,9 @@ def test_a_figure_shows_a_training_image_of_each_class(
     assert capsys.readouterr().out.endswith(f"2 classes\n{figure}\n")
     with Image.open(figure) as image:
         assert image.width > image.height > 100
-    with pytest.raises(UserError, match=r"--classes: ESC-50, .* has no class cat; it has dog, rain"):
+    script.main(["esc50", *overrides, "--figure", str(figure.with_suffix(".svg"))])
+    assert "<svg" in figure.with_suffix(".svg").read_text()
+    with pytest.raises(UserError, match=r"--classes: ESC-50, .* has no class cat; it has dog, rain$"):
         script.main(["esc50", *overrides, "--figure", str(figure), "--classes", "cat"])
     with pytest.raises(UserError, match=r"has no training image of [0-9]"):
         script.main(["digits", "dataset.subset=5", "--figure", str(figure), "--classes", "0,1,2,3,4,5,6,7,8,9"])

@@ -238,6 +238,9 @@ def test_other_pixels_than_the_official_ones_have_no_published_accuracy(
     shutil.copytree(tmp_path / "official", tmp_path / "other")
     swap(tmp_path / "other/train/a/0.bmp", tmp_path / "other/train/b/0.bmp")
     assert read("other") == ("Gray, other pixels", None)
+    shutil.copytree(tmp_path / "official", tmp_path / "leaking")
+    shutil.copy(tmp_path / "leaking/test/a/0.bmp", tmp_path / "leaking/train/a/new.bmp")
+    assert read("leaking") == ("Gray, 17 and 16 images, 1 of 16 test images known from training", None)
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ Arrays = list[npt.NDArray[Any]]
 T = TypeVar("T")
 
 FORMAT = "3"  # raise it when the same sources give other arrays
+LOCK = ".lock"
 HOUR = 60 * 60  # seconds; a temporary file that nobody has written to for so long is left from a killed process
 
 
@@ -125,7 +126,7 @@ def making(file: Path) -> Iterator[None]:
     folder cannot be made.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    path = file.with_name(f"{file.name}.lock")
+    path = file.with_name(f"{file.name}{LOCK}")
     with ExitStack() as stack:
         with suppress(OSError):
             lock = stack.enter_context(path.open("a"))
@@ -138,7 +139,7 @@ def making(file: Path) -> Iterator[None]:
             yield
         finally:
             with suppress(OSError):
-                path.unlink()  # who has it open already finds the file made
+                path.unlink()  # who has it open already finds the file made, or makes it
 
 
 def write_arrays(stream: BinaryIO, state: str, arrays: Arrays) -> None:
@@ -156,15 +157,17 @@ def read_arrays(stream: BinaryIO, state: str) -> Arrays | None:
 
 
 @contextmanager
-def replacing(file: Path) -> Iterator[BinaryIO]:
+def replacing(file: Path, made: Callable[[], bool] = lambda: False) -> Iterator[BinaryIO]:
     """A stream whose content becomes `file` when it is complete. Raises OSError where it cannot be written.
+
+    made: tells whether another process has made the file meanwhile and may be reading it; it then stays.
 
     The temporary name is random, because process ids are equal in different containers.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     for remains in file.parent.glob(f"{glob.escape(file.name)}.*"):
         with suppress(OSError):
-            if time.time() - remains.stat().st_mtime > HOUR:
+            if remains.suffix != LOCK and time.time() - remains.stat().st_mtime > HOUR:
                 remains.unlink()
     temporary = file.with_name(f"{file.name}.{secrets.token_hex(8)}")
     try:
@@ -172,7 +175,8 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())  # a rename may reach the disk before the content does
-        temporary.replace(file)
+        if not made():
+            temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
 

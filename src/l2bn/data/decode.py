@@ -2,6 +2,7 @@
 
 import io
 import re
+import signal
 import struct
 from collections import deque
 from collections.abc import Callable, Generator
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 
-from l2bn.data.cache import tracked
+from l2bn.data.cache import content_of, tracked
 from l2bn.errors import UserError
 from l2bn.processes import available_cores, end_with_parent
 
@@ -24,7 +25,8 @@ T = TypeVar("T")
 
 CHUNK = 16  # images that a decoding process takes at a time
 WORTH_A_PROCESS = 64  # images
-BITS_PER_SAMPLE, LARGEST_VALUE = 258, 281  # tags of TIFF
+BITS_PER_SAMPLE, PHOTOMETRIC, LARGEST_VALUE, SAMPLE_FORMAT = 258, 262, 281, 339  # tags of TIFF
+WHITE_IS_ZERO, SIGNED = 0, 2  # values of the second and the last
 ORIENTATION = ExifTags.Base.Orientation
 LEAST_FILLED = 64  # bytes of zeros at a file's end
 DAMAGE = OSError, SyntaxError, ValueError, EOFError, struct.error  # by which Pillow's readers report it
@@ -37,16 +39,14 @@ def read_rgb(source: Path | bytes | bytearray, name: str, *, upright: bool = Fal
     upright: turn the image as its EXIF orientation says, which cameras leave to the viewer.
     Raises `UserError` with `name` if it is damaged, cut short, no image, or has a range that it does not state.
     """
+    content = content_of(source) if isinstance(source, Path) else bytes(source)
     try:
-        content = source.read_bytes() if isinstance(source, Path) else bytes(source)
         if _is_zero_filled(content):
             raise ValueError("its end is filled with zeros")
         with Image.open(io.BytesIO(content)) as image:
             wide = any(re.search(";16[BLN]", str(tile[-1])) for tile in image.tile)  # of which Pillow keeps 8 bits
             image.load()
             return _upright(_to_rgb(image, wide), image) if upright else _to_rgb(image, wide)
-    except FileNotFoundError:
-        raise UserError(f"{name}: the file is gone; it existed when its folder was listed") from None
     except (*DAMAGE, RuntimeError, Image.DecompressionBombError) as error:
         raise UserError(f"{name}: cannot be decoded ({error}); replace the file") from error
 
@@ -83,7 +83,7 @@ def _to_rgb(image: Image.Image, wide: bool) -> Image.Image:
         return _from_integers(image)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no fixed range")
-    if wide and np.asarray(image.convert("RGB")).max() < DIM >> 8:
+    if wide and 0 < np.asarray(image.convert("RGB")).max() < DIM >> 8:
         raise _too_dim()
     if image.has_transparency_data:
         key = image.info.get("transparency")
@@ -102,6 +102,8 @@ def _from_integers(image: Image.Image) -> Image.Image:
     stated = tags.get(LARGEST_VALUE)
     if stated is None and bits > 16:
         raise ValueError(f"{bits}-bit pixels have no fixed range")
+    if tags.get(SAMPLE_FORMAT, (1,))[0] == SIGNED:
+        raise ValueError("signed pixels have no fixed range")
     white = (stated if isinstance(stated, int) else stated[0]) if stated is not None else 2**bits - 1
     values = np.asarray(image).astype(np.int64)
     if white == 2**16 - 1 and 0 < values.max() < DIM:
@@ -110,6 +112,8 @@ def _from_integers(image: Image.Image) -> Image.Image:
     key = image.info.get("transparency")
     if isinstance(key, int):
         gray[values == key] = 255
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # which Pillow turns round for 8 bits alone
+        gray = 255 - gray
     return Image.fromarray(gray).convert("RGB")
 
 
@@ -136,11 +140,12 @@ def read_all(paths: list[Path], read: Callable[[Path], T], text: str) -> Generat
 
 
 def _serve() -> None:
-    """Set up a process: it ends with its parent, and has one thread.
+    """Set up a process: it ends with its parent, leaves Ctrl-C to it, and has one thread.
 
     More would wait forever for those of the parent, which a fork leaves behind.
     """
     end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 

@@ -62,7 +62,8 @@ def imagenet(
 
     cache_side: keep the training images decoded in `cache` (a folder; null: `l2bn` in the user's cache folder),
     their shorter side resized to that many pixels. Random crops of these smaller images have other pixels: the
-    label states it, and there is no baseline. Test images are still read from their files.
+    label states it, and there is no baseline. Test images are still read from their files; those that `validation`
+    holds out come from the cache too.
     """
     check_image_size(image_size)
     trained, tested = list_splits(expand(root), train, val, devkit)
@@ -251,7 +252,7 @@ def _write_decoded(tree: Tree, side: int, file: Path, state: str) -> None:
     paths = tree.paths()
     sizes = np.empty((len(paths), 2), np.int32)
     decoded = read_all(paths, partial(_read_resized, side=side), f"decoding {tree.folder}")
-    with closing(decoded), replacing(file) as stream:
+    with closing(decoded), replacing(file, lambda: _read_index(file, state) is not None) as stream:
         for number, image in enumerate(decoded):
             sizes[number] = image.shape[:2]
             stream.write(image.data)

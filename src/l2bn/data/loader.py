@@ -6,7 +6,7 @@ processes nor on the number of ranks. Each rank takes its slice of the global ba
 
 Data sets in memory are kept on the device as uint8; there, a few operations on whole batches select, augment and
 normalise the images. On CUDA this runs on a separate stream, one batch ahead of the training step. On a CPU it
-takes 1/200 of a ResNet-20 step on the same cores (see results/benchmarks/data.md), too little for its own thread.
+takes 1/450 of the time of ResNet-20 (results/benchmarks/data.md against train.md), too little for its own thread.
 """
 
 import signal

@@ -245,14 +245,14 @@ def make_splits(
             "are %s and %s in %s. The label says so, and no published accuracy will stand beside the result",
             *(label, *(f"{number:,}" for number in (*whole[1:], whole[0], len(train), len(test), num_classes))),
         )
-        label, baseline = f"{label}, {len(train):,} and {len(test):,} images", None
-    elif baseline in CONTENTS and CONTENTS[baseline] != _contents(train, test):
+        label, baseline, whole = f"{label}, {len(train):,} and {len(test):,} images", None, None
+    elif not variant and baseline in CONTENTS and CONTENTS[baseline] != _contents(train, test):
         log.warning(
             "%s has other pixels than the official files: re-encoded, resized or in other classes. The label says "
             "so, and no published accuracy will stand beside the result",
             label,
         )
-        label, baseline = f"{label}, other pixels", None
+        label, baseline, whole = f"{label}, other pixels", None, None
     if variant:
         label, baseline = f"{label}, {variant}", None
     subset, validation = common.get("subset"), common.get("validation", 0.0)
