@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: setup ## BN against L2BN on handwritten digits: 6 runs, a table and a figure, in 2 minutes on 2 cores
-	python scripts/train.py experiment=demo
+	python scripts/train.py experiment=demo launcher=joblib
 	python scripts/report.py tables --runs runs/demo
 	python scripts/report.py figures --runs runs/demo --out runs/demo/figures
 	@echo "records       runs/demo"
