@@ -30,22 +30,20 @@ def test_a_learning_rate_that_is_too_high(train: Train) -> None:
     diverged(record, record.divergence, 0)
 
 
-@pytest.mark.parametrize("value", [NAN, INFINITY])
-def test_weights_that_are_not_finite(value: float, train: Train, at_update: AtUpdate) -> None:
+def test_weights_that_are_not_finite(train: Train, at_update: AtUpdate) -> None:
     def poison(trainer: Any) -> None:
         with torch.no_grad():
-            next(trainer.network.parameters()).fill_(value)
+            next(trainer.network.parameters()).fill_(INFINITY)
 
     at_update(11, poison)
     diverged(train(EPOCHS, *TINY), "the loss is not finite in epoch 2, step 3", 1)
 
 
-@pytest.mark.parametrize("value", [NAN, INFINITY])
-def test_a_running_statistic_that_training_does_not_read(value: float, train: Train, at_update: AtUpdate) -> None:
+def test_a_running_statistic_that_training_does_not_read(train: Train, at_update: AtUpdate) -> None:
     """The losses of the epoch are finite; evaluation reads it."""
 
     def poison(trainer: Any) -> None:
-        trainer.network.get_buffer("layer1.0.bn1.running_var")[0] = value
+        trainer.network.get_buffer("layer1.0.bn1.running_var")[0] = NAN
 
     at_update(11, poison)
     diverged(train("norm=bn", EPOCHS, *TINY), "layer1.0.bn1.running_var is not finite after epoch 2", 1)

@@ -1,4 +1,4 @@
-"""A model with L2BN can be exported, to torch's own format and to ONNX, where onnxruntime agrees with it."""
+"""A model with L2BN can be exported to ONNX, where onnxruntime agrees with it."""
 
 from pathlib import Path
 
@@ -28,13 +28,6 @@ def model(request: pytest.FixtureRequest) -> nn.Module:
         if isinstance(layer, nn.BatchNorm2d):
             layer.fused = "auto"
     return model.eval()
-
-
-def test_exported_program_agrees(model: nn.Module) -> None:
-    x = torch.randn(3, 3, SIZE, SIZE)
-    program = torch.export.export(model, (x,))
-    expected = model.requires_grad_(True)(x)
-    torch.testing.assert_close(program.module()(x), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the exporter itself

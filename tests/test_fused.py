@@ -6,6 +6,7 @@ without a compiler; then compiled for sizes left open, on many shapes; then comp
 
 import contextlib
 import functools
+import itertools
 import logging
 import math
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -335,6 +337,7 @@ def test_activation_checkpointing(reentrant: bool) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_inside_a_compiled_model_of_open_sizes(layout: str) -> None:
     """Few positions and many, batches that can be halved and those that cannot."""
+    torch.compiler.reset()
     layers = [L2BatchNorm2d(8, fused=path) for path in ("on", "off")]
     compiled = torch.compile(layers[0], fullgraph=True, dynamic=True)
     for n, side in ((16, 3), (7, 3), (6, 6), (9, 5)):
@@ -354,6 +357,7 @@ def test_inside_a_compiled_model_of_open_sizes(layout: str) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_inside_a_compiled_model(layout: str) -> None:
     """One graph, no break, both modes, and the formulas' results."""
+    torch.compiler.reset()
     torch.manual_seed(0)
     results = []
     x = torch.randn(6, 3, 9, 7, dtype=torch.float64)
@@ -588,13 +592,21 @@ def test_a_long_compilation_is_told_once(
     level: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Also where logging is not set up, which shows warnings alone; short compilations add up."""
-    monkeypatch.setattr(compiler, "PATIENCE", 0.3)
+
+    class Timer(SimpleNamespace):
+        def __init__(self, seconds: float, call: Callable[[], None]) -> None:
+            super().__init__(start=lambda: call() if seconds < 2 else None, cancel=lambda: None)
+
+    monkeypatch.setattr(compiler, "threading", SimpleNamespace(Timer=Timer))
+    # Each takes 2 s.
+    monkeypatch.setattr(compiler, "time", SimpleNamespace(monotonic=itertools.count(0, 2).__next__))
+    monkeypatch.setattr(compiler, "PATIENCE", 3)
     monkeypatch.setattr(compiler, "_compiled_for", 0.0)
     told = []
     with caplog.at_level(level, logger="l2bn.kernels.compiler"):
         for _ in range(4):
             with compiler._telling_what_takes_long():
-                time.sleep(0.2)
+                pass
             told.append([(record.levelno, record.message.partition(":")[0]) for record in caplog.records])
     assert told == [[], *[[(level, "preparing L2BN's kernels")]] * 3]
 

@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import ROOT, TINY, Train, decoding
+from conftest import ROOT, TINY, AtUpdate, Train, decoding, planned
 from l2bn.errors import UserError
 from l2bn.processes import SIGNALS
 from l2bn.records import Record, read_records
-from l2bn.training import session
+from l2bn.training import loop, session
 from l2bn.training.checkpoint import Checkpoints
 from l2bn.training.interruption import (
     EXIT_CODE,
@@ -33,8 +33,9 @@ from l2bn.training.interruption import (
     refuse_copies,
     sole_owner,
 )
+from l2bn.training.run import run
 from l2bn.training.session import Session
-from test_training import drawn, equal, results, weights
+from test_training import EPOCHS, drawn, equal, results, weights
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 LONG = ("norm=bn", "recipe.epochs=500")
@@ -111,7 +112,7 @@ def processor_seconds_of_children() -> float:
     return used.ru_utime + used.ru_stime
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_signal_ends_the_run_in_good_order(number: signal.Signals, tmp_path: Path) -> None:
     """The checkpoint is of the update that was under way, and no epoch of it lacks its line."""
     before = processor_seconds_of_children()
@@ -235,42 +236,28 @@ def test_a_second_signal_ends_the_run_at_once(tmp_path: Path) -> None:
     assert newest(tmp_path / "runs")[0].startswith("epoch0001-")
 
 
-def handled(number: signal.Signals, runs: Path, ending: str) -> str:
-    """Python that handles a signal, as a library that was there before does, and says which checkpoint it found."""
-    return (
-        "import signal, sys\nfrom pathlib import Path\n"
-        "def handler(number, frame):\n"
-        f"    found = sorted(path.name for path in Path({str(runs)!r}).rglob('*.pt'))\n"
-        "    print('HANDLED', number, found[-1], flush=True)\n"
-        f"    {ending}\n"
-        f"signal.signal({int(number)}, handler)\n"
-    )
+@pytest.mark.parametrize("exits", [True, False], ids=["and exits", "and returns"])
+def test_a_handler_that_was_there_before_is_called_after_the_checkpoint(
+    exits: bool, train: Train, at_update: AtUpdate, tmp_path: Path
+) -> None:
+    """submitit's on SIGUSR2 requeues a Slurm job and exits. That on SIGTERM returns, and the run goes on: Slurm
+    sends it when it begins to preempt a job, and requeues the job if it still runs later."""
+    found = []
 
+    def handler(*_: object) -> None:
+        found.append(newest(tmp_path / "runs")[0].partition(".")[0])
+        if exits:
+            raise SystemExit(-1)
 
-def calls(output: str) -> list[list[str]]:
-    return [line.split()[1:] for line in output.splitlines() if line.startswith("HANDLED")]
-
-
-def test_a_handler_that_was_there_before_is_called_after_the_checkpoint(tmp_path: Path) -> None:
-    """Slurm's jobs have submitit's on SIGUSR2, which requeues the job and exits."""
-    with started(tmp_path, *LONG, before=handled(signal.SIGUSR2, tmp_path, "sys.exit(-1)")) as process:
-        process.send_signal(signal.SIGUSR2)
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 255, output
-    assert calls(output) == [[str(int(signal.SIGUSR2)), newest(tmp_path)[0]]]
-
-
-@pytest.mark.slow
-def test_after_a_handler_that_returns_the_run_goes_on(tmp_path: Path) -> None:
-    """As submitit's on SIGTERM: Slurm says so when it preempts a job, and requeues the job if it still runs."""
-    short = ("norm=bn", "recipe.epochs=12")
-    with started(tmp_path, *short, before=handled(signal.SIGTERM, tmp_path, "return")) as process:
-        process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, output
-    ((_, checkpoint),) = calls(output)
-    assert checkpoint < newest(tmp_path)[0]
-    assert any(tmp_path.rglob("summary.json"))
+    at_update(11, lambda _: os.kill(os.getpid(), signal.SIGUSR2))
+    before = signal.signal(signal.SIGUSR2, handler)
+    try:
+        with pytest.raises(SystemExit, match="-1") if exits else contextlib.nullcontext():
+            train(EPOCHS, *TINY)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert found == ["epoch0001-step0000003"]
+    assert any(tmp_path.rglob("summary.json")) is not exits
 
 
 @pytest.mark.parametrize("analysis", ["off", "on"])
@@ -307,25 +294,23 @@ def test_a_signal_in_an_evaluation_stops_the_run_there(
     assert drawn(resumed) == drawn(whole)
 
 
-@pytest.mark.parametrize(("sweep", "code"), [((), 0), (("hydra.mode=MULTIRUN", "seed=0,1"), EXIT_CODE)])
+@pytest.mark.parametrize("alone", [True, False], ids=["a run", "a run of a sweep"])
 def test_a_signal_at_the_end_of_the_last_evaluation_stops_the_sweep_behind_it(
-    sweep: tuple[str, ...], code: int, tmp_path: Path
+    alone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run has only its record left to write; the next one must not begin."""
-    told = (
-        "import os\nfrom l2bn.training import loop\n"
-        "evaluate = loop.evaluate\n"
-        "def tell(*arguments):\n"
-        "    found = evaluate(*arguments)\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return found\n"
-        "loop.evaluate = tell\n"
-    )
-    process = start(tmp_path, *sweep, "norm=bn", "recipe.epochs=1", before=told)
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == code, output
+    evaluate = loop.evaluate
+
+    def tell(*given: Any) -> Any:
+        found = evaluate(*given)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    monkeypatch.setattr(loop, "evaluate", tell)
+    (planning,) = planned(f"runs_dir={tmp_path}", "norm=bn", "recipe.epochs=1", *TINY)
+    with contextlib.nullcontext() if alone else pytest.raises(SystemExit, match=str(EXIT_CODE)):
+        run(planning, alone=alone)
     assert len(read_records(tmp_path)[0]) == 1
-    assert "finished, test accuracy" in output
 
 
 def test_a_scheduler_may_tell_all_processes_of_a_run(photographs: Path, tmp_path: Path) -> None:
@@ -455,14 +440,13 @@ def test_a_process_of_a_run_that_is_killed_ends_the_run(tmp_path: Path) -> None:
     assert equal(weights(resumed), weights(whole))
 
 
-def test_a_second_process_leaves_the_run_to_the_first(tmp_path: Path) -> None:
-    with started(tmp_path, *LONG) as first:
-        second = start(tmp_path, *LONG)
-        output, _ = second.communicate(timeout=120)
-        assert second.returncode == 1
-        assert "another process is training the run in" in output
-        assert "Traceback" not in output
-        assert first.poll() is None
+def test_a_second_process_leaves_the_run_to_the_first(train: Train, tmp_path: Path) -> None:
+    (planning,) = planned(f"runs_dir={tmp_path / 'runs'}", *TINY)
+    planning.folder.mkdir(parents=True)
+    message = "another process is training the run in"
+    with sole_owner(planning.folder), pytest.raises(UserError, match=message):
+        train(*TINY)
+    assert {path.name for path in planning.folder.iterdir()} == {LOCK}
 
 
 def test_the_lock_dies_with_its_process(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """How a sweep stands, as the terminal shows it."""
 
+import fcntl
 import io
 import json
 import math
@@ -279,17 +280,17 @@ def test_a_look_at_a_sweep_does_not_load_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code + "sys.exit('torch' in sys.modules)"]).returncode == 0
 
 
-def test_a_look_at_the_lock_keeps_no_run_from_starting(tmp_path: Path) -> None:
+def test_a_look_at_the_lock_keeps_no_run_from_starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`status` holds the lock for an instant; a run that starts just then tries again."""
-    code = (
-        "import fcntl, os, sys, time\n"
-        f"descriptor = os.open({str(tmp_path / LOCK)!r}, os.O_RDONLY | os.O_CREAT)\n"
-        "fcntl.flock(descriptor, fcntl.LOCK_SH)\nprint(flush=True)\ntime.sleep(0.1)"
-    )
-    looker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert looker.stdout
-    looker.stdout.readline()
-    began = time.monotonic()
-    with sole_owner(tmp_path):
-        assert time.monotonic() - began < 5
-    looker.communicate()
+    waits = []
+    with (tmp_path / LOCK).open("w") as looked_at:
+        fcntl.flock(looked_at, fcntl.LOCK_SH)
+
+        def wait(seconds: float) -> None:
+            waits.append(seconds)
+            if seconds:
+                fcntl.flock(looked_at, fcntl.LOCK_UN)
+
+        monkeypatch.setattr(time, "sleep", wait)
+        with sole_owner(tmp_path):
+            assert len(waits) == 2
