@@ -133,6 +133,8 @@ def test_a_documented_command_is_accepted(script: str, arguments: str) -> None:
     if script == "train":
         options -= {option for action in get_args_parser()._actions for option in action.option_strings}
     assert all(f'"{option}"' in source or script == "benchmark" for option in options)
+    if script not in ("train", "status", "fetch_data"):
+        return  # composes no configuration
     overrides = [word for word in words if "=" in word and not word.startswith("-")]
     if script == "status" and "--experiment" in words:
         overrides.append(f"experiment={words[words.index('--experiment') + 1]}")

@@ -11,7 +11,7 @@ import logging
 import pickle
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -175,11 +175,12 @@ class State:
         self._checkpoints.save(position.epoch, position.step, state)
 
     def save_weights(self, path: Path) -> None:
-        """Write the weights alone, as safetensors."""
+        """Write the weights alone, as safetensors; the metadata tell those of BN and L2BN, named alike, apart."""
         # Copies, because the format refuses names that share memory, as those of a layer that stands in two places.
         state = self._network.state_dict()
         weights = {key: value.clone(memory_format=torch.contiguous_format) for key, value in state.items()}
-        write_durably(path, safetensors.torch.save(weights))
+        metadata = {name: str(value) for name, value in asdict(self._run.cell).items()} | {"hash": self._run.hash}
+        write_durably(path, safetensors.torch.save(weights, metadata))
 
     def restore(self) -> Position:
         """Load the newest intact checkpoint and return its position, or the start of the run.
