@@ -115,6 +115,25 @@ def train(tmp_path: Path) -> Train:
     return functools.partial(train_in, tmp_path / "runs")
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """`train` a run once for all tests, which only read it; each asks for it before it patches anything."""
+    return functools.cache(lambda *overrides: train_in(tmp_path_factory.mktemp("trained"), *overrides))
+
+
+@pytest.fixture
+def copied(trained: Train, tmp_path: Path) -> Train:
+    """A `trained` run, copied into the folder `runs` of the test's own."""
+
+    def copied(*overrides: str) -> Record:
+        folder = trained(*overrides).folder
+        own = tmp_path.joinpath("runs", *folder.parts[-5:])
+        shutil.copytree(folder, own)
+        return Record.read(own)
+
+    return copied
+
+
 @pytest.fixture
 def at_update(monkeypatch: pytest.MonkeyPatch) -> AtUpdate:
     """Have something happen to the trainer just before the n-th update from now, once."""

@@ -66,7 +66,7 @@ def test_where_all_are_damaged_they_are_named_and_kept(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, (1, 0), (2, 0))
     for path in checkpoints.paths():
         path.write_bytes(b"damaged")
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match="all are damaged") as error:
         checkpoints.load(CPU)
     for path in checkpoints.paths():
         assert str(path) in str(error.value)
@@ -167,7 +167,3 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 def test_the_policy_says_when() -> None:
     assert [step for step in range(1, 10) if CheckpointPolicy(every_steps=3).due(step)] == [3, 6, 9]
     assert not CheckpointPolicy(every_steps=0).due(1000)
-    with pytest.raises(ValueError, match="every_steps"):
-        CheckpointPolicy(every_steps=-1)
-    with pytest.raises(ValueError, match="keep_epochs"):
-        CheckpointPolicy(keep_epochs=[0])

@@ -313,9 +313,9 @@ PROMISES: dict[str, list[Callable[..., Any]]] = {
     "a file of the run is damaged": [
         test_damage.test_a_damaged_newest_checkpoint,
         test_damage.test_a_checkpoint_that_cannot_be_read,
-        test_damage.test_two_damaged_checkpoints,
+        test_checkpoint.test_where_all_are_damaged_they_are_named_and_kept,
         test_checkpoint.test_after_a_fallback_two_whole_ones_are_kept,
-        test_damage.test_half_a_line_of_metrics_is_made_whole,
+        test_journal.test_half_a_line_is_made_whole,
         test_damage.test_a_damaged_list_of_starts_is_begun_anew,
         test_damage.test_a_damaged_configuration_is_named,
         test_damage.test_a_damaged_summary_is_named,

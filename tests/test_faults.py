@@ -62,9 +62,9 @@ def lost_nothing(runs: Path, again: Callable[[], Any], whole: Any) -> None:
     assert equal(weights(record), weights(whole))
 
 
-def test_a_full_disk(small_disk: Path, train: Train, at_update: AtUpdate) -> None:
+def test_a_full_disk(small_disk: Path, train: Train, trained: Train, at_update: AtUpdate) -> None:
     """In the second epoch, with the first one's checkpoint written; and still full at the next start."""
-    whole = train(EPOCHS, *TINY)
+    whole = trained(EPOCHS, *TINY)
 
     def run() -> Any:
         return train(EPOCHS, *TINY, f"runs_dir={small_disk}")
@@ -100,10 +100,10 @@ def test_a_full_disk_under_the_cache_of_images(
 
 
 def test_a_folder_made_read_only(
-    train: Train, at_update: AtUpdate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Train, trained: Train, at_update: AtUpdate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Root may write anywhere, and so becomes another user first."""
-    whole = train(EPOCHS, *TINY, f"runs_dir={tmp_path / 'whole'}")
+    whole = trained(EPOCHS, *TINY)
     monkeypatch.chdir(tmp_path)  # others may not walk through pytest's own folders
     runs, user = Path("runs"), os.geteuid()
 
@@ -124,8 +124,10 @@ def test_a_folder_made_read_only(
     lost_nothing(runs, lambda: train(EPOCHS, *TINY, f"runs_dir={runs}"), whole)
 
 
-def test_a_disk_that_is_read_only_at_the_next_start(small_disk: Path, train: Train, at_update: AtUpdate) -> None:
-    whole = train(EPOCHS, *TINY)
+def test_a_disk_that_is_read_only_at_the_next_start(
+    small_disk: Path, train: Train, trained: Train, at_update: AtUpdate
+) -> None:
+    whole = trained(EPOCHS, *TINY)
 
     def run() -> Any:
         return train(EPOCHS, *TINY, f"runs_dir={small_disk}")
@@ -152,9 +154,9 @@ def test_a_folder_deleted_under_the_run(train: Train, at_update: AtUpdate, tmp_p
     assert train(EPOCHS, *TINY).status == "finished"
 
 
-def test_a_device_out_of_memory(train: Train, at_update: AtUpdate, tmp_path: Path) -> None:
+def test_a_device_out_of_memory(train: Train, trained: Train, at_update: AtUpdate, tmp_path: Path) -> None:
     """A real allocation that the machine has to refuse."""
-    whole = train(EPOCHS, *TINY, f"runs_dir={tmp_path / 'whole'}")
+    whole = trained(EPOCHS, *TINY)
     at_update(10, lambda _: torch.empty(2**60, dtype=torch.uint8))
     with pytest.raises(UserError, match=r"out of memory: .*; take a smaller recipe\.batch_size"):
         train(EPOCHS, *TINY)
@@ -209,16 +211,17 @@ def test_a_data_worker_that_is_killed(
     other_loader: bool,
     photographs: Path,
     train: Train,
+    trained: Train,
     at_update: AtUpdate,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """SIGKILL, as the kernel sends it when memory runs short; the run resumes with another number of workers."""
+    options = (*decoding(photographs), EPOCHS)
+    whole = trained(*options, "compute.workers=0")
     if other_loader:  # torch then has its handler of SIGCHLD in place, which it sets once in a process
         monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
         assert len(list(DataLoader(range(2), num_workers=1))) == 2
-    options = (*decoding(photographs), EPOCHS)
-    whole = train(*options, "compute.workers=0", f"runs_dir={tmp_path / 'whole'}")
 
     def kill(_: Any) -> None:
         for worker in multiprocessing.active_children():
@@ -232,13 +235,13 @@ def test_a_data_worker_that_is_killed(
 
 @pytest.mark.parametrize("damage", ["truncated", "no image", "gone"])
 def test_an_image_that_is_damaged_under_the_run(
-    damage: str, photographs: Path, train: Train, at_update: AtUpdate, tmp_path: Path
+    damage: str, photographs: Path, train: Train, trained: Train, at_update: AtUpdate, tmp_path: Path
 ) -> None:
     """A worker finds it in the second epoch; once it is repaired, the run resumes."""
+    whole = trained(*decoding(photographs), EPOCHS, "compute.workers=0")
     folder = tmp_path / "images"
     shutil.copytree(photographs, folder)
     options = (*decoding(folder), EPOCHS, "compute.workers=1")
-    whole = train(*options, f"runs_dir={tmp_path / 'whole'}")
     images = sorted(folder.rglob("*.JPEG"))
     contents = [image.read_bytes() for image in images]
 
@@ -260,8 +263,8 @@ def test_an_image_that_is_damaged_under_the_run(
     assert equal(weights(record), weights(whole))
 
 
-def test_a_clock_that_jumps(train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    whole = train(EPOCHS, *TINY, f"runs_dir={tmp_path / 'whole'}")
+def test_a_clock_that_jumps(train: Train, trained: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = trained(EPOCHS, *TINY)
     now = time.time()
     jumps = iter(range(10**6))
     monkeypatch.setattr(time, "time", lambda: now + (-1) ** next(jumps) * 86_400)

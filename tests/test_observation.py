@@ -6,7 +6,7 @@ import runpy
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ from conftest import QUIET, ROOT, TINY, Train
 from l2bn.analysis.probe import Probe
 from l2bn.errors import UserError
 from l2bn.norms.swap import norm_layers, swap_norm
-from l2bn.records import FEATURES, METRICS, SAMPLE, STATISTICS, Record, read_features, read_sample, read_statistics
+from l2bn.records import FEATURES, METRICS, SAMPLE, STATISTICS, read_features, read_sample, read_statistics
 from l2bn.training import observation
 from l2bn.training.checkpoint import Checkpoints
 from l2bn.training.existing import analyze
@@ -32,22 +32,9 @@ from test_training import EPOCHS, equal, results, stop_after, weights
 STATISTICS_OFTEN = ("analysis=statistics", "analysis.statistics_every=4")
 
 
-@pytest.fixture
-def twice(train: Train, tmp_path: Path) -> Callable[..., tuple[Record, Record]]:
-    """The same run without and with an analysis."""
-
-    def twice(*overrides: str, analysis: tuple[str, ...] = ("analysis=on",)) -> tuple[Record, Record]:
-        plain = train(*overrides)
-        return plain, train(*overrides, *analysis, f"runs_dir={tmp_path / 'watched'}")
-
-    return twice
-
-
 @pytest.mark.parametrize("analysis", [("analysis=on",), STATISTICS_OFTEN], ids=lambda given: given[0])
-def test_a_run_that_is_looked_into_is_the_same_run(
-    analysis: tuple[str, ...], twice: Callable[..., tuple[Record, Record]]
-) -> None:
-    plain, watched = twice(EPOCHS, *TINY, analysis=analysis)
+def test_a_run_that_is_looked_into_is_the_same_run(analysis: tuple[str, ...], trained: Train) -> None:
+    plain, watched = trained(EPOCHS, *TINY), trained(EPOCHS, *TINY, *analysis)
     assert results(watched) == results(plain)
     assert equal(weights(watched), weights(plain))
     assert watched.hash == plain.hash
@@ -55,16 +42,16 @@ def test_a_run_that_is_looked_into_is_the_same_run(
 
 
 @pytest.mark.slow
-def test_dropout_too_draws_what_it_drew(twice: Callable[..., tuple[Record, Record]]) -> None:
+def test_dropout_too_draws_what_it_drew(trained: Train) -> None:
     options = ("backbone=vgg11", "recipe.epochs=1", "dataset.subset=64", *QUIET)
-    plain, watched = twice(*options, analysis=("analysis=statistics", "analysis.statistics_every=1"))
+    plain, watched = trained(*options), trained(*options, "analysis=statistics", "analysis.statistics_every=1")
     assert equal(weights(watched), weights(plain))
 
 
-def test_features_go_to_the_record_and_to_tensorboard(train: Train) -> None:
+def test_features_go_to_the_record_and_to_tensorboard(trained: Train) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    record = train("norm=l2bn", EPOCHS, *TINY, "analysis=on")
+    record = trained(EPOCHS, *TINY, "analysis=on")
     rows = read_features(record.folder)
     assert [(row["epoch"], row["step"], row["images"]) for row in rows] == [(1, 8, 360), (2, 16, 360)]
     assert all(len(row["layers"]) == record.norm_layers for row in rows)
@@ -104,24 +91,25 @@ def test_how_often_follows_from_the_policy() -> None:
 
 @pytest.mark.parametrize("stop", [5, 12], ids=["in the first epoch", "in the second epoch"])
 def test_a_resumed_run_has_no_line_twice_and_none_missing(
-    stop: int, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stop: int, train: Train, trained: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = (EPOCHS, *TINY, "analysis=on", "analysis.statistics_until=14", "analysis.statistics_every=3")
-    whole = train(*options)
+    whole = trained(*options)
     assert [row["step"] for row in read_statistics(whole.folder)] == [3, 6, 9, 12]
     with monkeypatch.context() as patch:
         stop_after(patch, stop)
         with pytest.raises(SystemExit):
-            train(*options, f"runs_dir={tmp_path / 'resumed'}")
-    resumed = train(*options, f"runs_dir={tmp_path / 'resumed'}")
+            train(*options)
+    resumed = train(*options)
     for name in (FEATURES, STATISTICS, SAMPLE):
         assert (resumed.folder / name).read_bytes() == (whole.folder / name).read_bytes()
 
 
 def test_a_run_cut_off_between_line_and_checkpoint_has_no_line_twice(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Train, trained: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = train(EPOCHS, *TINY, "analysis=on")
+    options = (EPOCHS, *TINY, "analysis=on")
+    whole = trained(*options)
     save = Checkpoints.save
 
     def fail(self: Checkpoints, epoch: int, *arguments: Any) -> None:
@@ -129,12 +117,11 @@ def test_a_run_cut_off_between_line_and_checkpoint_has_no_line_twice(
             raise OSError(28, "No space left on device")
         save(self, epoch, *arguments)
 
-    options = (EPOCHS, *TINY, "analysis=on", f"runs_dir={tmp_path / 'resumed'}")
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", fail)
         with pytest.raises(UserError):
             train(*options)
-    (features,) = (tmp_path / "resumed").rglob(FEATURES)
+    (features,) = tmp_path.rglob(FEATURES)
     assert len(features.read_text().splitlines()) == 2, "a line that no checkpoint knows of"
     with features.open("a") as file:
         file.write('{"epoch": 3')
@@ -253,10 +240,8 @@ def test_at_the_start_evaluation_lags_behind_batch_statistics(train: Train) -> N
 
 
 @pytest.mark.slow
-def test_a_finished_run_gives_what_it_would_have_given_in_training(
-    twice: Callable[..., tuple[Record, Record]],
-) -> None:
-    plain, watched = twice("norm=l2bn", EPOCHS, *TINY, "checkpoint.keep_epochs=[1]")
+def test_a_finished_run_gives_what_it_would_have_given_in_training(copied: Train, trained: Train) -> None:
+    plain, watched = copied(EPOCHS, *TINY), trained(EPOCHS, *TINY, "analysis=on")
     (row,) = analyze(plain.folder)
     assert [row] == read_features(plain.folder) == read_features(watched.folder)[1:]
     assert (plain.folder / SAMPLE).read_bytes() == (watched.folder / SAMPLE).read_bytes()
@@ -266,9 +251,9 @@ def test_a_finished_run_gives_what_it_would_have_given_in_training(
 
 
 def test_the_script_prints_a_line_for_each_layer(
-    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    copied: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    record = train("recipe.epochs=1", *TINY)
+    record = copied("recipe.epochs=1", *TINY)
     monkeypatch.setattr(sys, "argv", ["analyze.py", "--run", str(record.folder), str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit) as left:
         runpy.run_path(str(ROOT / "scripts" / "analyze.py"), run_name="__main__")
@@ -283,9 +268,9 @@ def test_the_script_prints_a_line_for_each_layer(
     assert max(map(len, printed.out.splitlines())) <= 110
 
 
-def test_an_epoch_that_a_crash_kept_out_of_the_metrics_is_analyzed_too(train: Train) -> None:
+def test_an_epoch_that_a_crash_kept_out_of_the_metrics_is_analyzed_too(copied: Train) -> None:
     """The checkpoint of an epoch is written before its line."""
-    record = train(EPOCHS, *TINY)
+    record = copied(EPOCHS, *TINY)
     before = (record.folder / METRICS).read_text()
     (record.folder / METRICS).write_text(before.splitlines(keepends=True)[0])
     (record.folder / "summary.json").unlink()
@@ -296,8 +281,8 @@ def test_an_epoch_that_a_crash_kept_out_of_the_metrics_is_analyzed_too(train: Tr
     assert (record.folder / METRICS).read_text() == before
 
 
-def test_what_cannot_be_analyzed_is_named(train: Train, tmp_path: Path) -> None:
-    record = train("recipe.epochs=1", *TINY)
+def test_what_cannot_be_analyzed_is_named(copied: Train) -> None:
+    record = copied("recipe.epochs=1", *TINY)
     for path in (record.folder / "checkpoints").glob("*.pt"):
         path.write_bytes(b"damaged")
     with pytest.raises(UserError, match="has no checkpoint after an epoch to analyze"):
@@ -306,8 +291,8 @@ def test_what_cannot_be_analyzed_is_named(train: Train, tmp_path: Path) -> None:
     assert json.loads((record.folder / "summary.json").read_text())["status"] == "finished"
 
 
-def test_a_run_with_a_damaged_record_is_not_analyzed(train: Train) -> None:
-    record = train("recipe.epochs=1", *TINY)
+def test_a_run_with_a_damaged_record_is_not_analyzed(copied: Train) -> None:
+    record = copied("recipe.epochs=1", *TINY)
     (record.folder / "summary.json").write_text("{")
     with pytest.raises(UserError, match=r"summary\.json"):
         analyze(record.folder)

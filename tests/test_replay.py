@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from conftest import TINIEST, TINY, Train, train_in
+from conftest import TINY, Train, train_in
 from l2bn.errors import UserError
 from l2bn.records import CONFIG, ENVIRONMENT, SUMMARY, publish
 from l2bn.training.existing import _threads, analyze, evaluate_run, replay
@@ -20,20 +20,22 @@ from test_training import results
 
 Change = Callable[[dict[str, Any]], Any]
 
+ONE = ("recipe.epochs=1", *TINY)
+
 
 @pytest.fixture
-def record(train: Train, tmp_path: Path) -> Path:
-    return publish(train("recipe.epochs=1", *TINY).folder, tmp_path / "records")
+def record(trained: Train, tmp_path: Path) -> Path:
+    return publish(trained(*ONE).folder, tmp_path / "records")
 
 
-def test_a_run_is_evaluated_to_the_same_numbers(train: Train) -> None:
-    record = train("norm=l2bn", "recipe.epochs=1", *TINY)
+def test_a_run_is_evaluated_to_the_same_numbers(trained: Train) -> None:
+    record = trained(*ONE)
     loss, top1, top5 = evaluate_run(record.folder)
     assert (loss, top1, top5) == (record.last["test/loss"], record.last["test/top1"], record.last["test/top5"])
 
 
-def test_a_network_without_a_classifier_is_evaluated_and_not_measured(train: Train) -> None:
-    run = train("norm=bn", "recipe.epochs=1", *TINIEST).folder
+def test_a_network_without_a_classifier_is_evaluated_and_not_measured(copied: Train) -> None:
+    run = copied(*ONE).folder
     with (
         mock.patch("l2bn.training.existing.Probe", side_effect=ValueError("it has no linear layer")),
         pytest.raises(UserError, match=r"seed0: its features cannot be measured: it has no linear layer"),
@@ -41,10 +43,11 @@ def test_a_network_without_a_classifier_is_evaluated_and_not_measured(train: Tra
         analyze(run)
 
 
-def test_what_another_machine_had_more_of_is_not_replayed(train: Train, tmp_path: Path) -> None:
-    record = train("norm=bn", "recipe.epochs=1", "compute.threads=1", *TINIEST).folder
+def test_what_another_machine_had_more_of_is_not_replayed(copied: Train, tmp_path: Path) -> None:
+    record = copied(*ONE).folder
     config = record / "config.yaml"
-    config.write_text(config.read_text().replace("compile: auto", "compile: graphs"))
+    text = config.read_text().replace("compile: auto", "compile: graphs")
+    config.write_text(text.replace("threads: null", "threads: 1"))
     assert _threads(read_config(record)) == 1
     with mock.patch("l2bn.training.existing.available_cores", return_value=0):
         assert _threads(read_config(record)) is None
@@ -56,17 +59,17 @@ def test_what_another_machine_had_more_of_is_not_replayed(train: Train, tmp_path
     }
 
 
-def test_a_run_of_a_gpu_is_evaluated_on_a_cpu(train: Train) -> None:
-    record = train("recipe.epochs=1", *TINY)
+def test_a_run_of_a_gpu_is_evaluated_on_a_cpu(copied: Train) -> None:
+    record = copied(*ONE)
     path = record.folder / CONFIG
     path.write_text(path.read_text().replace("32-true", "tf32-mixed").replace("device: auto", "device: cuda"))
     assert evaluate_run(record.folder, device="cpu")[1] == record.last["test/top1"]
 
 
 def test_weights_that_are_no_result_are_evaluated_with_a_warning(
-    train: Train, caplog: pytest.LogCaptureFixture
+    copied: Train, caplog: pytest.LogCaptureFixture
 ) -> None:
-    record = train("recipe.epochs=1", *TINY)
+    record = copied(*ONE)
     evaluate_run(record.folder)
     assert "no result" not in caplog.text
     summary = record.folder / SUMMARY
@@ -88,9 +91,9 @@ def test_weights_of_an_earlier_epoch_are_no_result(train: Train, caplog: pytest.
 
 @pytest.mark.parametrize("again", ["evaluate", "analyze", "replay"])
 def test_other_code_of_the_users_own_is_a_warning(
-    again: str, train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    again: str, copied: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    record = train("recipe.epochs=1", *TINY)
+    record = copied(*ONE)
     environment = record.folder / ENVIRONMENT
     found = json.loads(environment.read_text())
     found["starts"][-1]["own_source"] = "another"
@@ -104,9 +107,9 @@ def test_other_code_of_the_users_own_is_a_warning(
     assert "was trained with other code of yours" in caplog.text
 
 
-def test_a_published_record_is_replayed_to_the_same_numbers(train: Train, tmp_path: Path) -> None:
-    run = train("norm=l2bn", "recipe.epochs=1", *TINY)
-    again = replay(publish(run.folder, tmp_path / "records"), str(tmp_path / "replayed"))
+def test_a_published_record_is_replayed_to_the_same_numbers(trained: Train, record: Path, tmp_path: Path) -> None:
+    run = trained(*ONE)
+    again = replay(record, str(tmp_path / "replayed"))
     assert results(again) == results(run)
     assert again.hash == run.hash
 

@@ -30,8 +30,8 @@ def events(record: Record) -> Any:
     return found
 
 
-def test_both_norms_of_a_pair_write_one_tag_and_one_layout(train: Train) -> None:
-    bn, l2bn = (train(f"norm={norm}", *SMALL) for norm in ("bn", "l2bn"))
+def test_both_norms_of_a_pair_write_one_tag_and_one_layout(trained: Train) -> None:
+    bn, l2bn = (trained(f"norm={norm}", *SMALL) for norm in ("bn", "l2bn"))
     tag = f"compare/{DATASET}/resnet20/short,epochs=2/test_top1"
     for record in (bn, l2bn):
         drawn = [(event.step, event.value) for event in events(record).Scalars(tag)]
@@ -63,8 +63,8 @@ def test_runs_of_another_cell_have_a_chart_of_their_own() -> None:
         assert sum(bool(re.match(pattern, tag)) for _, (pattern,) in one[TITLE].values()) == 1
 
 
-def test_the_hparams_are_the_runs_own(train: Train) -> None:
-    record = train("norm=l2bn", *SMALL)
+def test_the_hparams_are_the_runs_own(trained: Train) -> None:
+    record = trained("norm=l2bn", *SMALL)
     found = events(record)
     assert [child.name for child in (record.folder / "tb").iterdir() if child.is_dir()] == []  # no run beside it
     assert [(event.step, event.value) for event in found.Scalars("final/test_top1")] == [

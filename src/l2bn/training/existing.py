@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from hydra import compose
 from lightning_fabric import Fabric
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from torch import nn
 
 from l2bn import records
@@ -259,6 +259,8 @@ def _machine_paths(dataset: str, keys: Set[str]) -> dict[str, Any]:
     node = compose(ROOT, [f"dataset={dataset}"]).dataset
     try:
         return {key: node[key] for key in keys & node.keys()}  # also one without a value, which raises
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key} has no value; give --root") from None
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {str(error.msg).splitlines()[0]}; give --root") from None
 
