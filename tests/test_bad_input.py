@@ -90,9 +90,9 @@ WRONG = [
     ("recipe.lr=1e300", ["lr", "1e+300", "float32"]),
     ("recipe.weight_decay=1e300", ["weight_decay", "1e+300", "float32"]),
     ("recipe.momentum=1", ["momentum", "1", "[0, 1)"]),
-    ("recipe.momentum=0", ["nesterov", "momentum"]),
+    ("recipe.momentum=0", ["nesterov needs a momentum"]),
     ("recipe.weight_decay=-0.1", ["weight_decay", "-0.1", "negative"]),
-    ("recipe.label_smoothing=2", ["label_smoothing", "2", "[0, 1)"]),
+    ("recipe.label_smoothing=1", ["label_smoothing", "not 1", "[0, 1)"]),
     ("recipe.mixup=-1", ["mixup", "-1", "negative"]),
     ("recipe.mixup=1e300", ["mixup", "1e+300", "1000"]),
     ("recipe=step_200 recipe.schedule.start_factor=2", ["start_factor", "2", "[0, 1]"]),
@@ -174,15 +174,8 @@ def test_a_wrong_configuration_is_named(given: str, named: list[str], train: Tra
     assert not (tmp_path / "runs").exists()
 
 
-COMMANDS = [
-    "dataset=cifar11",
-    "norm=bn,l2bn",
-    "+recipe.epoch=3",
-    "recipe.epochs=0",
-    "dataset=cifar10 dataset.download=false dataset.root=nowhere",
-    "compute.device=cpu compute.precision=16-mixed",
-    "backbone._target_=torch.os.system",
-]
+# Refused by Hydra, as a sweep that lacks -m, and by us as late as the data.
+COMMANDS = ["dataset=cifar11", "norm=bn,l2bn", "dataset=cifar10 dataset.download=false dataset.root=nowhere"]
 
 
 @pytest.mark.parametrize("given", COMMANDS)

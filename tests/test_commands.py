@@ -66,7 +66,7 @@ WRONG: list[tuple[list[str], dict[str, str], list[str]]] = [
     (["list.py", "nets"], {}, ["nets", "backbone"]),
     (["list.py", "norm", "--hours"], {}, ["--hours", "norm", "backbone"]),
     (["fetch_data.py", "digits", "--classes", "1"], {}, ["--classes", "--figure"]),
-    (["fetch_data.py", "digits", "--pack", "x"], {}, ["--pack", "imagenet_wds"]),
+    (["fetch_data.py", "digits", "--pack", "x"], {}, ["--pack", "imagenet_wds", "digits"]),
     (["fetch_data.py", "digits", "dataset.image_size=0"], {}, ["dataset.image_size", "0"]),
     (["fetch_data.py", "null"], {}, ["null", "list.py"]),
     (["benchmark.py", "norm", "--json", "/proc/x.json"], {}, ["/proc/x.json"]),
@@ -108,7 +108,6 @@ def test_a_wrong_argument_is_named(
 # What goes wrong before any code of ours runs: only the real command shows it.
 BEFORE_US = {
     "norm=null": ["norm=null", "list.py"],
-    "-m seed=0,1 runs_dir=/proc/runs": ["/proc/runs"],
     "--config-dir . recipe=mine": ["recipe/mine.yaml", "line 1", "correct"],
 }
 

@@ -1,6 +1,7 @@
 """The controls of L2BN: each differs from it in the one point that it names."""
 
 import copy
+import functools
 import math
 import pickle
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from l2bn import L2BatchNorm2d, l2_normalize, swap_norm
-from l2bn.norms import group_norm, l2bn_detached, l2bn_mean_norm, l2bn_position
+from l2bn.norms import group_norm, l2bn, l2bn_detached, l2bn_mean_norm, l2bn_position
 from l2bn.norms.l2_step import Scale
 from l2bn.norms.l2bn_detached import normalize_detached
 from l2bn.norms.l2bn_mean_norm import DivideByMeanNorm
@@ -225,11 +226,13 @@ def test_in_a_model_of_timm_everything_but_the_norm_stays(path: Path, name: str)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_a_fused_activation_still_acts_behind_a_control() -> None:
+def test_a_fused_activation_still_acts() -> None:
+    """timm's norm and activation in one layer, and a copy of it: the norm comes before, the activation after."""
     x = some_maps().float()
-    for convert in CONTROLS:
+    for convert in (functools.partial(l2bn.convert, fused="off"), *CONTROLS):
         acting = convert(timm.layers.BatchNormAct2d(4, act_layer=nn.SiLU))
-        torch.testing.assert_close(acting(x), nn.functional.silu(convert(nn.BatchNorm2d(4))(x)))
+        for layer in (copy.deepcopy(acting), acting):
+            torch.testing.assert_close(layer(x), nn.functional.silu(convert(nn.BatchNorm2d(4))(x)))
 
 
 def test_a_control_differs_from_l2bn_in_values_where_it_should() -> None:

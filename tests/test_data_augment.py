@@ -73,11 +73,6 @@ def test_without_padding_and_flip_nothing_changes() -> None:
     assert torch.equal(CropFlip(0, False)(images, torch.Generator()), images)
 
 
-def test_negative_padding_is_refused() -> None:
-    with pytest.raises(ValueError, match="padding=-1: give a number of pixels from 0 to 256"):
-        CropFlip(-1)
-
-
 # Shift and mask: of spectrograms.
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from torchvision import datasets
 
 from l2bn.data import cifar
@@ -290,16 +289,6 @@ def test_a_list_of_classes_that_is_not_the_official_one_is_named(tmp_path: Path)
             cifar10(str(tmp_path), download=False, **COMMON)
 
 
-def test_pickles_of_python_2_and_3_are_read_alike(tmp_path: Path) -> None:
-    batch = cifar_batch(4, 0, labels=10)
-    (tmp_path / "old").write_bytes(python2_pickle(batch))
-    (tmp_path / "new").write_bytes(pickle.dumps(batch, 4))
-    assert b"numpy.core.multiarray" in (tmp_path / "old").read_bytes()
-    old, new = load_arrays(tmp_path / "old"), load_arrays(tmp_path / "new")
-    np.testing.assert_array_equal(old.pop("data"), new.pop("data"))
-    assert old == new
-
-
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -324,9 +313,3 @@ def test_a_damaged_batch_is_named(tmp_path: Path, content: bytes | None, words: 
     with pytest.raises(UserError, match=words) as caught:
         cifar10(str(tmp_path), download=False, **COMMON)
     assert str(batch.parent) in str(caught.value)
-
-
-def test_labels_are_int64_and_pixels_uint8(tmp_path: Path) -> None:
-    write_cifar10(tmp_path, {}, 40, 20)
-    pixels, label = cifar10(str(tmp_path), download=False, **COMMON).train[3]
-    assert (pixels.dtype, pixels.shape, label) == (torch.uint8, (3, 32, 32), 3)

@@ -5,6 +5,7 @@ One battery for the four ways of holding a data set: in memory, as files, as sha
 
 import contextlib
 import dataclasses
+import itertools
 import resource
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,10 @@ def numbered(splits: Splits) -> Splits:
     return dataclasses.replace(splits, train=train, test=test, num_classes=COUNT)
 
 
-@pytest.fixture(params=["memory", "files", "shards", "decoded"])
+ON_DISK = ["files", "shards", "decoded"]  # in memory no workers are used
+
+
+@pytest.fixture(params=["memory", *ON_DISK])
 def splits(request: pytest.FixtureRequest, sources: dict[str, Splits]) -> Splits:
     return sources[request.param]
 
@@ -154,6 +158,7 @@ def test_start_does_not_make_the_batches_before(sources: dict[str, Splits]) -> N
     assert opened == batch[1].tolist()
 
 
+@pytest.mark.parametrize("splits", ON_DISK, indirect=True)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_number_of_workers_changes_nothing(splits: Splits, workers: int) -> None:
     with_workers, without = train(splits, workers=workers), train(splits)
@@ -162,6 +167,7 @@ def test_number_of_workers_changes_nothing(splits: Splits, workers: int) -> None
     assert same(list(evaluate(splits, workers=workers).epoch(0)), list(evaluate(splits).epoch(0)))
 
 
+@pytest.mark.parametrize("splits", ON_DISK, indirect=True)
 def test_an_epoch_left_in_the_middle_does_not_disturb_the_next(splits: Splits) -> None:
     loader = train(splits, workers=2)
     for _ in loader.epoch(0):
@@ -277,7 +283,9 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(splits: Splits) -> None:
         train(splits, world_size=3)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("splits", "workers"), [("memory", 0), *itertools.product(ON_DISK, [0, 2])], indirect=["splits"]
+)
 def test_global_random_state_is_left_alone(splits: Splits, workers: int) -> None:
     torch.manual_seed(0)
     expected = torch.rand(3)

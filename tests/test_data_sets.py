@@ -21,23 +21,28 @@ from official_formats import CONFIGS, write
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
-def build(name: str, overrides: list[str]) -> Splits:
+def composed(name: str, overrides: list[str]) -> Any:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS.parent), version_base="1.3"):
         config = compose("train", [f"dataset={name}", *overrides])
-    node: Any = OmegaConf.to_container(config.dataset, resolve=True, throw_on_missing=True)
-    return Builder().build(node, "dataset")
+    return OmegaConf.to_container(config.dataset, resolve=True, throw_on_missing=True)
 
 
-def test_there_are_data_sets() -> None:
-    assert len(NAMES) >= 9
+def build(name: str, overrides: list[str]) -> Splits:
+    return Builder().build(composed(name, overrides), "dataset")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_data_set_makes_batches(name: str, tmp_path: Path) -> None:
-    splits = build(name, write(name, tmp_path / "a folder, äöü"))
+def test_a_data_set_is_what_its_file_says_and_makes_batches(name: str, tmp_path: Path) -> None:
+    node = composed(name, write(name, tmp_path / "a folder, äöü"))
+    splits: Splits = Builder().build(node, "dataset")
+    label = node["label"] or Path(node["root"]).name
+    # A stand-in for a published set holds fewer images, which its label says; no published number stands beside it.
+    said = f"{label}, {len(splits.train):,} and ", f"{label}, tested on its training images"
+    assert splits.label == label or splits.label.startswith(said)
+    assert splits.baseline == (node["baseline"] if splits.label == label else None)
+    assert splits.train.labels.unique().numel() > 1
     size = splits.image_size
-    assert splits.label
     assert len(splits.mean) == len(splits.std) == 3
     assert splits.num_classes >= 2
     assert not splits.classes or len(splits.classes) == splits.num_classes
@@ -57,7 +62,8 @@ def test_a_data_set_makes_batches(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_data_set_offers_subset_and_validation(name: str, tmp_path: Path) -> None:
     """A subset that leaves a class that is tested untrained says so."""
-    overrides = [*write(name, tmp_path, train=400), "dataset.validation=0.5"]  # of CIFAR-100, two of each class
+    images = 400 if name == "cifar100" else 80  # four of each of a hundred classes
+    overrides = [*write(name, tmp_path, train=images), "dataset.validation=0.5"]
     trained = len(build(name, overrides).train)
     size = trained - 1 if trained > 8 else 8
     splits = build(name, [*overrides, f"dataset.subset={size}"])

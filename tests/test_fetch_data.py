@@ -40,7 +40,6 @@ def test_what_was_found_is_printed(script: ModuleType, tmp_path: Path, capsys: p
         (["nonsense"], ["nonsense", "cifar10"]),
         (["image_folder"], ["dataset.root"]),
         (["cifar10", "dataset.rot=x"], ["rot"]),
-        (["digits", "--pack", "x"], ["--pack", "imagenet_wds", "digits"]),
         (["image_folder", "dataset.root=~/x"], ["""'dataset.root="~/x"'"""]),
         (["image_folder", "dataset.root=/data/Übung"], ["""'dataset.root="/data/Übung"'"""]),
         (["image_folder", "dataset.root=a,b"], ["root"]),

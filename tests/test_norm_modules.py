@@ -1,4 +1,4 @@
-"""PyTorch's own module inputs for BatchNorm1d, 2d and 3d, error inputs included, through the layers of L2BN.
+"""PyTorch's own module inputs for BatchNorm1d, 2d and 3d, through the layers of L2BN.
 
 The module that holds them is private to PyTorch. The kernels' formulas run uncompiled here.
 """
@@ -39,14 +39,9 @@ def _uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autograd, "run_kernel", run)
 
 
-def info_of(stock: type[nn.Module]) -> Any:
-    (info,) = [info for info in common_modules.module_db if info.module_cls is stock]
-    return info
-
-
 def inputs_of(stock: type[nn.Module], training: bool) -> list[Any]:
     torch.manual_seed(0)
-    info = info_of(stock)
+    (info,) = [info for info in common_modules.module_db if info.module_cls is stock]
     arguments = {"device": "cpu", "dtype": torch.float64, "requires_grad": True, "training": training}
     inputs = info.module_inputs_func(info, **arguments)
     assert len(inputs) >= 7
@@ -76,19 +71,3 @@ def test_the_layer_does_with_each_input_what_batch_norm_does(stock: type[nn.Modu
             layer.fused, layer.momentum = "off", 0.0
             assert torch.autograd.gradcheck(layer, (x,), fast_mode=True), given.desc
             assert torch.autograd.gradgradcheck(layer, (x,), fast_mode=True), given.desc
-
-
-@pytest.mark.parametrize("stock", KINDS)
-@pytest.mark.parametrize("fused", ["off", "on"])
-def test_error_inputs_are_refused_alike(stock: type[nn.Module], fused: str) -> None:
-    info = info_of(stock)
-    arguments = {"device": "cpu", "dtype": torch.float64, "requires_grad": False, "training": True}
-    errors = info.module_error_inputs_func(info, **arguments)
-    assert len(errors) >= 2
-    for error in errors:
-        given = error.module_error_input
-        layer = COUNTERPARTS[stock](
-            *given.constructor_input.args, **given.constructor_input.kwargs, fused=fused, dtype=torch.float64
-        )
-        with pytest.raises(error.error_type, match=error.error_regex):
-            layer(*given.forward_input.args)

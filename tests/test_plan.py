@@ -282,16 +282,3 @@ def test_a_longer_run_says_that_it_starts_again(command: Callable[..., str], tmp
     assert "short,epochs=1/seed0 is an equal run with another number of epochs" in printed
     assert "equal run" not in command(*SMALL, "norm=bn", "recipe.epochs=2")
     assert "equal run" not in command(*SMALL, "norm=bn", "recipe.epochs=2", "recipe.lr=0.2")
-
-
-def test_another_program_of_hydra_finds_no_launcher_that_is_not_installed() -> None:
-    """Hydra imports the module of our sweeper in every program."""
-    code = (
-        "import importlib.util, sys\n"
-        "found = importlib.util.find_spec\n"
-        "importlib.util.find_spec = lambda name: None if name.startswith('hydra_plugins.hydra_') else found(name)\n"
-        "import hydra_plugins.l2bn_sweeper\n"
-        "from hydra.core.config_store import ConfigStore\n"
-        "sys.exit('joblib.yaml' in ConfigStore.instance().repo.get('hydra', {}).get('launcher', {}))\n"
-    )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -306,17 +306,23 @@ def test_the_peak_memory_of_a_run_is_not_that_of_an_earlier_one() -> None:
 
 
 @pytest.mark.parametrize("missing", ["fcntl", "resource"])
-def test_without_a_posix_system_the_layer_works_and_training_says_what_it_needs(missing: str) -> None:
+def test_without_a_posix_system_the_layer_works_and_training_says_what_it_needs(
+    missing: str, tmp_path: Path
+) -> None:
     code = (
         f"import sys; sys.modules[{missing!r}] = None; import torch, l2bn.data.loader; from l2bn import swap_norm\n"
+        "model = torch.nn.Sequential(torch.nn.BatchNorm2d(4))\n"
+        "assert swap_norm(model, 'l2bn') == 1\n"
+        "model[0].fused = 'off'\n"
+        "model(torch.randn(2, 4, 3, 3)).sum().backward()\n"
     )
-    code += "assert swap_norm(torch.nn.Sequential(torch.nn.BatchNorm2d(4)), 'l2bn') == 1\n"
     train = str(ROOT / "scripts" / "train.py")
     code += f"import runpy; sys.argv = ['train.py']; runpy.run_path({train!r}, None, '__main__')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("training needs a POSIX system, Linux or macOS")
     assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_dropout_and_mixup_follow_from_seed_and_place(train: Train, tmp_path: Path) -> None:
