@@ -20,10 +20,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup ## BN against L2BN on handwritten digits: 6 runs, a table and a figure, in 2 minutes on 2 cores
 	python scripts/train.py experiment=demo launcher=joblib
-	python scripts/report.py tables --runs runs/demo
-	python scripts/report.py figures --runs runs/demo --out runs/demo/figures
-	@echo "records       runs/demo"
-	@echo "curves        make tensorboard LOGDIR=runs/demo"
+	python scripts/report.py tables --runs demo
+	python scripts/report.py figures --runs demo --out demo/figures
+	@echo "records       demo"
+	@echo "curves        make tensorboard LOGDIR=demo"
 
 list: setup ## every data set, backbone with its cost, norm, recipe and experiment, one line each
 	@python scripts/list.py

@@ -20,6 +20,7 @@ import tempfile
 from pathlib import Path
 
 from l2bn.benchmarks import accuracy, data, evaluation, first, measure, norm, step, together, train, waiting
+from l2bn.benchmarks.workload import compute
 from l2bn.failures import told_plainly
 from l2bn.records import write_durably
 from l2bn.training.environment import describe_environment
@@ -69,12 +70,13 @@ def main() -> None:
     if arguments.benchmark == "pages":
         write_pages()
         return
+    compute().set_up()  # as a run does
     measured = BENCHMARKS[arguments.benchmark].run(arguments)
     result = {"benchmark": arguments.benchmark, "machine": describe_environment(measure.DEVICE), **measured}
+    print("\n" + page_of(result))  # before a full disk can keep it from being written
     if arguments.json:
         write_durably(arguments.json, json.dumps(result, indent=1) + "\n")
         write_durably(arguments.json.with_suffix(".md"), page_of(result))
-    print("\n" + page_of(result))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from l2bn.failures import told_plainly
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("record", type=Path, metavar="RECORD", help="folder with a config.yaml")
-    parser.add_argument("--runs-dir", default="runs/replay", help="folder of the new run (default: runs/replay)")
+    parser.add_argument("--runs-dir", default="replay", help="folder of the new run (default: replay)")
     parser.add_argument("--config-dir", type=Path, action="append", default=[], help="your folder of YAML files")
     parser.add_argument("--root", help="folder of the data set, if it is not the one of its YAML file")
     arguments = parser.parse_args()

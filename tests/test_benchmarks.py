@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from conftest import ROOT
-from l2bn.benchmarks import accuracy, data, evaluation, measure, norm, train, waiting
+from l2bn.benchmarks import accuracy, data, evaluation, measure, norm, together, train, waiting
 from l2bn.benchmarks.workload import CLASSES
 from l2bn.errors import UserError
 from l2bn.reporting.formatting import interval, signed
@@ -39,9 +39,10 @@ def test_committed_pages_are_made_from_the_committed_results(command: Any) -> No
         assert path.with_suffix(".md").read_text() == command.page_of(result)
 
 
-# The numbers of the README, made anew from the committed results.
+# The numbers of README.md and results/README.md, made anew from the committed results.
 
-README = " ".join((ROOT / "README.md").read_text().split())
+README = " ".join(f"{(ROOT / name).read_text()}" for name in ("README.md", "results/README.md"))
+README = " ".join(README.split())
 
 
 def committed(name: str, rows: str = "rows") -> list[dict[str, Any]]:
@@ -128,7 +129,7 @@ def test_the_readmes_speeds_in_bfloat16_are_those_of_the_committed_results() -> 
 
 def test_the_readmes_speeds_beside_others_are_those_of_the_committed_results() -> None:
     """Of several runs at once, and of a run beside a busy process."""
-    speeds = {(row["network"], row["runs"]): sum(row["images_per_second"]) for row in committed("together")}
+    speeds = {(row["network"], row["runs"]): together.together(row) for row in committed("together")}
     gains = [speed / speeds[network, 1] for (network, runs), speed in speeds.items() if runs > 1]
     assert f"does {min(gains):.1f} to {max(gains):.1f} times as much as with all cores for one run" in README
     times = [row["seconds"] for row in committed("waiting") if row["batch"] == 128]

@@ -516,6 +516,14 @@ def test_the_committed_claims_are_what_the_records_give() -> None:
     assert (ROOT / "results/claims.md").read_text(encoding="utf-8") == claims_markdown(evidence, SETS)
 
 
+def test_a_set_of_ones_own_is_judged_by_the_same_rule(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "runs", [50.0, 51.0, 52.0], [1.0, 1.1, 0.9], backbone="mine", recipe="short")
+    names = "label: My set, dataset: cifar10, recipe: short, setting: 32-true"
+    (tmp_path / "sets.yaml").write_text(f"sets: [{{{names}, backbones: [mine], seeds: [0, 1, 2]}}]")
+    printed = report("claims", "--runs", tmp_path / "runs", "--sets", tmp_path / "sets.yaml").stdout
+    assert "| My set: supported, 6 runs: +1.00 [+0.75, +1.25], 1 of 1 network above 0 |" in printed
+
+
 def test_the_script_prints_and_writes(tmp_path: Path) -> None:
     write_grid(tmp_path / "runs", [0.2, 0.3, 0.4])
     out = tmp_path / "claims.md"

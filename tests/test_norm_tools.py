@@ -43,11 +43,13 @@ ROWS = {
     ],
     "`torch.jit.trace`, `torch.jit.script`": ["test_jit_trace", "test_jit_script_is_refused"],
     "`torch.compile`": ["test_compiled_with_open_sizes_there_is_one_graph"],
-    "`torch.export`, pt2e quantization of its graph": ["test_an_exported_graph_shows_the_l2_step"],
+    "`torch.export`; by its graph, pt2e quantization": ["test_an_exported_graph_shows_the_l2_step"],
     "ONNX": ["test_export.test_onnxruntime_agrees"],
     "`torch.ao.quantization`": ["test_quantization_leaves_the_layer_in_float"],
     "`torch.func`, `make_fx`, batched and higher derivatives": ["test_transforms_see_operators"],
-    "Opacus, per-sample gradients": ["test_per_sample_gradients_in_training_are_refused"],
+    "per-sample gradients by `vmap` of `grad`, and so Opacus": [
+        "test_per_sample_gradients_in_training_are_refused"
+    ],
     "`AveragedModel` (SWA), `update_bn`; DDP, FSDP2; FLOP counters": [
         "test_update_bn_estimates_the_running_statistics",
         "test_norm_sync.test_data_parallel_training_averages_the_ranks_gradients",

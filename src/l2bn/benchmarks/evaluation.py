@@ -10,7 +10,6 @@ from torch.fx.experimental.optimization import fuse
 
 from l2bn.benchmarks.measure import DEVICE, Action, Result, Row, add_common_arguments, interleaved, page, table
 from l2bn.benchmarks.workload import NETWORKS, build
-from l2bn.training.compute import keep_freed_memory
 
 BATCH = {32: 512, 224: 32}  # by image size
 CALLERS = ("eager", "compiled")
@@ -57,7 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Result:
-    keep_freed_memory()  # as a run does
     rows: list[Row] = []
     for network, caller in product(arguments.networks, CALLERS):
         torch.compiler.reset()  # after eight compiled variants of a function it would fall back to eager

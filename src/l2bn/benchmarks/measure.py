@@ -19,7 +19,7 @@ import torch
 from torch._C._profiler import _EventType
 from torch.profiler._utils import traverse_dfs
 
-from l2bn.reporting.formatting import Table, markdown
+from l2bn.reporting.formatting import Table, markdown, plural
 
 Action = Callable[[], Any]
 Key = TypeVar("Key")
@@ -98,22 +98,22 @@ def interleaved(actions: dict[Key, Action], seconds: float, fewest: int = 20, wa
 
     The order within a round is random, so that none always runs in the caches that the same other one left. The
     first decile of an action's times is returned: other load can only add time, and on a quiet machine decile and
-    median are close. Rounds last for about `seconds`, at least `fewest`, after `warm_up` calls of each. A call too
-    short for the clock is repeated within its turn.
+    median are close. Rounds last for about `seconds`, at least `fewest`, after `warm_up` calls of each. Where a
+    call is too short for the clock, all are repeated within their turns, equally often: so all find warm caches.
     """
-    repeats = {}
-    for name, action in actions.items():
+    repeats = 1
+    for action in actions.values():
         for _ in range(warm_up):
             action()
         synchronise()
-        repeats[name] = max(1, round(5e-4 / max(_time(action), 1e-6)))
+        repeats = max(repeats, round(5e-4 / max(_time(action), 1e-6)))
     times: dict[Key, list[float]] = {name: [] for name in actions}
     order = random.Random(0)
     with undisturbed():
         end = time.perf_counter() + seconds
         while time.perf_counter() < end or len(times[next(iter(times))]) < fewest:
             for name in order.sample(list(actions), len(actions)):
-                times[name].append(_time(actions[name], repeats[name]))
+                times[name].append(_time(actions[name], repeats))
     return {name: sorted(values)[len(values) // 10] for name, values in times.items()}
 
 
@@ -173,7 +173,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], names: int) -> 
 def page(title: str, result: Result, explanation: str, *parts: str) -> str:
     """The Markdown page of a result: its machine, an explanation, and its tables."""
     facts = result["machine"]
-    where = facts["device"] if facts["device"] != "cpu" else f"{facts['processor']}, {facts['threads']} threads"
+    where = f"{facts['processor']}, {plural('thread', facts['threads'])}"
+    if facts["device"] != "cpu":
+        where = f"{facts['device']} in a host with {where}"
     machine = f"{where} ({facts['cpu_capability']}), torch {facts['packages']['torch']}, {facts['time'][:10]}."
     text = fill(" ".join(explanation.split()), 110, break_on_hyphens=False, break_long_words=False)
     return "\n\n".join([f"# {title}", machine, text, *parts]) + "\n"

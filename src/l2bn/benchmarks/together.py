@@ -34,19 +34,26 @@ def one_of_several(index: int, network: str, batch: int, runs: int, started: Any
         times[index] = time.perf_counter() - start
 
 
+def together(row: Row) -> float:
+    """Images/s of all runs, up to the end of the slowest: the others need not have trained all that time."""
+    speeds = row["images_per_second"]
+    return float(len(speeds) * min(speeds))
+
+
 EXPLANATION = """
 Runs of one network train at the same time, each in its own process; on a CPU the cores are divided among them.
-×: their images/s together, relative to one run that has the machine alone.
+×: their images/s together, until the slowest has ended, relative to one run that has the machine alone; each
+measured once.
 """
 
 
 def make_page(result: Result) -> str:
-    alone = {row["network"]: sum(row["images_per_second"]) for row in result["rows"] if row["runs"] == 1}
+    alone = {row["network"]: together(row) for row in result["rows"] if row["runs"] == 1}
     rows = []
     for row in result["rows"]:
         speeds, names = row["images_per_second"], (row["network"], str(row["batch"]), str(row["runs"]))
-        mean, whole = f"{sum(speeds) / len(speeds):,.0f}", f"{sum(speeds):,.0f}"
-        rows.append((*names, mean, whole, f"{sum(speeds) / alone[row['network']]:.2f}"))
+        mean, whole = f"{sum(speeds) / len(speeds):,.0f}", together(row)
+        rows.append((*names, mean, f"{whole:,.0f}", f"{whole / alone[row['network']]:.2f}"))
     columns = ("network", "batch", "runs", "images/s, each", "images/s, all", "×")
     return page("Several runs side by side: images/s", result, EXPLANATION, table(columns, rows, names=1))
 

@@ -42,8 +42,9 @@ def _take_turn() -> float:
 
 @contextmanager
 def _competitor() -> Iterator[None]:
-    """A process that computes on one core."""
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+    """A process that computes on one core until this one has ended."""
+    code = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
         try:
             yield
         finally:
@@ -93,9 +94,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Result:
-    """Raises UserError on a GPU."""
+    """Raises UserError on a GPU, and where torch's threads are not those of GNU OpenMP."""
     if DEVICE.type != "cpu":
         raise UserError("this benchmark measures a CPU; hide the GPU with CUDA_VISIBLE_DEVICES=")
+    if sys.platform != "linux":
+        raise UserError(
+            "this benchmark measures how the threads of GNU OpenMP wait, which torch has on Linux alone"
+        )
     rows: list[Row] = []
     for network in arguments.networks:
         for batch in arguments.batches:

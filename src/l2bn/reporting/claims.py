@@ -479,8 +479,9 @@ CLAIMS = (
 )
 
 THESE_NETWORKS = (
-    "Each verdict names its set of runs and waits until all of them have ended; results/reference/sets.yaml "
-    "lists them. Differences are paired by seed; s is their standard deviation pooled within the cells, with df "
+    "Each verdict names its set of runs and waits until all of them have ended; results/reference/sets.yaml, "
+    "or the file of --sets, lists them. "
+    "Differences are paired by seed; s is their standard deviation pooled within the cells, with df "
     "= Σ(n − 1) degrees of freedom. A cell's mean has the interval ± t(df)·s/√n and a p-value that is corrected "
     "by Holm over the cells; the mean of the k cell means, each weighing alike, has ± t(df)·s·√(Σ 1/n)/k. "
     "Supported if that interval lies on the claimed side of 0, no cell is significant at 5 % on the other, and "

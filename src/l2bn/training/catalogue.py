@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from l2bn.backbones.cost import count_multiply_adds, count_parameters
 from l2bn.errors import UserError
 from l2bn.records import natural_order
+from l2bn.training.compute import Compute
 from l2bn.training.instantiate import CONFIGS, Builder, Node
 from l2bn.training.plan import ROOT, composing, resolve
 
@@ -119,21 +120,28 @@ def cost_of(node: Node, usual: Usual, folders: Sequence[Path] = (CONFIGS,), *, t
 
 
 def _measure_hours(model: nn.Module, usual: Usual) -> float:
-    """Estimate the hours of the usual recipe in float32 on this machine from the faster of two training steps.
+    """Estimate the hours of training by the usual recipe on this machine from the fastest of a few steps.
 
-    Batch norm, eager, images in memory: L2BN costs about as much (results/benchmarks/step.md).
+    As a run with batch norm computes, `compute=auto`, but not compiled; L2BN costs about as much
+    (results/benchmarks/step.md). Without evaluation, optimizer and what loading images adds.
     """
-    recipe = yaml.safe_load((CONFIGS / "recipe" / f"{usual.recipe}.yaml").read_text(encoding="utf-8"))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    recipe, auto = (
+        yaml.safe_load((CONFIGS / name).read_text(encoding="utf-8"))
+        for name in (f"recipe/{usual.recipe}.yaml", "compute/auto.yaml")
+    )
+    placing = Compute(**auto)
+    placing.set_up()
+    device = placing.fabric().device
+    model = placing.place(model.train(), device, updates=0, in_memory=usual is CIFAR).trained
     images = torch.randn(usual.timed_batch, 3, usual.image_size, usual.image_size, device=device)
     images = images.to(memory_format=torch.channels_last)
     labels = torch.zeros(usual.timed_batch, dtype=torch.long, device=device)
     seconds = []
-    for _ in range(3):  # the first makes the buffers of the other two
+    for _ in range(4):  # the first makes the buffers of the others
         start = time.perf_counter()
+        model.zero_grad()
         torch.autograd.backward(F.cross_entropy(model(images), labels))
-        if device == "cuda":
+        if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return float(recipe["epochs"] * usual.images / usual.timed_batch * min(seconds[1:]) / 3600)

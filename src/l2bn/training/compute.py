@@ -208,7 +208,7 @@ class Compute:
 UPDATES = 1_000
 """Steps from which compilation pays off on a CPU, where it makes a step faster at all.
 
-It takes 66 s on two cores for ShuffleNetV2, cached per machine, and saves 0.1 s per step of 128 images.
+It takes 66 s on two cores for ShuffleNetV2, once a machine, and saves 0.04 s per step of 128 images.
 """
 
 VECTOR = 16  # float32 values in the widest vector register, that of AVX-512
@@ -219,10 +219,10 @@ def should_compile(wanted: Compile, model: nn.Module, device: torch.device, upda
 
     "auto" depends only on network, machine and number of steps, so that both norms of a comparison, and a resumed
     run, get the same answer. On a CPU with a compiler, runs of at least `UPDATES` steps are compiled, but only
-    networks whose channels do not fill the vector registers (ShuffleNetV2): PyTorch's batch norm then takes up to
-    eight times as long, and compiled kernels do not. Other networks gain nothing, because the convolutions, which
-    are the same, take four fifths of the time. On CUDA "auto" never compiles: compiled networks were not measured
-    there, and those with images in memory replay CUDA graphs instead.
+    networks whose channels do not fill the vector registers (ShuffleNetV2): PyTorch's batch norm is slow there, and
+    compiled kernels are not. Other networks gain nothing, or 18 % (MobileNetV2 with L2BN): the convolutions, which
+    are the same, take four fifths of the time. On CUDA "auto" never compiles: compiled networks were not
+    measured there, and those with images in memory replay CUDA graphs instead.
 
     Figures are in results/benchmarks/train.md. Raises UserError if compilation is requested and no compiler works.
     """
