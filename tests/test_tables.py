@@ -222,9 +222,9 @@ def test_kernel_paths_share_an_arm_and_are_a_note(kernels: tuple[str, ...], text
     (row,) = rows_of(tmp_path)
     assert (row["pairs"], row["difference"], row["setting"]) == ("3", "2", "32-true")
     assert text.startswith(f"{row['kernels']} in 1 row")
-    dropout = " but for dropout, which masks other units in a compiled model" if "in part" in text else ""
+    dropout = "; a compiled model draws other masks of dropout" if "in part" in text else ""
     for name in ("grid.md", "grid.tex"):
-        note = f"equal within rounding{dropout}, so that runs of all share a row: {text}"
+        note = f"(they agree within rounding{dropout}): {text}"
         assert note in documents(evidence, PUBLISHED)[name]
     assert ("l2bn: kernels" in in_terminal(tmp_path)) is (len(set(kernels)) > 1)
 
@@ -320,7 +320,7 @@ def test_a_pair_made_on_a_cpu_and_on_a_gpu_is_noted(
             starts = [{"device": device} for device in own]
             (record.folder / ENVIRONMENT).write_text(json.dumps({"starts": starts}))
     table, shown = grid_of(tmp_path), in_terminal(tmp_path)
-    assert (f"in dropout: {note}." in table) is bool(note)
+    assert (f"masks of dropout): {note}." in table) is bool(note)
     assert ("in part on a GPU: seed 1" in shown) is bool(note)
 
 
@@ -706,8 +706,8 @@ def test_the_readmes_block_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     write_run(tmp_path)
     evidence = read_evidence(tmp_path)
     text = readme_with_block(f"before\n\n{BEGIN}\nold\n{END}\n\nafter\n", evidence, SET)
-    claim = "The claim that L2BN improves accuracy, in 3 networks (net0, net1, net2) on Data at 30 epochs, is"
-    assert text.startswith(f"before\n\n{BEGIN}\n\n**{claim} open")
+    claim = "In 3 networks (net0, net1, net2) on Data at 30 epochs, the claim that L2BN improves accuracy is"
+    assert text.startswith(f"before\n\n{BEGIN}\n\n- **{claim} open")
     assert text.endswith(f"\n{END}\n\nafter\n")
     assert "old" not in text
     assert readme_with_block(text, evidence, SET) == text
@@ -719,7 +719,7 @@ def test_the_readmes_block_is_replaced_and_nothing_else(tmp_path: Path) -> None:
 def test_the_readme_answers_from_the_first_set_as_its_runs_end(tmp_path: Path) -> None:
     (tmp_path / "records").mkdir()
     text = readme_of(tmp_path / "records")
-    assert "is open until all 18 runs have ended (0 have).**" in text
+    assert "is open** until all 18 runs have ended (0 have)." in text
     assert "there is no interval yet (0 of at least 3 networks with 3 pairs)" in text
     assert "No record yet." in text
     assert "![" not in text
@@ -727,7 +727,7 @@ def test_the_readme_answers_from_the_first_set_as_its_runs_end(tmp_path: Path) -
     write_pairs(tmp_path / "records", [70.0, 71.0, 72.0], [0.4, 0.5, 0.6], backbone="net0", **cell)
     write_pairs(tmp_path / "records", [70.0], [9.9], backbone="net7", **cell)  # not of the set
     text = readme_of(tmp_path / "records")
-    assert "is open until all 18 runs have ended (6 have).**" in text
+    assert "is open** until all 18 runs have ended (6 have)." in text
     assert "| CIFAR-10 | net0 | 71.00 ± 1.00 (3) | 71.50 ± 1.10 (3) | +0.50 [+0.25, +0.75] | 0.013 |" in text
     assert "net7" not in text
     assert "(results/figures/differences-cifar10-cosine_30.png)" in text
@@ -737,7 +737,7 @@ def test_the_readme_answers_from_the_first_set_as_its_runs_end(tmp_path: Path) -
     # s = 0.1 over 6 degrees of freedom: 2.447 * 0.1 / 3 = 0.08.
     estimate = "L2BN − BN is +0.50 points of test top-1, 95 % interval [+0.42, +0.58]"
     pairs = "by a spread pooled over the networks, n = 9 pairs, diverged: 0 of BN, 0 of L2BN"
-    assert f"is supported: {estimate}, {pairs}.**" in text
+    assert f"is supported**: {estimate}, {pairs}." in text
     # The means 0.4, 0.5 and 0.6: t(2) * 0.1 / sqrt(3) = 4.303 * 0.0577 = 0.25.
     beyond = "+0.50 points of test top-1, 95 % interval [+0.25, +0.75], over 3 networks and all their seeds"
     assert f"For other networks like them, it is supported: {beyond}." in text
@@ -750,12 +750,12 @@ def test_the_readme_gives_each_interval_with_its_own_mean(tmp_path: Path) -> Non
         gains = [gain - 0.1, gain, gain + 0.1, gain + 4.0]
         write_pairs(tmp_path, [70.0, 71.0, 72.0, 73.0], gains, backbone=net, **cell)
     text = readme_of(tmp_path)
-    assert "is supported: L2BN − BN is +0.50 points of test top-1, 95 % interval [+0.42, +0.58], by" in text
+    assert "is supported**: L2BN − BN is +0.50 points of test top-1, 95 % interval [+0.42, +0.58], by" in text
     assert "it is supported: +1.50 points of test top-1, 95 % interval [+1.25, +1.75], over 3 networks" in text
     for seed in range(3):
         write_run(tmp_path, norm="l2bn", backbone="net2", seed=seed, status="diverged", **cell)
     text = readme_of(tmp_path)
-    assert "not decided: L2BN − BN is – points of test top-1, no interval: a cell has no pair, n = 6 pairs" in text
+    assert "not decided**: L2BN − BN is – points of test top-1, no interval: a cell has no pair, n = 6" in text
     assert "there is no interval yet (2 of at least 3 networks with 3 pairs)" in text
 
 

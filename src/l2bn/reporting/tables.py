@@ -183,13 +183,13 @@ def _differing(rows: Sequence[Comparison], norm: str) -> list[str]:
     """Notes on what runs of one row may differ in: the norm's kernels, pixels of the images, kinds of device."""
     mixed = "Pairs made in part on a CPU and in part on a GPU"
     kernels = _grouped(rows, lambda row: row.kernels, lambda text: " and " in text or "in part" in text)
-    dropout = " but for dropout, which masks other units in a compiled model" if "in part" in kernels else ""
+    dropout = "; a compiled model draws other masks of dropout" if "in part" in kernels else ""
     found = {
-        f"Kernels of {norm}, equal within rounding{dropout}, so that runs of all share a row": kernels,
+        f"Kernels of {norm} (they agree within rounding{dropout})": kernels,
         "Images not proven equal by their fingerprints": _grouped(
             rows, lambda row: images_in_words(row.records), lambda text: text != "no fingerprint"
         ),
-        f"{mixed}, which round differently and mask other units in dropout": _grouped(
+        f"{mixed} (they round differently and draw other masks of dropout)": _grouped(
             rows, lambda row: unlike_devices(row.records), lambda _: True
         ),
         "Your own code was edited between runs that are compared; train them anew by one version": _grouped(
@@ -330,13 +330,13 @@ def _answer(rows: Sequence[Comparison], run_set: RunSet) -> str:
     """The estimate for these networks with n, interval and verdict, and that for other networks."""
     arms = [arm for row in rows for arm in row.arms]
     these, others = judge_set(ACCURATE, run_set, arms), for_other_networks(rows)
-    found = f"open until all {these.wanted} runs have ended ({these.ended} have)"
+    found = f"open** until all {these.wanted} runs have ended ({these.ended} have)"
     if these.overall:
         pairs = plural("pair", these.overall.n)
         lost = f"diverged: {these.diverged[0]} of BN, {these.diverged[1]} of L2BN"
         spread = "" if these.overall.reason else ", by a spread pooled over the networks"
         against = f" ({these.against})" if these.against else ""
-        found = f"{these.verdict}{against}: L2BN − BN is {_points(these.overall)}{spread}, n = {pairs}, {lost}"
+        found = f"{these.verdict}**{against}: L2BN − BN is {_points(these.overall)}{spread}, n = {pairs}, {lost}"
     networks = f"{len(run_set.backbones)} networks ({', '.join(run_set.backbones)}) on {run_set.label}"
     beyond = f"there is no interval yet ({others.n} of at least {MIN_BACKBONES} networks with {MIN_PAIRS} pairs)"
     if others.mean is not None:
@@ -344,10 +344,11 @@ def _answer(rows: Sequence[Comparison], run_set: RunSet) -> str:
             f"it is {judge_others(rows)}: {_points(others)}, over {plural('network', others.n)} and all their seeds"
         )
     return (
-        f"**The claim that L2BN improves accuracy, in {escape_markdown(networks)}, is {found}.** For other "
-        f"networks like them, {beyond}. The rule for these networks was fixed before their first run was "
-        "published; [results/README.md](results/README.md#two-rules-for-a-verdict) says what was changed later. "
-        "[claims.md](results/claims.md) has both rules and the verdicts on the paper's other claims."
+        f"- **In {escape_markdown(networks)}, the claim that L2BN improves accuracy is {found}.\n"
+        f"- For other networks like them, {beyond}.\n"
+        "- [claims.md](results/claims.md) has both rules and the verdicts on the paper's other claims. "
+        "The rule for these networks was fixed before their first run was published; "
+        "[results/README.md](results/README.md#two-rules-for-a-verdict) says what was changed later."
     )
 
 
