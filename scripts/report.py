@@ -20,6 +20,7 @@ from l2bn.records import Problem, write_durably
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
 RECORDS = RESULTS / "records"
+SETS = RESULTS / "reference/sets.yaml"
 
 Command = Callable[[argparse.Namespace], Sequence[Problem]]
 """Runs a sub-command; returns the records that had to be left out."""
@@ -40,7 +41,7 @@ def tables(arguments: argparse.Namespace) -> Sequence[Problem]:
     evidence, reference = read_evidence(arguments.runs), read_reference(arguments.reference)
     if readme:
         text = readme.read_text(encoding="utf-8")
-        write_durably(readme.resolve(), readme_with_block(text, evidence, read_sets(arguments.sets)[0]))
+        write_durably(readme.resolve(), readme_with_block(text, evidence, read_sets(SETS)[0]))
     # Before anything is printed, which ends the command where the reader of a pipe is gone.
     paths = write_documents(documents(evidence, reference), out) if out else []
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
@@ -57,7 +58,7 @@ def figures(arguments: argparse.Namespace) -> Sequence[Problem]:
 
     out = arguments.out or (RESULTS if arguments.runs.resolve() == RECORDS else arguments.runs) / "figures"
     evidence = read_evidence(arguments.runs)
-    paths, broken = write_figures(evidence, out, read_sets(arguments.sets))
+    paths, broken = write_figures(evidence, out, read_sets(SETS))
     _print_paths(paths, "nothing to draw: no finished run of bn or l2bn here yet")
     return [*evidence.problems, *broken]
 
@@ -69,7 +70,8 @@ def claims(arguments: argparse.Namespace) -> Sequence[Problem]:
     from l2bn.reporting.reference import read_sets
     from l2bn.reporting.tables import write_documents
 
-    out = arguments.out or (RESULTS / "claims.md" if arguments.runs.resolve() == RECORDS else None)
+    published = (arguments.runs.resolve(), arguments.sets) == (RECORDS, SETS)
+    out = arguments.out or (RESULTS / "claims.md" if published else None)
     evidence = read_evidence(arguments.runs, features=True)
     text = claims_markdown(evidence, read_sets(arguments.sets))
     paths = write_documents({out.name: text}, out.parent) if out else []
@@ -157,16 +159,12 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--readme", metavar="FILE", type=Path, help="file whose block of results is replaced")
     reference = RESULTS / "reference/baselines.yaml"
     one.add_argument("--reference", metavar="FILE", type=Path, default=reference, help="published accuracies")
-    judging = [one]
     out = "folder for the figures (default: results/figures; with --runs DIR/figures)"
-    judging.append(_add(commands, figures, "--runs runs", out))
-    out = "file to write (default: results/claims.md; with --runs only the terminal)"
-    judging.append(_add(commands, claims, "--runs runs", out))
-    for one in judging:
-        help_text = "the sets of runs that are judged (default: results/reference/sets.yaml)"
-        one.add_argument(
-            "--sets", metavar="FILE", type=Path, default=RESULTS / "reference/sets.yaml", help=help_text
-        )
+    _add(commands, figures, "--runs runs", out)
+    out = "file to write (default: results/claims.md; with --runs or --sets only the terminal)"
+    one = _add(commands, claims, "--runs runs", out)
+    help_text = "the sets of runs that are judged (default: results/reference/sets.yaml)"
+    one.add_argument("--sets", metavar="FILE", type=Path, default=SETS, help=help_text)
     out = "folder for documents and figures (default: results; with --runs DIR/mechanism)"
     one = _add(commands, mechanism, "tables --runs runs", out)
     one.add_argument("what", nargs="?", choices=["tables", "figures"], help="only these (default: both)")

@@ -161,7 +161,7 @@ def test_a_diverged_run_cuts_no_curve_and_is_named(tmp_path: Path) -> None:
 
 def test_what_changes_is_written_anew_and_runs_that_have_not_ended_count(tmp_path: Path) -> None:
     pairs(tmp_path / "runs")
-    board = Board(tmp_path / "runs", tmp_path / "arms")
+    board = Board(tmp_path / "runs", tmp_path / "runs/arms")
     assert board.update()
     assert not board.update()
     time.sleep(1.1)  # names of event files hold seconds
@@ -170,16 +170,16 @@ def test_what_changes_is_written_anew_and_runs_that_have_not_ended_count(tmp_pat
     (late / SUMMARY).unlink()
     write_lines(late / METRICS, rows[:2])
     assert board.update()
-    scalars, _ = drawn(tmp_path / "arms/bn")
+    scalars, _ = drawn(tmp_path / "runs/arms/bn")
     assert list(scalars[TAG]) == [1, 2]  # the epochs that all four runs have
-    _, texts = drawn(tmp_path / "arms/l2bn")
+    _, texts = drawn(tmp_path / "runs/arms/l2bn")
     assert "3 pairs" in texts[f"{CELL}/difference to bn/text_summary"]
     (late / CONFIG).write_text("{")  # no run's folder
     assert board.update()
-    for folder in (tmp_path / "runs").rglob("l2bn"):
+    for folder in (tmp_path / "runs").glob("*/*/l2bn"):
         shutil.rmtree(folder)
     assert board.update()
-    assert {path.parent.name for path in (tmp_path / "arms").rglob("events*")} == ACCURACIES.keys() - {"l2bn"}
+    assert {path.parent.name for path in (tmp_path / "runs/arms").rglob("events*")} == ACCURACIES.keys() - {"l2bn"}
 
 
 def test_what_earlier_updates_wrote_does_not_pile_up(tmp_path: Path) -> None:

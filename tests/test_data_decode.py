@@ -124,8 +124,9 @@ def png_of_16_bits(rgb: np.ndarray[Any, Any], key: tuple[int, int, int] | None =
 def test_colours_of_sixteen_bits_are_scaled_and_few_of_them_refused() -> None:
     wide = RGB.astype(np.uint16) * 257
     np.testing.assert_array_equal(decoded(png_of_16_bits(wide)), RGB)
-    with pytest.raises(UserError, match="use at most 12 bits"):
-        decoded(png_of_16_bits(RGB.astype(np.uint16) * 16))
+    for few in (RGB.astype(np.uint16) * 16, RGB.astype(np.uint16)):  # of the second Pillow keeps zeros alone
+        with pytest.raises(UserError, match="use at most 12 bits"):
+            decoded(png_of_16_bits(few))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM"])
@@ -137,7 +138,6 @@ def test_the_width_of_an_image_is_not_its_depth(kind: str) -> None:
 
 def test_black_of_sixteen_bits_stays_black() -> None:
     assert not decoded(encoded(Image.fromarray(np.zeros((8, 8), np.uint16)), "PNG")).any()
-    assert not decoded(png_of_16_bits(np.zeros((8, 8, 3), np.uint16))).any()
 
 
 def test_values_of_32_bits_have_no_range_and_are_refused() -> None:

@@ -262,11 +262,11 @@ def test_a_handler_that_was_there_before_is_called_after_the_checkpoint(
 
 @pytest.mark.parametrize("analysis", ["off", "on"])
 def test_a_signal_in_an_evaluation_stops_the_run_there(
-    analysis: str, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    analysis: str, train: Train, trained: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A scheduler may grant less time than an evaluation takes; the run then goes on with the evaluation."""
     command = (f"analysis={analysis}", "norm=l2bn", "recipe.epochs=2", *TINY)
-    whole = train(*command, f"runs_dir={tmp_path / 'whole'}")
+    whole = trained(*command)
     with monkeypatch.context() as patch:
         patch.setattr(session, "EVALUATION_BATCH", 8)  # images, of 128
         expect, left = Session.watch, iter(range(20))

@@ -8,11 +8,20 @@ import torch
 from torch import nn
 from torch.fx.experimental.optimization import fuse
 
-from l2bn.benchmarks.measure import DEVICE, Action, Result, Row, add_common_arguments, interleaved, page, table
+from l2bn.benchmarks.measure import (
+    CALLERS,
+    DEVICE,
+    Action,
+    Result,
+    Row,
+    add_common_arguments,
+    interleaved,
+    page,
+    table,
+)
 from l2bn.benchmarks.workload import NETWORKS, build
 
 BATCH = {32: 512, 224: 32}  # by image size
-CALLERS = ("eager", "compiled")
 KINDS = {"bn": "BN", "folded": "BN, folded", "l2bn": "L2BN"}
 
 

@@ -19,6 +19,7 @@ import torch
 from torch._C._profiler import _EventType
 from torch.profiler._utils import traverse_dfs
 
+from l2bn.kernels.compiler import TRACED
 from l2bn.reporting.formatting import Table, markdown, plural
 
 Action = Callable[[], Any]
@@ -32,8 +33,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 # ---- The options of commands ----------------------------------------------------------------------------------
 
-CALLERS = ["eager", "compiled", *(["graphs"] if DEVICE.type == "cuda" else [])]
-"""Ways to call a network; graphs: as by `compute.compile=graphs`, which needs a GPU."""
+CALLERS = ("eager", "compiled") if TRACED else ("eager",)
+"""Ways to call a layer or a network. With an older torch, compiled L2BN is the plain composition."""
 
 
 def count(text: str) -> int:
@@ -57,7 +58,8 @@ def add_batch(parser: argparse.ArgumentParser) -> None:
 
 
 def add_callers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--callers", nargs="+", choices=CALLERS, default=["eager", "compiled"])
+    graphs = ["graphs"] if DEVICE.type == "cuda" else []  # as by compute.compile=graphs
+    parser.add_argument("--callers", nargs="+", choices=[*CALLERS, *graphs], default=list(CALLERS))
 
 
 # ---- Time and memory ------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from l2bn.benchmarks.measure import (
+    CALLERS,
     DEVICE,
     Action,
     Result,
@@ -31,13 +32,11 @@ from l2bn.benchmarks.measure import (
     table,
 )
 from l2bn.benchmarks.workload import NETWORKS, NORMS
-from l2bn.kernels.compiler import TRACED
 
 # Least traffic of BN and of the fused layer, in maps: training reads x twice and writes y, then reads x and the
 # gradient twice and writes dx. Evaluation of L2BN reads x twice and writes y (BN's reads it once).
 PASSES = {"training": 8, "evaluation": 3}
 
-CALLERS = ("eager", "compiled") if TRACED else ("eager",)  # else a compiled model has the plain composition
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -81,7 +80,7 @@ def training(call: Callable[[Tensor], Tensor], x: Tensor, g: Tensor) -> Action:
 
     def step() -> None:
         torch.autograd.backward(call(x), g)
-        x.grad = None  # which nothing holds before the next step, as the peak of its memory presumes
+        x.grad = None  # freed here, so that `peak_memory` starts without it
 
     return step
 

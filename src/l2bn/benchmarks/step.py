@@ -23,7 +23,6 @@ from l2bn.benchmarks.measure import (
 )
 from l2bn.benchmarks.norm import LAYOUTS
 from l2bn.benchmarks.workload import CLASSES, NETWORKS, build
-from l2bn.kernels.compiler import TRACED
 from l2bn.training.graphs import Recorded
 
 
@@ -86,8 +85,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Result:
     rows: list[Row] = []
     for network, layout, caller in product(arguments.networks, LAYOUTS, arguments.callers):
-        if caller == "compiled" and not TRACED:
-            continue  # a compiled model has the plain composition
         torch.compiler.reset()  # after eight compiled variants of a function it would fall back to eager
         batch = arguments.batch or NETWORKS[network].batch
         steps = {norm: training_step(network, norm, caller, layout, batch) for norm in ("bn", "naive", "fused")}

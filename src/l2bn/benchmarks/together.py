@@ -73,6 +73,7 @@ def run(arguments: argparse.Namespace) -> Result:
             times, started = context.Array("d", runs), context.Barrier(runs)
             spawn(one_of_several, (network, batch, runs, started, times), nprocs=runs)  # type: ignore[no-untyped-call]
             speeds = [EPOCHS * STEPS * batch / seconds for seconds in times[:]]
-            rows.append({"network": network, "batch": batch, "runs": runs, "images_per_second": speeds})
-            print(network, f"{runs} at once: {sum(speeds):,.0f} images/s", flush=True)
+            row = {"network": network, "batch": batch, "runs": runs, "images_per_second": speeds}
+            rows.append(row)
+            print(network, f"{runs} at once: {together(row):,.0f} images/s", flush=True)
     return {"rows": rows}

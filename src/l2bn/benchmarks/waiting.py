@@ -43,7 +43,7 @@ def _take_turn() -> float:
 @contextmanager
 def _competitor() -> Iterator[None]:
     """A process that computes on one core until this one has ended."""
-    code = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
+    code = f"import os\nwhile os.getppid() == {os.getpid()}: pass"
     with subprocess.Popen([sys.executable, "-c", code]) as process:
         try:
             yield

@@ -83,7 +83,7 @@ def _to_rgb(image: Image.Image, wide: bool) -> Image.Image:
         return _from_integers(image)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no fixed range")
-    if wide and 0 < np.asarray(image.convert("RGB")).max() < DIM >> 8:
+    if wide and np.asarray(image.convert("RGB")).max() < DIM >> 8:
         raise _too_dim()
     if image.has_transparency_data:
         key = image.info.get("transparency")

@@ -138,9 +138,9 @@ class Board:
         if self._written == (curves, texts):
             return False
         norms = dict.fromkeys(norm for norm, *_ in (*curves, *texts))
-        for path in self._out.glob("*/events.out.tfevents.*"):
+        for path in (self._root / "arms").glob("*/events.out.tfevents.*"):  # in no folder that may be another's
             if path.parent.name not in norms:  # its runs have gone
-                path.unlink()
+                path.unlink(missing_ok=True)
         for norm in norms:
             self._write(
                 norm,

@@ -171,7 +171,7 @@ def _head_and_notes(timed: bool) -> tuple[str, str]:
     """Return the headings of the columns of `_cost_columns`, and the lines below them."""
     hours = "Hours on this machine: python scripts/list.py backbone --hours (takes minutes).\n"
     if timed:
-        hours = f"Hours of {CIFAR.recipe} on CIFAR or {IMAGENET.recipe} on ImageNet, from two steps timed here.\n"
+        hours = f"Hours of {CIFAR.recipe} on CIFAR or {IMAGENET.recipe} on ImageNet, from three steps timed here.\n"
     return f"{'parameters':>13}{'mult-adds':>11}" + (f"{'hours':>9}" if timed else ""), (
         f"At {CIFAR.classes} classes and {CIFAR.image_size} pixels; networks for ImageNet, of a library "
         f"and of your own at {IMAGENET.classes:,} and {IMAGENET.image_size}.\n{hours}"

@@ -175,7 +175,10 @@ class State:
         self._checkpoints.save(position.epoch, position.step, state)
 
     def save_weights(self, path: Path) -> None:
-        """Write the weights alone, as safetensors; the metadata tell those of BN and L2BN, named alike, apart."""
+        """Write the weights alone, as safetensors.
+
+        The metadata name the run's cell, because BN's and L2BN's weights have the same names and shapes.
+        """
         # Copies, because the format refuses names that share memory, as those of a layer that stands in two places.
         state = self._network.state_dict()
         weights = {key: value.clone(memory_format=torch.contiguous_format) for key, value in state.items()}

@@ -130,7 +130,7 @@ def analyze(
         for _, state in opened.checkpoints.intact(opened.fabric.device):
             if state["position"]["step"] == 0:  # after a whole epoch
                 found.append(opened.measure(state))
-                epochs = max(epochs, state["position"]["rows"], key=len)
+                epochs = epochs or state["position"]["rows"]  # the newest comes first
                 if not every_checkpoint:
                     break
         if not found:

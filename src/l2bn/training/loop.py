@@ -135,8 +135,8 @@ class Trainer:
 
     model: the network as Fabric trains it, with its precision and all-reduced gradients.
     after_step, after_epoch: called with the position just reached, to write a checkpoint, show progress or leave.
-        `after_step` returns the seconds that it has measured, which are no time of training.
-    watch: the context of an evaluation, given the epochs completed, to measure features.
+        `after_step` returns the seconds spent on measurements, which do not count as training time.
+    watch: the context of an evaluation, given the epochs completed, to measure features or leave.
     """
 
     fabric: Fabric
