@@ -178,7 +178,8 @@ def test_the_final_weights_are_there_for_any_reader(trained: Train) -> None:
     path = record.folder / "weights.safetensors"
     assert equal(load_file(path), weights(record))
     with safe_open(path, "pt") as file:  # whose names and shapes are those of BN's weights, too
-        assert (file.metadata()["norm"], file.metadata()["hash"]) == ("l2bn", record.hash)
+        run = json.loads(file.metadata()["run"])
+    assert (run["norm"], run["hash"]) == ("l2bn", record.hash)
 
 
 def test_a_layer_may_stand_in_two_places(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

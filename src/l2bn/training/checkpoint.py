@@ -7,6 +7,7 @@ costs one interval and not the run.
 
 import hashlib
 import io
+import json
 import logging
 import pickle
 import re
@@ -182,8 +183,8 @@ class State:
         # Copies, because the format refuses names that share memory, as those of a layer that stands in two places.
         state = self._network.state_dict()
         weights = {key: value.clone(memory_format=torch.contiguous_format) for key, value in state.items()}
-        metadata = {name: str(value) for name, value in asdict(self._run.cell).items()} | {"hash": self._run.hash}
-        write_durably(path, safetensors.torch.save(weights, metadata))
+        run = json.dumps(asdict(self._run.cell) | {"hash": self._run.hash})
+        write_durably(path, safetensors.torch.save(weights, {"run": run}))  # one key, because their order is random
 
     def restore(self) -> Position:
         """Load the newest intact checkpoint and return its position, or the start of the run.

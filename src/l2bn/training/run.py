@@ -317,6 +317,8 @@ def _fault_of_step(built: BuiltRun, images: int, channels_last: bool) -> str | N
     except Exception as error:  # a network of the user's own may raise anything
         if is_out_of_memory(error):
             raise
+        if built.compute.devices > 1 and "process group" in str(error):
+            return None  # it asks for the other processes, which are not there yet
         return describe(error).partition("\n")[0]
     unused = [name for name, weight in trial.named_parameters() if weight.requires_grad and weight.grad is None]
     if unused and built.compute.devices > 1:
