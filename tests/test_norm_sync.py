@@ -107,6 +107,9 @@ def rank(rank: int, folder: str) -> None:
     step(torch.zeros(0, 4, 5, 3) if rank == 0 else torch.ones(2, 4, 5, 3))  # a rank may be without samples
     step(joint_batch("contiguous")[0].split((5, 7))[rank])
     results["mean norm"] = step.running_norm
+    step = DivideByMeanNorm(0.1).half()
+    step(torch.full((300, 4, 5, 3), 40.0, dtype=torch.float16))  # norms of 310, whose sum exceeds float16
+    results["mean norm in half precision"] = float(step.running_norm)
     results["refused"] = [refusal(*case) for case in REFUSED]
     model = DistributedDataParallel(small_net())
     x, _ = joint_batch("contiguous")
@@ -175,6 +178,7 @@ def test_the_mean_norm_is_that_of_all_ranks(ranks: list[dict]) -> None:
     step(joint_batch("contiguous")[0])
     assert torch.equal(ranks[0]["mean norm"], ranks[1]["mean norm"])
     torch.testing.assert_close(ranks[0]["mean norm"], step.running_norm)
+    assert ranks[0]["mean norm in half precision"] == pytest.approx(40 * 60**0.5, rel=1e-3)
 
 
 def test_what_the_layer_refuses_its_synchronised_form_refuses(ranks: list[dict]) -> None:

@@ -28,8 +28,7 @@ With class means mu_k = mean z, s_k^2 = mean ||z - mu_k||^2 over the images of c
 Small is compact: within_share, nc1, cdnv (and a class_cosine near 1). Large is separated: the angles, distance,
 fisher. All variances are biased (1/N). norm_cv^2 = norm_cv_within^2 + norm_cv_between^2. Of CLASS_MEASURES all but
 those ABOUT_ORIGIN stay as they are when the features are shifted, all of them when they are multiplied by a number;
-fisher under every invertible linear map. nc1 and fisher mean little where N - K is
-not far above d.
+fisher under every invertible linear map. nc1 and fisher mean little where N - K is not far above d.
 
 Sources: nc1 Papyan, Han and Donoho, PNAS 117 (2020) 24652, arXiv:2008.08186; cdnv Galanti, György and Hutter,
 arXiv:2112.15121; fisher, the trace criterion of discriminant analysis, Fukunaga, Introduction to Statistical
@@ -53,7 +52,6 @@ from l2bn.records import BINS_PER_OCTAVE, CLASS_MEASURES, MEASURES, Measures
 
 RANK_TOLERANCE = 1e-10
 """Eigenvalues of a covariance below this share of the largest count as 0 where one is inverted."""
-
 
 ABOUT_ORIGIN = ("class_cosine", "angle_mean", "angle_min")
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from l2bn.kernels.formulas import TINY
+from l2bn.kernels.formulas import TINY, widened
 from l2bn.norms.l2_step import Scale, target_norm
 from l2bn.norms.stepped import put_before
 
@@ -59,7 +59,8 @@ class DivideByMeanNorm(nn.Module):
     def _track(self, x: Tensor) -> None:
         norms = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)))
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            total = torch.stack([norms.sum(), norms.new_full((), len(norms))])
+            wide = widened(norms)  # a sum of them may exceed float16, and bfloat16 counts to 256
+            total = torch.stack([wide.sum(), wide.new_full((), len(wide))])
             dist.all_reduce(total)
             norm = total[0] / total[1]
         elif x.numel():
