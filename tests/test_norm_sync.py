@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from l2bn import L2BatchNorm1d, L2BatchNorm2d, L2BatchNorm3d
+from l2bn.kernels.compiler import select_kernels
 from l2bn.norms import l2bn_detached
 from l2bn.norms.l2bn import L2BatchNormAct2d, convert
 from l2bn.norms.l2bn_mean_norm import DivideByMeanNorm
@@ -100,6 +101,9 @@ def rank(rank: int, folder: str) -> None:
         convert_sync(layer)
         x, g = (t.double().split(shares)[rank] for t in joint_batch("contiguous"))
         results["second", kind, shares] = second_derivatives(layer, x, g)
+    joint = layer_of("unit", "on")
+    convert_sync(joint)
+    results["kernels"] = select_kernels(joint, "cpu", 1_000_000)
     positions = L2BatchNorm2d(4, fused="off")
     convert_sync(positions)
     results["one value a channel"] = positions(torch.randn(1, 4, 1, 1)).isfinite().all()
@@ -165,6 +169,10 @@ def test_second_derivatives_equal_one_process_with_the_joint_batch(
     torch.testing.assert_close(torch.cat([first["x"], second["x"]]), expected["x"])
     for name in ("weight", "bias"):
         torch.testing.assert_close(first[name] + second[name], expected[name])
+
+
+def test_the_record_says_that_joint_layers_have_no_kernels(ranks: list[dict]) -> None:
+    assert all(r["kernels"] == "plain" for r in ranks)
 
 
 def test_one_value_a_channel_is_enough_where_other_ranks_have_values(ranks: list[dict]) -> None:

@@ -256,7 +256,8 @@ def select_kernels(model: nn.Module, device: torch.device | str, updates: int) -
     ]
     if not layers:
         return "stock"
-    undecided = [layer for layer in layers if layer.fused == "auto"]
+    own = [layer for layer in layers if not layer._shares_batch()]  # layers of joint statistics have no kernels
+    undecided = [layer for layer in own if layer.fused == "auto"]
     if undecided:
         kind = torch.device(device).type
         in_all, a_channel_count = UPDATES_TO_REPAY.get(kind, (0, 0))
@@ -273,5 +274,5 @@ def select_kernels(model: nn.Module, device: torch.device | str, updates: int) -
         for layer in undecided:  # "auto" goes on where a later compilation fails
             layer.fused = "auto" if works else "off"
     # On a device without kernels, the layers that ask for them compute the definition.
-    fused = torch.device(device).type in DEVICES and any(layer.fused != "off" for layer in layers)
+    fused = torch.device(device).type in DEVICES and any(layer.fused != "off" for layer in own)
     return "fused" if fused else "plain"
