@@ -21,7 +21,9 @@ from pathlib import Path
 
 from l2bn.benchmarks import accuracy, data, evaluation, first, measure, norm, step, together, train, waiting
 from l2bn.benchmarks.workload import compute
+from l2bn.errors import UserError
 from l2bn.failures import told_plainly
+from l2bn.kernels.compiler import compiler_works
 from l2bn.records import write_durably
 from l2bn.training.environment import describe_environment
 
@@ -29,6 +31,7 @@ BENCHMARKS = {
     module.__name__.rpartition(".")[2]: module
     for module in (norm, step, train, together, data, evaluation, waiting, first, accuracy)
 }
+WITHOUT_KERNELS = ("data", "together")
 RESULTS = Path(__file__).resolve().parents[1] / "results/benchmarks"
 
 
@@ -70,6 +73,11 @@ def main() -> None:
     if arguments.benchmark == "pages":
         write_pages()
         return
+    if arguments.benchmark not in WITHOUT_KERNELS and not compiler_works(measure.DEVICE.type):
+        raise UserError(
+            f"{arguments.benchmark} measures L2BN's kernels, and no compiler works here for {measure.DEVICE.type}: "
+            "install one (g++, as in Debian's build-essential)"
+        )
     compute().set_up()  # as a run does
     measured = BENCHMARKS[arguments.benchmark].run(arguments)
     result = {"benchmark": arguments.benchmark, "machine": describe_environment(measure.DEVICE), **measured}

@@ -39,6 +39,14 @@ def test_committed_pages_are_made_from_the_committed_results(command: Any) -> No
         assert path.with_suffix(".md").read_text() == command.page_of(result)
 
 
+def test_a_benchmark_of_kernels_needs_a_compiler(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it has measured for an hour, or measured something else."""
+    monkeypatch.setattr(command, "compiler_works", lambda _: False)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "norm"])
+    with pytest.raises(UserError, match="no compiler works here for cpu: install one"):
+        command.main()
+
+
 # The numbers of README.md and results/README.md, made anew from the committed results.
 
 README = " ".join(word for name in ("README.md", "results/README.md") for word in (ROOT / name).read_text().split())

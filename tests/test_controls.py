@@ -165,6 +165,17 @@ def test_groups_divide_the_channels(width: int, groups: int) -> None:
         group_norm.convert(bn, channels=0)
 
 
+def test_groups_of_one_value_are_refused() -> None:
+    """Of vectors they would put out their bias and pass no gradient; on maps they are instance norm."""
+    with pytest.raises(ValueError, match="17 features have no equal groups of 2 to 16"):
+        group_norm.convert(nn.BatchNorm1d(17))
+
+
+def test_the_mean_norm_lies_on_the_device_of_its_layer() -> None:
+    bn = nn.BatchNorm2d(4, track_running_stats=False, device="meta")
+    assert all(buffer.is_meta for buffer in l2bn_mean_norm.convert(bn).buffers())
+
+
 # ---- All of them --------------------------------------------------------------------------------------------
 
 CONTROLS = (l2bn_detached.convert, l2bn_position.convert, l2bn_mean_norm.convert, group_norm.convert)

@@ -515,8 +515,7 @@ def test_many_kinds_of_map_all_have_kernels() -> None:
 
     with (
         mock.patch.object(compiler, "_compile", count),
-        mock.patch.object(compiler, "_kernels", {}),
-        mock.patch.dict(compiler._kinds, clear=True),
+        mock.patch.object(compiler, "_state", compiler.State()),
         torch.no_grad(),
     ):
         for channels in range(2, 42):
@@ -528,6 +527,43 @@ def test_many_kinds_of_map_all_have_kernels() -> None:
         for size in range(17, 30):
             layer(torch.ones(size, 41, size, 1))
         assert compiled == ["symbolic"]
+        compiled.clear()
+        with mock.patch.object(compiler, "MOST_CALLS", 10):
+            for size in range(17, 100):
+                layer(torch.ones(2, 41, size, 1))
+        assert compiled == []
+        assert len(compiler._state.calls) <= 10, "sizes without end take memory without end"
+
+
+def test_a_run_gets_the_kernels_of_a_process_of_its_own() -> None:
+    """Else its last bits would depend on the runs before it in the process."""
+    compiled = []
+
+    def count(function: Any, tensors: Any, constants: Any, sizes: str, *_: object) -> Any:
+        compiled.append((tuple(tensors[0].shape), sizes))
+        return compiler._with_absent(function, tensors, constants)
+
+    layer = L2BatchNorm2d(4, fused="on").eval()
+    with (
+        mock.patch.object(compiler, "_compile", count),
+        mock.patch.object(compiler, "_state", compiler.State()),
+        torch.no_grad(),
+    ):
+        for sizes in ((2, 3, 4, 5, 6), (6, 5)):
+            select_kernels(nn.Sequential(layer), "cpu", 10**6)
+            for size in sizes:
+                layer(torch.ones(size, 4, 2, 2))
+    static = [((size, 4, 2, 2), "fake") for size in (2, 3, 4, 5)]
+    assert compiled == [*static, ((6, 4, 2, 2), "symbolic"), ((6, 4, 2, 2), "fake")]
+
+
+def test_strided_weights_get_a_kernel_of_their_own() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 4, 5, 5)
+    for weight in (torch.randn(4), torch.randn(4, 2)[:, 0]):
+        plain, fused = (L2BatchNorm2d(4, fused=path) for path in ("off", "on"))
+        plain.weight = fused.weight = nn.Parameter(weight)
+        torch.testing.assert_close(fused(x), plain(x))
 
 
 @pytest.fixture
@@ -540,7 +576,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         return compiler._with_absent(function, tensors, constants)
 
     monkeypatch.setattr(compiler, "_compile", build)
-    monkeypatch.setattr(compiler, "_kernels", {})
+    monkeypatch.setattr(compiler, "_state", compiler.State())
     return built
 
 
@@ -571,7 +607,7 @@ def test_a_later_failure_to_compile_ends_nothing(
         raise OSError("No space left on device")
 
     monkeypatch.setattr(compiler, "_compile", fail)
-    monkeypatch.setattr(compiler, "_kernels", {})
+    monkeypatch.setattr(compiler, "_state", compiler.State())
     monkeypatch.setattr("l2bn.norms.l2bn.compiler_works", lambda _: True)
     compiler._warn_once.cache_clear()
     x = torch.randn(6, 4, 5, 5)
@@ -622,7 +658,7 @@ def test_threads_that_meet_a_kind_at_once_compile_it_once() -> None:
     x = torch.ones(2, 3)
     with (
         mock.patch.object(compiler, "_compile", count),
-        mock.patch.object(compiler, "_kernels", {}),
+        mock.patch.object(compiler, "_state", compiler.State()),
         ThreadPoolExecutor(4) as pool,
     ):
         results = list(pool.map(lambda _: compiler.run_kernel(torch.neg, (x,)), range(4)))

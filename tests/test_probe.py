@@ -1,5 +1,6 @@
 """What the hooks see of a network: each norm layer's input and output, and the features before the classifier."""
 
+import contextlib
 import gc
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from l2bn.analysis.features import measure
 from l2bn.analysis.moments import Moments
 from l2bn.analysis.probe import SAMPLED_CLASSES, SAMPLED_IMAGES, Probe, _warn_of_rows, classifier, shrink
 from l2bn.backbones.resnet import cifar_resnet
+from l2bn.errors import UserError
 from l2bn.norms.swap import norm_layers
 from l2bn.records import CLASS_MEASURES, FeatureRow
+from l2bn.training.observation import AnalysisPolicy, check_observable
 
 K = 3
 
@@ -295,3 +298,12 @@ def flat(row: FeatureRow) -> dict[str, float | None]:
             found |= {f"{layer['name']} {side} {name}": value for name, value in layer[side].items()}
         assert isinstance(layer["norms"]["first"], int)
     return found
+
+
+def test_features_too_many_to_measure_are_refused() -> None:
+    """A covariance of 25,088 features takes 5 GB, and its eigenvalues hours."""
+    for width, said in ((8_192, ""), (8_193, "8,193 inputs.*pool the features")):
+        with torch.device("meta"):
+            model = nn.Sequential(nn.Linear(width, 3))
+        with pytest.raises(UserError, match=said) if said else contextlib.nullcontext():
+            check_observable(AnalysisPolicy(every=1), model, 3, {model[0]: {1}})

@@ -309,5 +309,9 @@ def test_running_statistics_of_another_layer_are_a_warning(caplog: pytest.LogCap
     swap_norm(copy.deepcopy(model), "group_norm")
     swap_norm(copy.deepcopy(model), "bn")
     assert "estimated by other layers" not in caplog.text
+    swap_norm(copy.deepcopy(model), "l2bn")
+    assert "estimated by other layers" in caplog.text
+    caplog.clear()
+    model[1].num_batches_tracked.zero_()  # as of weights that were saved without it
     swap_norm(model, "l2bn")
     assert "estimated by other layers" in caplog.text

@@ -6,9 +6,10 @@ Dynamo takes no part, so no call checks guards and no recompile limit applies.
 import logging
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Any, Literal
 
@@ -30,6 +31,8 @@ DEVICES = ("cpu", "cuda")  # inductor's kernels are tested there, and float64 ex
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 Kernel = Callable[..., list[Tensor]]
+Sizes = Literal["fake", "symbolic"]
+"""Of the tensors of a kernel: theirs alone, or any."""
 
 STATIC_KINDS = 4
 """So many batch and image sizes of one channel count get a kernel of their own, on CUDA and for maps of few
@@ -46,8 +49,21 @@ cuda: 42 s for 3 channel counts, against 1.4 ms saved per update (0.4 of BN's 3.
 PATIENCE = 2.0
 """After so many seconds of compilation a process says, once, what it is doing."""
 
-_kernels: dict[Any, Kernel] = {}
-_kinds: Counter[Any] = Counter()
+MOST_CALLS = 4096
+"""So many kinds of call are kept at hand. Clips of any length, say, have no end of sizes."""
+
+
+@dataclass
+class State:
+    """The kernels of this process."""
+
+    built: dict[Any, Kernel] = field(default_factory=dict)
+    calls: dict[Any, Kernel] = field(default_factory=dict)  # the same, by the exact tensors of a call
+    # Calls that have a kernel to themselves, by their kind without sizes and their channel count.
+    own: defaultdict[Any, set[Any]] = field(default_factory=lambda: defaultdict(set))
+
+
+_state = State()
 _compiling = threading.Lock()
 _compiled_for = 0.0
 """Seconds of compilation in this process."""
@@ -98,16 +114,20 @@ def run_kernel(
         torch.get_num_threads(),
         *[None if t is None else (t.dtype, t.device, t.shape, t.stride()) for t in tensors],
     )
-    kernel = _kernels.get(kind)
+    kernel = _state.calls.get(kind)
     if kernel is None:
         with _compiling:
-            kernel = _kernels.get(kind)  # another thread may have compiled it in the meantime
+            kernel = _state.calls.get(kind)  # another thread may have compiled it in the meantime
             if kernel is None:
-                kernel = _kernels[kind] = _new_kernel(function, tensors, constants, strict, each_size)
+                kernel = _kernel_for(kind, function, tensors, constants, strict, each_size)
+                if len(_state.calls) >= MOST_CALLS:
+                    _state.calls.clear()
+                _state.calls[kind] = kernel
     return kernel(*[t for t in tensors if t is not None])
 
 
-def _new_kernel(
+def _kernel_for(
+    kind: Any,
     function: Function,
     tensors: tuple[Tensor | None, ...],
     constants: tuple[Any, ...],
@@ -121,17 +141,21 @@ def _new_kernel(
         torch.get_num_threads(),
         *[None if t is None else (t.dtype, t.device, t.ndim) for t in tensors],
     )
-    _kinds[common, x.shape[1]] += 1
-    static = STATIC_KINDS if each_size or x.device.type == "cuda" else 0
-    try:
-        if _kinds[common, x.shape[1]] <= static:
-            return _compile(function, tensors, constants, "fake")
-        # The compiler takes a size of 1 for a constant, and indices for as long as those of its first map.
+    own = _state.own[common, x.shape[1]]
+    sizes: Sizes = "symbolic"
+    if kind in own or len(own) < (STATIC_KINDS if each_size or x.device.type == "cuda" else 0):
+        own.add(kind)
+        sizes = "fake"
+    else:
+        # The compiler takes a size of 1 for a constant, indices for as long as those of its first map, and the
+        # channels' strides for those of the first ones.
         long = max(t.numel() for t in tensors if t is not None) > torch.iinfo(torch.int32).max
-        any_size = (common, tuple(size == 1 for size in x.shape), long)
-        if any_size not in _kernels:
-            _kernels[any_size] = _compile(function, tensors, constants, "symbolic")
-        return _kernels[any_size]
+        strided = tuple(t is not None and t.ndim == 1 and not t.is_contiguous() for t in tensors)
+        kind = common, tuple(size == 1 for size in x.shape), long, strided
+    try:
+        if kind not in _state.built:
+            _state.built[kind] = _compile(function, tensors, constants, sizes)
+        return _state.built[kind]
     except Exception as error:  # whatever a full disk or a missing compiler raises
         if strict:
             raise
@@ -156,7 +180,7 @@ def _compile(
     function: Function,
     tensors: tuple[Tensor | None, ...],
     constants: tuple[Any, ...],
-    sizes: Literal["fake", "symbolic"],
+    sizes: Sizes,
 ) -> Kernel:
     # Imported here: they are slow, and needed only where a kernel is built.
     from torch._inductor import compile as compile_graph
@@ -249,8 +273,10 @@ def select_kernels(model: nn.Module, device: torch.device | str, updates: int) -
     """Decide, for a run of so many updates, how the L2BN layers left at fused="auto" are computed.
 
     Returns the entry of the run's record: "fused", "plain", or "stock" for a model without L2BN. Logs one line with
-    the reason.
+    the reason. The run gets the kernels that it would get in a process of its own, whatever sizes came before it.
     """
+    _state.calls.clear()
+    _state.own.clear()
     layers: list[Any] = [
         layer for layer in model.modules() if getattr(layer, "fused", None) in ("auto", "on", "off")
     ]

@@ -54,11 +54,14 @@ def differentiable_scale(norm2: Tensor, a2: float) -> Tensor:
     return torch.where(norm2 == 0, 0.0, torch.where(norm2 < math.inf, s, math.nan))
 
 
+def factors(x: Tensor, axes: tuple[int, ...], a2: float) -> Tensor:
+    """Return the factors that give x the squared norm a2 over `axes`."""
+    return differentiable_scale(x.square().sum(axes, keepdim=True) if axes else x.square(), a2)
+
+
 def normalized(x: Tensor, rms: bool) -> Tensor:
     """Return z of x (N, ...), which is float32 at least."""
-    axes = tuple(range(1, x.ndim))
-    norm2 = x.square().sum(axes, keepdim=True) if axes else x.square()
-    return x * differentiable_scale(norm2, squared_target(x, rms))
+    return x * factors(x, tuple(range(1, x.ndim)), squared_target(x, rms))
 
 
 def batch_norm(

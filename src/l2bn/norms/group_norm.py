@@ -18,12 +18,17 @@ def convert(bn: _BatchNorm, eps: float | None = None, channels: int = 16) -> nn.
     """Return the layer that takes the place of `bn`, on the same weight and bias.
 
     `channels` is the most channels of a group; `eps` keeps bn's own when None. Raises ValueError for fewer than one
-    channel and an eps that is not above 0, TypeError for a layer that it can't stand for.
+    channel, an eps that is not above 0, and groups of one value, TypeError for a layer that it can't stand for.
     """
     if channels < 1:
         raise ValueError(f"channels must be at least 1, not {channels}")
     check_options(eps, None)
     size = max(n for n in range(1, channels + 1) if bn.num_features % n == 0)
+    if size == 1 and isinstance(bn, nn.BatchNorm1d):  # which may get vectors; a group's deviation would be 0
+        raise ValueError(
+            f"{bn.num_features} features have no equal groups of 2 to {channels}, and the norm of one value is its "
+            "bias, whatever the value; take another width, or more `channels`"
+        )
     layer = in_place_of(bn, GroupNormAct if stock_name(bn) == "BatchNormAct2d" else nn.GroupNorm)
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         layer._buffers.pop(name, None)

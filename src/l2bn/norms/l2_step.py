@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from l2bn.kernels.formulas import differentiable_scale, normalized, widened
+from l2bn.kernels.formulas import normalized, squared_target, widened
 
 Scale = Literal["unit", "rms"]
 SCALES: tuple[str, ...] = get_args(Scale)
@@ -34,13 +34,4 @@ def is_rms(scale: Scale) -> bool:
 
 def target_norm(x: Tensor, scale: Scale) -> float:
     """Return the l2 norm that each sample of x (N, ...) gets. Raises ValueError for an unknown scale."""
-    return math.sqrt(x.shape[1:].numel()) if is_rms(scale) else 1.0
-
-
-def factors(x: Tensor, axes: tuple[int, ...], length: float) -> Tensor:
-    """Return the factors that give x this l2 norm over `axes`: 0 where it is all zero, NaN where it is not finite.
-
-    An all-zero slice passes no gradient.
-    """
-    norm2 = x.square().sum(axes, keepdim=True) if axes else x.square()
-    return differentiable_scale(norm2, length**2)
+    return math.sqrt(squared_target(x, is_rms(scale)))

@@ -82,8 +82,7 @@ class _L2BatchNorm(SteppedBatchNorm):
 
     def _has_kernels_for(self, x: Tensor, state: State) -> bool:
         """Return whether the fused formulas serve this call; otherwise the definition does."""
-        if self.fused != "auto":
-            check_fused(self.fused)
+        check_fused(self.fused)
         if self.fused == "off" or x.device.type not in DEVICES:
             return False
         tensors = [x, *[t for t in state if t is not None]]

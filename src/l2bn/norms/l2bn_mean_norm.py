@@ -11,6 +11,8 @@ before: cumulatively through the first 1/momentum batches, since a start at any 
 then by momentum. The processes of a distributed training update it by the mean over all their samples.
 """
 
+import itertools
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -32,7 +34,8 @@ def convert(
     the mean: "unit" (l2 norm 1) or "rms" (root mean square 1).
     """
     step = DivideByMeanNorm(bn.momentum if momentum is None else momentum).train(bn.training)
-    return put_before(bn, step.to(next(bn.buffers(), torch.empty(0)).device), scale, eps, momentum)
+    held = next(itertools.chain(bn.parameters(), bn.buffers()), torch.empty(0))
+    return put_before(bn, step.to(held.device), scale, eps, momentum)
 
 
 class DivideByMeanNorm(nn.Module):

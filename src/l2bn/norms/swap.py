@@ -16,7 +16,7 @@ from pkgutil import iter_modules
 from types import CellType, FunctionType, MethodType
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -63,9 +63,12 @@ def swap_norm(model: nn.Module, norm: str | Norm) -> int:
 
 def _keeps_estimate(layer: nn.Module, other: nn.Module) -> bool:
     """Tell whether a layer of another class holds running statistics that were estimated before."""
-    batches = getattr(layer, "num_batches_tracked", None)
-    kept = type(other) is not type(layer) and getattr(other, "num_batches_tracked", None) is batches
-    return kept and batches is not None and not batches.is_meta and bool(batches > 0)
+    var = getattr(layer, "running_var", None)
+    if type(other) is type(layer) or not isinstance(var, Tensor) or var.is_meta:
+        return False
+    # By their values: weights from before there was a count of batches load with a count of 0.
+    estimated = bool(var.ne(1).any() or getattr(layer, "running_mean").any())  # noqa: B009
+    return estimated and getattr(other, "running_var", None) is var
 
 
 def replacements(model: nn.Module, norm: str | Norm) -> dict[nn.Module, nn.Module]:

@@ -21,6 +21,7 @@ from l2bn.training.journal import Journal
 from l2bn.training.loop import BeforeBatch, Position, evaluate
 
 MEASURED_EPOCHS = 20
+WIDEST = 8192  # penultimate features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ class AnalysisPolicy:
 def check_observable(
     policy: AnalysisPolicy, model: nn.Module, classes: int, batches: Mapping[nn.Module, set[int]]
 ) -> None:
-    """Raise UserError if features are to be measured and the model has no classifier to find them by.
+    """Raise UserError if features are to be measured and are too many, or have no classifier to find them by.
 
     batches: the layers that run in an evaluation, with the batch sizes that each puts out for one image.
     """
@@ -64,6 +65,12 @@ def check_observable(
         found = classifier(model, classes)
     except ValueError as error:
         raise UserError(f"analysis: {error}; take analysis=off") from error
+    width: int = found.in_features if isinstance(found, nn.Linear) else getattr(found, "in_channels", 0)
+    if width > WIDEST:
+        raise UserError(
+            f"analysis: the classifier has {width:,} inputs, whose covariance would take gigabytes and minutes; at "
+            f"most {WIDEST:,} are measured: pool the features before it, or take analysis=off"
+        )
     fault = "does not run in evaluation" if found not in batches else "gets several rows for an image"
     if batches.get(found) != {1}:
         name = next(name for name, layer in model.named_modules() if layer is found)
