@@ -328,6 +328,16 @@ def test_a_single_class_is_refused_with_the_folder_that_may_be_meant(tree: Path)
     assert len(read(tree, train="train/images", test="test/images").classes) == 2
 
 
+def test_parts_are_not_taken_for_classes(tree: Path) -> None:
+    for root, part in ((tree, "."), (tree.parent, tree.name)):
+        with pytest.raises(UserError, match=r"test, train in .* are parts of a data set") as caught:
+            read(root, train=part, test=part, validation=0.5)
+        assert f"dataset.root={tree} without dataset.train and dataset.test" in str(caught.value)
+    for old, new in (("cat", "test"), ("dog", "train")):  # these hold no classes
+        (tree / "train" / old).rename(tree / "train" / new)
+    assert read(tree / "train", train=".", test=".", validation=0.5).classes == ("test", "train")
+
+
 LEFT_BEHIND = (
     *("._0000.jpg", ".ipynb_checkpoints/0-checkpoint.jpg", "@eaDir/0.jpg/SYNOPHOTO_THUMB_M.jpg"),
     *(".Trash-1000/files/0.jpg", ".thumbnails/0.png", "__MACOSX/0.jpg", "$RECYCLE.BIN/0.jpg", "lost+found/0.jpg"),
@@ -476,6 +486,19 @@ def test_a_link_to_nowhere_is_named(tree: Path) -> None:
 def test_image_size_must_be_positive(tree: Path) -> None:
     with pytest.raises(UserError, match=r"dataset\.image_size=0"):
         read(tree, image_size=0)
+
+
+def test_counts_must_be_three(tree: Path) -> None:
+    with pytest.raises(UserError, match=r"dataset\.counts=\[100, 500\]: give three numbers"):
+        read(tree, counts=[100, 500])
+
+
+def test_the_digest_of_a_tree_shows_its_progress(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    reader.list_files(tree / "train").digest()
+    assert "checking" in capsys.readouterr().err
 
 
 def unpack(shared_data: Path, folder: Path, of_each: int | None) -> Path:

@@ -283,6 +283,16 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(splits: Splits) -> None:
         train(splits, world_size=3)
 
 
+def test_images_that_do_not_fit_on_the_device_are_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    loader = train(in_memory())
+    monkeypatch.setattr(Tensor, "to", full)
+    with pytest.raises(UserError, match=r"5\.4e-06 GB of images do not fit on cpu.* dataset\.image_size"):
+        next(loader.epoch(0))
+
+
 @pytest.mark.parametrize(
     ("splits", "workers"), [("memory", 0), *itertools.product(ON_DISK, [0, 2])], indirect=["splits"]
 )

@@ -364,10 +364,11 @@ def test_a_fold_that_there_is_not_is_named_with_those_there_are(environment: Pat
 # ---- TAU and folders ------------------------------------------------------------------------------------------
 
 
-def test_the_official_split_of_tau(tmp_path: Path) -> None:
+def test_the_official_split_of_tau(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = tmp_path / "TAU"
     write_tau2020(root, {}, 9, 6)
     splits = read(root, tau2020)
+    assert "has 13,962 training and 2,968 test images in 10 classes" in caplog.text
     assert splits.classes == ("airport", "bus", "metro")
     assert splits.train.labels.tolist() == [0, 1, 2] * 3
     assert splits.test.labels.tolist() == [0, 1, 2] * 2

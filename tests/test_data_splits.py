@@ -229,6 +229,15 @@ class Own:
         return self.count
 
 
+def test_the_whole_tau_2020_is_known_by_its_counts() -> None:
+    """Those of its README, which differ from class to class."""
+    sizes = [1393, 1400, 1382, 1380, 1429, 1427, 1373, 1386, 1413, 1379], [296, *[297] * 8, 296]
+    parts = (Own(torch.arange(10).repeat_interleave(torch.tensor(each)), sum(each)) for each in sizes)
+    common: dict[str, Any] = {"label": "Mine", "mean": [0.5] * 3, "std": [0.5] * 3}
+    whole = module.PUBLISHED["TAU 2020"]
+    assert make_splits(*parts, 10, 128, whole=whole, **common).label == "Mine"
+
+
 @pytest.mark.parametrize(
     ("own", "words"),
     [

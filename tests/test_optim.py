@@ -125,6 +125,12 @@ def test_weight_decay_may_spare_norms_and_biases() -> None:
         (MultiStep(milestones=[100, 150]), 151, ""),
         (Cosine(warmup_epochs=5), 5, "still warming up"),
         (Cosine(warmup_epochs=5), 6, ""),
+        (CosineRestarts(restarts=[3, 7, 15, 31, 63]), 16, "from its restart at epoch 15 on it decays in fewer"),
+        (CosineRestarts(restarts=[3, 7, 15, 31, 63]), 126, ""),
+        (CosineRestarts(restarts=[3, 7]), 2, ""),
+        (Exponential(gamma=0.98), 90, "in the last epoch it is 0.17 of recipe.lr"),
+        (Exponential(gamma=0.98), 300, ""),
+        (Exponential(gamma=1.0), 300, ""),
         (Exponential(gamma=0.9), 1, ""),
     ],
 )

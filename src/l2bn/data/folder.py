@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from l2bn.data.cache import Arrays, cached, content_of, expand, file_state, status
+from l2bn.data.cache import Arrays, cached, content_of, expand, file_state, status, tracked
 from l2bn.data.decode import read_all, read_rgb
 from l2bn.data.splits import Common, Images, Splits, check_image_size, digest, make_splits
 from l2bn.errors import UserError
@@ -48,6 +48,7 @@ SYSTEM_FOLDERS = frozenset(
     {"@eaDir", "@Recycle", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
     | {"__MACOSX", "__pycache__"}
 )
+PARTS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "eval"})
 
 
 def image_folder(
@@ -72,6 +73,10 @@ def image_folder(
     """
     if image_size is not None:  # null keeps the files' own size
         check_image_size(image_size)
+    if counts is not None and len(counts) != 3:
+        raise UserError(
+            f"dataset.counts={list(counts)}: give three numbers, of classes and of training and test images of each"
+        )
     folder = expand(root)
     trees = list_parts(folder, train, test, common)
     arrays, files = _decode_cached(folder, trees, image_size, cache)
@@ -96,8 +101,8 @@ def label_of(folder: Path, label: str | None) -> str:
 def list_parts(folder: Path, train: str, test: str, common: Common, kind: Kind = IMAGES) -> "list[Tree]":
     """The files below `folder`/`train`/<class>/ and `folder`/`test`/<class>/; one tree if both are one folder.
 
-    Raises `UserError` for a folder that is missing or has one class, for classes that differ between the two, and
-    for one folder as both unless `validation` holds out a share of it.
+    Raises `UserError` for a folder that is missing or has one class, for classes that differ between the two, for
+    parts in the place of classes, and for one folder as both unless `validation` holds out a share of it.
     """
     for part, key in ((train, "train"), (test, "test")):
         if not (folder / part).is_dir():
@@ -118,6 +123,11 @@ def list_parts(folder: Path, train: str, test: str, common: Common, kind: Kind =
         meant = f"if {_listing(inner)} are the classes, set dataset.train={train}/{classes[0]}"
         remedy = meant if inner else "give two"
         raise UserError(f"only one class in {folder / train}, {classes[0]}: every answer would be right; {remedy}")
+    if all(name.lower() in PARTS and scan(folder / train / name)[0] for name in classes):
+        raise UserError(
+            f"{_listing(classes)} in {folder / train} are parts of a data set, not classes: set "
+            f"dataset.root={folder / train} without dataset.train and dataset.test"
+        )
     return trees
 
 
@@ -159,7 +169,8 @@ class Tree:
 
     def digest(self) -> str:
         """Digest over name, label and size in bytes of each file. Raises `UserError` for a broken link."""
-        sizes = torch.tensor([status(path).st_size for path in self.paths()])
+        paths = tracked(self.paths(), f"checking {self.folder}")
+        sizes = torch.tensor([status(path).st_size for path in paths])
         return digest([*self.names, self.labels, sizes])
 
 

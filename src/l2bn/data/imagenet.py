@@ -135,8 +135,8 @@ class OnDisk(Dataset[tuple[Tensor, int]]):
 
     def select(self, indices: Tensor, like: Any = None) -> Self:
         values: Any = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
-        values |= {key: value[indices] for key, value in values.items() if isinstance(value, Tensor)}
-        values |= {key: value[indices.numpy()] for key, value in values.items() if isinstance(value, np.ndarray)}
+        chosen = indices.numpy()
+        values |= {key: value[chosen] for key, value in values.items() if isinstance(value, Tensor | np.ndarray)}
         return type(self)(**values | ({} if like is None else {"transform": like.transform}))
 
 
@@ -217,10 +217,9 @@ def decode_once(tree: Tree, side: int, cache: str | None, transform: Transform) 
         index = _read_index(file, state)
         if index is None:
             with making(file):
-                index = _read_index(file, state)
-                if index is None:
+                if _read_index(file, state) is None:
                     _write_decoded(tree, side, file, state)
-                    index = _read_index(file, state)
+            index = _read_index(file, state)
         if index is None:
             raise OSError(f"{file} was replaced as soon as it was written: its images change")
     except OSError as error:

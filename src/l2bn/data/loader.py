@@ -212,7 +212,14 @@ class _MemoryLoader(Loader):
         """Pixels (N, H, W, 3) and labels."""
         assert isinstance(self.split, Images)
         pixels = self.split.images.movedim(1, -1).contiguous()
-        return pixels.to(self.device), self.split.labels.to(self.device)
+        try:
+            return pixels.to(self.device), self.split.labels.to(self.device)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"{self.splits.label}: {pixels.nbytes / 1e9:.3g} GB of images do not fit on {self.device}; take a "
+                "smaller dataset.image_size or dataset.subset, or, for images in folders, dataset=imagenet with "
+                "dataset.val=test, which decodes as it reads"
+            ) from error
 
     def _fetch(self, epoch: int, steps: list[Tensor]) -> Iterator[tuple[Batch, list[int]]]:
         pixels, labels = self._resident

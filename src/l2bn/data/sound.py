@@ -31,7 +31,7 @@ from torch import Tensor
 from l2bn.data.cache import Arrays, cached, content_of, expand, file_state
 from l2bn.data.decode import read_all
 from l2bn.data.folder import Kind, Tree, label_of, list_parts, scan
-from l2bn.data.splits import LARGEST_IMAGE, Common, Images, Splits, digest, make_splits
+from l2bn.data.splits import LARGEST_IMAGE, PUBLISHED, Common, Images, Splits, digest, make_splits
 from l2bn.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -174,7 +174,7 @@ def tau2020(root: str, spectrogram: LogMel, cache: str | None = None, **common: 
     # The names begin with scene, city and location.
     places = ["-".join(Path(name).name.split("-")[:3]) for name in clips.names[: len(train)]]
     parts = clips.select(trained), clips.select(~trained)
-    return _make_splits(*parts, places, whole=(10, 13_965, 2_970), **common)
+    return _make_splits(*parts, places, whole=PUBLISHED["TAU 2020"], **common)
 
 
 def sound_folder(

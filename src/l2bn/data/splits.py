@@ -28,6 +28,7 @@ PUBLISHED = {
     "Fashion-MNIST": (10, 60_000, 10_000),
     **dict.fromkeys(("ImageNet", "imagenet"), (1_000, 1_281_167, 50_000)),
     "Imagenette (128 pixels)": (10, 9_469, 3_925),
+    "TAU 2020": (10, 13_962, 2_968),
 }
 
 # `_contents` of the official files, by baseline, where folders of converted images are common.

@@ -17,6 +17,7 @@ from l2bn.errors import UserError
 log = logging.getLogger(__name__)
 
 LARGEST = torch.finfo(torch.float32).max
+NEARLY_0 = 0.1  # an exponential decay has taken its course below this factor
 LARGEST_MIXUP = 1000  # from this alpha on, the share drawn from the beta distribution is 1/2 to two digits
 
 Schedule = Callable[[float, int], float]
@@ -60,7 +61,7 @@ class CosineRestarts:
     def __call__(self, epoch: float, epochs: int) -> float:
         bounds = [0, *(restart for restart in self.restarts if restart < epochs), epochs]
         start, end = next(bound for bound in reversed(list(pairwise(bounds))) if bound[0] <= epoch)
-        return 0.5 * (1 + math.cos(math.pi * (epoch - start) / (end - start)))
+        return Cosine()(epoch - start, end - start)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,13 +179,13 @@ class Recipe:
 
     def warn_if_cut_off(self) -> None:
         """Log where the run ends before its learning rate has taken its course."""
-        late = [epoch for epoch in getattr(self.schedule, "milestones", []) if epoch >= self.epochs]
-        if late or getattr(self.schedule, "warmup_epochs", 0) >= self.epochs:
+        reason = _cut_off(self.schedule, self.epochs)
+        if reason:
             log.warning(
                 "the run ends after %d epochs, before its learning rate has taken its course (%s): give "
-                "recipe.schedule's epochs for a run of this length",
+                "a recipe.schedule for a run of this length",
                 self.epochs,
-                f"milestones {', '.join(map(str, late))}" if late else "it is still warming up",
+                reason,
             )
 
     def optimizer(self, model: nn.Module) -> torch.optim.SGD:
@@ -206,6 +207,22 @@ class Recipe:
             fused=on_cuda,
             foreach=not on_cuda,
         )
+
+
+def _cut_off(schedule: Schedule, epochs: int) -> str:
+    """What a run of so many epochs leaves out of the schedule; empty for none."""
+    late = [epoch for epoch in getattr(schedule, "milestones", []) if epoch >= epochs]
+    if late:
+        return f"milestones {', '.join(map(str, late))}"
+    if getattr(schedule, "warmup_epochs", 0) >= epochs:
+        return "it is still warming up"
+    if isinstance(schedule, CosineRestarts):
+        before, last = [0, 0, *(restart for restart in schedule.restarts if restart < epochs)][-2:]
+        if epochs - last < last - before:
+            return f"from its restart at epoch {last} on it decays in fewer epochs than before"
+    if isinstance(schedule, Exponential) and NEARLY_0 < (factor := schedule(epochs - 1, epochs)) < 1:
+        return f"in the last epoch it is {factor:.2g} of recipe.lr"
+    return ""
 
 
 def _require_rising_epochs(name: str, epochs: list[int]) -> None:
