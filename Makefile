@@ -84,7 +84,12 @@ shufflenet := shufflenetv2_x1_0
 mobilenet := mobilenetv2_x1_0
 part = $(or $($(word $(1),$(subst -, ,$@))),$(word $(1),$(subst -, ,$@)))
 
+# A setting of the run, such as seed=1, would otherwise be a variable of make's that nobody reads.
+given = $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
+
 .DEFAULT:
+	@for name in $(given); do case $$name in *[[:lower:]]*) \
+		echo "make: give $$name within ARGS, as in ARGS='$$name=...'"; exit 2;; esac; done
 	@test $(words $(subst -, ,$@)) = 3 || { echo "make: no target '$@'; type make for a list"; exit 2; }
 	@$(MAKE) --no-print-directory setup
 	python scripts/train.py dataset=$(call part,1) backbone=$(call part,2) norm=$(call part,3) $(ARGS)

@@ -22,25 +22,27 @@ def main() -> None:
     parser.add_argument("--config-dir", type=Path, action="append", default=[], help="your folder of YAML files")
     parser.add_argument("-m", "--multirun", action="store_true", help="accepted, as for train.py")
     arguments = parser.parse_intermixed_args()
+    from hydra.core.override_parser.types import Quote, QuotedString
+
     from l2bn.data.cache import expand
+    from l2bn.errors import UserError
     from l2bn.training.plan import compose_sweep, composing, find_runs, plan_sweep
     from l2bn.training.status import look, overview
 
     overrides = [f"experiment={arguments.experiment}"] if arguments.experiment else []
     overrides += arguments.overrides
     if overrides:
-        overrides += [f"runs_dir={quoted(arguments.runs)}"] if arguments.runs else []
+        if arguments.runs:
+            overrides.append(f"runs_dir={QuotedString(arguments.runs, Quote.double).with_quotes()}")
         with composing(overrides, arguments.config_dir) as (_, rest):
             runs = plan_sweep(compose_sweep(rest))
     else:
-        runs = find_runs(expand(arguments.runs or "runs", "--runs"))
+        folder = expand(arguments.runs or "runs", "--runs")
+        if arguments.runs and not folder.is_dir():
+            raise UserError(f"--runs: there is no folder {folder}")
+        runs = find_runs(folder)
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print(overview([look(run) for run in runs], console.width))
-
-
-def quoted(text: str) -> str:
-    """A text as the value of an override."""
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from l2bn.errors import UserError
+from l2bn.failures import fitting
 from l2bn.records import write_durably
 from l2bn.training.checkpoint import CheckpointPolicy, Checkpoints
 
@@ -71,6 +72,21 @@ def test_where_all_are_damaged_they_are_named_and_kept(tmp_path: Path) -> None:
     for path in checkpoints.paths():
         assert str(path) in str(error.value)
     assert len(checkpoints.paths()) == 2
+
+
+def test_a_device_that_is_full_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is it a misfit, where memory runs out while the state is copied into the network."""
+    checkpoints = saved(tmp_path, (1, 0))
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def load(*_: object, **__: object) -> None:
+        raise full
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(torch.OutOfMemoryError):
+        checkpoints.load(CPU)
+    with pytest.raises(torch.OutOfMemoryError), fitting(tmp_path):
+        raise full
 
 
 def damaged(checkpoints: Checkpoints, *names: str) -> list[Path]:

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
 
 from conftest import ROOT, TINY, train_in
 from l2bn.errors import UserError
-from l2bn.failures import told_plainly
+from l2bn.failures import explain, told_plainly
 from l2bn.records import read_metrics
 
 RUN = "runs/digits,image_size=8,subset=256/resnet20/bn/short,epochs=1/seed0"
@@ -63,6 +65,7 @@ WRONG: list[tuple[list[str], dict[str, str], list[str]]] = [
     (["report.py", "mechanism", "--runs", "runs", "--out", CONFIG], {}, [CONFIG]),
     (["analyze.py", "--run", "nowhere"], {}, ["nowhere", "not the folder of a run"]),
     (["analyze.py", "--run", RUN, "--root", "x"], {}, ["dataset.root"]),
+    (["status.py", "--runs", "nowhere"], {}, ["nowhere", "--runs"]),
     (["list.py", "nets"], {}, ["nets", "backbone"]),
     (["list.py", "norm", "--hours"], {}, ["--hours", "norm", "backbone"]),
     (["fetch_data.py", "digits", "--classes", "1"], {}, ["--classes", "--figure"]),
@@ -140,6 +143,33 @@ def test_what_a_user_can_mend_is_told_plainly(error: Exception, told: str, monke
     with pytest.raises(SystemExit) as left, told_plainly():
         raise error
     assert str(left.value.code).startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("override", "reason", "quotes"),
+    [
+        ("seed=rang(3)", "Unknown function 'rang'", False),
+        ("norm=bn,", "mismatched input '<EOF>'", False),  # of norm=bn, l2bn without quotes
+        ("l2bn", "missing EQUAL", False),
+        ("dataset.root=Läufe", "LexerNoViableAltException", True),
+        ("dataset.root=/data (1)", "mismatched input ' ('", True),
+    ],
+)
+def test_why_an_override_cannot_be_read_is_told(override: str, reason: str, quotes: bool) -> None:
+    with pytest.raises(OverrideParseException) as raised:
+        OverridesParser.create().parse_overrides([override])
+    told = explain(raised.value) or ""
+    assert f"{override} cannot be read: " in told
+    assert reason in told.splitlines()[0]
+    assert ("needs quotes" in told) == quotes
+
+
+def test_make_refuses_a_setting_that_it_would_not_pass_on(tmp_path: Path) -> None:
+    for setting in ("seed=1", "recipe.epochs=5"):
+        make = ["make", "cifar-resnet-l2bn", setting, f"VENV={tmp_path}", "PYTHON=false"]  # which installs nothing
+        done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True)
+        key = setting.partition("=")[0]
+        assert (done.returncode, done.stdout) == (2, f"make: give {key} within ARGS, as in ARGS='{key}=...'\n")
 
 
 def test_an_error_of_ours_keeps_its_traceback() -> None:

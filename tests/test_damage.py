@@ -52,7 +52,9 @@ def test_a_run_whose_checkpoints_are_gone_says_that_it_starts_anew(
 ) -> None:
     """As on a cluster that deletes large files after a month."""
     shutil.rmtree(stopped / "checkpoints")
-    assert train(*THREE).status == "finished"
+    record = train(*THREE)
+    assert record.status == "finished"
+    assert len(json.loads((record.folder / "env.json").read_text())["starts"]) == 1
     assert "metrics.jsonl has epochs, but the run has no checkpoint: it starts at its first epoch" in caplog.text
 
 
@@ -138,6 +140,6 @@ def test_a_damaged_list_of_starts_is_begun_anew(
 ) -> None:
     path = tmp_path / "env.json"
     path.write_text(content)
-    note_start(tmp_path, torch.device("cpu"), "plain", {})
+    note_start(tmp_path, torch.device("cpu"), "plain", {}, resumed=True)
     assert "env.json is damaged" in caplog.text
     assert len(json.loads(path.read_text())["starts"]) == 1

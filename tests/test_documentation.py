@@ -335,6 +335,7 @@ PROMISES: dict[str, list[Callable[..., Any]]] = {
         test_faults.test_a_disk_that_is_read_only_at_the_next_start,
         test_faults.test_a_folder_deleted_under_the_run,
         test_faults.test_a_device_out_of_memory,
+        test_checkpoint.test_a_device_that_is_full_is_no_damage,
         test_faults.test_every_out_of_memory_error_is_recognized,
         test_faults.test_a_data_worker_that_is_killed,
         test_interruption.test_a_process_of_a_run_that_is_killed_ends_the_run,
@@ -354,6 +355,9 @@ PROMISES: dict[str, list[Callable[..., Any]]] = {
         test_tables.test_runs_of_several_versions_of_a_users_own_code_are_noted,
         test_environment.test_changed_files_and_untracked_source_are_dirty,
         test_environment.test_nothing_is_said_of_a_commit_where_none_is_known,
+        test_environment.test_of_a_start_that_left_nothing_nothing_is_said,
+        test_environment.test_what_is_edited_after_the_import_is_no_code_of_the_process,
+        test_own_parts.test_the_code_of_a_run_is_that_which_was_imported,
     ],
     "loss, weights or running statistics are no longer finite": [
         test_divergence.test_a_learning_rate_that_is_too_high,

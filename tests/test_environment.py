@@ -1,6 +1,8 @@
 """Provenance: the code that a record names is the code that made it, or null where it is not known."""
 
+import functools
 import importlib
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from l2bn.training import environment
-from l2bn.training.environment import describe_environment, note_start, own_source
+from l2bn.training.environment import describe_code, describe_environment, note_start, own_source
 
 
 def git(folder: Path, *arguments: str) -> None:
@@ -29,11 +31,20 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     git(folder, "commit", "--quiet", "--message", "one")
     monkeypatch.setattr(environment, "PROJECT", folder)
     monkeypatch.setattr(environment, "PACKAGE", folder / "src/l2bn")
+    monkeypatch.setattr(environment, "_package", functools.cache(environment._package.__wrapped__))
     return folder
 
 
 def facts() -> dict[str, Any]:
+    """What a new process finds."""
+    environment._package.cache_clear()
     return describe_environment(torch.device("cpu"))
+
+
+def start(folder: Path, *, resumed: bool = True) -> None:
+    """Note a start in a new process."""
+    environment._package.cache_clear()
+    note_start(folder, torch.device("cpu"), "plain", describe_code({}), resumed=resumed)
 
 
 @pytest.mark.parametrize(
@@ -79,19 +90,34 @@ def test_nothing_is_said_of_a_commit_where_none_is_known(checkout: Path, monkeyp
 def test_a_run_that_goes_on_with_other_code_is_warned_of(
     checkout: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def start() -> None:
-        note_start(tmp_path, torch.device("cpu"), "plain", {})
-
-    start()
-    start()
+    start(tmp_path)
+    start(tmp_path)
     assert not caplog.records
     (checkout / "src/l2bn/one.py").write_text("one = 2\n")
-    start()
+    start(tmp_path)
     assert "resumed with other code" in caplog.text
     caplog.clear()
     git(checkout, "commit", "--all", "--quiet", "--message", "two")
-    start()
+    start(tmp_path)
     assert "resumed with other code" in caplog.text
+
+
+def test_of_a_start_that_left_nothing_nothing_is_said(
+    checkout: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As of a run that was killed before its first checkpoint: the result is of the later code alone."""
+    start(tmp_path, resumed=False)
+    (checkout / "src/l2bn/one.py").write_text("one = 2\n")
+    start(tmp_path, resumed=False)
+    assert not caplog.records
+    assert len(json.loads((tmp_path / "env.json").read_text())["starts"]) == 1
+
+
+def test_what_is_edited_after_the_import_is_no_code_of_the_process(checkout: Path) -> None:
+    before = facts()
+    (checkout / "src/l2bn/one.py").write_text("one = 2\n")
+    later = describe_environment(torch.device("cpu"))
+    assert [later[key] for key in ("source", "dirty")] == [before["source"], False]
 
 
 def test_a_run_that_goes_on_with_another_processor_is_warned_of(
@@ -100,7 +126,7 @@ def test_a_run_that_goes_on_with_another_processor_is_warned_of(
     """As a job that is requeued on another node: the same instructions, and kernels with other block sizes."""
     for processor in ("EPYC", "Xeon"):
         monkeypatch.setattr(environment, "_processor", lambda name=processor: name)
-        note_start(tmp_path, torch.device("cpu"), "plain", {})
+        start(tmp_path)
     assert "resumed with other processor" in caplog.text
 
 
@@ -118,4 +144,5 @@ def test_an_installed_package_is_not_own_code_wherever_it_lies(
     node = {"norm": {"_target_": "own_caller.convert"}}
     before = own_source(node)
     (packages / "own_nowhere.py").write_text("limit = 2\n")
+    environment._own.cache_clear()
     assert own_source(node) == before is not None

@@ -41,6 +41,21 @@ def test_a_run_that_is_looked_into_is_the_same_run(analysis: tuple[str, ...], tr
     assert not [plain.folder / name for name in (FEATURES, STATISTICS, SAMPLE) if (plain.folder / name).exists()]
 
 
+@pytest.mark.parametrize(
+    ("analysis", "said"),
+    [
+        ("on", "has ended without features, and is not trained again: measure them by python scripts/analyze.py"),
+        ("statistics", "has ended without statistics of its first updates: only a new run"),
+    ],
+)
+def test_measurements_that_an_ended_run_lacks_are_told(
+    analysis: str, said: str, copied: Train, train: Train, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = copied(EPOCHS, *TINY)
+    assert train(EPOCHS, *TINY, f"analysis={analysis}") == record
+    assert [said in message for message in caplog.messages if "has ended" in message] == [True]
+
+
 @pytest.mark.slow
 def test_dropout_too_draws_what_it_drew(trained: Train) -> None:
     options = ("backbone=vgg11", "recipe.epochs=1", "dataset.subset=64", *QUIET)

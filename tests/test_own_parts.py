@@ -14,10 +14,12 @@ import yaml
 
 from conftest import ROOT, planned, train_in
 from l2bn.errors import UserError
+from l2bn.training import environment
 from l2bn.training.environment import own_source
 from l2bn.training.existing import evaluate_run, replay
 from l2bn.training.instantiate import Builder
-from l2bn.training.run import check
+from l2bn.training.run import check, launch
+from l2bn.training.session import BuiltRun
 
 MODULE = """
 import torch
@@ -166,8 +168,29 @@ def test_other_code_of_an_ended_run_is_told(mine: Path, tmp_path: Path, caplog: 
     train()
     assert "other code of yours" not in caplog.text
     (tmp_path / "modules/own_parts.py").write_text(MODULE.replace("Hardtanh(-limit", "Hardtanh(-2 * limit"))
+    sys.modules.pop("own_parts")  # as in a new process
     train()
     assert "was trained with other code of yours than there is now" in caplog.text
+
+
+def test_the_code_of_a_run_is_that_which_was_imported(
+    mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not what is in the files when it starts, nor what a process of one of its devices has imported."""
+    options = ["dataset=mine", "dataset.subset=64", "backbone=tiny", "norm=clipped", "recipe=quick"]
+    (run,) = planned(*options, folders=[mine])
+    check(run)  # as at the start of a sweep
+    before = own_source(run.config)
+    (tmp_path / "modules/own_parts.py").write_text(MODULE.replace("Hardtanh(-limit", "Hardtanh(-2 * limit"))
+
+    def elsewhere(built: BuiltRun) -> bool:
+        sys.modules.pop("own_parts")
+        return launch(built)
+
+    monkeypatch.setattr("l2bn.training.run.launch", elsewhere)
+    record = train_in(tmp_path / "runs", *options, folders=[mine])
+    (start,) = json.loads((record.folder / "env.json").read_text())["starts"]
+    assert start["own_source"] == before is not None
 
 
 def test_own_code_is_that_of_all_own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,6 +204,7 @@ def test_own_code_is_that_of_all_own_modules(tmp_path: Path, monkeypatch: pytest
     assert before is not None
     assert own_source({"norm": {"_target_": "l2bn.norms.bn.convert"}}) is None
     (tmp_path / "own_helper.py").write_text("limit = 2\ndef helper(): ...\n")
+    environment._own.cache_clear()
     assert own_source(node) not in (None, before)
 
 
@@ -207,6 +231,7 @@ def test_a_module_of_which_only_values_are_imported_is_own_code_too(
     digests = [own_source(node)]
     for name in ("settings", "__init__"):
         (kit / f"{name}.py").write_text("WIDTH = 64\n")
+        environment._own.cache_clear()
         digests.append(own_source(node))
     for name in ("own_kit.parts", "own_kit.settings", "own_kit"):
         sys.modules.pop(name)  # for the next statement

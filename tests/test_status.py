@@ -114,6 +114,14 @@ def test_runs_that_have_begun_are_found_without_their_sweep(runs: dict[str, Plan
     assert "2 interrupted" in shown(found)
 
 
+def test_a_link_to_a_run_does_not_hide_it(runs: dict[str, PlannedRun], tmp_path: Path) -> None:
+    run = runs["resnet20/bn/0"]
+    begin(run, 3)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "best").symlink_to(run.folder)  # is found first
+    assert [found.folder for found in find_runs(tmp_path)] == [run.folder]
+
+
 def test_a_run_that_was_moved_away_does_not_count_as_the_one_in_its_place(
     runs: dict[str, PlannedRun], tmp_path: Path
 ) -> None:
@@ -260,9 +268,10 @@ def test_the_command_shows_an_experiment(tmp_path: Path) -> None:
 
 
 def test_the_command_takes_what_train_takes(tmp_path: Path) -> None:
-    done = status("-m", "norm=bn,l2bn", "seed=range(0,3)", "--runs", str(tmp_path / "my runs"))
+    runs = str(tmp_path / 'my "runs" \\ é')
+    done = status("-m", "norm=bn,l2bn", "seed=range(0,3)", "--runs", runs)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{tmp_path}/my runs, recipe short")
+    assert done.stdout.startswith(f"{runs}, recipe short")
     assert "6 missing" in done.stdout
     assert "No run here yet" in status("--runs", str(tmp_path)).stdout
     assert "--runs=~nobodyhere/runs: no home folder is known" in status("--runs", "~nobodyhere/runs").stderr

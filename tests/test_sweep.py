@@ -18,11 +18,13 @@ from hydra.core.config_store import ConfigStore
 from joblib import cpu_count
 
 from conftest import ROOT, TINIEST, TINY, planned
-from l2bn.failures import FAILURE
-from l2bn.records import ENVIRONMENT, SUMMARY, read_records
+from l2bn.errors import UserError
+from l2bn.failures import FAILURE, note_failure, read_failure
+from l2bn.records import CONFIG, ENVIRONMENT, SUMMARY, read_records
 from l2bn.training import session, sweep
 from l2bn.training.interruption import EXIT_CODE, LOCK, is_owned, sole_owner
 from l2bn.training.loop import Position
+from l2bn.training.run import run as train_planned
 from test_training import stop_after
 
 Sweep = Callable[..., tuple[int, str]]
@@ -158,6 +160,18 @@ def test_what_fails_without_a_folder_is_noted_too(multirun: Sweep, tmp_path: Pat
     assert summary.count("FAIL ") == 2
     assert summary.count("there are 16 training images") == 1  # once for the two that say the same
     assert len(list(tmp_path.rglob(FAILURE))) == 2
+
+
+def test_a_failure_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
+    """Also before the run's folder is locked, unless another process has it."""
+    (run,) = planned("dataset=image_folder", "dataset.root=nowhere", f"runs_dir={tmp_path}")
+    run.folder.mkdir(parents=True)
+    (run.folder / CONFIG).write_text(run.as_yaml())
+    for owner, told in ((sole_owner(run.folder), "the old one"), (contextlib.nullcontext(), "nowhere")):
+        note_failure(run.folder, UserError("the old one"))
+        with owner, pytest.raises(UserError, match="nowhere"):
+            train_planned(run)
+        assert told in (read_failure(run.folder) or "")
 
 
 def test_a_run_that_another_process_has_is_no_failure(multirun: Sweep, tmp_path: Path) -> None:

@@ -16,13 +16,14 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from conftest import QUIET, ROOT, TINY, Train
+from conftest import QUIET, ROOT, TINY, Train, planned
 from l2bn.backbones.resnet import cifar_resnet
 from l2bn.records import COST_KEYS, METRICS, Record, read_metrics
 from l2bn.training import session
 from l2bn.training.checkpoint import Checkpoints, State
 from l2bn.training.interruption import EXIT_CODE, Interruption
 from l2bn.training.loop import Trainer, forget_peak_memory, peak_memory
+from l2bn.training.run import build_run
 
 EPOCHS = "recipe.epochs=2"
 
@@ -229,11 +230,22 @@ def test_even_batches_leave_no_process_without_an_image() -> None:
         assert (images - 1) % size + 1 >= least
 
 
-def test_a_finished_run_is_left_alone(copied: Train, train: Train) -> None:
+def test_a_finished_run_is_left_alone(copied: Train, train: Train, caplog: pytest.LogCaptureFixture) -> None:
     record = copied("recipe.epochs=1", *TINY)
     before = {path: path.stat().st_mtime_ns for path in record.folder.rglob("*")}
-    assert train("recipe.epochs=1", *TINY) == record
+    with caplog.at_level("INFO"):
+        assert train("recipe.epochs=1", *TINY) == record
+    assert caplog.messages[-1].startswith("ended before: digits,")
     assert {path: path.stat().st_mtime_ns for path in record.folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "small"])
+def test_a_stem_that_leaves_a_pixel_of_an_image_is_told(stem: str, caplog: pytest.LogCaptureFixture) -> None:
+    (run,) = planned("backbone=timm", "backbone.name=resnet18", f"backbone.stem={stem}", "dataset.subset=64")
+    with caplog.at_level("INFO"):
+        build_run(run)
+    said = "an image of 32 x 32 pixels as 1 x 1 (layer4.0.bn1 is the first); backbone.stem=small keeps more"
+    assert (said in caplog.text) == (stem == "imagenet")
 
 
 def test_the_record_holds_what_the_run_was(train: Train) -> None:

@@ -65,7 +65,7 @@ def test_an_installed_package_trains_lists_and_replays(installed: Path) -> None:
 
 
 def test_a_script_of_a_checkout_reads_the_checkouts_configurations(tmp_path: Path) -> None:
-    """Also where another copy of the package is installed."""
+    """Also where another copy of the package is installed, whose code runs: that is said."""
     code = "import sys; sys.argv[0] = sys.argv[1]; from l2bn.training.instantiate import CONFIGS; print(CONFIGS)"
     (tmp_path / "src/l2bn").mkdir(parents=True)
     (tmp_path / "configs").mkdir()
@@ -73,3 +73,5 @@ def test_a_script_of_a_checkout_reads_the_checkouts_configurations(tmp_path: Pat
     for script, configs in ((tmp_path / "scripts/train.py", tmp_path / "configs"), ("-c", ROOT / "configs")):
         done = subprocess.run([sys.executable, "-c", code, script], capture_output=True, text=True, check=True)
         assert Path(done.stdout.strip()) == configs.resolve()
+        said = done.stderr.strip()
+        assert not said if script == "-c" else f"of {tmp_path}, but the code is that in {ROOT}/src/l2bn" in said

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import select
 import signal
 import sys
@@ -66,11 +67,15 @@ def _is_closed(descriptor: int) -> bool:
 def explain(error: Exception) -> str | None:
     """Return the message for a user's mistake, None for another error."""
     if isinstance(error, OverrideParseException):
-        key, _, value = error.override.partition("=")
+        reasons = [line for line in str(error).splitlines() if not line.startswith("Error parsing override ")]
+        message = f"{error.override} cannot be read: {reasons[0]}"
+        key, equals, value = error.override.partition("=")
+        if not equals or value.endswith(",") or re.match(r"\w*[\[({]", value):  # a list, a function
+            return message
         quoted = value.replace('"', '\\"')
         return (
-            f"{error.override} cannot be read: a value with blanks, or with signs other than ASCII letters, digits "
-            f"and / . - _ : % + @, needs quotes, and another pair for the shell, as in '{key}=\"{quoted}\"'"
+            f"{message}\na value with blanks, or with signs other than ASCII letters, digits and / . - _ : % + @, "
+            f"needs quotes, and another pair for the shell, as in '{key}=\"{quoted}\"'"
         )
     if isinstance(error, CompactHydraException):
         cause = error.__cause__
@@ -175,6 +180,8 @@ def fitting(folder: Path) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"the checkpoint in {folder} does not fit this network and this version of the suite: {reason}\n"

@@ -256,19 +256,22 @@ def first_fault(error: ValidationError) -> str:
 def files_under(root: Path, pattern: str, unreadable: Callable[[OSError], object] | None = None) -> list[Path]:
     """The files under a folder whose names match, in the order of their paths; links to folders are followed.
 
-    `Path.rglob` does not follow them. A folder that several links lead to counts once. A folder that cannot be read
-    is passed over, after a call of `unreadable`.
+    `Path.rglob` does not follow them. A folder that links lead to counts once, at its own place if that is under
+    the root. A folder that cannot be read is passed over, after a call of `unreadable`.
     """
     seen: set[str] = set()
     found = []
-    for folder, folders, files in os.walk(root, onerror=unreadable, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders.sort()
-        found += [Path(folder, name) for name in fnmatch.filter(files, pattern)]
+    places: list[Path] = [root]
+    for place in places:  # links are added while it goes on
+        for folder, folders, files in os.walk(place, onerror=unreadable):
+            real = os.path.realpath(folder)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders.sort()
+            places += [path for name in folders if (path := Path(folder, name)).is_symlink()]
+            found += [Path(folder, name) for name in fnmatch.filter(files, pattern)]
     return sorted(found)
 
 
@@ -479,7 +482,7 @@ def publish(folder: Path, destination: Path) -> Path:
     for read in (read_features, read_statistics, read_sample):
         read(folder)
     files = _publishable(folder)
-    for other in read_records(destination / record.dataset)[0] if record.images else ():
+    for other in read_records(destination / record.dataset)[0]:
         if other.images and record.images and other.images["files"] != record.images["files"]:
             raise InvalidRecordError(
                 f"it was trained on other images than {other.folder}; train both on the same, or name these by "

@@ -22,7 +22,7 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from l2bn.errors import UserError
-from l2bn.failures import fitting
+from l2bn.failures import fitting, is_out_of_memory
 from l2bn.records import METRICS, Fingerprint, write_durably
 from l2bn.training.loop import Position, Totals
 from l2bn.training.plan import PlannedRun, check_identity, check_images
@@ -122,6 +122,8 @@ class Checkpoints:
         try:  # weights_only: tensors and plain values, never a pickled object that could run code
             return torch.load(io.BytesIO(data), map_location=device, weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            if is_out_of_memory(error):
+                raise
             raise ValueError(str(error).splitlines()[0]) from error
 
     def paths(self) -> list[Path]:

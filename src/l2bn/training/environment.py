@@ -1,6 +1,7 @@
 """The facts about machine and software that a record carries: this whitelist and nothing else of either."""
 
 import ast
+import functools
 import hashlib
 import json
 import logging
@@ -16,6 +17,7 @@ from importlib.metadata import version
 from importlib.util import resolve_name
 from itertools import accumulate
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -40,14 +42,12 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     """Return commit, source, versions, device and threads, at this moment.
 
     commit, dirty: of the checkout that the package runs from, None where it runs from none; dirty also counts
-    untracked files under src/ and configs/. source: digest of the package's own Python files as they are.
+    untracked files under src/ and configs/. source: digest of the package's own Python files. All three are of the
+    moment when this process first asked for them.
     """
-    commit, dirty = _checkout()
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit,
-        "dirty": dirty,
-        "source": _source(),
+        **_package(),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
         "system": platform.system(),
@@ -61,16 +61,28 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def note_start(folder: Path, device: torch.device, kernels: str, config: Mapping[str, Any]) -> str:
+def describe_code(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return commit, source and the user's own source, each of the moment when this process first asked for it.
+
+    What runs is what was imported, whatever is written into the files later: to be called right after the imports,
+    and in the process that started the others of a run.
+    """
+    beside_norm = {key: node for key, node in config.items() if key != "norm"}
+    return {**_package(), "own_source": own_source(config), "own_source_beside_norm": own_source(beside_norm)}
+
+
+def note_start(folder: Path, device: torch.device, kernels: str, code: Mapping[str, Any], *, resumed: bool) -> str:
     """Add this start of a run to `env.json`; warn if it may compute other numbers than the last one.
 
     Returns the kernels of all starts of the run, as in `Record.kernels`.
+
+    code: that of `describe_code`.
+    resumed: whether it goes on from a checkpoint. Otherwise nothing of the starts before is in the result, and they
+    are left out.
     """
     path = folder / ENVIRONMENT
-    starts = _earlier_starts(path)
-    beside_norm = {key: node for key, node in config.items() if key != "norm"}
-    own = {"own_source": own_source(config), "own_source_beside_norm": own_source(beside_norm)}
-    facts = {**describe_environment(device), "kernels": kernels, **own}
+    starts = _earlier_starts(path) if resumed else []
+    facts = {**describe_environment(device), "kernels": kernels, **code}
     if starts:
         before = starts[-1]
         decisive = FACTS_BEHIND_BITS if device.type == "cuda" else (*FACTS_BEHIND_BITS, "processor")
@@ -92,7 +104,7 @@ def own_source(config: Mapping[str, Any]) -> str | None:
 
     Own is what belongs neither to this package nor to an installed one. The modules that these import count, too.
     """
-    found: dict[str, Path] = {}
+    found: dict[str, str] = {}
     for place, name in flatten(config):
         if place.rpartition(".")[2] == "_target_":
             module = str(name)
@@ -113,23 +125,30 @@ def warn_of_other_source(folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _add_own(name: str, found: dict[str, Path]) -> None:
-    module = sys.modules.get(name)
+def _add_own(name: str, found: dict[str, str]) -> None:
+    own = _own(sys.modules[name]) if name in sys.modules and name not in found else None
+    if own is not None:
+        found[name], imported = own
+        for other in imported:
+            _add_own(other, found)
+
+
+@functools.cache
+def _own(module: ModuleType) -> tuple[str, list[str]] | None:
+    """Return the digest of a module's file and the names that it imports; None unless it is the user's own."""
     file = Path(getattr(module, "__file__", None) or "")
-    if name in found or not file.is_file() or INSTALLED.intersection(file.parts):
-        return
+    if not file.is_file() or INSTALLED.intersection(file.parts):
+        return None
     if file.is_relative_to(PACKAGE) or file.is_relative_to(STANDARD):
-        return
-    found[name] = file
-    package = getattr(module, "__package__", None) or ""
-    for other in _imports(file, package):
-        _add_own(other, found)
+        return None
+    content = file.read_bytes()
+    return hashlib.sha256(content).hexdigest(), list(_imports(content, getattr(module, "__package__", None) or ""))
 
 
-def _imports(file: Path, package: str) -> Iterator[str]:
-    """Yield the names of the modules that a Python file of a package may import, and of their packages."""
+def _imports(content: bytes, package: str) -> Iterator[str]:
+    """Yield the names of the modules that the code of a package may import, and of their packages."""
     try:
-        statements = list(ast.walk(ast.parse(file.read_bytes())))
+        statements = list(ast.walk(ast.parse(content)))
     except (SyntaxError, ValueError):  # a compiled module, or a file that was edited since it was imported
         return
     for node in statements:
@@ -158,14 +177,18 @@ def _name(start: dict[str, Any]) -> str:
     return f"{start.get('commit') or 'unknown'}{' with changes' if start.get('dirty') else ''}"
 
 
-def _source() -> str:
-    """Return 32 hexadecimal digits over the names and contents of all Python files of the package."""
+@functools.cache
+def _package() -> dict[str, Any]:
+    """Return the commit, whether files differ from it, and a digest of all Python files of the package."""
+    commit, dirty = _checkout()
     files = (file for file in PACKAGE.rglob("*.py") if file.is_file())  # an editor's lock is a link to nothing
-    return _digest({str(file.relative_to(PACKAGE)): file for file in files})
+    digests = {str(file.relative_to(PACKAGE)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {"commit": commit, "dirty": dirty, "source": _digest(digests)}
 
 
-def _digest(files: Mapping[str, Path]) -> str:
-    lines = [f"{name} {hashlib.sha256(files[name].read_bytes()).hexdigest()}" for name in sorted(files)]
+def _digest(files: Mapping[str, str]) -> str:
+    """Return 32 hexadecimal digits over the names and the digests of files."""
+    lines = [f"{name} {files[name]}" for name in sorted(files)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
 
 

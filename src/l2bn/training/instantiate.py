@@ -9,6 +9,8 @@ function of this package that is not meant to be called there.
 import difflib
 import functools
 import inspect
+import logging
+import multiprocessing
 import sys
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -22,13 +24,26 @@ from hydra.utils import get_object
 from l2bn.errors import UserError
 from l2bn.records import files_under, is_finite_number
 
+log = logging.getLogger(__name__)
+
 
 def _find_configs() -> Path:
-    """Return the folder of configurations: of the checkout whose script is running, else of this package."""
-    package = Path("src", "l2bn", "configs")
+    """Return the folder of configurations: of the checkout whose script is running, else of this package.
+
+    Warns if the checkout has another package than the one that is running.
+    """
+    package = Path(__file__).parents[1]
     checkout = Path(sys.argv[0]).resolve().parent.parent
-    own = checkout / package if (checkout / package).is_dir() else Path(__file__).parents[1] / package.name
-    return own.resolve()  # in a checkout the package has a link to it
+    own = checkout / "src" / "l2bn"
+    if not (own / "configs").is_dir():
+        own = package
+    elif own.resolve() != package.resolve() and multiprocessing.parent_process() is None:
+        log.warning(
+            "scripts and configurations are those of %s, but the code is that in %s: edits of %s do nothing; "
+            "install the checkout whose scripts you run, as by make setup there",
+            *(checkout, package, own),
+        )
+    return (own / "configs").resolve()  # in a checkout the package has a link to it
 
 
 CONFIGS = _find_configs()

@@ -20,11 +20,11 @@ from l2bn.failures import describe, explained, is_out_of_memory, note_failure
 from l2bn.norms.stepped import SteppedBatchNorm
 from l2bn.norms.swap import norm_layers, replacements, swap_norm
 from l2bn.norms.sync import counterparts
-from l2bn.records import CONFIG, SUMMARY, Fingerprint, InvalidRecordError, Record
+from l2bn.records import CONFIG, FEATURES, STATISTICS, SUMMARY, Fingerprint, InvalidRecordError, Record
 from l2bn.seeding import derive_seed, seed_global
 from l2bn.training.checkpoint import CheckpointPolicy
 from l2bn.training.compute import Compute, quieten
-from l2bn.training.environment import warn_of_other_source
+from l2bn.training.environment import describe_code, warn_of_other_source
 from l2bn.training.interruption import EXIT_CODE, is_owned
 from l2bn.training.observation import AnalysisPolicy, check_observable
 from l2bn.training.optim import Recipe
@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 
 OURS = ("l2bn.norms.", *(f"l2bn.backbones.{name}." for name in ("resnet", "vgg", "shufflenetv2", "mobilenetv2")))
 """Networks and norms that can be built before a sweep, without a device."""
+
+SMALL = 64  # pixels: the side of an image that a stem for 224 x 224 shrinks to a few
 
 PARTS = {"recipe": Recipe, "compute": Compute, "checkpoint": CheckpointPolicy, "analysis": AnalysisPolicy}
 """The nodes without a `_target_`, and what each describes."""
@@ -79,19 +81,17 @@ def run(planned: PlannedRun, *, alone: bool = True, original: Path | None = None
     warning.
     """
     quieten()
-    record, late = find_record(planned), False
+    record, late, before = find_record(planned), False, ""
     if record is not None:
         check_ended([(record, planned)])
+        before = "ended before: "
     else:
-        built = build_run(planned)
-        if original is not None:
-            warn_of_other_source(original, planned.config)
-            repeated = read_record(original)
-            if repeated is not None:
-                check_images(repeated.images, built.splits.fingerprint, original)
-        with explained(planned.cell, planned.folder):
-            check_step(built)
-        check_record(built)
+        try:
+            built = _prepare(planned, original)
+        except Exception as error:
+            if planned.folder.is_dir() and not is_owned(planned.folder):
+                note_failure(planned.folder, error)  # in place of that of an earlier start
+            raise
         if not planned.folder.exists():
             note_other_lengths(planned)
         make_folder(planned.folder)
@@ -102,10 +102,24 @@ def run(planned: PlannedRun, *, alone: bool = True, original: Path | None = None
     else:
         accuracy = record.last["test/top1"]
         result = f"finished, test accuracy {accuracy:.2f} % after the last of {record.epochs} epochs"
-    log.info("%s: %s; record in %s", planned.cell, result, planned.folder)
+    log.info("%s%s: %s; record in %s", before, planned.cell, result, planned.folder)
     if late and not alone:
         raise SystemExit(EXIT_CODE)
     return record
+
+
+def _prepare(planned: PlannedRun, original: Path | None) -> BuiltRun:
+    """Instantiate a run and try what it needs. Raises UserError."""
+    built = build_run(planned)
+    if original is not None:
+        warn_of_other_source(original, planned.config)
+        repeated = read_record(original)
+        if repeated is not None:
+            check_images(repeated.images, built.splits.fingerprint, original)
+    with explained(planned.cell, planned.folder):
+        check_step(built)
+    check_record(built)
+    return built
 
 
 def note_other_lengths(planned: PlannedRun) -> None:
@@ -161,7 +175,7 @@ def check_ended(runs: Iterable[tuple[Record, PlannedRun]]) -> None:
     """Raise UserError if an ended run was made on other images than its configuration names now.
 
     Images that cannot be read are logged, and the run stands. The data set of several runs is read once. Other code
-    of the user's own is a warning.
+    of the user's own, and measurements that are asked for and were not made, are warnings.
     """
     found: dict[str, Fingerprint | None] = {}
     tried: set[str] = set()
@@ -169,6 +183,7 @@ def check_ended(runs: Iterable[tuple[Record, PlannedRun]]) -> None:
         with contextlib.suppress(UserError):  # the code is gone
             check(planned, tried)  # imports it
             warn_of_other_source(record.folder, planned.config)
+            warn_if_unmeasured(record, planned)
         if record.images is None:
             continue
         key = yaml.safe_dump(planned.config["dataset"])
@@ -177,6 +192,25 @@ def check_ended(runs: Iterable[tuple[Record, PlannedRun]]) -> None:
         present = found[key]
         if present is not None:
             check_images(record.images, present, record.folder)
+
+
+def warn_if_unmeasured(record: Record, planned: PlannedRun) -> None:
+    """Warn if an ended run lacks measurements that its configuration asks for now."""
+    policy: AnalysisPolicy = planned.builder.call(AnalysisPolicy, planned.config["analysis"], "analysis")
+    if record.status == "diverged":  # it may have ended before the first one
+        return
+    if policy.every != 0 and not (record.folder / FEATURES).exists():
+        log.warning(
+            "%s has ended without features, and is not trained again: measure them by python scripts/analyze.py "
+            "--run RUN",
+            record.folder,
+        )
+    due = min(policy.statistics_until, record.updates) >= policy.statistics_every
+    if due and not (record.folder / STATISTICS).exists():
+        log.warning(
+            "%s has ended without statistics of its first updates: only a new run, in another runs_dir, has them",
+            record.folder,
+        )
 
 
 def _fingerprint(planned: PlannedRun) -> Fingerprint | None:
@@ -215,6 +249,7 @@ def check(planned: PlannedRun, tried: set[str] | None = None) -> None:
             replacements(model, norm)
         except (ValueError, TypeError) as error:
             raise UserError(f"norm: {error}") from error
+    describe_code(config)  # what is edited from here on is no code of this process
 
 
 def build_run(planned: PlannedRun) -> BuiltRun:
@@ -222,6 +257,7 @@ def build_run(planned: PlannedRun) -> BuiltRun:
     config, builder = planned.config, planned.builder
     parts = {name: builder.call(kind, config[name], name) for name, kind in PARTS.items()}
     norm = builder.build(config["norm"], "norm", functools.partial)
+    describe_code(config)  # before a data set that takes its time
     splits: Splits = builder.build(config["dataset"], "dataset", Splits)
     check_batch_size(parts["recipe"].batch_size, len(splits.train), parts["compute"].devices)
     seed_global(derive_seed(planned.cell.seed, "weights"), torch.device("cpu"))
@@ -232,7 +268,7 @@ def build_run(planned: PlannedRun) -> BuiltRun:
     backbone = {**config["backbone"], "num_classes": splits.num_classes}
     model: nn.Module = builder.build(backbone, "backbone", nn.Module)
     layers = norm_layers(model)
-    batches = check_fit(model, splits)
+    batches = check_fit(model, splits, config["backbone"].get("stem"))
     # Norm layers that see another batch than the images, as of tokens or windows.
     regrouped = [name for name in layers if batches.get(model.get_submodule(name), {1}) != {1}]
     try:
@@ -243,19 +279,25 @@ def build_run(planned: PlannedRun) -> BuiltRun:
         raise UserError(f"norm: {error}") from error
     check_observable(parts["analysis"], model, splits.num_classes, batches)
     check_samples(regrouped, model, measured=parts["analysis"].every != 0)
-    return BuiltRun(run=planned, splits=splits, model=model, norm_layers=layers, **parts)
+    code = describe_code(config)
+    return BuiltRun(run=planned, splits=splits, model=model, norm_layers=layers, code=code, **parts)
 
 
-def check_fit(model: nn.Module, splits: Splits) -> dict[nn.Module, set[int]]:
+def check_fit(model: nn.Module, splits: Splits, stem: object = None) -> dict[nn.Module, set[int]]:
     """Return the batch sizes that each layer puts out for one image; a layer that does not run is left out.
 
-    Raises UserError unless the model turns an image of the data set into a logit for each class.
+    Raises UserError unless the model turns an image of the data set into a logit for each class. Logs it if norm
+    layers see single pixels because the network's stem is that for large images.
     """
     size, classes = splits.image_size, splits.num_classes
     batches: dict[nn.Module, set[int]] = {}
+    names = {model.get_submodule(name): name for name in norm_layers(model)}
+    pixels: list[str] = []
 
     def note(layer: nn.Module, _: object, output: object) -> None:
         batches.setdefault(layer, set()).add(len(output) if isinstance(output, torch.Tensor) else 1)
+        if layer in names and isinstance(output, torch.Tensor) and output.shape[2:] == (1, 1):
+            pixels.append(names[layer])
 
     hook = nn.modules.module.register_module_forward_hook(note)
     model.eval()
@@ -274,6 +316,12 @@ def check_fit(model: nn.Module, splits: Splits) -> dict[nn.Module, set[int]]:
         raise UserError(
             f"backbone: for one image this network returns {_kind(logits)}, not (1, {classes}), a logit for each "
             "class"
+        )
+    if pixels and stem == "imagenet" and size <= SMALL:
+        log.info(
+            "backbone: norm layers of this network see an image of %d x %d pixels as 1 x 1 (%s is the first); "
+            "backbone.stem=small keeps more of the image",
+            *(size, size, pixels[0]),
         )
     return batches
 

@@ -52,6 +52,7 @@ class BuiltRun:
     compute: Compute
     checkpoint: CheckpointPolicy
     analysis: AnalysisPolicy
+    code: dict[str, Any]  # of `describe_code`
 
 
 def launch(built: BuiltRun) -> bool:
@@ -139,8 +140,8 @@ class Session:
         if lead:
             warn_if_few_updates(built.model, self.epochs * self.steps)
             built.recipe.warn_if_cut_off()
-            self.kernels = note_start(run.folder, fabric.device, kernels, run.config)
             step = self.position.epoch * self.steps + self.position.step
+            self.kernels = note_start(run.folder, fabric.device, kernels, built.code, resumed=step > 0)
             self.journal = Journal(run.folder, run.cell, self.position.rows, step)
             stack.callback(self.journal.close)
         self.observer = Observer(
