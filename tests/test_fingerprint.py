@@ -141,6 +141,12 @@ def test_a_run_on_other_images_is_refused_until_its_own_are_back(
             again()
     assert not (tmp_path / "replayed").exists()
     assert train(*run(own)) == record
+    converted = shutil.copytree(own, tmp_path / "converted")
+    for path in list(converted.rglob("*.bmp")):
+        with Image.open(path) as image:
+            image.save(path.with_suffix(".png"))
+        path.unlink()
+    assert train(*run(converted)) == record, "a lossless conversion is the same images"
     shutil.rmtree(own)
     assert train(*run(own)) == record
     assert "its images cannot be compared with those present" in caplog.text
@@ -149,8 +155,9 @@ def test_a_run_on_other_images_is_refused_until_its_own_are_back(
 def test_equal_files_that_decode_to_other_pixels_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     check_images({"files": "a", "pixels": "b"}, {"files": "a", "pixels": "c"}, Path("run"))
     assert "run was made on the same files decoded to other pixels" in caplog.text
-    with pytest.raises(UserError):
-        check_images({"files": "a", "pixels": "b"}, {"files": "c", "pixels": "b"}, Path("run"))
+    for pixels in ("c", None):
+        with pytest.raises(UserError):
+            check_images({"files": "a", "pixels": pixels and "b"}, {"files": "c", "pixels": pixels}, Path("run"))
     check_images(None, {"files": "a", "pixels": "b"}, Path("run"))
 
 

@@ -255,6 +255,14 @@ def fingerprint(files: str, pixels: str | None = None) -> dict[str, str | None]:
     return {"files": files, "pixels": pixels}
 
 
+def test_runs_on_other_files_with_equal_pixels_are_compared(tmp_path: Path) -> None:
+    """As after a lossless conversion of a folder."""
+    for seed, files in enumerate("ab"):
+        for norm in ("bn", "l2bn"):
+            write_run(tmp_path, seed=seed, norm=norm, images=fingerprint(files, "pixels"))
+    assert len(read_evidence(tmp_path).records) == 4
+
+
 @pytest.mark.parametrize(
     ("one", "other", "named"),
     [

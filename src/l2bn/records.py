@@ -123,7 +123,7 @@ CHECKED = ConfigDict(strict=True, extra="forbid")
 
 @with_config(CHECKED)
 class Fingerprint(TypedDict):
-    """The images of a data set, before any subset is taken: two runs with equal `files` saw the same images.
+    """The images of a data set, before any subset is taken; see `same_images`.
 
     files: digest over name, label and content of each file; the size in bytes stands for the content of images that
     are decoded when asked. pixels: digest of the decoded uint8 pixels and labels, None for images that are decoded
@@ -132,6 +132,11 @@ class Fingerprint(TypedDict):
 
     files: str
     pixels: str | None
+
+
+def same_images(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Tell whether two fingerprints are of the same images: equal files, or others that decode to equal pixels."""
+    return one["files"] == other["files"] or (one["pixels"] is not None and one["pixels"] == other["pixels"])
 
 
 def _row(fields: Mapping[str, Any]) -> Any:
@@ -483,7 +488,7 @@ def publish(folder: Path, destination: Path) -> Path:
         read(folder)
     files = _publishable(folder)
     for other in read_records(destination / record.dataset)[0]:
-        if other.images and record.images and other.images["files"] != record.images["files"]:
+        if other.images and record.images and not same_images(other.images, record.images):
             raise InvalidRecordError(
                 f"it was trained on other images than {other.folder}; train both on the same, or name these by "
                 "dataset.label=NAME"

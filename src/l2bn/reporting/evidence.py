@@ -27,12 +27,14 @@ from l2bn.records import (
     MEASURES,
     THEN,
     FeatureRow,
+    Fingerprint,
     InvalidRecordError,
     Problem,
     Record,
     natural_order,
     read_features,
     read_records,
+    same_images,
 )
 from l2bn.records import FEATURES as FEATURES_FILE
 
@@ -266,7 +268,20 @@ def _conditions(record: Record) -> dict[str, object]:
     found = {name: value for name, value in _flat(record.identity) if name not in ("seed", "norm")}
     found |= {"setting": record.setting, "train_images": record.train_images, "test_images": record.test_images}
     found["parameters"] = record.parameters
-    return found | ({"images.files": record.images["files"]} if record.images else {})
+    return found | ({"images.files": _Images(record.images)} if record.images else {})
+
+
+@dataclass(frozen=True, eq=False)
+class _Images:
+    """A fingerprint, equal to another one of the same images."""
+
+    fingerprint: Fingerprint
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Images) and same_images(self.fingerprint, other.fingerprint)
+
+    def __str__(self) -> str:
+        return self.fingerprint["files"]
 
 
 def _unequal(

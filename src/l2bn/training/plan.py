@@ -39,7 +39,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from l2bn.data.cache import expand
 from l2bn.errors import UserError
 from l2bn.failures import explain, explained_overrides
-from l2bn.records import CONFIG, files_under, is_plain_name
+from l2bn.records import CONFIG, files_under, is_plain_name, same_images
 from l2bn.training.instantiate import CONFIGS, Builder, check_mapping, check_type, flatten, is_hidden
 
 log = logging.getLogger(__name__)
@@ -182,12 +182,13 @@ def check_identity(stored: Config, own: Config, place: Path) -> None:
 def check_images(stored: Mapping[str, Any] | None, present: Mapping[str, Any], place: Path) -> None:
     """Raise UserError if a run was made on other images than those present; both are fingerprints.
 
-    Equal files that decode to other pixels, as with another version of a decoder, cause a warning. A run from
-    before there were fingerprints has None.
+    Other files with equal pixels, as after a lossless conversion, are the same images. Equal files that decode to
+    other pixels, as with another version of a decoder, cause a warning. A run from before there were fingerprints
+    has None.
     """
     if stored is None:
         log.info("%s has no fingerprint of its images: they are not compared with those present", place)
-    elif stored["files"] != present["files"]:
+    elif not same_images(stored, present):
         raise UserError(
             f"{place} was made on other images than those present: files, their labels or their contents differ\n"
             "bring its images back, give these a name of their own by dataset.label=NAME, or move the folder away"
