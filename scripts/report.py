@@ -119,7 +119,10 @@ def tensorboard(arguments: argparse.Namespace) -> Sequence[Problem]:
         return []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # runs the `finally` below, as Ctrl-C does
     place = ["--host", "127.0.0.1", "--port", str(arguments.port)]
-    server = subprocess.Popen([sys.executable, "-m", "tensorboard.main", "--logdir", str(arguments.runs), *place])
+    folders = ["--logdir", str(arguments.runs)]
+    if not out.resolve().is_relative_to(arguments.runs.resolve()):
+        folders = ["--logdir_spec", f"runs:{arguments.runs},arms:{out}"]
+    server = subprocess.Popen([sys.executable, "-m", "tensorboard.main", *folders, *place])
     try:
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):

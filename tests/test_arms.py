@@ -172,7 +172,11 @@ def test_what_changes_is_written_anew_and_runs_that_have_not_ended_count(tmp_pat
     assert board.update()
     scalars, _ = drawn(tmp_path / "runs/arms/bn")
     assert list(scalars[TAG]) == [1, 2]  # the epochs that all four runs have
+    _, texts = drawn(tmp_path / "runs/arms/bn")
+    said = "the curve of **bn** ends at epoch 2, where its shortest run does: seed 3"
+    assert said in texts[f"{CELL}/shortest run/text_summary"]
     _, texts = drawn(tmp_path / "runs/arms/l2bn")
+    assert f"{CELL}/shortest run/text_summary" not in texts
     assert "3 pairs" in texts[f"{CELL}/difference to bn/text_summary"]
     (late / CONFIG).write_text("{")  # no run's folder
     assert board.update()

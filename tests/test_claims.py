@@ -457,7 +457,7 @@ def test_the_table_of_a_set_shows_each_cells_own_deviation(tmp_path: Path) -> No
     # s = sqrt((1 + 0.01 + 0.25) / 3) = 0.648, t(6) = 2.447: in a cell 2.447 * 0.648 / sqrt(3), over all / sqrt(9).
     assert [row[2] for row in shown] == ["[+0.08, +1.92]", "[−0.42, +1.42]", "[+0.58, +2.42]"]
     assert "| all, each weighing alike | +1.00 | [+0.47, +1.53] | 0.004 | 0.65 | 9 |" in section
-    assert "Diverged: 0 of BN, 0 of L2BN." in section
+    assert "Diverged: 0 of BN, 0 of L2BN. Data: CIFAR-10." in section
 
 
 def test_the_first_set_is_that_of_the_cpu_grid() -> None:
@@ -485,6 +485,7 @@ def test_the_first_set_is_that_of_the_cpu_grid() -> None:
         "sets: [{label: x}]",
         "sets: [{label: x, dataset: d, recipe: r, seeds: [0], setting: 32-true, backbones: []}]",
         "sets: [{label: x, dataset: d, recipe: r, seeds: [0], setting: float32, backbones: [a]}]",
+        "sets: [{label: x, dataset: esc50, recipe: r, seeds: [0], setting: 32-true, backbones: [a]}]",
         "sets: [{label: x, dataset: d, recipe: r, seeds: [0, 0], setting: 32-true, backbones: [a]}]",
         "sets:\n" + 2 * "- {label: x, dataset: d, recipe: r, seeds: [0], setting: 32-true, backbones: [a]}\n",
         *(

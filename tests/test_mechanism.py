@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from l2bn.errors import UserError
-from l2bn.records import FEATURES, SAMPLE, STATISTICS, read_sample, read_statistics, write_lines
+from l2bn.records import FEATURES, SAMPLE, STATISTICS, Sample, read_sample, read_statistics, write_lines
 from l2bn.reporting.comparison import Arm, Comparison, arms_of
 from l2bn.reporting.evidence import (
     BN,
@@ -237,6 +237,19 @@ def test_the_map_shows_the_same_images_of_both_arms(evidence: Evidence) -> None:
         assert np.abs(drawn) == pytest.approx(np.abs(expected), abs=1e-3)
     (pair.reference.records[0].folder / SAMPLE).unlink()
     assert pair.sampled[0] == 1
+
+
+def test_a_map_is_of_the_classes_that_it_shows(evidence: Evidence) -> None:
+    """Ten, as many as there are colours, where a sample has more: plane, shares and count are of these."""
+    labels = np.repeat(np.arange(12), 2)
+    features = np.random.default_rng(0).normal(size=(24, 3)).astype(np.float32)
+    features[labels >= 10] *= 100  # would turn the plane
+    sample, ten = Sample(features, labels), Sample(features[:20], labels[:20])
+    with drawing():
+        whole, part = (feature_map(pair_of(evidence), 0, one, one) for one in (sample, ten))
+    for figure in (whole, part):
+        assert "seed 0, 20 test images of 10 classes" in [text.get_text() for text in figure.axes[0].texts]
+    assert whole.axes[0].get_xlabel() == part.axes[0].get_xlabel()
 
 
 @pytest.mark.parametrize("arm", ["bn", "l2bn"])

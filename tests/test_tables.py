@@ -23,7 +23,7 @@ from rich.console import Console
 from l2bn.errors import UserError
 from l2bn.records import ENVIRONMENT, SUMMARY, natural_order
 from l2bn.reporting.claims import claims_markdown
-from l2bn.reporting.comparison import arms_of, grid, other_norms, pooled
+from l2bn.reporting.comparison import arms_of, by_cell, grid, other_norms, pooled
 from l2bn.reporting.evidence import Evidence, read_evidence
 from l2bn.reporting.figures import curves, differences
 from l2bn.reporting.formatting import Table, csv_text, in_words, interval, latex, markdown, probability
@@ -655,6 +655,16 @@ def test_the_order_and_place_of_the_records_change_nothing(tmp_path: Path) -> No
 def test_rows_are_sorted_as_a_reader_would() -> None:
     names = ["resnet110", "resnet20", "vgg16", "resnet56", "mobilenetv2_x0_5"]
     assert sorted(names, key=natural_order) == ["mobilenetv2_x0_5", "resnet20", "resnet56", "resnet110", "vgg16"]
+    rates = ["lr=0.1", "lr=1", "lr=0.05", "lr=0.001", "lr=0.01"]
+    assert sorted(rates, key=natural_order) == ["lr=0.001", "lr=0.01", "lr=0.05", "lr=0.1", "lr=1"]
+
+
+def test_cells_of_like_names_stay_apart(tmp_path: Path) -> None:
+    """0.01 and 0.001 differ in zeros alone, which a number of digits has not."""
+    for rate in ("0.01", "0.001", "0.0010"):
+        write_pairs(tmp_path, [90.0, 91.0, 92.0], [0.1, 0.2, 0.3], recipe=f"short,lr={rate}")
+    cells = by_cell(arms_of(read_evidence(tmp_path)))
+    assert [[arm.norm for arm in arms] for _, arms in cells] == [["bn", "l2bn"]] * 3
 
 
 @pytest.mark.parametrize(

@@ -91,9 +91,12 @@ def is_plain_name(name: object) -> bool:
     return len(name.encode()) <= 255  # bytes that file systems take
 
 
-def natural_order(name: str) -> list[tuple[str, int]]:
-    """A sort key in which the numbers inside a name count as numbers: resnet20 comes before resnet110."""
-    return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", name)]
+def natural_order(name: str) -> tuple[list[tuple[str, float]], str]:
+    """A sort key in which the numbers inside a name count as numbers: resnet20 before resnet110, 0.05 before 0.1.
+
+    Different names have different keys.
+    """
+    return [(text, float(number or 0)) for text, number in re.findall(r"(\D*)((?:\d+(?:\.\d+)?)?)", name)], name
 
 
 def setting_of(precision: str, devices: int = 1, sync_bn: bool = False) -> str:
@@ -300,11 +303,12 @@ def load(folder: Path | str, *, epochs: bool = False) -> "pd.DataFrame":
     """The ended runs under a folder as a data frame: a row a run, or with `epochs` a row a run and epoch.
 
     Columns of both: dataset, backbone, norm, recipe, setting, seed, status; only runs of equal data set, backbone,
-    recipe and setting are comparable. A run also has the other fields of `Record`, the losses and accuracies (in
-    percent) of its last epoch, and `best/top1`: all NaN if it diverged, for then it has no result. An epoch has
-    METRIC_KEYS, also one of a run that diverged later. A folder that holds no valid record is left out with a
-    warning; two runs of one cell, norm and seed both stay, with a warning, for a mean would count them twice. A
-    frame without rows, which has no columns, also comes with a warning.
+    recipe and setting are comparable. These are names: unlike the tables, it does not check that runs of one name
+    had equal conditions and images (columns identity, images). A run also has the other fields of `Record`, the
+    losses and accuracies (in percent) of its last epoch, and `best/top1`: all NaN if it diverged, for then it has
+    no result. An epoch has METRIC_KEYS, also one of a run that diverged later. A folder that holds no valid record
+    is left out with a warning; two runs of one cell, norm and seed both stay, with a warning, for a mean would
+    count them twice. A frame without rows, which has no columns, also comes with a warning.
 
     Raises FileNotFoundError for a missing folder.
     """

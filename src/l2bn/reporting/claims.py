@@ -15,6 +15,7 @@ neither, in `within_share`, which falls when classes get compact and when they s
 claim, so no p-value is corrected; the others are shown and decide nothing.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -138,13 +139,13 @@ def judge_others(rows: Sequence[Comparison]) -> Verdict:
 
 def _diverged(rows: Iterable[Comparison]) -> tuple[int, int]:
     """The long runs of BN and of L2BN that diverged, of the seeds that both have."""
-    lost = [
+    lost = Counter(
         run.norm
         for row in rows
         for run in row.records
         if row.full_length and run.status == "diverged" and run.seed in row.paired_seeds
-    ]
-    return lost.count(BN), lost.count(L2BN)
+    )
+    return lost[BN], lost[L2BN]
 
 
 def judged(result: Estimate, better: int) -> Verdict | None:
@@ -414,6 +415,7 @@ def _set_table(finding: SetFinding, overall: Estimate, arms: Sequence[Arm]) -> T
         f"{plural('degree', degrees)} of freedom; other tables and figures go by each cell's own deviation, so "
         "their intervals differ. The last p is not corrected.",
         f"Diverged: {finding.diverged[0]} of {reference}, {finding.diverged[1]} of L2BN.",
+        f"Data: {' / '.join(sorted({arm.label for arm in arms if arm.cell in finding.cells}))}.",
         *_unlike_pairs(finding, arms),
     ]
     return Table(columns, rows, [" ".join(notes)])
@@ -428,9 +430,13 @@ def _unlike_pairs(finding: SetFinding, arms: Sequence[Arm]) -> list[str]:
     """A note on the pairs of a set that were not made on one kind of device from start to end."""
     found = []
     for cell in finding.cells:
-        compared = [arm for arm in arms if arm.cell == cell and arm.norm in (L2BN, finding.question.reference)]
-        records = [run for arm in compared for run in arm.records if run.seed in finding.run_set.seeds]
-        seeds = unlike_devices(records)
+        seeds = unlike_devices(
+            run
+            for arm in arms
+            if arm.cell == cell and arm.norm in (L2BN, finding.question.reference)
+            for run in arm.records
+            if run.seed in finding.run_set.seeds
+        )
         found += [f"{in_words(cell.backbone)}, {seeds}"] if seeds else []
     return [f"Pairs made in part on a CPU and in part on a GPU: {'; '.join(found)}."] if found else []
 

@@ -10,7 +10,7 @@ all of them. A diverged run has no values.
 
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -206,7 +206,7 @@ def read_evidence(root: Path, *, features: bool = False, place: Place = BY_NAME)
         try:
             rows = read_features(record.folder) if record.status == "finished" else []
         except InvalidRecordError as error:
-            problems.append(Problem(record.folder, str(error)))
+            problems.append(Problem(record.folder, f"only from the features: {error}"))
             continue
         if rows and rows[-1]["epoch"] == record.epochs:
             measured[record.folder] = rows
@@ -337,17 +337,23 @@ def images_in_words(records: Sequence[Record]) -> str:
 
 
 def unlike_devices(records: Iterable[Record]) -> str:
-    """The seeds of which not all runs were made on one kind of device from start to end, in words; empty without.
+    """The seeds of several runs that were not all made on one kind of device from start to end; empty without.
 
     A record that does not say its device is passed over.
     """
     kinds: dict[int, set[frozenset[str]]] = defaultdict(set)
+    counts: Counter[int] = Counter()
     for record in records:
         devices = [start["device"] for start in _starts(record) if "device" in start]
         if devices:
+            counts[record.seed] += 1
             kinds[record.seed].add(frozenset("CPU" if device == "cpu" else "GPU" for device in devices))
     # Two runs that both changed the device may have done so at different epochs.
-    seeds = [str(seed) for seed, found in sorted(kinds.items()) if len(found) > 1 or any(len(k) > 1 for k in found)]
+    seeds = [
+        str(seed)
+        for seed, found in sorted(kinds.items())
+        if counts[seed] > 1 and (len(found) > 1 or any(len(kind) > 1 for kind in found))
+    ]
     return f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}" if seeds else ""
 
 

@@ -470,8 +470,13 @@ def principal_plane(features: Floats) -> tuple[Floats, Floats, Floats]:
 
 def feature_map(pair: Comparison, seed: int, bn: Sample, l2bn: Sample) -> Figure:
     """The penultimate features of the same test images in both networks, on the plane of their joint PCA."""
+    kinds = sorted(set(bn.labels.tolist()))[: len(CLASSES)]  # as many as there are colours
+    bn, l2bn = (
+        Sample(one.features[shown], one.labels[shown])
+        for one in (bn, l2bn)
+        for shown in [np.isin(one.labels, kinds)]
+    )
     mean, plane, shares = principal_plane(np.concatenate([bn.features, l2bn.features]).astype(float))
-    kinds = sorted(set(bn.labels.tolist()))[: len(CLASSES)]
     figure, panels = _panels(6.6, 3.4, sharex=True, sharey=True)
     for panel, sample, arm in zip(panels, (bn, l2bn), pair.arms, strict=True):
         panel.set_title(STYLES[arm.norm]["label"])
@@ -485,7 +490,7 @@ def feature_map(pair: Comparison, seed: int, bn: Sample, l2bn: Sample) -> Figure
     key = panels[0].get_legend_handles_labels()
     figure.legend(*key, loc="outside right center", title="class", markerscale=1.3)
     figure.suptitle(title(pair.label, pair.cell), x=0.01, ha="left", fontsize=10)
-    images = plural("test image", len(bn.labels))
+    images = f"{plural('test image', len(bn.labels))} of {len(kinds)} classes"
     panels[0].text(0, 1.13, f"seed {seed}, {images}", transform=panels[0].transAxes, color=GREY, fontsize=7)
     return figure
 

@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from l2bn.errors import UserError
 from l2bn.records import Record, first_fault
 from l2bn.reporting.comparison import Comparison
-from l2bn.reporting.evidence import BN, L2BN, Cell, overrides
+from l2bn.reporting.evidence import BN, L2BN, TASKS, Cell, overrides
 from l2bn.reporting.formatting import PRECISIONS
 
 
@@ -68,6 +68,8 @@ class RunSet:
         named = self.settings.keys() | set(self.control.backbones if self.control else ())
         if other := named - {*self.backbones}:
             raise ValueError(f"settings or control name {', '.join(sorted(other))}, which is none of the backbones")
+        if task := TASKS.get(self.dataset.partition(",")[0]):
+            raise ValueError(f"{self.dataset} is {task}, and the claims that sets decide are about images")
         precisions = {setting.partition(",")[0] for setting in (self.setting, *self.settings.values())}
         if unknown := precisions - PRECISIONS.keys():
             raise ValueError(f"no precision is {', '.join(sorted(unknown))}; take one of {', '.join(PRECISIONS)}")

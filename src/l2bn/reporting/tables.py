@@ -62,7 +62,7 @@ def grid_table(rows: Sequence[Comparison], reference: Reference | None = None, c
     columns["Published BN (ours − published)"] = [_published(row, reference, footnotes) for row in rows]
     paper = [_paper(row, reference, footnotes) for row in rows]
     notes += [*_pooled(rows), *(f"{number} {text}." for text, number in footnotes.items())]
-    unknown = mark(len(footnotes) + 1) if set(paper) <= {NONE} else ""
+    unknown = mark(len(footnotes) + 1) if set(paper) <= {NONE} and not reference.images else ""
     columns[f"Paper, BN / L2BN{unknown}"] = paper
     if unknown:
         notes.append(
@@ -82,11 +82,9 @@ def best_table(rows: Sequence[Comparison], reference: Reference) -> Table:
         "L2BN, best epoch (n)": [_best(row.other) for row in rows],
         "Published BN, best epoch": [NONE if f is None or f.best is None else f"{f.best:.2f}" for f in found],
     }
-    run = {
-        name: [text for text, row in zip(texts, rows, strict=True) if row.arms] for name, texts in columns.items()
-    }
     note = "The best epoch is chosen on the test set, which favours every arm: it is not a result of this project."
-    return _table("Best epoch", run, [note], len(names))
+    table = _table("Best epoch", columns, [note], len(names))
+    return replace(table, rows=[texts for texts, row in zip(table.rows, rows, strict=True) if row.arms])
 
 
 def norms_table(rows: Sequence[Comparison]) -> Table:
@@ -223,7 +221,7 @@ def _pooled(rows: Sequence[Comparison]) -> list[str]:
         pairs = sorted({len(row.differences()) for row in chosen})
         each = f"{pairs[0]} to {pairs[-1]} pairs" if len(pairs) > 1 else f"{plural('pair', pairs[0])} each"
         lines.append(
-            f"Pooled L2BN − BN, all rows of runs {name}: {signed(result.mean)} points over "
+            f"Pooled L2BN − BN, all rows of images with runs {name}: {signed(result.mean)} points over "
             f"{plural('data set × backbone cell', result.n)}, which weigh alike, from rows of {each}; "
             f"{f'no interval: {result.reason}' if result.low is None else tail}. {_seeds(chosen)}"
         )

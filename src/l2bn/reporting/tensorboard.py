@@ -105,6 +105,21 @@ def curves_of(runs: Iterable[Run]) -> dict[tuple[str, str, str], dict[int, list[
     }
 
 
+def cut_off(runs: Iterable[Run]) -> dict[tuple[str, str], str]:
+    """(norm, tag) -> Markdown: the runs that end an arm's curve, a mean of all, before another of its runs ends."""
+    arms: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
+    for run in runs:
+        arms[run.norm, run.cell][run.seed] = max(run.curves["test/top1"], default=0)
+    found = {}
+    for (norm, cell), ends in arms.items():
+        first = min(ends.values())
+        seeds = ", ".join(str(seed) for seed, end in sorted(ends.items()) if end == first)
+        if first < max(ends.values()):
+            text = f"the curve of **{norm}** ends at epoch {first}, where its shortest run does: seed {seeds}"
+            found[norm, f"{cell}/shortest run"] = text
+    return found
+
+
 def texts_of(evidence: Evidence) -> dict[tuple[str, str], str]:
     """(norm, tag) -> Markdown: a norm's paired difference to BN in a cell, and the runs that diverged there."""
     found = {}
@@ -134,7 +149,8 @@ class Board:
 
     def update(self) -> bool:
         """Write all arms if they have changed; whether they had. Raises UserError for contradicting records."""
-        curves, texts = curves_of(find_runs(self._root)), texts_of(read_evidence(self._root))
+        runs = find_runs(self._root)
+        curves, texts = curves_of(runs), texts_of(read_evidence(self._root)) | cut_off(runs)
         if self._written == (curves, texts):
             return False
         norms = dict.fromkeys(norm for norm, *_ in (*curves, *texts))
