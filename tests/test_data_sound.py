@@ -251,6 +251,30 @@ def test_one_fold_is_tested_on_and_the_others_are_trained_on(environment: Path, 
     assert re.fullmatch(rf"sound, \d+ and \d+ images, fold {fold}", splits.label)
 
 
+def check_held_out(root: Path, function: Callable[..., Splits], recordings: list[str]) -> None:
+    """Validation separates whole recordings, which are given of each training clip."""
+    clips = read(root, function).train.images
+    owner = {clip.numpy().tobytes(): name for clip, name in zip(clips, recordings, strict=True)}
+    splits = read(root, function, validation=0.5)
+    trained, held = (
+        {owner[clip.numpy().tobytes()] for clip in part.images} for part in (splits.train, splits.test)
+    )
+    assert trained
+    assert held == set(recordings) - trained
+
+
+def test_validation_holds_out_whole_recordings_of_esc50(environment: Path) -> None:
+    def record_in_pairs(rows: list[dict[str, str]]) -> None:
+        for number, row in enumerate(rows):
+            name = f"{row['fold']}-{number // 4 * 2 + number % 2}-{'AB'[number // 2 % 2]}-{number % 2}.wav"
+            (environment / "audio" / row["filename"]).rename(environment / "audio" / name)
+            row["filename"] = name
+
+    rewrite(environment, record_in_pairs)
+    names = [row["filename"] for row in table(environment) if row["fold"] != "1"]
+    check_held_out(environment, esc50, [name.split("-")[1] for name in names])
+
+
 def test_a_fold_can_be_left_out_of_both_parts(environment: Path) -> None:
     splits = read(environment, fold=2, leave_out=1)
     assert (len(splits.train), len(splits.test)) == (14, 6)
@@ -378,6 +402,13 @@ def test_the_official_split_of_tau(tmp_path: Path, caplog: pytest.LogCaptureFixt
         assert torch.equal(split.images[0], torch.from_numpy(SMALL(clip.astype(np.float32))).permute(2, 0, 1))
 
 
+def test_validation_holds_out_whole_places_of_tau(tmp_path: Path) -> None:
+    root = tmp_path / "TAU"
+    write_tau2020(root, {}, 24, 6)
+    names = (root / "evaluation_setup" / "fold1_train.csv").read_text().splitlines()[1:]
+    check_held_out(root, tau2020, [name.rpartition("-")[0].rpartition("-")[0] for name in names])
+
+
 def test_a_broken_tau_is_one_message(tmp_path: Path) -> None:
     root = tmp_path / "TAU"
     write_tau2020(root, {}, 9, 6)
@@ -465,7 +496,7 @@ def test_every_kind_of_file_gives_the_same_spectrogram(tree: Path, name: str) ->
 
 
 @pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"])
-def test_every_depth_of_samples_has_the_same_range(tree: Path, subtype: str) -> None:
+def test_every_depth_of_samples_gives_the_same_spectrogram(tree: Path, subtype: str) -> None:
     difference = only(tree, noise(), subtype=subtype) - only(tree, noise())
     assert difference.abs().mean() < 4
 

@@ -503,58 +503,57 @@ def test_a_compiled_step_holds_as_many_maps_as_with_batch_norm(side: int, layout
     assert held[L2BatchNorm2d] - held[nn.BatchNorm2d] < of_map / 2, held
 
 
-def test_many_kinds_of_map_all_have_kernels() -> None:
-    """No limit to the channel counts; all maps of many positions share a kernel."""
-    compiled = []
+Compilations = list[tuple[object, tuple[int, ...], str]]
 
-    def count(
-        function: Callable[..., object], tensors: object, constants: tuple[object, ...], sizes: str, *_: object
-    ) -> object:
-        compiled.append(sizes)
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> Compilations:
+    """Function, shape of the features and kind of sizes of each kernel that was built; none is compiled."""
+    built: Compilations = []
+
+    def build(function: Any, tensors: Any, constants: Any, sizes: str, *_: object) -> Any:
+        built.append((function, tuple(tensors[0].shape), sizes))
         return compiler._with_absent(function, tensors, constants)
 
-    with (
-        mock.patch.object(compiler, "_compile", count),
-        mock.patch.object(compiler, "_state", compiler.State()),
-        torch.no_grad(),
-    ):
+    monkeypatch.setattr(compiler, "_compile", build)
+    monkeypatch.setattr(compiler, "_state", compiler.State())
+    return built
+
+
+def test_many_kinds_of_map_all_have_kernels(compilations: Compilations) -> None:
+    """No limit to the channel counts; all maps of many positions share a kernel."""
+    with torch.no_grad():
         for channels in range(2, 42):
             layer = L2BatchNorm2d(channels, affine=False, fused="on").eval()
             for _ in range(2):
                 assert layer(torch.ones(3, channels, 2, 2)).isfinite().all()
-        assert compiled == ["fake"] * 40
-        compiled.clear()
+        assert [sizes for *_, sizes in compilations] == ["fake"] * 40
+        compilations.clear()
         for size in range(17, 30):
             layer(torch.ones(size, 41, size, 1))
-        assert compiled == ["symbolic"]
-        compiled.clear()
+        assert [sizes for *_, sizes in compilations] == ["symbolic"]
+        compilations.clear()
         with mock.patch.object(compiler, "MOST_CALLS", 10):
             for size in range(17, 100):
                 layer(torch.ones(2, 41, size, 1))
-        assert compiled == []
+        assert compilations == []
         assert len(compiler._state.calls) <= 10, "sizes without end take memory without end"
 
 
-def test_a_run_gets_the_kernels_of_a_process_of_its_own() -> None:
+def test_a_run_gets_the_kernels_of_a_process_of_its_own(compilations: Compilations) -> None:
     """Else its last bits would depend on the runs before it in the process."""
-    compiled = []
-
-    def count(function: Any, tensors: Any, constants: Any, sizes: str, *_: object) -> Any:
-        compiled.append((tuple(tensors[0].shape), sizes))
-        return compiler._with_absent(function, tensors, constants)
-
     layer = L2BatchNorm2d(4, fused="on").eval()
-    with (
-        mock.patch.object(compiler, "_compile", count),
-        mock.patch.object(compiler, "_state", compiler.State()),
-        torch.no_grad(),
-    ):
+    with torch.no_grad():
         for sizes in ((2, 3, 4, 5, 6), (6, 5)):
             select_kernels(nn.Sequential(layer), "cpu", 10**6)
             for size in sizes:
                 layer(torch.ones(size, 4, 2, 2))
     static = [((size, 4, 2, 2), "fake") for size in (2, 3, 4, 5)]
-    assert compiled == [*static, ((6, 4, 2, 2), "symbolic"), ((6, 4, 2, 2), "fake")]
+    assert [(shape, sizes) for _, shape, sizes in compilations] == [
+        *static,
+        ((6, 4, 2, 2), "symbolic"),
+        ((6, 4, 2, 2), "fake"),
+    ]
 
 
 def test_strided_weights_get_a_kernel_of_their_own() -> None:
@@ -566,21 +565,7 @@ def test_strided_weights_get_a_kernel_of_their_own() -> None:
         torch.testing.assert_close(fused(x), plain(x))
 
 
-@pytest.fixture
-def compilations(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """The functions for which a kernel was built; none is compiled."""
-    built: list[object] = []
-
-    def build(function: Any, tensors: Any, constants: Any, *_: object) -> Any:
-        built.append(function)
-        return compiler._with_absent(function, tensors, constants)
-
-    monkeypatch.setattr(compiler, "_compile", build)
-    monkeypatch.setattr(compiler, "_state", compiler.State())
-    return built
-
-
-def test_a_momentum_and_eps_that_change_each_step_compile_nothing_again(compilations: list[object]) -> None:
+def test_a_momentum_and_eps_that_change_each_step_compile_nothing_again(compilations: Compilations) -> None:
     """As where batch norm's statistics are estimated anew, or adapted at test time."""
     torch.manual_seed(0)
     layers = [L2BatchNorm2d(4, fused=path) for path in ("on", "off")]
@@ -595,7 +580,8 @@ def test_a_momentum_and_eps_that_change_each_step_compile_nothing_again(compilat
             with torch.no_grad():
                 results.append([y, leaf.grad, layer.running_mean, layer.running_var, layer.eval()(x)])
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
-    assert compilations == [autograd.forward_kernel, autograd.backward_kernel, autograd.evaluation_kernel]
+    kernels = [autograd.forward_kernel, autograd.backward_kernel, autograd.evaluation_kernel]
+    assert [function for function, *_ in compilations] == kernels
 
 
 def test_a_later_failure_to_compile_ends_nothing(

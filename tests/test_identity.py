@@ -57,7 +57,6 @@ def test_a_value_overridden_in_a_group_is_part_of_the_name(path: tuple[str, ...]
         (("compute", "threads"), 8),
         (("compute", "device"), "cuda"),
         (("runs_dir",), "other"),
-        (("recipe", "lr"), 1e-1),
     ],
 )
 def test_a_run_may_move_between_machines(path: tuple[str, ...], value: object) -> None:

@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import pytest
 
@@ -34,21 +33,11 @@ MANY = {
 }
 
 
-class Process(Protocol):
-    """The methods that `subprocess.Popen` and `Forked` share."""
-
-    def poll(self) -> int | None: ...
-
-    def kill(self) -> None: ...
-
-    def wait(self, timeout: float | None = None) -> int | None: ...
-
-
-Start = Callable[[Path], Process]
+Start = Callable[[Path], "subprocess.Popen[bytes] | Forked"]
 
 
 class Forked:
-    """A run in a process forked from one that has imported everything already."""
+    """A run in a process forked from one that has imported everything already, with the methods of a `Popen`."""
 
     def __init__(self, runs: Path, options: tuple[str, ...]) -> None:
         self._process = begin(runs, (*options, *RUN))
@@ -64,17 +53,10 @@ class Forked:
         return self._process.exitcode
 
 
-def command(runs: Path, options: tuple[str, ...]) -> Process:
-    arguments = [
-        sys.executable,
-        str(ROOT / "scripts" / "train.py"),
-        *options,
-        *RUN,
-        f"runs_dir={runs}",
-        "progress=false",
-    ]
+def command(runs: Path, options: tuple[str, ...]) -> "subprocess.Popen[bytes]":
+    arguments = [*options, *RUN, f"runs_dir={runs}", "progress=false"]
     return subprocess.Popen(
-        arguments,
+        [sys.executable, str(ROOT / "scripts/train.py"), *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

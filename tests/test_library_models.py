@@ -17,67 +17,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from l2bn import L2BatchNorm2d, swap_norm
 from l2bn.norms import l2bn
 
-# Batch norm layers by architecture, as timm 1.0.31 and torchvision 0.29.2 build them.
-TIMM = {
-    "cspdarknet53": 67,
-    "cspresnet50": 55,
-    "densenet121": 121,
-    "dla46_c": 48,
-    "dpn48b": 54,
-    "efficientnet_b0": 49,
-    "efficientvit_b0": 26,
-    "ese_vovnet19b_dw": 23,
-    "fastvit_t8": 70,
-    "fbnetc_100": 65,
-    "gernet_s": 45,
-    "ghostnet_050": 80,
-    "hardcorenas_a": 34,
-    "hgnet_tiny": 36,
-    "hrnet_w18_small": 91,
-    "lcnet_050": 27,
-    "mixnet_s": 49,
-    "mnasnet_small": 46,
-    "mobilenetv2_050": 52,
-    "mobilenetv3_small_050": 34,
-    "mobilenetv4_conv_small": 46,
-    "mobileone_s0": 226,
-    "mobilevit_xxs": 32,
-    "regnetx_002": 44,
-    "regnety_002": 44,
-    "repghostnet_050": 112,
-    "repvgg_a0": 61,
-    "res2net50_14w_8s": 149,
-    "resnest14d": 23,
-    "resnet18": 20,
-    "resnetv2_50": 49,
-    "rexnet_100": 62,
-    "selecsls42": 41,
-    "seresnet18": 20,
-    "skresnet18": 36,
-    "starnet_s1": 36,
-    "tf_efficientnet_b0": 49,
-    "tinynet_e": 31,
-}
-TORCHVISION = {
-    "densenet121": 121,
-    "efficientnet_b0": 49,
-    "efficientnet_v2_s": 110,
-    "googlenet": 57,
-    "mnasnet0_5": 52,
-    "mnasnet1_0": 52,
-    "mobilenet_v2": 52,
-    "mobilenet_v3_large": 46,
-    "mobilenet_v3_small": 34,
-    "regnet_x_400mf": 71,
-    "regnet_y_400mf": 53,
-    "resnet18": 20,
-    "resnet34": 36,
-    "resnext50_32x4d": 53,
-    "shufflenet_v2_x0_5": 56,
-    "shufflenet_v2_x1_0": 56,
-    "vgg11_bn": 8,
-}
-MODELS = [*(("timm", *item) for item in TIMM.items()), *(("torchvision", *item) for item in TORCHVISION.items())]
+TIMM = """
+    cspdarknet53 cspresnet50 densenet121 dla46_c dpn48b efficientnet_b0 efficientvit_b0 ese_vovnet19b_dw
+    fastvit_t8 fbnetc_100 gernet_s ghostnet_050 hardcorenas_a hgnet_tiny hrnet_w18_small lcnet_050 mixnet_s
+    mnasnet_small mobilenetv2_050 mobilenetv3_small_050 mobilenetv4_conv_small mobileone_s0 mobilevit_xxs
+    regnetx_002 regnety_002 repghostnet_050 repvgg_a0 res2net50_14w_8s resnest14d resnet18 resnetv2_50 rexnet_100
+    selecsls42 seresnet18 skresnet18 starnet_s1 tf_efficientnet_b0 tinynet_e
+"""
+TORCHVISION = """
+    densenet121 efficientnet_b0 efficientnet_v2_s googlenet mnasnet0_5 mnasnet1_0 mobilenet_v2 mobilenet_v3_large
+    mobilenet_v3_small regnet_x_400mf regnet_y_400mf resnet18 resnet34 resnext50_32x4d shufflenet_v2_x0_5
+    shufflenet_v2_x1_0 vgg11_bn
+"""
+MODELS = [*(("timm", name) for name in TIMM.split()), *(("torchvision", name) for name in TORCHVISION.split())]
 
 
 def build(library: str, name: str) -> nn.Module:
@@ -97,15 +49,15 @@ def kinds(model: nn.Module) -> Counter[type]:
     return Counter(type(m) for m in model.modules() if not isinstance(m, _BatchNorm))
 
 
-@pytest.mark.parametrize(("library", "name", "layers"), MODELS)
-def test_swap_changes_the_norm_and_nothing_else(library: str, name: str, layers: int) -> None:
+@pytest.mark.parametrize(("library", "name"), MODELS)
+def test_swap_changes_the_norm_and_nothing_else(library: str, name: str) -> None:
     stock = build(library, name)
     random_state = torch.get_rng_state()
     model = copy.deepcopy(stock)
     parameters = dict(model.named_parameters())
     before = {n: (m.eps, m.momentum) for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
 
-    assert swap_norm(model, plain) == layers
+    assert swap_norm(model, plain) == len(before) > 0
     assert torch.equal(torch.get_rng_state(), random_state), "the swap drew random numbers"
     after = {n: (m.epsilon, m.momentum) for n, m in model.named_modules() if isinstance(m, l2bn._L2BatchNorm)}
     assert after == before

@@ -138,6 +138,10 @@ def test_records_load_as_a_data_frame(tmp_path: Path) -> None:
     (tmp_path / "bn/0" / SUMMARY).write_text("{}")
     with pytest.warns(UserWarning, match=r"bn/0 is left out: .*schema"):
         assert len(load(tmp_path)) == 6
+    (tmp_path / "bn/1" / METRICS).write_text("{")
+    with pytest.warns(UserWarning, match=r"bn/[01] is left out: ") as warned:
+        assert len(load(tmp_path, epochs=True)) == 4 * EPOCHS
+    assert any("bn/1 is left out: metrics.jsonl, line 1" in str(warning.message) for warning in warned)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load(tmp_path / "nowhere")
 

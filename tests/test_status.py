@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -235,11 +236,18 @@ def check_readable(runs: Sequence[PlannedRun]) -> str:
     """Every name, and the standing of every run, must be seen in 80 columns."""
     text = shown(runs, width=80)
     assert max(map(len, text.splitlines())) <= 80
-    words = text.split()
-    for name in {run.cell.norm for run in runs} | {run.cell.backbone for run in runs}:
-        assert name in text.replace("\n", "") or any(name.startswith(word) for word in words if len(word) > 3), name
     header = text.splitlines()[1]
     rows = {(run.folder.parent, run.cell.norm) for run in runs}
+    backbone, norm = header.index("backbone"), header.index(" norm")
+    behind = header.index("recipe") if "recipe" in header else norm
+    names: list[tuple[str, str]] = []
+    for line in takewhile(bool, text.splitlines()[2:]):
+        found = line[backbone:behind].strip(), line[norm:].partition("  ")[0].strip()
+        if line.endswith("?"):  # the first line of a row
+            names.append(("", ""))
+        names[-1] = names[-1][0] + found[0], names[-1][1] + found[1]
+    assert {name for name, _ in names} - {""} == {run.cell.backbone for run in runs}
+    assert sorted(name for _, name in names) == sorted(name for _, name in rows)
     assert text.count("–") == len(runs) if "seed" in header else header.count("missing") == 1
     assert text.count("?") == len(rows)
     return text

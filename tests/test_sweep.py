@@ -325,6 +325,14 @@ def test_ctrl_c_while_the_processes_start_leaves_no_traceback(tmp_path: Path) ->
     assert "sweep: " in printed
 
 
+def test_how_each_process_has_ended_is_told() -> None:
+    jobs = [functools.partial(bool, 1), functools.partial(bool, 0), functools.partial(signal.raise_signal, 9)]
+    done, failed, killed = sweep.run_processes(jobs, 3)
+    assert done is None
+    assert failed == "its process ended with exit code 1; see what it printed above"
+    assert str(killed).startswith("its process was ended by SIGKILL; ")
+
+
 @pytest.mark.slow
 def test_a_run_that_is_killed_takes_no_other_with_it(tmp_path: Path) -> None:
     """It alone has failed, and the same command resumes it."""

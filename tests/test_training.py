@@ -16,7 +16,7 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from conftest import QUIET, ROOT, TINY, Train, planned
+from conftest import QUIET, ROOT, TINIEST, TINY, Train, planned
 from l2bn.backbones.resnet import cifar_resnet
 from l2bn.records import COST_KEYS, METRICS, Record, read_metrics
 from l2bn.training import session
@@ -83,6 +83,14 @@ def test_the_same_seed_gives_the_same_bits(norm: str, train: Train, trained: Tra
 def test_another_seed_gives_another_run(trained: Train) -> None:
     one, other = trained("recipe.epochs=1", *TINY), trained("recipe.epochs=1", *TINY, "seed=1")
     assert results(one) != results(other)
+
+
+def test_a_run_that_is_short_for_its_norm_and_its_schedule_says_so(
+    train: Train, caplog: pytest.LogCaptureFixture
+) -> None:
+    train("norm=l2bn", "recipe.epochs=1", "recipe=step_200", "recipe.batch_size=16", *TINIEST, *QUIET)
+    assert "a run of 4 updates is short for features of unit norm" in caplog.text
+    assert "milestones 100, 150" in caplog.text
 
 
 def test_both_arms_start_from_the_same_weights(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
