@@ -121,6 +121,8 @@ def tensorboard(arguments: argparse.Namespace) -> Sequence[Problem]:
     place = ["--host", "127.0.0.1", "--port", str(arguments.port)]
     folders = ["--logdir", str(arguments.runs)]
     if not out.resolve().is_relative_to(arguments.runs.resolve()):
+        if "," in f"{arguments.runs}{out}":
+            raise UserError("--out: TensorBoard takes no comma in its folders; name one within that of --runs")
         folders = ["--logdir_spec", f"runs:{arguments.runs},arms:{out}"]
     server = subprocess.Popen([sys.executable, "-m", "tensorboard.main", *folders, *place])
     try:

@@ -163,7 +163,8 @@ def test_what_a_user_can_mend_is_told_plainly(error: Exception, told: str, monke
 @pytest.mark.parametrize(
     ("override", "reason", "quotes"),
     [
-        ("seed=rang(3)", "Unknown function 'rang'", False),
+        ("seed=range(x", "no viable alternative", False),
+        ("dataset.root=Bilder(1)", "Unknown function 'Bilder'", True),
         ("norm=bn,", "mismatched input '<EOF>'", False),  # of norm=bn, l2bn without quotes
         ("l2bn", "missing EQUAL", False),
         ("dataset.root=Läufe", "LexerNoViableAltException", True),

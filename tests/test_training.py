@@ -252,7 +252,7 @@ def test_a_stem_that_leaves_a_pixel_of_an_image_is_told(stem: str, caplog: pytes
     (run,) = planned("backbone=timm", "backbone.name=resnet18", f"backbone.stem={stem}", "dataset.subset=64")
     with caplog.at_level("INFO"):
         build_run(run)
-    said = "an image of 32 x 32 pixels as 1 x 1 (layer4.0.bn1 is the first); backbone.stem=small keeps more"
+    said = "the last norm layer of this network sees one; backbone.stem=small keeps more"
     assert (said in caplog.text) == (stem == "imagenet")
 
 

@@ -70,7 +70,7 @@ def explain(error: Exception) -> str | None:
         reasons = [line for line in str(error).splitlines() if not line.startswith("Error parsing override ")]
         message = f"{error.override} cannot be read: {reasons[0]}"
         key, equals, value = error.override.partition("=")
-        if not equals or value.endswith(",") or re.match(r"\w*[\[({]", value):  # a list, a function
+        if not equals or value.endswith(",") or re.match(r"[\[{]|(choice|range|interval|glob)\(", value):
             return message
         quoted = value.replace('"', '\\"')
         return (

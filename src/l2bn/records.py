@@ -271,6 +271,7 @@ def files_under(root: Path, pattern: str, unreadable: Callable[[OSError], object
     found = []
     places: list[Path] = [root]
     for place in places:  # links are added while it goes on
+        links = []
         for folder, folders, files in os.walk(place, onerror=unreadable):
             real = os.path.realpath(folder)
             if real in seen:
@@ -278,8 +279,10 @@ def files_under(root: Path, pattern: str, unreadable: Callable[[OSError], object
                 continue
             seen.add(real)
             folders.sort()
-            places += [path for name in folders if (path := Path(folder, name)).is_symlink()]
+            links += [path for name in folders if (path := Path(folder, name)).is_symlink()]
             found += [Path(folder, name) for name in fnmatch.filter(files, pattern)]
+        # A run's own place lies deeper than a shortcut to it.
+        places += sorted(links, key=lambda link: -len(link.parts))
     return sorted(found)
 
 

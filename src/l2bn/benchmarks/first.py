@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> Result:
     for network in arguments.networks:
         with (
             tempfile.TemporaryDirectory() as cache,
-            mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache),
+            mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache, TRITON_CACHE_DIR=f"{cache}/triton"),
         ):
             for norm, state in CASES:
                 with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:

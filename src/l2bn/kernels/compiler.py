@@ -150,7 +150,7 @@ def _kernel_for(
         # The compiler takes a size of 1 for a constant, indices for as long as those of its first map, and the
         # channels' strides for those of the first ones.
         long = max(t.numel() for t in tensors if t is not None) > torch.iinfo(torch.int32).max
-        strided = tuple(t is not None and t.ndim == 1 and not t.is_contiguous() for t in tensors)
+        strided = tuple(min(t.stride(0), 2) if t is not None and t.ndim == 1 else 1 for t in tensors)
         kind = common, tuple(size == 1 for size in x.shape), long, strided
     try:
         if kind not in _state.built:
@@ -274,16 +274,19 @@ def select_kernels(model: nn.Module, device: torch.device | str, updates: int) -
 
     Returns the entry of the run's record: "fused", "plain", or "stock" for a model without L2BN. Logs one line with
     the reason. The run gets the kernels that it would get in a process of its own, whatever sizes came before it.
+    Layers whose batch statistics are joint compute the definition.
     """
-    _state.calls.clear()
-    _state.own.clear()
+    global _state
+    _state = State()
     layers: list[Any] = [
         layer for layer in model.modules() if getattr(layer, "fused", None) in ("auto", "on", "off")
     ]
     if not layers:
         return "stock"
-    own = [layer for layer in layers if not layer._shares_batch()]  # layers of joint statistics have no kernels
-    undecided = [layer for layer in own if layer.fused == "auto"]
+    for layer in layers:
+        if layer._shares_batch():
+            layer.fused = "off"
+    undecided = [layer for layer in layers if layer.fused == "auto"]
     if undecided:
         kind = torch.device(device).type
         in_all, a_channel_count = UPDATES_TO_REPAY.get(kind, (0, 0))
@@ -300,5 +303,5 @@ def select_kernels(model: nn.Module, device: torch.device | str, updates: int) -
         for layer in undecided:  # "auto" goes on where a later compilation fails
             layer.fused = "auto" if works else "off"
     # On a device without kernels, the layers that ask for them compute the definition.
-    fused = torch.device(device).type in DEVICES and any(layer.fused != "off" for layer in own)
+    fused = torch.device(device).type in DEVICES and any(layer.fused != "off" for layer in layers)
     return "fused" if fused else "plain"

@@ -24,10 +24,10 @@ def convert(bn: _BatchNorm, eps: float | None = None, channels: int = 16) -> nn.
         raise ValueError(f"channels must be at least 1, not {channels}")
     check_options(eps, None)
     size = max(n for n in range(1, channels + 1) if bn.num_features % n == 0)
-    if size == 1 and isinstance(bn, nn.BatchNorm1d):  # which may get vectors; a group's deviation would be 0
+    if size == 1 < channels and isinstance(bn, nn.BatchNorm1d):  # which may get vectors
         raise ValueError(
-            f"{bn.num_features} features have no equal groups of 2 to {channels}, and the norm of one value is its "
-            "bias, whatever the value; take another width, or more `channels`"
+            f"{bn.num_features} features have no equal groups of 2 to {channels}, and of a vector the norm of one "
+            "value is its bias, whatever the value; take another width, or more `channels` (1 for sequences)"
         )
     layer = in_place_of(bn, GroupNormAct if stock_name(bn) == "BatchNormAct2d" else nn.GroupNorm)
     for name in ("running_mean", "running_var", "num_batches_tracked"):

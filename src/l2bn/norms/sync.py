@@ -5,7 +5,7 @@ sample. Ranks may have different numbers of samples, or none. The stock `SyncBat
 conversion is refused by L2BN.
 
 The sums pass through a differentiable all-reduce, so derivatives of any order are right. Joint layers compute the
-definition and have no kernels.
+definition in training.
 """
 
 import logging

@@ -212,7 +212,8 @@ def _shown(folder: Path) -> str:
 def _yaml_files(folder: Path) -> dict[str, Any]:
     """Return the content of every YAML file of a folder, by its path there, without those that cannot be read."""
     contents = {}
-    for path in files_under(folder, "*.yaml"):
+    groups = [path for path in folder.iterdir() if path.is_dir()]  # each by itself: one may be a link to another
+    for path in [*folder.glob("*.yaml"), *(file for group in groups for file in files_under(group, "*.yaml"))]:
         if is_hidden(path.relative_to(folder)):
             continue
         try:

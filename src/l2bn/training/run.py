@@ -291,13 +291,14 @@ def check_fit(model: nn.Module, splits: Splits, stem: object = None) -> dict[nn.
     """
     size, classes = splits.image_size, splits.num_classes
     batches: dict[nn.Module, set[int]] = {}
-    names = {model.get_submodule(name): name for name in norm_layers(model)}
-    pixels: list[str] = []
+    norms = {model.get_submodule(name) for name in norm_layers(model)}
+    last: tuple[int, ...] = ()
 
     def note(layer: nn.Module, _: object, output: object) -> None:
+        nonlocal last
         batches.setdefault(layer, set()).add(len(output) if isinstance(output, torch.Tensor) else 1)
-        if layer in names and isinstance(output, torch.Tensor) and output.shape[2:] == (1, 1):
-            pixels.append(names[layer])
+        if layer in norms and isinstance(output, torch.Tensor):
+            last = tuple(output.shape[2:])
 
     hook = nn.modules.module.register_module_forward_hook(note)
     model.eval()
@@ -317,11 +318,11 @@ def check_fit(model: nn.Module, splits: Splits, stem: object = None) -> dict[nn.
             f"backbone: for one image this network returns {_kind(logits)}, not (1, {classes}), a logit for each "
             "class"
         )
-    if pixels and stem == "imagenet" and size <= SMALL:
+    if last == (1, 1) and stem == "imagenet" and size <= SMALL:
         log.info(
-            "backbone: norm layers of this network see an image of %d x %d pixels as 1 x 1 (%s is the first); "
-            "backbone.stem=small keeps more of the image",
-            *(size, size, pixels[0]),
+            "backbone: of an image of %d x %d pixels the last norm layer of this network sees one; "
+            "backbone.stem=small keeps more",
+            *(size, size),
         )
     return batches
 
