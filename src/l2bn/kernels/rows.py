@@ -119,7 +119,8 @@ def evaluate(x: Tensor, slope: Tensor, shift: Tensor, rms: bool, axis: int) -> T
     """Return slope z + shift, both (C,).
 
     No tensor of (N, C) stands between a sample's norm and its pass, so that the compiler puts both into one loop
-    over the samples: the pass reads from the cache what the norm has read.
+    over the samples: the pass reads from the cache what the norm has read. A sample is one thread's on a CPU; two
+    threads gained nothing by sharing one.
     """
     wide = widened(x)
     norm2 = wide.square().sum(tuple(range(1, x.ndim)), keepdim=True)
