@@ -93,7 +93,7 @@ def test_the_readmes_costs_of_evaluation_and_its_accuracy_are_those_of_the_commi
     speeds = [row["images_per_second"] for row in committed("evaluation")]
     trained, folded = (max(speed[kind] / speed["l2bn"] for speed in speeds) for kind in ("bn", "folded"))
     assert (
-        f"evaluation takes up to {trained:.1f} of BN's time, and up to {folded:.2f} of that of BN folded" in README
+        f"evaluation takes up to {trained:.2f} of BN's time, and up to {folded:.2f} of that of BN folded" in README
     )
     runs = committed("accuracy", "runs")
     found = estimate(paired_differences(*(accuracy.of_path(runs, path) for path in ("plain", "ours"))))
