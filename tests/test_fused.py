@@ -553,7 +553,6 @@ def test_a_run_gets_the_kernels_of_a_process_of_its_own(compilations: Compilatio
         *static,
         ((6, 4, 2, 2), "symbolic"),
         ((6, 4, 2, 2), "fake"),
-        ((5, 4, 2, 2), "fake"),
     ]
 
 

@@ -61,6 +61,8 @@ class State:
     calls: dict[Any, Kernel] = field(default_factory=dict)  # the same, by the exact tensors of a call
     # Calls that have a kernel to themselves, by their kind without sizes and their channel count.
     own: defaultdict[Any, set[Any]] = field(default_factory=lambda: defaultdict(set))
+    # For any size: the run's first call, whose sizes the compiler takes as a hint.
+    first: dict[Any, Any] = field(default_factory=dict)
 
 
 _state = State()
@@ -151,11 +153,11 @@ def _kernel_for(
         # channels' strides for those of the first ones.
         long = max(t.numel() for t in tensors if t is not None) > torch.iinfo(torch.int32).max
         strided = tuple(min(t.stride(0), 2) if t is not None and t.ndim == 1 else 1 for t in tensors)
-        kind = common, tuple(size == 1 for size in x.shape), long, strided
+        kind = _state.first.setdefault((common, tuple(size == 1 for size in x.shape), long, strided), kind)
     try:
-        if kind not in _state.built:
-            _state.built[kind] = _compile(function, tensors, constants, sizes)
-        return _state.built[kind]
+        if (kind, sizes) not in _state.built:
+            _state.built[kind, sizes] = _compile(function, tensors, constants, sizes)
+        return _state.built[kind, sizes]
     except Exception as error:  # whatever a full disk or a missing compiler raises
         if strict:
             raise
@@ -276,8 +278,8 @@ def select_kernels(model: nn.Module, device: torch.device | str, updates: int) -
     the reason. The run gets the kernels that it would get in a process of its own, whatever sizes came before it.
     Layers whose batch statistics are joint compute the definition.
     """
-    global _state
-    _state = State()
+    for of_this_run in (_state.calls, _state.own, _state.first):
+        of_this_run.clear()
     layers: list[Any] = [
         layer for layer in model.modules() if getattr(layer, "fused", None) in ("auto", "on", "off")
     ]
