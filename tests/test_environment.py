@@ -36,7 +36,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def facts() -> dict[str, Any]:
-    """What a new process finds."""
+    """The code that a new process finds."""
     environment._package.cache_clear()
     return describe_environment(torch.device("cpu"))
 

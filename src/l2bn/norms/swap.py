@@ -67,7 +67,7 @@ def _keeps_estimate(layer: nn.Module, other: nn.Module) -> bool:
     if type(other) is type(layer) or not isinstance(var, Tensor) or var.is_meta:
         return False
     # By their values: weights from before there was a count of batches load with a count of 0.
-    estimated = bool(var.ne(1).any() or getattr(layer, "running_mean").any())  # noqa: B009
+    estimated = bool(var.ne(1).any() or layer.get_buffer("running_mean").any())
     return estimated and getattr(other, "running_var", None) is var
 
 

@@ -10,7 +10,7 @@ all of them. A diverged run has no values.
 
 import json
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -341,18 +341,16 @@ def unlike_devices(records: Iterable[Record]) -> str:
 
     A record that does not say its device is passed over.
     """
-    kinds: dict[int, set[frozenset[str]]] = defaultdict(set)
-    counts: Counter[int] = Counter()
+    kinds: dict[int, list[frozenset[str]]] = defaultdict(list)
     for record in records:
         devices = [start["device"] for start in _starts(record) if "device" in start]
         if devices:
-            counts[record.seed] += 1
-            kinds[record.seed].add(frozenset("CPU" if device == "cpu" else "GPU" for device in devices))
+            kinds[record.seed].append(frozenset("CPU" if device == "cpu" else "GPU" for device in devices))
     # Two runs that both changed the device may have done so at different epochs.
     seeds = [
         str(seed)
         for seed, found in sorted(kinds.items())
-        if counts[seed] > 1 and (len(found) > 1 or any(len(kind) > 1 for kind in found))
+        if len(found) > 1 and (len({*found}) > 1 or len(found[0]) > 1)
     ]
     return f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}" if seeds else ""
 

@@ -210,7 +210,7 @@ class Recipe:
 
 
 def _cut_off(schedule: Schedule, epochs: int) -> str:
-    """What a run of so many epochs leaves out of the schedule; empty for none."""
+    """The part of the schedule that a run of so many epochs leaves out; empty for none."""
     late = [epoch for epoch in getattr(schedule, "milestones", []) if epoch >= epochs]
     if late:
         return f"milestones {', '.join(map(str, late))}"
