@@ -1,6 +1,6 @@
 """L2BN at batch norm's cost: the calls of a layer, as autograd functions over the formulas.
 
-Two ways of summing serve two kinds of map, rows.py and columns.py; the choice between them is for speed alone.
+Two ways of summing serve two kinds of map in training, rows.py and columns.py; the choice is for speed alone.
 Called from eager code, forward and backward are each one kernel, compiled for the kind of map at hand
 (compiler.py). Inside a compiled model the same formulas are traced into the model's graph.
 """
@@ -29,9 +29,9 @@ from l2bn.kernels.formulas import (
 )
 
 FEW_POSITIONS = 16
-"""Up to so many, columns.py is faster: for 128 x 512 x 2 x 2 it takes 0.25 (channels_last: 0.65) of the time of
-rows.py, for 128 x 320 x 4 x 4 0.9 (1.1), for 128 x 64 x 8 x 8 1.3 (1.2); forward and backward in eager code, two
-AVX-512 cores."""
+"""Up to so many, columns.py trains faster: for 128 x 512 x 2 x 2 it takes 0.32 (channels_last: 0.42) of the time of
+rows.py, for 128 x 320 x 4 x 4 0.77 (0.96), for 128 x 1280 x 4 x 4 0.80 (1.03), for 128 x 64 x 8 x 8 1.3 (1.2);
+forward and backward in eager code, two AVX-512 cores."""
 
 
 def formulas_for(positions: int) -> ModuleType:
@@ -72,12 +72,11 @@ def evaluation_kernel(
     mean: Tensor,
     var: Tensor,
     eps: Scalar,
-    formulas: ModuleType,
     rms: bool,
     axis: int,
 ) -> Tensor:
     slope, shift = line_of_running(weight, bias, mean, var, eps)
-    return as_map(formulas.evaluate(as_rows(x, axis), slope, shift, rms, axis), x, axis)
+    return as_map(rows.evaluate(as_rows(x, axis), slope, shift, rms, axis), x, axis)
 
 
 class _Training(torch.autograd.Function):
@@ -207,8 +206,7 @@ def evaluate(
 ) -> Tensor:
     """Return L2BN by the running statistics; in eager code without gradients."""
     axis = position_axis(x)
-    constants = formulas_for(x.shape[2:].numel()), rms, axis
     if torch.compiler.is_compiling():
-        return evaluation_kernel(x, weight, bias, mean, var, eps, *constants)
+        return evaluation_kernel(x, weight, bias, mean, var, eps, rms, axis)
     tensors = dense(x, axis), weight, bias, mean, var, scalar(eps)
-    return run_kernel(evaluation_kernel, tensors, *constants, strict=strict, each_size=constants[0] is columns)[0]
+    return run_kernel(evaluation_kernel, tensors, rms, axis, strict=strict)[0]

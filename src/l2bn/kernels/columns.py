@@ -118,10 +118,3 @@ def backward(
     along_z = torch.where(norm2 > TINY**2, along(dz * back) / a2, 0.0)
     dx = (dz - back * computed_once(along_z)) * s
     return dx.to(x.dtype), gr * inv, gb
-
-
-def evaluate(x: Tensor, slope: Tensor, shift: Tensor, rms: bool, axis: int) -> Tensor:
-    """Return slope z + shift; both are (C,)."""
-    wide = widened(x)
-    s = computed_once(sample_scale(along(wide * wide), squared_target(x, rms)))
-    return (wide * s * over_columns(slope, x, axis) + over_columns(shift, x, axis)).to(x.dtype)
