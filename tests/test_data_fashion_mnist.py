@@ -53,18 +53,19 @@ def test_gray_pixels_are_repeated_inside_a_black_border(tmp_path: Path, below: s
     assert splits.classes[9] == "Ankle boot"
 
 
-def test_other_files_of_these_names_give_their_number_and_have_no_baseline(
+def test_other_files_of_these_names_are_said_in_the_label_and_have_no_baseline(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """MNIST, KMNIST and EMNIST have such files."""
     write(tmp_path, {}, 20, 10)
-    found = fashion_mnist(str(tmp_path), download=False, label="Fashion-MNIST", baseline="published")
-    assert (found.label, found.baseline) == ("Fashion-MNIST, 20 and 10 images", None)
-    assert "MNIST, KMNIST and EMNIST" in caplog.text
+    for counts, change in (module.COUNTS, "20 and 10 images"), ((20, 10), "other files"):
+        monkeypatch.setattr(module, "COUNTS", counts)
+        found = fashion_mnist(str(tmp_path), download=False, label="Fashion-MNIST", baseline="published")
+        assert (found.label, found.baseline) == (f"Fashion-MNIST, {change}", None)
+        assert "MNIST, KMNIST and EMNIST" in caplog.text
     for name in module.MD5:
         content = gzip.decompress((tmp_path / f"{name}.gz").read_bytes())
         monkeypatch.setitem(module.MD5, name, hashlib.md5(content).hexdigest())
-    monkeypatch.setattr(module, "COUNTS", (20, 10))
     for form in ("gzipped", "plain"):
         if form == "plain":
             unpacked(tmp_path)

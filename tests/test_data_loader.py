@@ -18,7 +18,7 @@ from torch import Tensor
 from l2bn.data import imagenet as files
 from l2bn.data import imagenet_wds as shards
 from l2bn.data.augment import CropFlip
-from l2bn.data.imagenet_wds import LANES, WINDOW, Shards
+from l2bn.data.imagenet_wds import Shards
 from l2bn.data.loader import Loader, evaluation_loader, training_loader
 from l2bn.data.splits import Images, Splits, make_splits
 from l2bn.errors import UserError
@@ -203,42 +203,18 @@ def test_a_batch_in_memory_is_what_numpy_makes_of_its_images(channels_last: bool
             np.testing.assert_allclose(image.numpy(), expected, rtol=0, atol=1e-6)
 
 
-def many_shards(count: int, samples: int) -> Shards:
-    total = count * samples
-    shard = torch.arange(total) // samples
-    return Shards(
-        tuple(Path(f"{i}.tar") for i in range(count)),
-        ((0, 0, 0),) * count,
-        shard,
-        shard,
-        shard,
-        shard,
-        # Nothing is read: a plan needs the index alone.
-        names=shard.numpy().astype("S"),
-        transform=lambda image: image,
-    )
-
-
-@pytest.mark.parametrize("workers", [2, 3, 8])
-def test_shards_are_split_over_workers_where_their_number_divides_the_lanes(workers: int) -> None:
-    split = many_shards(2 * LANES, 40)
-    plan = split.plan(torch.Generator().manual_seed(0), 10)
-    assert torch.cat(plan).sort().values.tolist() == list(range(len(split)))
-    # The k-th batch is made by worker k modulo their number.
-    owners = [set(split.shard[torch.cat(plan[w::workers])].tolist()) for w in range(workers)]
-    assert sum(map(len, owners)) == len(set().union(*owners)) == 2 * LANES
-
-
-def test_shuffling_mixes_the_shards_of_a_window() -> None:
-    split = many_shards(LANES * WINDOW, 40)
-    (first, *_) = split.plan(torch.Generator().manual_seed(0), 40)
-    assert len(set(split.shard[first].tolist())) == WINDOW
-
-
-def test_shards_that_fill_no_whole_batches_lose_no_more_than_one() -> None:
-    plan = many_shards(7, 11).plan(torch.Generator().manual_seed(0), 4)
-    assert [len(batch) for batch in plan] == [4] * (77 // 4)
-    assert len(set(torch.cat(plan).tolist())) == 77 // 4 * 4
+def test_shards_are_shuffled_a_window_at_a_time(
+    sources: dict[str, Splits], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "WINDOW", 2)
+    split = sources["shards"].train.select(torch.arange(49))  # 7 samples in each of 7 shards
+    assert isinstance(split, Shards)
+    seen = labels(list(train(dataclasses.replace(sources["shards"], train=split), batch_size=7).epoch(0)))
+    assert sorted(seen) == list(range(49))
+    windows = split.shard[seen].split(14)
+    assert [len(window.unique()) for window in windows] == [2, 2, 2, 1]
+    assert all(len(window.unique_consecutive()) > 2 for window in windows[:3])
+    assert windows[0].unique().tolist() != [0, 1]
 
 
 def test_evaluation_is_in_order_with_nothing_dropped_or_augmented(splits: Splits) -> None:

@@ -70,6 +70,7 @@ def test_a_data_set_offers_subset_and_validation(
     size = trained - 1 if trained > 8 else 8
     splits = build(name, [*overrides, f"dataset.subset={size}"])
     assert len(splits.train) == size
+    assert torch.equal(splits.test[0][0], splits.test[0][0])  # read without random crops
     assert splits.label.endswith(f", validation 0.5, {size} images")
     assert splits.baseline is None
     few = build(name, [*overrides, "dataset.subset=1"])

@@ -312,13 +312,16 @@ def test_esc10_is_the_part_that_the_table_marks(environment: Path) -> None:
     assert "ESC-10, fold 1" in splits.label
 
 
-def test_recoded_copies_are_found_and_the_label_says_so(environment: Path) -> None:
-    before = read(environment)
-    for file in list((environment / "audio").iterdir()):
+@pytest.mark.parametrize(("function", "write"), [(esc50, write_esc50), (tau2020, write_tau2020)])
+def test_recoded_copies_are_found_and_the_label_says_so(tmp_path: Path, function: Any, write: Any) -> None:
+    root = tmp_path / "data"
+    write(root, {}, 20, 6)
+    before = read(root, function)
+    for file in list((root / "audio").iterdir()):
         clip, rate = soundfile.read(file)
         soundfile.write(file.with_suffix(".flac"), clip, rate)
         file.unlink()
-    after = read(environment)
+    after = read(root, function)
     assert torch.equal(before.train.images, after.train.images)
     assert after.label == f"{before.label}, from .flac files"
 

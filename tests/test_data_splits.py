@@ -121,7 +121,7 @@ def test_a_choice_that_cannot_be_fulfilled_is_named(choice: dict[str, Any], word
     [({"label": "Set"}, None), ({"label": "Mine", "baseline": "set"}, None), ({"label": "Mine"}, (4, 200, 4))],
     ids=["by label", "by baseline", "given"],
 )
-def test_a_published_set_that_is_not_whole_gives_its_number_of_images_and_has_no_baseline(
+def test_a_published_set_that_is_not_whole_says_so_in_its_label_and_has_no_baseline(
     monkeypatch: pytest.MonkeyPatch, common: dict[str, Any], whole: tuple[int, int, int] | None
 ) -> None:
     monkeypatch.setattr(module, "PUBLISHED", dict.fromkeys(("Set", "set"), (4, 200, 4)))
@@ -136,9 +136,10 @@ def test_a_published_set_that_is_not_whole_gives_its_number_of_images_and_has_no
     assert outcome(train, test) == (label, baseline)
     assert outcome(train[:-1], test) == (f"{label}, 199 and 4 images", None)
     assert outcome(train, test[:3]) == (f"{label}, 200 and 3 images", None)
-    assert outcome([0, *train[1:-1], 0], test) == (f"{label}, 200 and 4 images", None)  # of unequal classes
-    assert outcome(train, [0, 1, 2, 2]) == (f"{label}, 200 and 4 images", None)  # one class missing
-    assert outcome(train, test, intact=False) == (f"{label}, 200 and 4 images", None)
+    assert outcome([0, *train[1:-1], 0], test) == (f"{label}, other files", None)  # of unequal classes
+    assert outcome(train, [0, 1, 2, 2]) == (f"{label}, other files", None)  # one class missing
+    assert outcome(train, test, intact=False) == (f"{label}, other files", None)
+    assert outcome(train[:-1], test, intact=False) == (f"{label}, 199 and 4 images", None)
     assert outcome(train, test, variant="coarse") == (f"{label}, coarse", None)
     assert outcome(train, test[:3], variant="coarse", subset=8) == (
         f"{label}, 200 and 3 images, coarse, 8 images",

@@ -1,7 +1,6 @@
 """Image files of any kind to RGB with 8 bits a channel."""
 
 import io
-import re
 import signal
 import struct
 from collections import deque
@@ -13,9 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from l2bn.data.cache import content_of, tracked
 from l2bn.errors import UserError
@@ -25,28 +23,27 @@ T = TypeVar("T")
 
 CHUNK = 16  # images that a decoding process takes at a time
 WORTH_A_PROCESS = 64  # images
-BITS_PER_SAMPLE, PHOTOMETRIC, LARGEST_VALUE, SAMPLE_FORMAT = 258, 262, 281, 339  # tags of TIFF
-WHITE_IS_ZERO, SIGNED = 0, 2  # values of the second and the last
+BITS_PER_SAMPLE = 258  # a tag of TIFF
 ORIENTATION = ExifTags.Base.Orientation
 LEAST_FILLED = 64  # bytes of zeros at a file's end
 DAMAGE = OSError, SyntaxError, ValueError, EOFError, struct.error  # by which Pillow's readers report it
-DIM = 4096  # a 16-bit image that stays below holds at most 12 bits of its 16: it would be nearly black
 
 
 def read_rgb(source: Path | bytes | bytearray, name: str, *, upright: bool = False) -> Image.Image:
-    """Decode a file or its bytes: grayscale repeated, CMYK converted, 16 bits scaled to 8, transparency on white.
+    """Decode a file or its bytes: grayscale repeated, CMYK converted, transparency on white.
 
     upright: turn the image as its EXIF orientation says, which cameras leave to the viewer.
-    Raises `UserError` with `name` if it is damaged, cut short, no image, or has a range that it does not state.
+    Raises `UserError` with `name` if it is damaged, cut short, no image, or has more than 8 bits a channel.
     """
     content = content_of(source) if isinstance(source, Path) else bytes(source)
     try:
         if _is_zero_filled(content):
             raise ValueError("its end is filled with zeros")
         with Image.open(io.BytesIO(content)) as image:
-            wide = any(re.search(";16[BLN]", str(tile[-1])) for tile in image.tile)  # of which Pillow keeps 8 bits
+            if _is_deep(image):
+                raise ValueError("its pixels have more than 8 bits a channel: scale them to 8 bits")
             image.load()
-            return _upright(_to_rgb(image, wide), image) if upright else _to_rgb(image, wide)
+            return _upright(_to_rgb(image), image) if upright else _to_rgb(image)
     except (*DAMAGE, RuntimeError, Image.DecompressionBombError) as error:
         raise UserError(f"{name}: cannot be decoded ({error}); replace the file") from error
 
@@ -78,49 +75,18 @@ def _is_zero_filled(content: bytes) -> bool:
     return len(end) + LEAST_FILLED <= whole
 
 
-def _to_rgb(image: Image.Image, wide: bool) -> Image.Image:
-    if image.mode.startswith("I"):
-        return _from_integers(image)
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no fixed range")
-    if wide and np.asarray(image.convert("RGB")).max() < DIM >> 8:
-        raise _too_dim()
-    if image.has_transparency_data:
-        key = image.info.get("transparency")
-        if wide and isinstance(key, tuple):
-            image.info["transparency"] = tuple(value >> 8 for value in key)
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+def _is_deep(image: ImageFile.ImageFile) -> bool:
+    """Tell whether an image has more than 8 bits a channel; Pillow reads several such channels as 8 bits."""
+    bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (8,))
+    wide_png = any(";16B" in str(tile[-1]) for tile in image.tile)
+    return image.mode[0] in "IF" or wide_png or max(bits) > 8
 
 
-def _from_integers(image: Image.Image) -> Image.Image:
-    """Gray values of more than 8 bits, which Pillow's `convert` would clip at 255."""
-    tags = getattr(image, "tag_v2", {})
-    bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
-    stated = tags.get(LARGEST_VALUE)
-    if stated is None and bits > 16:
-        raise ValueError(f"{bits}-bit pixels have no fixed range")
-    if tags.get(SAMPLE_FORMAT, (1,))[0] == SIGNED:
-        raise ValueError("signed pixels have no fixed range")
-    white = (stated if isinstance(stated, int) else stated[0]) if stated is not None else 2**bits - 1
-    values = np.asarray(image).astype(np.int64)
-    if white == 2**16 - 1 and 0 < values.max() < DIM:
-        raise _too_dim()
-    gray = (values.clip(0, white) * 256 // (white + 1)).astype(np.uint8)
-    key = image.info.get("transparency")
-    if isinstance(key, int):
-        gray[values == key] = 255
-    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # which Pillow turns round for 8 bits alone
-        gray = 255 - gray
-    return Image.fromarray(gray).convert("RGB")
-
-
-def _too_dim() -> ValueError:
-    return ValueError(
-        "its 16-bit pixels use at most 12 bits and would be nearly black: scale them to 8 bits or to all 16"
-    )
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
 def read_all(paths: list[Path], read: Callable[[Path], T], text: str) -> Generator[T, None, None]:

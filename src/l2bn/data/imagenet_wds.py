@@ -13,7 +13,6 @@ import math
 import tarfile
 import tempfile
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Unpack
 
@@ -44,10 +43,7 @@ from l2bn.seeding import generator
 
 log = logging.getLogger(__name__)
 
-# A batch comes from one of LANES sequences of shards, the next batch from the next. A number of workers that
-# divides LANES therefore splits the shards among the workers, and any number makes the same batches.
-LANES = 24
-WINDOW = 4  # shards of a lane whose samples are shuffled together
+WINDOW = 16  # shards whose samples are shuffled together
 PADDING = 2**20  # bytes of zeros that a tar file may end in; tools write 10 KiB
 MOST_CLASSES = 10**6
 UNEVEN = 0.1  # squared relative deviation of the classes' shares from shard to shard that a batch may have
@@ -73,9 +69,10 @@ def imagenet_wds(
     if not trained.mixed:
         log.warning(
             "%s in %s: the shards hold different classes, so each batch is drawn from all shards, which takes "
-            "longer on hard disks; samples packed in random order are read shard by shard",
+            "longer on hard disks; samples packed in random order are read from %s shards at a time",
             train,
             folder,
+            WINDOW,
         )
     both = set(trained.files) & set(tested.files)
     if both and not common.get("validation"):
@@ -130,31 +127,16 @@ class Shards(OnDisk):
         image = read_rgb(content, f"{path}: {self.names[index].decode(errors='replace')}")
         return self.transform(pil_to_tensor(image)), int(self.labels[index])
 
-    def plan(self, generator: torch.Generator, batch_size: int) -> list[Tensor]:
-        """The samples at each step of an epoch.
+    def order(self, generator: torch.Generator) -> Tensor:
+        """All samples: the shards in random order, shuffled within each window of them.
 
-        The shards are shared out to the lanes anew in each epoch. Shards that are not mixed would give batches of
-        few classes: their samples are drawn from all shards at once.
+        Shards that are not mixed would give batches of few classes: there the window holds all.
         """
-        if not self.mixed:
-            order = torch.randperm(len(self), generator=generator)
-            return list(torch.split(order, batch_size)[: len(self) // batch_size])
         counts = torch.bincount(self.shard, minlength=len(self.files)).tolist()
         members = torch.split(torch.arange(len(self)), counts)
-        dealt = torch.randperm(len(self.files), generator=generator).tolist()
-        filled = [shard for shard in dealt if counts[shard]]
-        lanes = [filled[lane::LANES] for lane in range(min(LANES, len(filled)))]
-        mixed = [self._mixed([members[shard] for shard in lane], generator) for lane in lanes]
-        pieces = [torch.split(lane, batch_size) for lane in mixed]
-        turns = [piece for turn in zip_longest(*pieces) for piece in turn if piece is not None]
-        full = [piece for piece in turns if len(piece) == batch_size]
-        rest = torch.cat([torch.empty(0, dtype=torch.int64), *(p for p in turns if len(p) < batch_size)])
-        shuffled = rest[torch.randperm(len(rest), generator=generator)]
-        return [*full, *torch.split(shuffled, batch_size)[: len(rest) // batch_size]]
-
-    def _mixed(self, shards: list[Tensor], generator: torch.Generator) -> Tensor:
-        """All samples of the shards, shuffled within each window of shards."""
-        windows = [torch.cat(shards[start : start + WINDOW]) for start in range(0, len(shards), WINDOW)]
+        dealt = torch.randperm(len(counts), generator=generator).tolist()
+        size = WINDOW if self.mixed else len(counts)
+        windows = [torch.cat([members[i] for i in dealt[at : at + size]]) for at in range(0, len(dealt), size)]
         return torch.cat([window[torch.randperm(len(window), generator=generator)] for window in windows])
 
 
@@ -174,9 +156,10 @@ def pack(tree: Tree, folder: Path, prefix: str, samples: int = 1000) -> int:
             pattern = str(Path(place, prefix)).replace("%", "%%") + "-%06d.tar"
             with ShardWriter(pattern, maxcount=samples, verbose=0) as writer:
                 for index in tracked(order, f"packing {tree.folder}"):
-                    key, suffix = _packed_name(tree, index)
-                    content = (tree.folder / tree.names[index]).read_bytes()
-                    writer.write({"__key__": key, suffix: content, "cls": int(tree.labels[index])})
+                    path = tree.folder / tree.names[index]
+                    key = f"{index:08}-{path.stem.replace('.', '_')}"
+                    suffix = path.suffix.lower().replace("jpeg", "jpg")[1:]
+                    writer.write({"__key__": key, suffix: path.read_bytes(), "cls": int(tree.labels[index])})
             names = "".join(f"{name}\n" for name in tree.classes)
             (folder / "classes.txt").write_text(names, encoding="utf-8", errors="surrogateescape")
             shards = sorted(Path(place).iterdir())
@@ -187,33 +170,15 @@ def pack(tree: Tree, folder: Path, prefix: str, samples: int = 1000) -> int:
     return len(shards)
 
 
-def _packed_name(tree: Tree, index: int) -> tuple[str, str]:
-    """The key of a file in its shard and its suffix there."""
-    path = Path(tree.names[index])
-    return f"{index:08}-{path.stem.replace('.', '_')}", path.suffix.lower().replace("jpeg", "jpg")[1:]
-
-
 def pack_imagenet(source: Path, folder: Path) -> None:
     """Write the files of ImageNet in `source` (see `imagenet`) as the shards that `imagenet_wds` reads.
 
-    A part that an earlier call has packed is kept. Raises `UserError` for shards of other files, and as `pack`.
+    The few validation files come first: what is wrong with them shows before hours of packing. Raises `UserError`
+    as `pack`.
     """
-    for tree, prefix in zip(list_splits(source, "train", "val", DEVKIT), ("train", "val"), strict=True):
-        if _is_packed(tree, folder, prefix):
-            log.info("%s holds %s-*.tar already", folder, prefix)
-        else:
-            pack(tree, folder, prefix)
-
-
-def _is_packed(tree: Tree, folder: Path, prefix: str) -> bool:
-    """Tell whether the shards hold the files of the tree, by their names and labels."""
-    found = sorted(
-        (name.decode(errors="surrogateescape"), label)
-        for shard in folder.glob(f"{prefix}-*.tar")
-        for _, _, label, name in _samples(shard)
-    )
-    names = (".".join(_packed_name(tree, index)) for index in range(len(tree.names)))
-    return found == sorted(zip(names, tree.labels.tolist(), strict=True))
+    trained, tested = list_splits(source, "train", "val", DEVKIT)
+    pack(tested, folder, "val")
+    pack(trained, folder, "train")
 
 
 def _open(folder: Path, pattern: str, transform: Transform, cache: str | None) -> Shards:

@@ -13,7 +13,7 @@ import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Protocol, TypedDict, Unpack, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,23 +28,6 @@ from l2bn.seeding import derive_seed, generator, seed_global
 Batch = tuple[Tensor, Tensor]
 
 
-@runtime_checkable
-class ShardedSplit(Protocol):
-    """A split in files of many samples that are fastest to read in the order of its own plan."""
-
-    def plan(self, generator: torch.Generator, batch_size: int) -> list[Tensor]:
-        """The samples of each step of an epoch: `batch_size` indices, each index at most once per epoch."""
-
-
-class Placing(TypedDict, total=False):
-    """Where and how batches are made; nothing of it changes a sample."""
-
-    rank: int  # of this process among `world_size`
-    world_size: int
-    workers: int  # processes that decode images; a split in memory needs none
-    channels_last: bool
-
-
 def training_loader(
     split: Split,
     *,
@@ -52,18 +35,19 @@ def training_loader(
     batch_size: int,
     seed: int,
     device: torch.device | str,
-    **placing: Unpack[Placing],
+    **placing: Any,
 ) -> "Loader":
     """Batches in random order, augmented; an epoch leaves out the samples that would not fill its last batch.
 
-    batch_size: over all ranks. Raises `UserError` as `check_batch_size`.
+    batch_size: over all ranks. placing: where and how batches are made (see `Loader`); nothing of it changes a
+    sample. Raises `UserError` as `check_batch_size`.
     """
     check_batch_size(batch_size, len(split), placing.get("world_size", 1))
     return _kind(split)(split, splits, batch_size, seed, torch.device(device), **placing)
 
 
 def evaluation_loader(
-    split: Split, *, splits: Splits, batch_size: int, device: torch.device | str, **placing: Unpack[Placing]
+    split: Split, *, splits: Splits, batch_size: int, device: torch.device | str, **placing: Any
 ) -> "Loader":
     """Batches of every sample once, in order, not augmented.
 
@@ -99,9 +83,9 @@ class Loader(ABC):
         batch_size: int,  # over all ranks
         seed: int | None,  # None: evaluation
         device: torch.device,
-        rank: int = 0,
+        rank: int = 0,  # of this process among `world_size`
         world_size: int = 1,
-        workers: int = 0,
+        workers: int = 0,  # processes that decode images; a split in memory needs none
         channels_last: bool = False,
     ) -> None:
         self.split, self.splits, self.batch_size, self.seed = split, splits, batch_size, seed
@@ -147,14 +131,13 @@ class Loader(ABC):
     def _plan(self, epoch: int) -> list[Tensor]:
         """The indices of this rank's samples in each step of the epoch."""
         if self.seed is None:
-            batches = list(torch.split(torch.arange(len(self.split)), self.batch_size))
+            order = torch.arange(len(self.split))
         else:
             random = generator(self.seed, "permutation", epoch)
-            if isinstance(self.split, ShardedSplit):
-                batches = self.split.plan(random, self.batch_size)
-            else:
-                batches = list(torch.split(torch.randperm(len(self.split), generator=random), self.batch_size))
-        return [batch[self._slice(len(batch))] for batch in batches][: len(self)]
+            own = getattr(self.split, "order", None)  # see `Split`
+            order = own(random) if own else torch.randperm(len(self.split), generator=random)
+        batches = torch.split(order, self.batch_size)[: len(self)]
+        return [batch[self._slice(len(batch))] for batch in batches]
 
     def _draw(self, epoch: int, step: int) -> Tensor:
         """The random numbers of this rank's samples of one step, on the CPU."""

@@ -129,7 +129,7 @@ def esc50(
 
     K. J. Piczak, "ESC: Dataset for Environmental Sound Classification", ACM Multimedia 2015,
     doi:10.1145/2733373.2806390. Files may end otherwise than the table says, as re-coded copies do; the label then
-    says how.
+    says how, as in `tau2020`.
 
     leave_out: a fold that is neither trained nor tested on, so that a recipe can be chosen without it. esc10: only
     the ten classes of ESC-10. cache: folder of the spectrograms; null: `l2bn` in the user's cache folder.
@@ -152,11 +152,10 @@ def esc50(
     if leave_out is not None:
         variant.append(f"trained without fold {leave_out}")
         whole = (whole[0], whole[1] - whole[2], whole[2])
-    variant += [f"from {ending} files" for ending in sorted({Path(name).suffix for name in clips.names} - {".wav"})]
     train = clips.select((folds != fold) & (folds != (fold if leave_out is None else leave_out)))
     recordings = [Path(name).name.partition("-")[2].partition("-")[0] for name in train.names]  # behind the fold
     test = clips.select(folds == fold)
-    return _make_splits(train, test, recordings, whole=whole, variant=", ".join(variant), **common)
+    return _make_splits(train, test, recordings, whole=whole, variant=variant, **common)
 
 
 def tau2020(root: str, spectrogram: LogMel, cache: str | None = None, **common: Unpack[Common]) -> Splits:
@@ -256,16 +255,28 @@ class _Clips:
         return _Clips(self.images.select(places), self.classes, names, contents)
 
 
-def _make_splits(train: _Clips, test: _Clips, recordings: Sequence[str] | None = None, **options: Any) -> Splits:
-    """recordings: of each training clip, its recording or place; a validation split holds out whole ones."""
+def _make_splits(
+    train: _Clips,
+    test: _Clips,
+    recordings: Sequence[str] | None = None,
+    variant: Sequence[str] = (),
+    **options: Any,
+) -> Splits:
+    """recordings: of each training clip of a published set, its recording or place.
+
+    A validation split holds out whole ones. Published sets come as WAV files; of others the label says so.
+    """
     if recordings is not None:
+        endings = {Path(name).suffix for clips in (train, test) for name in clips.names} - {".wav"}
+        variant = [*variant, *(f"from {ending} files" for ending in sorted(endings))]
         numbers = {name: number for number, name in enumerate(dict.fromkeys(recordings))}
         options["groups"] = torch.tensor([numbers[name] for name in recordings])
     parts: list[str | Tensor] = []
     for clips in (train, test):
         parts += [*clips.names, *clips.contents, clips.images.labels]
     size, classes = train.images.images.shape[-1], train.classes
-    return make_splits(train.images, test.images, len(classes), size, classes, files=digest(parts), **options)
+    options |= {"files": digest(parts), "variant": ", ".join(variant)}
+    return make_splits(train.images, test.images, len(classes), size, classes, **options)
 
 
 def _read_clips(tree: Tree, spectrogram: LogMel, cache: str | None) -> _Clips:

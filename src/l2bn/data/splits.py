@@ -47,7 +47,8 @@ class Split(Protocol):
     """One part of a data set: `Images` in memory, or a map-style dataset that decodes images on access.
 
     Such a dataset's `__getitem__(index)` returns ((3, H, W) uint8, class) and draws its randomness, if any, from
-    torch's global CPU generator, which the loader seeds for each sample.
+    torch's global CPU generator, which the loader seeds for each sample. It may have a method `order(generator)`
+    that returns all indices in a random order, another in each epoch, in which its samples are fast to read.
     """
 
     @property
@@ -222,10 +223,10 @@ def make_splits(
     `validation` holds out whole groups, as the clips of one recording, which are alike.
 
     With `validation`, the held-out share is taken first and `subset` from what remains, so that it is the same for
-    every subset. These choices, a variant, and a data set that is not the whole published one are added to the
-    label and drop the baseline: no published accuracy belongs beside theirs. So are the number of classes that they
-    leave without training images, and of test images that are training images too in a data set that is not a
-    whole published one.
+    every subset. These choices, a variant, and a data set that is not the published one are added to the label and
+    drop the baseline: no published accuracy belongs beside theirs. So are the number of classes that they leave
+    without training images, and of test images that are training images too in a data set that is not a published
+    one.
 
     Raises `UserError` for a choice that the data cannot fulfil.
     """
@@ -240,20 +241,23 @@ def make_splits(
         )
     fingerprint = _fingerprint(train, test, files)
     whole = whole or PUBLISHED.get(label) or PUBLISHED.get(baseline or "")
-    if whole is not None and not (intact and _is_whole(train, test, num_classes, whole)):
-        log.warning(
-            "%s is not the whole published data set, which has %s training and %s test images in %s classes; here "
-            "are %s and %s in %s. The label says so, and no published accuracy will stand beside the result",
-            *(label, *(f"{number:,}" for number in (*whole[1:], whole[0], len(train), len(test), num_classes))),
+    change = ""
+    if whole is not None and whole != (num_classes, len(train), len(test)):
+        change = f"{len(train):,} and {len(test):,} images"
+        reason = (
+            f"is not the whole published data set, which has {whole[1]:,} training and {whole[2]:,} test images in "
+            f"{whole[0]:,} classes; here are {len(train):,} and {len(test):,} in {num_classes:,}"
         )
-        label, baseline, whole = f"{label}, {len(train):,} and {len(test):,} images", None, None
+    elif whole is not None and not (intact and _is_even(num_classes, train, test)):
+        change, reason = "other files", "has as many images as the published data set, but other files or classes"
     elif not variant and baseline in CONTENTS and CONTENTS[baseline] != _contents(train, test):
+        change = "other pixels"
+        reason = "has other pixels than the official files: re-encoded, resized or in other classes"
+    if change:
         log.warning(
-            "%s has other pixels than the official files: re-encoded, resized or in other classes. The label says "
-            "so, and no published accuracy will stand beside the result",
-            label,
+            "%s %s. The label says so, and no published accuracy will stand beside the result", label, reason
         )
-        label, baseline, whole = f"{label}, other pixels", None, None
+        label, baseline, whole = f"{label}, {change}", None, None
     if variant:
         label, baseline = f"{label}, {variant}", None
     subset, validation = common.get("subset"), common.get("validation", 0.0)
@@ -330,14 +334,9 @@ def _held_out(labels: Tensor, groups: Tensor, order: Tensor, count: int) -> Tens
     return torch.tensor([group in held for group in groups[order].tolist()])
 
 
-def _is_whole(train: Split, test: Split, num_classes: int, whole: tuple[int, int, int]) -> bool:
-    """Tell whether classes and images are as many as in the published data set.
-
-    Where the number of images is a multiple of the number of classes, each class has equally many.
-    """
-    if (num_classes, len(train), len(test)) != whole:
-        return False
-    counts = (torch.bincount(split.labels, minlength=num_classes) for split in (train, test))
+def _is_even(num_classes: int, *splits: Split) -> bool:
+    """Tell whether each class has equally many images, where their number is a multiple of that of the classes."""
+    counts = (torch.bincount(split.labels, minlength=num_classes) for split in splits)
     return all(int(count.sum()) % num_classes or bool((count == count[0]).all()) for count in counts)
 
 
