@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
 RECORDS = RESULTS / "records"
 SETS = RESULTS / "reference/sets.yaml"
+REFERENCE = RESULTS / "reference/baselines.yaml"
+README = ROOT / "README.md"
 
 Command = Callable[[argparse.Namespace], Sequence[Problem]]
 """Runs a sub-command; returns the records that had to be left out."""
@@ -37,11 +39,10 @@ def tables(arguments: argparse.Namespace) -> Sequence[Problem]:
 
     published = arguments.runs.resolve() == RECORDS and arguments.out is None
     out = RESULTS / "tables" if published else arguments.out
-    readme = arguments.readme or (ROOT / "README.md" if published else None)
-    evidence, reference = read_evidence(arguments.runs), read_reference(arguments.reference)
-    if readme:
-        text = readme.read_text(encoding="utf-8")
-        write_durably(readme.resolve(), readme_with_block(text, evidence, read_sets(SETS)[0]))
+    evidence, reference = read_evidence(arguments.runs), read_reference(REFERENCE)
+    if published:
+        text = README.read_text(encoding="utf-8")
+        write_durably(README, readme_with_block(text, evidence, read_sets(SETS)[0]))
     # Before anything is printed, which ends the command where the reader of a pipe is gone.
     paths = write_documents(documents(evidence, reference), out) if out else []
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
@@ -111,20 +112,11 @@ def tensorboard(arguments: argparse.Namespace) -> Sequence[Problem]:
 
     from l2bn.reporting.tensorboard import Board
 
-    out = arguments.out or arguments.runs / "arms"
-    board = Board(arguments.runs, out)
+    board = Board(arguments.runs)
     board.update()
-    if arguments.write_only:
-        print(out)
-        return []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # runs the `finally` below, as Ctrl-C does
     place = ["--host", "127.0.0.1", "--port", str(arguments.port)]
-    folders = ["--logdir", str(arguments.runs)]
-    if not out.resolve().is_relative_to(arguments.runs.resolve()):
-        if "," in f"{arguments.runs}{out}":
-            raise UserError("--out: TensorBoard takes no comma in its folders; name one within that of --runs")
-        folders = ["--logdir_spec", f"runs:{arguments.runs},arms:{out}"]
-    server = subprocess.Popen([sys.executable, "-m", "tensorboard.main", *folders, *place])
+    server = subprocess.Popen([sys.executable, "-m", "tensorboard.main", "--logdir", str(arguments.runs), *place])
     try:
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -140,8 +132,8 @@ def _print_paths(paths: Sequence[Path], nothing: str = "") -> None:
         print(line)
 
 
-def _add(commands: Any, command: Command, example: str, out: str) -> argparse.ArgumentParser:
-    """Add a sub-command with the options that all have; `out` is the help of --out."""
+def _add(commands: Any, command: Command, example: str, out: str = "") -> argparse.ArgumentParser:
+    """Add a sub-command with the options that all have; `out` is the help of --out, for those that write files."""
     name = command.__name__
     one: argparse.ArgumentParser = commands.add_parser(
         name,
@@ -151,8 +143,9 @@ def _add(commands: Any, command: Command, example: str, out: str) -> argparse.Ar
     )
     one.set_defaults(command=command)
     one.add_argument("--runs", metavar="DIR", type=Path, default=RECORDS, help="folder of runs or records")
-    one.add_argument("--out", metavar="PATH", type=Path, help=out)
-    one.add_argument("--strict", action="store_true", help="exit with 1 if a record had to be left out")
+    if out:
+        one.add_argument("--out", metavar="PATH", type=Path, help=out)
+        one.add_argument("--strict", action="store_true", help="exit with 1 if a record had to be left out")
     return one
 
 
@@ -160,10 +153,7 @@ def parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = whole.add_subparsers(metavar="COMMAND", required=True)
     out = "folder for the files (default: results/tables; with --runs only the terminal)"
-    one = _add(commands, tables, "--runs runs --out runs/tables", out)
-    one.add_argument("--readme", metavar="FILE", type=Path, help="file whose block of results is replaced")
-    reference = RESULTS / "reference/baselines.yaml"
-    one.add_argument("--reference", metavar="FILE", type=Path, default=reference, help="published accuracies")
+    _add(commands, tables, "--runs runs --out runs/tables", out)
     out = "folder for the figures (default: results/figures; with --runs DIR/figures)"
     _add(commands, figures, "--runs runs", out)
     out = "file to write (default: results/claims.md; with --runs or --sets only the terminal)"
@@ -175,10 +165,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("what", nargs="?", choices=["tables", "figures"], help="only these (default: both)")
     help_text = "records of studies (default: results/studies; with --runs none)"
     one.add_argument("--studies", metavar="DIR", type=Path, help=help_text)
-    out = "folder for the arms' events (default: DIR/arms, beside the runs that --runs DIR names)"
-    one = _add(commands, tensorboard, "--runs runs", out)
+    one = _add(commands, tensorboard, "--runs runs")
     one.add_argument("--port", type=int, default=6006, help="of TensorBoard, on this machine alone")
-    one.add_argument("--write-only", action="store_true", help="write the events and leave")
     return whole
 
 

@@ -5,23 +5,18 @@ import functools
 import math
 import pickle
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import timm
 import torch
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from l2bn import L2BatchNorm2d, l2_normalize, swap_norm
+from l2bn import L2BatchNorm2d, l2_normalize
 from l2bn.norms import group_norm, l2bn, l2bn_detached, l2bn_mean_norm, l2bn_position
 from l2bn.norms.l2_step import Scale
 from l2bn.norms.l2bn_detached import normalize_detached
 from l2bn.norms.l2bn_mean_norm import DivideByMeanNorm
 from l2bn.norms.l2bn_position import normalize_positions
-
-CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "norm").glob("*.yaml"))
 
 
 @pytest.fixture(autouse=True)
@@ -201,13 +196,6 @@ def test_a_control_takes_the_place_of_any_batch_norm_layer(convert: Convert) -> 
         assert torch.equal(copied.eval()(x), layer.eval()(x))
         assert torch.equal(restored.eval()(x), layer(x))
 
-    class Odd(nn.BatchNorm2d):
-        def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-            return super().forward(input) * 2
-
-    with pytest.raises(TypeError, match=r"no norm can stand for .*Odd"):
-        convert(Odd(4))
-
 
 @pytest.mark.parametrize("convert", CONTROLS[:3], ids=lambda convert: convert.__module__.rpartition(".")[2])
 def test_statistics_are_float32_in_half_precision(convert: Convert) -> None:
@@ -220,30 +208,15 @@ def test_statistics_are_float32_in_half_precision(convert: Convert) -> None:
     torch.testing.assert_close(y, convert(nn.BatchNorm2d(4))(x.float()).half(), rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("name", ["mobilenetv2_050", "resnet18"])
-def test_in_a_model_of_timm_everything_but_the_norm_stays(path: Path, name: str) -> None:
-    """mobilenetv2 has norm and activation in one layer: dropout and activation must act on."""
-    node = OmegaConf.load(path)
-    norm = instantiate(node, **({"fused": "off"} if "fused" in node else {}))
-    torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=5)
-    stock = copy.deepcopy(model)
-    assert swap_norm(model, norm) == {"mobilenetv2_050": 52, "resnet18": 20}[name]
-    activations = [[type(m) for m in net.modules() if "ReLU" in type(m).__name__] for net in (stock, model)]
-    assert activations[0] == activations[1]
-    assert [n for n, _ in model.named_parameters()] == [n for n, _ in stock.named_parameters()]
-    model(torch.randn(2, 3, 32, 32)).square().sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-
-
 def test_a_fused_activation_still_acts() -> None:
     """timm's norm and activation in one layer, and a copy of it: the norm comes before, the activation after."""
-    x = some_maps().float()
+    x = some_maps().float().requires_grad_()
     for convert in (functools.partial(l2bn.convert, fused="off"), *CONTROLS):
         acting = convert(timm.layers.BatchNormAct2d(4, act_layer=nn.SiLU))
         for layer in (copy.deepcopy(acting), acting):
-            torch.testing.assert_close(layer(x), nn.functional.silu(convert(nn.BatchNorm2d(4))(x)))
+            y = layer(x)
+            torch.testing.assert_close(y, nn.functional.silu(convert(nn.BatchNorm2d(4))(x)))
+            y.sum().backward()  # through an activation that works in place
 
 
 def test_a_control_differs_from_l2bn_in_values_where_it_should() -> None:

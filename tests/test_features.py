@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from l2bn.analysis.features import ABOUT_ORIGIN, histogram, measure
 from l2bn.analysis.moments import Moments
@@ -222,17 +222,6 @@ def test_measures_do_not_change_by_what_they_do_not_measure(name: str) -> None:
         assert any(after[key] != pytest.approx(before[key], rel=1e-2) for key in MEASURES)
 
 
-def test_batch_norm_in_evaluation_leaves_fishers_ratio_alone() -> None:
-    features, labels = some_features(6, 3, 3)
-    bn = nn.BatchNorm2d(6).eval()
-    for tensor in (bn.weight, bn.bias, bn.running_mean, bn.running_var):
-        nn.init.uniform_(tensor, 0.5, 2)
-    with torch.no_grad():
-        after = measure(summed(bn(features), labels, 4))
-    assert after["fisher"] == pytest.approx(measure(summed(features, labels, 4))["fisher"], rel=1e-4)
-    assert after["within_share"] != pytest.approx(measure(summed(features, labels, 4))["within_share"], rel=1e-3)
-
-
 @settings(max_examples=30)
 @given(
     seed=st.integers(0, 10**6),
@@ -257,13 +246,6 @@ def test_ranges_hold_and_batches_do_not_matter(seed: int, classes: int, d: int, 
 
 
 # ---- The sums -----------------------------------------------------------------------------------------------
-
-
-def test_memory_is_that_of_the_sums_whatever_the_number_of_images() -> None:
-    few, many = (summed(*some_features(5, 3, images=n), 4) for n in (20, 2000))
-    sizes = [[tensor.numel() for tensor in moments.tensors] for moments in (few, many)]
-    assert sizes[0] == sizes[1]
-    assert all(tensor.dtype == torch.float64 for tensor in many.tensors)
 
 
 def test_the_histogram_counts_each_image_in_the_bin_of_its_norm() -> None:

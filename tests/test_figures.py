@@ -40,7 +40,7 @@ def evidence(tmp_path: Path) -> Evidence:
 
 
 def draw_curves(evidence: Evidence, dataset: str) -> Figure:
-    rows = [row for row in grid(arms_of(evidence)) if row.cell.dataset == dataset and row.arms]
+    rows = [row for row in grid(arms_of(evidence)) if row.cell.dataset == dataset]
     with drawing():
         return curves(rows, read_curves(evidence.records)[0])
 
@@ -72,6 +72,16 @@ def test_one_page_a_data_set_as_png_and_svg_whose_bytes_the_records_decide(
         assert a.stat().st_size > 5_000
         assert a.read_bytes() == b.read_bytes(), a.name
         assert b"202" not in a.read_bytes()[:600] or a.suffix == ".png"  # no date in the head of an SVG
+
+
+def test_data_sets_whose_names_differ_in_punctuation_alone_have_pages_of_their_own(tmp_path: Path) -> None:
+    for dataset in ("mine,label=a b", "mine,label=a,b", "mine"):
+        write_run(tmp_path / "runs", dataset=dataset, label=dataset)
+    paths, _ = write_figures(read_evidence(tmp_path / "runs"), tmp_path)
+    names = {path.stem for path in paths}
+    assert len(names) == 3
+    assert "curves-mine" in names
+    assert len({path.read_bytes() for path in paths}) == 6
 
 
 def test_a_curve_is_the_mean_of_its_runs_with_a_band(evidence: Evidence) -> None:
@@ -107,7 +117,7 @@ def test_the_last_epochs_are_inside_the_panel(evidence: Evidence) -> None:
 
 
 def test_dots_stand_at_the_differences_and_lines_span_the_intervals(evidence: Evidence) -> None:
-    rows = [row for row in grid(arms_of(evidence)) if row.arms]
+    rows = grid(arms_of(evidence))
     axes = differences(rows).axes[0]
     drawn = {
         tuple(round(float(x), 9) for x in line.get_xdata())

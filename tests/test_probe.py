@@ -222,6 +222,12 @@ def test_the_classifier_of_a_torchvision_model_is_its_last_layer(name: str, path
     assert classifier(model, 7) is model.get_submodule(path)
 
 
+def test_a_linear_head_is_the_classifier_though_a_convolution_after_it_fits() -> None:
+    """The order of the modules need not be that in which they run."""
+    network = nn.Sequential(nn.Linear(64, K), nn.Conv2d(3, K, 3))
+    assert classifier(network, K) is network[0]
+
+
 def test_a_network_without_a_classifier_is_refused() -> None:
     with pytest.raises(ValueError, match="Sequential has no linear layer"):
         Probe(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), ("1",), K)

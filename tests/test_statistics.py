@@ -123,16 +123,6 @@ def test_the_pooled_estimate_takes_the_cell_as_its_unit() -> None:
     assert (result.low, result.high) == pytest.approx((means.mean() - reach, means.mean() + reach), abs=1e-6)
 
 
-def test_equal_weights_are_hartung_and_knapps_variance() -> None:
-    """Their q = sum w (d - mean)^2 / ((k - 1) sum w), written out for general weights, at equal ones."""
-    means, weights = np.array([0.2, 0.6, 0.0, -0.3]), np.full(4, 7.0)
-    centre = (weights * means).sum() / weights.sum()
-    variance = (weights * (means - centre) ** 2).sum() / (3 * weights.sum())
-    result = pooled_estimate([[mean] for mean in means])
-    assert result.high is not None
-    assert result.high - centre == pytest.approx(stats.t.ppf(0.975, 3) * sqrt(variance))
-
-
 @pytest.mark.parametrize(("between", "seeds"), [(0.0, (3, 3, 3, 3, 3, 3)), (0.2, (1, 3, 3, 3, 5, 5))])
 def test_the_pooled_interval_covers_the_truth_as_often_as_it_says(between: float, seeds: tuple[int, ...]) -> None:
     rng = np.random.default_rng(0)

@@ -139,6 +139,21 @@ def test_a_cell_under_two_recipes_is_pooled_once(tmp_path: Path) -> None:
     assert (result.n, result.mean) == (1, pytest.approx(0.3))
 
 
+def test_a_data_set_in_two_folders_is_pooled_once_and_its_rows_told_apart(tmp_path: Path) -> None:
+    """As the official files of CIFAR-100 and its PNG files: equal pixels under one label."""
+    for dataset, difference in (("cifar100", 0.2), ("cifar100_png", 0.4)):
+        write_pairs(tmp_path, [70.0], [difference], dataset=dataset, label="CIFAR-100")
+    write_pairs(tmp_path, [90.0], [0.1])
+    rows = grid(arms_of(read_evidence(tmp_path)))
+    assert pooled(rows).n == 2
+    result = pooled(rows[1:])
+    assert (result.n, result.mean) == (1, pytest.approx(0.3))
+    table, shown = grid_of(tmp_path), in_terminal(tmp_path)
+    for name in ("CIFAR-10", "CIFAR-100 (cifar100)", "CIFAR-100 (cifar100_png)"):
+        assert f"| {name} | resnet20 |" in table
+        assert f"{name} · resnet20 · " in shown
+
+
 def test_the_terminal_shows_names_as_they_are(tmp_path: Path) -> None:
     """Rich would take what stands in brackets for a style."""
     norms = ("mine,axes=[height]", "mine,axes=[:heart:]")
@@ -404,7 +419,7 @@ def test_other_norms_stand_in_a_table_of_their_own(tmp_path: Path) -> None:
 # ---- What is not there -----------------------------------------------------------------------------------
 
 
-def test_missing_cells_and_seeds_and_diverged_runs_are_counted(tmp_path: Path) -> None:
+def test_missing_arms_and_seeds_and_diverged_runs_are_counted(tmp_path: Path) -> None:
     write_pairs(tmp_path, [90, 91, 92], [0.1, 0.2, 0.3])
     write_run(tmp_path, norm="bn", seed=3, accuracy=91.0)
     write_run(tmp_path, norm="l2bn", seed=4, status="diverged")
@@ -415,16 +430,9 @@ def test_missing_cells_and_seeds_and_diverged_runs_are_counted(tmp_path: Path) -
     assert "| 91.20 ± 1.10 (3; 1 diverged, 1 missing) | +0.20 [−0.05, +0.45] |" in table
     assert "| CIFAR-10 | vgg16 | 90.00 (1) | missing | – |" in table
     assert "| CIFAR-100 | vgg16 | missing | 1 diverged | – |" in table
-    assert "| CIFAR-100 | resnet20 | missing | missing | – |" in table
     assert "Recipe of all rows: cosine\\_200, float32." in table
     assert "Runs: 8 finished, 2 diverged, 4 missing whose seed the other arm has" in table
-    assert "1 cell of the grid without any run" in table
-
-
-def test_side_experiments_do_not_widen_the_grid(tmp_path: Path) -> None:
-    write_run(tmp_path, dataset="cifar10", backbone="resnet20")
-    write_run(tmp_path, dataset="cifar100,subset=1000", backbone="vgg16,width=2")
-    assert len(rows_of(tmp_path)) == 2
+    assert len(rows_of(tmp_path)) == 3
 
 
 def test_no_records_make_tables_that_say_so(tmp_path: Path) -> None:
@@ -432,6 +440,7 @@ def test_no_records_make_tables_that_say_so(tmp_path: Path) -> None:
     assert set(texts) == {f"{name}.{kind}" for name in ("grid", "norms") for kind in ("md", "csv", "tex")}
     assert all("No record yet." in text for name, text in texts.items() if not name.endswith("csv"))
     assert rows_of(tmp_path) == []
+    assert "No ended run here yet" in in_terminal(tmp_path)
     assert texts["grid.csv"].startswith("dataset,label,backbone,")
 
 
@@ -588,16 +597,6 @@ def test_strict_is_for_scripts_that_must_not_miss_a_bad_record(tmp_path: Path) -
         assert f"left out: {bad}: " in result.stderr
         assert "1 record left out" in result.stdout
         assert "91.20 ± 1.56 (2; 1 missing)" in (tmp_path / "tables/grid.md").read_text()
-
-
-def test_the_script_says_what_is_wrong_without_a_traceback(tmp_path: Path) -> None:
-    result = report("tables", "--runs", tmp_path / "nowhere")
-    assert result.returncode == 1
-    assert "nowhere is no folder of records" in result.stderr
-    assert "Traceback" not in result.stderr
-    empty = report("tables", "--runs", tmp_path)
-    assert empty.returncode == 0
-    assert "No ended run here yet" in empty.stdout
 
 
 @pytest.mark.parametrize("command", ["tables", "claims"])

@@ -25,12 +25,12 @@ _Piece = tuple[int, int, Tensor, Tensor]  # batch, rank, features (n, d), labels
 def classifier(network: nn.Module, classes: int) -> nn.Module:
     """The layer whose input are the penultimate features.
 
-    It is the last linear layer or convolution, in module order, with one output per class; else the last linear
-    layer. Raises ValueError where there is none.
+    It is the last linear layer, in module order, with one output per class; else such a convolution; else the last
+    linear layer. Raises ValueError where there is none.
     """
-    heads = [m for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    fitting = [m for m in heads if (m.out_features if isinstance(m, nn.Linear) else m.out_channels) == classes]
-    found = fitting or [m for m in heads if isinstance(m, nn.Linear)]
+    linear = [m for m in network.modules() if isinstance(m, nn.Linear)]
+    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.out_channels == classes]
+    found = [m for m in linear if m.out_features == classes] or convolutions or linear
     if not found:
         raise ValueError(f"{type(network).__name__} has no linear layer, so no penultimate features are known")
     return found[-1]

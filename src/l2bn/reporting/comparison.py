@@ -1,4 +1,4 @@
-"""The one comparison: a norm against a reference in the same cell, paired by seed, in any quantity of the frame.
+"""The one comparison: a norm against a reference in the same cell, paired by seed, in any quantity.
 
     arm           the runs of one norm in one cell
     comparison    two arms of one cell; a difference is taken for each seed that both have
@@ -9,14 +9,11 @@ The result of a run is its test accuracy after the last epoch. A diverged run ha
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, product
+from itertools import groupby
 from pathlib import Path
-from typing import cast
-
-import pandas as pd
 
 from l2bn.records import SAMPLE, FeatureRow, Record
-from l2bn.reporting.evidence import BN, L2BN, TOP1, Cell, Evidence, kernels_in_words, label_of
+from l2bn.reporting.evidence import BN, L2BN, TOP1, Cell, Evidence, kernels_in_words, label_of, value_of
 from l2bn.reporting.statistics import Estimate, estimate, holm, paired_differences, pooled_estimate
 
 FULL_EPOCHS = 30
@@ -30,20 +27,26 @@ class Arm:
     cell: Cell
     norm: str
     records: tuple[Record, ...]
-    values: pd.DataFrame  # seed x quantity; NaN where a run has no value
     features: Mapping[int, Sequence[FeatureRow]]  # the measured epochs by seed
+    shared: bool = False  # whether a data set in another folder has the same label
 
     def of(self, quantity: str = TOP1) -> dict[int, float]:
         """Seed to value, of the runs that have one."""
-        return cast("dict[int, float]", self.values[quantity].dropna().to_dict())
+        found = {run.seed: value_of(run, self.features.get(run.seed, ()), quantity) for run in self.records}
+        return {seed: value for seed, value in found.items() if value is not None}
 
     def estimate(self, quantity: str = TOP1) -> Estimate:
         return estimate(list(self.of(quantity).values()))
 
     @property
+    def data(self) -> str:
+        """The label of the data set; folders of one label hold the same images."""
+        return " / ".join(sorted({label_of(record) for record in self.records}))
+
+    @property
     def label(self) -> str:
         """The data set as tables name it."""
-        return " / ".join(sorted({label_of(record) for record in self.records}))
+        return f"{self.data} ({self.cell.dataset})" if self.shared else self.data
 
     @property
     def seeds(self) -> set[int]:
@@ -60,13 +63,18 @@ class Arm:
 
 def arms_of(evidence: Evidence) -> list[Arm]:
     """The runs grouped by cell and norm, sorted."""
+    groups: dict[tuple[Cell, str], list[Record]] = defaultdict(list)
+    for record in sorted(evidence.records, key=lambda record: record.seed):
+        groups[evidence.place.of(record)].append(record)
     arms = []
-    for key, values in evidence.frame.groupby(["cell", "norm"], sort=False):
-        cell, norm = cast("tuple[Cell, str]", key)
-        records: tuple[Record, ...] = tuple(values["record"])
-        rows = {run.seed: evidence.features[run.folder] for run in records if run.folder in evidence.features}
-        arms.append(Arm(cell, norm, records, values, rows))
-    return sorted(arms, key=lambda arm: (arm.cell.order, arm.norm))
+    for (cell, norm), runs in groups.items():
+        rows = {run.seed: evidence.features[run.folder] for run in runs if run.folder in evidence.features}
+        arms.append(Arm(cell, norm, tuple(runs), rows))
+    folders: dict[str, set[str]] = defaultdict(set)
+    for arm in arms:
+        folders[arm.data].add(arm.cell.dataset)
+    named = [replace(arm, shared=len(folders[arm.data]) > 1) for arm in arms]
+    return sorted(named, key=lambda arm: (arm.cell.order, arm.norm))
 
 
 def by_cell(arms: Iterable[Arm]) -> list[tuple[Cell, list[Arm]]]:
@@ -88,13 +96,12 @@ def difference(reference: Arm | None, other: Arm | None, quantity: str = TOP1) -
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """A norm and its reference in one cell; an arm without any run is None."""
+    """A norm and its reference in one cell; an arm without any run is None, but not both."""
 
     cell: Cell
     norm: str
     reference: Arm | None
     other: Arm | None
-    planned: str = ""  # the data set's label, for a cell without any run
 
     @property
     def arms(self) -> tuple[Arm, ...]:
@@ -107,7 +114,7 @@ class Comparison:
     @property
     def label(self) -> str:
         """The data set as tables name it."""
-        return " / ".join(sorted({arm.label for arm in self.arms})) or self.planned
+        return " / ".join(sorted({arm.label for arm in self.arms}))
 
     @property
     def kernels(self) -> str:
@@ -117,13 +124,13 @@ class Comparison:
         return paths + comma + compiled if paths else ""
 
     @property
-    def epochs(self) -> int | None:
-        return min((arm.epochs for arm in self.arms), default=None)
+    def epochs(self) -> int:
+        return min(arm.epochs for arm in self.arms)
 
     @property
     def full_length(self) -> bool:
         """True if the runs are long enough to be pooled with those of other recipes."""
-        return (self.epochs or 0) >= FULL_EPOCHS
+        return self.epochs >= FULL_EPOCHS
 
     @property
     def measured(self) -> bool:
@@ -186,25 +193,11 @@ def compare(arms: Sequence[Arm], norms: Iterable[str], reference: str = BN) -> l
     return [Comparison(arm.cell, arm.norm, references.get(arm.cell), arm) for arm in arms if arm.norm in chosen]
 
 
-def grid(arms: Sequence[Arm]) -> list[Comparison]:
-    """BN against L2BN in every cell, sorted; a cell of the grid in which nothing was run has no arms.
-
-    The grid is every data set with every backbone among the runs of one recipe and setting. Names with overrides
-    are side experiments and add only themselves.
-    """
+def grid(arms: Iterable[Arm]) -> list[Comparison]:
+    """BN against L2BN in every cell with a run of either, in the order of the list."""
     found = {(arm.cell, arm.norm): arm for arm in arms if arm.norm in (BN, L2BN)}
-    run = dict.fromkeys(cell for cell, _ in found)
-    comparisons = [Comparison(cell, L2BN, found.get((cell, BN)), found.get((cell, L2BN))) for cell in run]
-    labels = {comparison.cell.dataset: comparison.label for comparison in comparisons}
-    sweeps: dict[tuple[str, str], list[Cell]] = defaultdict(list)
-    for cell in run:
-        if "," not in cell.dataset + cell.backbone:
-            sweeps[cell.recipe, cell.setting].append(cell)
-    for cells in sweeps.values():
-        backbones = {cell.backbone for cell in cells}
-        planned = {replace(cell, backbone=backbone) for cell, backbone in product(cells, backbones)}
-        comparisons += [Comparison(cell, L2BN, None, None, labels[cell.dataset]) for cell in planned - run.keys()]
-    return sorted(comparisons, key=lambda comparison: comparison.cell.order)
+    cells = dict.fromkeys(cell for cell, _ in found)
+    return [Comparison(cell, L2BN, found.get((cell, BN)), found.get((cell, L2BN))) for cell in cells]
 
 
 def other_norms(arms: Sequence[Arm]) -> list[Comparison]:
@@ -227,12 +220,12 @@ def backbone_of(cell: Cell) -> str:
 def pooled(comparisons: Iterable[Comparison], quantity: str = TOP1) -> Estimate:
     """The pooled paired estimate (`statistics.pooled_estimate`) over data set x backbone.
 
-    A pair that was run under several recipes, settings or options of its backbone is one observation, not several:
-    the mean differences of its rows stand in one cell.
+    A pair that was run under several recipes, settings or options of its backbone, or from several folders of one
+    label, is one observation, not several: the mean differences of its rows stand in one cell.
     """
     cells: dict[tuple[str, str], list[float]] = defaultdict(list)
     for comparison in comparisons:
         mean = comparison.difference(quantity).mean
         if mean is not None:
-            cells[comparison.cell.dataset, backbone_of(comparison.cell)].append(mean)
+            cells[comparison.arms[0].data, backbone_of(comparison.cell)].append(mean)
     return pooled_estimate(list(cells.values()))

@@ -1,7 +1,6 @@
-"""The evidence: the runs under a folder as one frame of values, checked before anything is compared.
+"""The evidence: the runs under a folder and the values of each, checked before anything is compared.
 
-    cell     data set x backbone x recipe x setting (precision, devices): what compared runs share
-    frame    a row per run, by its seed: cell, norm, record, and a column for each quantity
+Runs that are compared share a cell: data set x backbone x recipe x setting (precision, devices).
 
 Quantities are TOP1 and BEST, and of a run with measured features the measures after its last epoch, named by place
 and measure: "penultimate/within_share"; at norm layers ("input/norm_cv", "output/norm_cv", "shrink") the mean over
@@ -13,12 +12,9 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
-
-import pandas as pd
 
 from l2bn.errors import UserError
 from l2bn.records import (
@@ -147,21 +143,14 @@ class Evidence:
     features: Mapping[Path, Sequence[FeatureRow]] = field(default_factory=dict)
     place: Place = BY_NAME
 
-    @cached_property
-    def frame(self) -> pd.DataFrame:
-        """A row per run, by its seed; NaN where it has no value of a quantity."""
-        quantities = (TOP1, BEST, *FEATURES)
-        rows = []
-        for record in self.records:
-            values: dict[str, float | None] = {}
-            if record.status == "finished":
-                values = {TOP1: record.last["test/top1"], BEST: record.best["test/top1"]}
-                if measured := self.features.get(record.folder):
-                    values |= {quantity: measure(measured[-1], quantity) for quantity in FEATURES}
-            rows.append((*self.place.of(record), record.seed, record, *map(values.get, quantities)))
-        columns = ["cell", "norm", "seed", "record", *quantities]
-        frame = pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(quantities, float))
-        return frame.set_index("seed").sort_index(kind="stable")
+
+def value_of(record: Record, features: Sequence[FeatureRow], quantity: str) -> float | None:
+    """The value of a quantity in a run with these measured epochs; None where it has none, as if it diverged."""
+    if record.status != "finished":
+        return None
+    if quantity in (TOP1, BEST):
+        return (record.last if quantity == TOP1 else record.best)["test/top1"]
+    return measure(features[-1], quantity) if features else None
 
 
 def measure(row: FeatureRow, quantity: str) -> float | None:

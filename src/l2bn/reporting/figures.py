@@ -6,10 +6,11 @@ same records give the same bytes.
 
 import re
 import textwrap
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from hashlib import blake2b
 from itertools import groupby
 from math import nan
 from pathlib import Path
@@ -111,13 +112,18 @@ def write_figures(
     Those count in all means and differences, as in the tables: their result stands in the summary.
     """
     found, problems = read_curves(evidence.records)
-    comparisons = [row for row in grid(arms_of(evidence)) if row.arms]
+    comparisons = grid(arms_of(evidence))
     pages: dict[str, list[Comparison]] = defaultdict(list)  # of curves, one per data set
     for comparison in comparisons:
-        pages[re.sub(r"[^\w.]+", "-", comparison.cell.dataset)].append(comparison)
+        pages[comparison.cell.dataset].append(comparison)
+    names = {dataset: re.sub(r"[^\w.]+", "-", dataset) for dataset in pages}
+    used = Counter(names.values())
     paths = []
     with drawing():
-        for name, group in pages.items():
+        for dataset, group in pages.items():
+            name = names[dataset]
+            if used[name] > 1:  # the names of two data sets differ in punctuation alone
+                name += f"-{blake2b(dataset.encode(), digest_size=4).hexdigest()}"
             if any(arm.of() for comparison in group for arm in comparison.arms):
                 paths += save_figure(curves(group, found), folder, f"curves-{name}")
         if any(comparison.differences() for comparison in comparisons):
@@ -262,7 +268,7 @@ def _draw_pair(panel: Axes, comparison: Comparison, found: Curves) -> None:
         panel.set_ylim(*_limits(visible))
     if panel.lines:
         panel.legend(loc="lower right", handlelength=2.6, borderaxespad=0.2)
-    longest = max((arm.epochs for arm in comparison.arms), default=1)
+    longest = max(arm.epochs for arm in comparison.arms)
     panel.xaxis.set_major_locator(
         MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]) if longest > 1 else FixedLocator([1])
     )

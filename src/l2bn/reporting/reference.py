@@ -150,8 +150,6 @@ class Reference:
 
     def paper(self, comparison: Comparison) -> Row:
         """`bn`, `l2bn` (percent) and `where` of the L2BN paper's row for the pair; empty where none was entered."""
-        if not comparison.records:
-            return {}
         record = comparison.records[0]
         row: Row = self.images.get(_baseline(record), {}).get(record.backbone, {})
         return row if row.get("recipe", record.recipe) == record.recipe else {}

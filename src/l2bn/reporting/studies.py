@@ -22,7 +22,6 @@ from l2bn.reporting.evidence import (
     L2BN,
     RMS,
     SHRINK,
-    TOP1,
     Cell,
     Evidence,
     Place,
@@ -209,7 +208,10 @@ def overall(study: Study) -> Overall:
     whole = {value: (bn, l2bn) for value, (bn, l2bn) in pairs.items() if bn and l2bn}
     counts = Counter(seed for bn, l2bn in whole.values() for seed in bn.seeds | l2bn.seeds)
     seeds = sorted(seed for seed, count in counts.items() if 2 * count > len(pairs))
-    found = {value: l2bn.values[TOP1] - bn.values[TOP1] for value, (bn, l2bn) in whole.items()}
+    found = {
+        value: pd.Series(l2bn.of(), dtype=float) - pd.Series(bn.of(), dtype=float)
+        for value, (bn, l2bn) in whole.items()
+    }
     frame = pd.DataFrame(found).reindex(seeds).dropna(axis="columns")  # seed x setting
     means = list(frame.mean(axis="columns")) if not frame.empty else []
     return Overall(estimate(means), frame.shape[1] if seeds else 0, seeds)

@@ -83,8 +83,7 @@ def best_table(rows: Sequence[Comparison], reference: Reference) -> Table:
         "Published BN, best epoch": [NONE if f is None or f.best is None else f"{f.best:.2f}" for f in found],
     }
     note = "The best epoch is chosen on the test set, which favours every arm: it is not a result of this project."
-    table = _table("Best epoch", columns, [note], len(names))
-    return replace(table, rows=[texts for texts, row in zip(table.rows, rows, strict=True) if row.arms])
+    return _table("Best epoch", columns, [note], len(names))
 
 
 def norms_table(rows: Sequence[Comparison]) -> Table:
@@ -169,10 +168,9 @@ def _counts(evidence: Evidence, rows: Sequence[Comparison]) -> list[str]:
     runs = [record for record in evidence.records if record.norm in (BN, L2BN)]
     diverged = sum(record.status == "diverged" for record in runs)
     missing = sum(len(row.missing_seeds(arm)) for row in rows for arm in (row.reference, row.other))
-    empty, problems = sum(not row.arms for row in rows), len(evidence.problems)
+    problems = len(evidence.problems)
     text = f"Runs: {len(runs) - diverged} finished, {diverged} diverged, "
     text += f"{missing} missing whose seed the other arm has"
-    text += f"; {plural('cell', empty)} of the grid without any run" if empty else ""
     text += f"; {plural('unreadable record', problems)} left out" if problems else ""
     return [text + "."] if rows or problems else []
 

@@ -141,10 +141,10 @@ def texts_of(evidence: Evidence) -> dict[tuple[str, str], str]:
 
 
 class Board:
-    """The arms of the runs under `root`, as TensorBoard's events in `out`, a folder for nothing else."""
+    """The arms of the runs under `root`, as TensorBoard's events in its folder `arms`."""
 
-    def __init__(self, root: Path, out: Path) -> None:
-        self._root, self._out = root, out
+    def __init__(self, root: Path) -> None:
+        self._root, self._out = root, root / "arms"
         self._written: object = None
 
     def update(self) -> bool:
@@ -154,7 +154,7 @@ class Board:
         if self._written == (curves, texts):
             return False
         norms = dict.fromkeys(norm for norm, *_ in (*curves, *texts))
-        for path in (self._root / "arms").glob("*/events.out.tfevents.*"):  # in no folder that may be another's
+        for path in self._out.glob("*/events.out.tfevents.*"):
             if path.parent.name not in norms:  # its runs have gone
                 path.unlink(missing_ok=True)
         for norm in norms:
