@@ -8,7 +8,6 @@ import fnmatch
 import multiprocessing
 import os
 import signal
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
@@ -38,12 +37,12 @@ PLACES = [
 JOURNAL = [(".epoch*", "after its name"), ("metrics.jsonl", "torn"), (".metrics.jsonl*", "after its name")]
 
 
-def attempt(runs: Path, options: tuple[str, ...], place: tuple[str, str] | None) -> None:
+def attempt(runs: Path, place: tuple[str, str] | None) -> None:
     """Train the run, to its end or to the place where the process is killed."""
     torch.set_num_threads(1)
     if place:
         kill_at(*place)
-    train_in(runs, *options, "progress=false", "compute.workers=0")
+    train_in(runs, *OPTIONS, "progress=false", "compute.workers=0")
 
 
 def kill_at(pattern: str, moment: str) -> None:
@@ -73,18 +72,12 @@ def kill_at(pattern: str, moment: str) -> None:
     os.fsync, Path.replace = watched_fsync, watched_replace  # type: ignore[method-assign]
 
 
-def begin(runs: Path, options: tuple[str, ...], place: tuple[str, str] | None = None) -> ForkServerProcess:
-    """A process that makes an attempt."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["l2bn.training.run", "torch.utils.tensorboard", "hydra", "test_training"])
-    process = context.Process(target=attempt, args=(runs, options, place))
-    process.start()
-    return process
-
-
 def run(runs: Path, place: tuple[str, str] | None = None) -> int:
     """The exit code of a process that makes an attempt."""
-    process = begin(runs, OPTIONS, place)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["l2bn.training.run", "torch.utils.tensorboard", "hydra", "test_training"])
+    process = context.Process(target=attempt, args=(runs, place))
+    process.start()
     process.join(timeout=300)
     assert process.exitcode is not None
     return process.exitcode

@@ -9,16 +9,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from l2bn.records import METRICS, Metrics, read_metrics
 from l2bn.training.journal import Journal
-from l2bn.training.plan import Cell
 from test_records import row
-
-CELL = Cell("digits", "resnet20", "bn", "short", 0)
 
 
 def written(folder: Path, before: int, epochs: int) -> list[Metrics]:
     """A journal that opens with `before` epochs and gets more, up to `epochs`; all of them."""
     rows = [row(epoch) for epoch in range(1, epochs + 1)]
-    journal = Journal(folder, CELL, rows[:before], 10 * before)
+    journal = Journal(folder, rows[:before], 10 * before)
     for new in rows[before:]:
         journal.append(new)
     journal.close()

@@ -2,30 +2,26 @@
 
 Each kill is of a real process, at an instant drawn from a printed seed: while it starts, trains, evaluates, or in
 the middle of writing a checkpoint. Afterwards the final weights, and all metrics but time and memory, must equal
-those of an uninterrupted run, bit for bit. Many kills are of the command; a few, of a process forked from one that
-has imported everything already.
+those of an uninterrupted run, bit for bit.
 """
 
-import functools
 import os
 import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from conftest import ROOT, TINIEST
 from l2bn.records import Record, read_records
-from test_crash import begin, run
 from test_training import drawn, equal, results, weights
 
 SEED = 20220706
 # Two updates an epoch and a checkpoint after each: something is always being written.
 RUN = (*TINIEST, "recipe.epochs=24", "checkpoint.every_steps=1")
-FEW = 5
+IMPORTS = 0.3  # the share of a run's life before its first update; killing there proves little
 MANY = {
     "one process": (30, ("norm=l2bn",)),
     "two devices": (12, ("norm=bn", "compute.device=cpu", "compute.devices=2")),
@@ -33,27 +29,7 @@ MANY = {
 }
 
 
-Start = Callable[[Path], "subprocess.Popen[bytes] | Forked"]
-
-
-class Forked:
-    """A run in a process forked from one that has imported everything already, with the methods of a `Popen`."""
-
-    def __init__(self, runs: Path, options: tuple[str, ...]) -> None:
-        self._process = begin(runs, (*options, *RUN))
-
-    def poll(self) -> int | None:
-        return self._process.exitcode
-
-    def kill(self) -> None:
-        self._process.kill()
-
-    def wait(self, timeout: float | None = None) -> int | None:
-        self._process.join(timeout)
-        return self._process.exitcode
-
-
-def command(runs: Path, options: tuple[str, ...]) -> "subprocess.Popen[bytes]":
+def start(runs: Path, options: tuple[str, ...]) -> "subprocess.Popen[bytes]":
     arguments = [*options, *RUN, f"runs_dir={runs}", "progress=false"]
     return subprocess.Popen(
         [sys.executable, str(ROOT / "scripts/train.py"), *arguments],
@@ -64,19 +40,19 @@ def command(runs: Path, options: tuple[str, ...]) -> "subprocess.Popen[bytes]":
     )
 
 
-def finish(runs: Path, start: Start) -> list[Record]:
-    assert start(runs).wait(timeout=600) == 0
+def finish(runs: Path, options: tuple[str, ...]) -> list[Record]:
+    assert start(runs, options).wait(timeout=600) == 0
     records, problems = read_records(runs)
     assert problems == []
     return records
 
 
-def kill_once(runs: Path, start: Start, draw: random.Random, life: float, imports: float) -> str:
+def kill_once(runs: Path, options: tuple[str, ...], draw: random.Random, life: float) -> str:
     """Start the run and kill it: "at a write", "at an instant", or "" if it ended before."""
-    process = start(runs)
+    process = start(runs, options)
     began = time.monotonic()
     at_a_write = draw.random() < 0.3
-    instant = began + life * draw.uniform(imports, 1.0)
+    instant = began + life * draw.uniform(IMPORTS, 1.0)
     while process.poll() is None:
         writing = at_a_write and any(runs.rglob("checkpoints/.*.tmp"))
         if writing or time.monotonic() > instant + (life if at_a_write else 0):
@@ -87,25 +63,23 @@ def kill_once(runs: Path, start: Start, draw: random.Random, life: float, import
     return ""
 
 
-def endure(kills: int, start: Start, folder: Path, imports: float) -> None:
-    """Kill the run so many times, in as many folders as that takes, and hold each against one left alone.
-
-    imports: the share of a run's life that goes by before its first update; killing there proves little.
-    """
+@pytest.mark.slow
+@pytest.mark.parametrize(("kills", "options"), MANY.values(), ids=MANY)
+def test_many_kills(kills: int, options: tuple[str, ...], tmp_path: Path) -> None:
     draw = random.Random(SEED)
     began = time.monotonic()
-    whole = finish(folder / "whole", start)
+    whole = finish(tmp_path / "whole", options)
     life = time.monotonic() - began
     done: list[str] = []
     attempt = 0
     while len(done) < kills:
         attempt += 1
-        runs = folder / f"killed{attempt}"
-        while len(done) < kills and (how := kill_once(runs, start, draw, life, imports)):
+        runs = tmp_path / f"killed{attempt}"
+        while len(done) < kills and (how := kill_once(runs, options, draw, life)):
             done.append(how)
             for record in read_records(runs)[0]:  # what claims to be finished is
                 assert record.last["epoch"] == record.epochs
-        survived = finish(runs, start)
+        survived = finish(runs, options)
         assert len(survived) == len(whole)
         for one, other in zip(survived, whole, strict=True):
             assert results(one) == results(other)
@@ -113,14 +87,3 @@ def endure(kills: int, start: Start, folder: Path, imports: float) -> None:
             assert equal(weights(one), weights(other))
     print(f"seed {SEED}: {kills} kills, {done.count('at a write')} of them in the middle of a checkpoint's write")
     assert "at a write" in done
-
-
-def test_a_few_kills(tmp_path: Path) -> None:
-    assert run(tmp_path / "first") == 0  # starts the process that the others are forked from
-    endure(FEW, functools.partial(Forked, options=("norm=l2bn",)), tmp_path, imports=0.1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("kills", "options"), MANY.values(), ids=MANY)
-def test_many_kills(kills: int, options: tuple[str, ...], tmp_path: Path) -> None:
-    endure(kills, functools.partial(command, options=options), tmp_path, imports=0.3)

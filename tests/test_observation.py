@@ -21,7 +21,7 @@ from l2bn.analysis.probe import Probe
 from l2bn.errors import UserError
 from l2bn.norms.swap import norm_layers, swap_norm
 from l2bn.records import FEATURES, METRICS, SAMPLE, STATISTICS, read_features, read_sample, read_statistics
-from l2bn.training import observation
+from l2bn.training import session
 from l2bn.training.checkpoint import Checkpoints
 from l2bn.training.existing import analyze
 from l2bn.training.journal import Journal
@@ -236,7 +236,7 @@ def test_the_comparison_is_no_time_of_training(train: Train, monkeypatch: pytest
         time.sleep(2.5)
         return compare_statistics(*given)
 
-    monkeypatch.setattr(observation, "compare_statistics", slowly)
+    monkeypatch.setattr(session, "compare_statistics", slowly)
     record = train("recipe.epochs=1", *TINY, "analysis=statistics", "analysis.statistics_every=4")
     assert len(read_statistics(record.folder)) == 2
     assert record.seconds < 5  # as long as both take

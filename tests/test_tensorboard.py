@@ -1,12 +1,10 @@
 """Runs compared in TensorBoard: the events they write, and what a browser shows."""
 
-import re
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,6 @@ import pytest
 
 from conftest import QUIET, TINIEST, Train
 from l2bn.records import Record
-from l2bn.training.journal import TITLE, comparison, layout
-from l2bn.training.plan import Cell
 from local_slurm import free_port
 
 SMALL = (*TINIEST, "recipe.epochs=2", *QUIET)
@@ -28,39 +24,6 @@ def events(record: Record) -> Any:
     found = EventAccumulator(str(record.folder / "tb"))
     found.Reload()
     return found
-
-
-def test_both_norms_of_a_pair_write_one_tag_and_one_layout(trained: Train) -> None:
-    bn, l2bn = (trained(f"norm={norm}", *SMALL) for norm in ("bn", "l2bn"))
-    tag = f"compare/{DATASET}/resnet20/short,epochs=2/test_top1"
-    for record in (bn, l2bn):
-        drawn = [(event.step, event.value) for event in events(record).Scalars(tag)]
-        assert drawn == [(row["epoch"], pytest.approx(row["test/top1"])) for row in record.metrics()]
-    layouts = [events(record).Tensors("custom_scalars__config__")[0].tensor_proto for record in (bn, l2bn)]
-    assert layouts[0] == layouts[1]
-    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
-
-    ((category,),) = (Layout.FromString(layouts[0].string_val[0]).category,)
-    (pattern,) = category.chart[0].multiline.tag
-    assert re.match(pattern, tag)
-    assert not re.match(pattern, tag.replace("resnet20", "resnet200"))
-
-
-def test_runs_of_another_cell_have_a_chart_of_their_own() -> None:
-    """Any name that differs between two cells, with the values overridden in it, leads to another chart and tag."""
-    cell = Cell("digits", "resnet20", "bn", "short", 0)
-    one = layout(cell)
-    assert layout(replace(cell, norm="l2bn", seed=1)) == one
-    for group in ("dataset", "backbone", "recipe"):
-        other = layout(replace(cell, **{group: f"{getattr(cell, group)},epochs=2"}))
-        assert other.keys() == one.keys(), "one category"
-        charts, more = one[TITLE], other[TITLE]
-        assert not charts.keys() & more.keys()
-        for (_, (pattern,)), (_, (another,)) in zip(charts.values(), more.values(), strict=True):
-            assert pattern != another
-    row = {"test/top1": 90.0, "train/loss": 0.5}
-    for tag in comparison(cell, row):  # type: ignore[arg-type]
-        assert sum(bool(re.match(pattern, tag)) for _, (pattern,) in one[TITLE].values()) == 1
 
 
 def test_the_hparams_are_the_runs_own(trained: Train) -> None:
@@ -136,15 +99,7 @@ def test_a_browser_shows_the_pairs_of_a_sweep(train: Train, page: Any, tensorboa
     page.goto(f"{tensorboard}/#timeseries")
     for record in records:  # by name, in the list of runs
         page.get_by_text(f"{DATASET}/{record.backbone}/{record.norm}/short,epochs=2/seed0").first.wait_for()
-    for backbone in ("resnet20", "shufflenetv2_x0_5"):
-        page.get_by_title(f"compare/{DATASET}/{backbone}/short,epochs=2/test_top1").first.wait_for()
-
-    page.goto(f"{tensorboard}/#custom_scalars")
-    page.reload()
-    for backbone in ("resnet20", "shufflenetv2_x0_5"):
-        page.get_by_text(f"{DATASET}, {backbone}, short,epochs=2: test top-1 (%)").wait_for()
-    page.get_by_text("Matches (2)").nth(3).wait_for()  # each of the four charts shows BN and L2BN, and no other
-    assert page.get_by_text("Matches (2)").count() == 4
+    page.get_by_title("final/test_top1").first.wait_for()
 
     page.goto(f"{tensorboard}/#hparams")
     page.reload()

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import mmap
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ from l2bn.records import COST_KEYS, METRICS, Record, read_metrics
 from l2bn.training import session
 from l2bn.training.checkpoint import Checkpoints, State
 from l2bn.training.interruption import EXIT_CODE, Interruption
-from l2bn.training.loop import Trainer, forget_peak_memory, peak_memory
+from l2bn.training.loop import Trainer, peak_memory
 from l2bn.training.run import build_run
 
 EPOCHS = "recipe.epochs=2"
@@ -313,17 +312,6 @@ def test_peak_memory_is_in_bytes_on_every_system(platform: str, unit: int, monke
     monkeypatch.setattr("resource.getrusage", lambda _: usage)
     monkeypatch.setattr(sys, "platform", platform)
     assert peak_memory(torch.device("cpu")) == 3 * 2**30
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the peak cannot be reset elsewhere")
-def test_the_peak_memory_of_a_run_is_not_that_of_an_earlier_one() -> None:
-    device, size = torch.device("cpu"), 2**29
-    with mmap.mmap(-1, size) as block:
-        block.write(bytes(size))
-        assert peak_memory(device) > size
-    high = peak_memory(device)
-    forget_peak_memory(device)
-    assert peak_memory(device) < high - size // 2
 
 
 @pytest.mark.parametrize("missing", ["fcntl", "resource"])

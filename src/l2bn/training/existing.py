@@ -1,9 +1,8 @@
 """Existing runs and records: trained again, evaluated, analyzed."""
 
-import contextlib
 import logging
 import math
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,14 +37,13 @@ from l2bn.records import (
 from l2bn.training.checkpoint import CHECKPOINTS, Checkpoints
 from l2bn.training.compute import OF_GPUS, quieten
 from l2bn.training.environment import warn_of_other_source
+from l2bn.training.instantiate import flatten
 from l2bn.training.interruption import sole_owner
 from l2bn.training.journal import Journal
 from l2bn.training.loop import evaluate
 from l2bn.training.observation import collect
 from l2bn.training.plan import (
     ROOT,
-    Cell,
-    Config,
     PlannedRun,
     check_images,
     check_keys,
@@ -137,7 +135,7 @@ def analyze(
             raise UserError(f"{folder} has no checkpoint after an epoch to analyze")
         rows = [row for row, _ in reversed(found)]
         kept = opened.built.analysis.sample and rows[-1]["epoch"] == opened.built.recipe.epochs
-        _write_measures(opened.built.run.cell, folder, epochs, rows, found[0][1] if kept else None)
+        _write_measures(folder, epochs, rows, found[0][1] if kept else None)
     return rows
 
 
@@ -183,24 +181,16 @@ class OpenedRun:
         self.load(state)
         classes = self.built.splits.num_classes
         position = state["position"]
-        with self._measuring():
-            probe = Probe(self.network, self.built.norm_layers, classes)
-        with probe.attached():
-            evaluate(self.network, self.test, classes, self.fabric, probe.expect)
-        with self._measuring():
-            return collect(probe, self.fabric, position["epoch"], int(position["rows"][-1]["step"]))
-
-    @contextlib.contextmanager
-    def _measuring(self) -> Iterator[None]:
         try:
-            yield
+            probe = Probe(self.network, self.built.norm_layers, classes)
+            with probe.attached():
+                evaluate(self.network, self.test, classes, self.fabric, probe.expect)
+            return collect(probe, self.fabric, position["epoch"], int(position["rows"][-1]["step"]))
         except ValueError as error:
             raise UserError(f"{self.folder}: its features cannot be measured: {error}") from error
 
 
-def _write_measures(
-    cell: Cell, folder: Path, epochs: list[Metrics], rows: list[FeatureRow], sample: Sample | None
-) -> None:
+def _write_measures(folder: Path, epochs: list[Metrics], rows: list[FeatureRow], sample: Sample | None) -> None:
     """Merge the lines into those of the run, and draw all of them again.
 
     epochs: the metrics in the checkpoints. The file has an epoch less if the run was cut off between the two.
@@ -215,7 +205,7 @@ def _write_measures(
     write_lines(folder / FEATURES, [merged[step] for step in sorted(merged)])
     if sample:
         records.write_sample(folder, sample)
-    journal = Journal(folder, cell, metrics, math.inf)
+    journal = Journal(folder, metrics, math.inf)
     if record is not None:
         journal.conclude(record)
     journal.close()
@@ -243,7 +233,11 @@ def read_run(
         config = dict(planned.config)
         if foreign:
             config = {"runs_dir": "runs", **without_machine_paths(config)}
-            _check_inside(config["dataset"], "dataset")
+            for key, value in flatten(config["dataset"], "dataset"):
+                if isinstance(value, str) and (Path(value).is_absolute() or ".." in Path(value).parts):
+                    raise UserError(
+                        f"{key} is {value!r}: a record may only name what lies within its data set's folder"
+                    )
         dataset = config["dataset"] if root is None else {**config["dataset"], "root": root}
         paths = _machine_paths(planned.cell.dataset.partition(",")[0], MACHINE_PATHS - dataset.keys())
         config["dataset"] = {**paths, **dataset}
@@ -263,14 +257,3 @@ def _machine_paths(dataset: str, keys: Set[str]) -> dict[str, Any]:
         raise UserError(f"{error.full_key} has no value; give --root") from None
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {str(error.msg).splitlines()[0]}; give --root") from None
-
-
-def _check_inside(node: Config, path: str) -> None:
-    """Raise UserError for a value that leads out of the data set's folder."""
-    for key, value in node.items():
-        if isinstance(value, dict):
-            _check_inside(value, f"{path}.{key}")
-        elif isinstance(value, str) and (Path(value).is_absolute() or ".." in Path(value).parts):
-            raise UserError(
-                f"{path}.{key} is {value!r}: a record may only name what lies within its data set's folder"
-            )

@@ -1,12 +1,6 @@
-"""The metrics of a run as JSON lines, for tables, and as TensorBoard events, for eyes: one call writes both.
-
-TensorBoard draws one chart per tag, over all selected runs. The tags of the custom scalars tab therefore name data
-set, backbone and recipe, with the values overridden in them, so that each chart shows all norms and seeds of one
-comparison. Runs of another precision or number of devices, which lie in other folders, share it.
-"""
+"""The metrics of a run as JSON lines, for tables, and as TensorBoard events, for eyes: one call writes both."""
 
 import os
-import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -30,12 +24,6 @@ from l2bn.records import (
     as_line,
     write_lines,
 )
-from l2bn.training.plan import Cell
-
-COMPARED = {"test_top1": ("test/top1", "test top-1 (%)"), "train_loss": ("train/loss", "training loss")}
-"""Last part of a tag: the metric it shows, and its name in the chart."""
-
-TITLE = "Norms compared, by data set, backbone and recipe"
 
 FINAL = "final/test_top1"
 
@@ -48,16 +36,15 @@ class Journal:
     TensorBoard's events are written again from the same lines.
     """
 
-    def __init__(self, folder: Path, cell: Cell, rows: list[Metrics], step: float) -> None:
+    def __init__(self, folder: Path, rows: list[Metrics], step: float) -> None:
         """`rows` are the completed epochs, `step` counts the steps of the run. Raises UserError."""
-        self._folder, self._cell = folder, cell
+        self._folder = folder
         write_lines(folder / METRICS, rows)
         try:
             features, statistics = records.keep_measurements(folder, step, len(rows))
         except InvalidRecordError as error:
             raise UserError(f"{folder}: {error}\nmove this file away to go on without it") from error
         self._writer = _open_writer(folder / "tb")
-        self._writer.add_custom_scalars(layout(cell))
         for row in rows:
             self._draw(row)
         for line in features:
@@ -110,8 +97,7 @@ class Journal:
         self._writer.close()
 
     def _draw(self, row: Metrics) -> None:
-        metrics = {tag: value for tag, value in row.items() if tag != "epoch"}
-        self._add_scalars({**metrics, **comparison(self._cell, row)}, row["epoch"])
+        self._add_scalars({tag: value for tag, value in row.items() if tag != "epoch"}, row["epoch"])
         self._writer.flush()
 
     def _draw_features(self, row: FeatureRow) -> None:
@@ -177,24 +163,3 @@ def _open_writer(folder: Path) -> Any:
     if any(path.name >= f"{prefix}{int(time.time()):010d}" for path in folder.glob(f"{prefix}*")):
         shutil.rmtree(folder)
     return SummaryWriter(str(folder), purge_step=1)
-
-
-def comparison(cell: Cell, row: Metrics) -> dict[str, float | None]:
-    """Return an epoch's points by tag, such as "compare/cifar10/resnet20/short/test_top1"."""
-    return {_tag(cell, end): row[metric] for end, (metric, _) in COMPARED.items()}
-
-
-def layout(cell: Cell) -> Mapping[str, Mapping[str, Any]]:
-    """Return the charts of a run's cell for the custom scalars tab, which joins the layouts of all runs."""
-    charts = {
-        f"{cell.dataset}, {cell.backbone}, {cell.recipe}: {name}": [
-            "Multiline",
-            [f"^{re.escape(_tag(cell, end))}$"],
-        ]
-        for end, (_, name) in COMPARED.items()
-    }
-    return {TITLE: charts}
-
-
-def _tag(cell: Cell, end: str) -> str:
-    return f"compare/{cell.dataset}/{cell.backbone}/{cell.recipe}/{end}"

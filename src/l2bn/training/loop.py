@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -264,17 +263,8 @@ def first_not_finite(network: nn.Module) -> str | None:
     return next((name for name, fine in zip(tensors, finite, strict=True) if not fine), None)
 
 
-def forget_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory` begin anew, after earlier runs of this process; on a CPU under Linux alone."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak of the resident set
-
-
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory so far in bytes: of tensors on a CUDA device, else of the whole process."""
+    """Return the peak memory in bytes: of tensors on a CUDA device, else of the whole process since its start."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

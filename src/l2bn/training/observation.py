@@ -4,10 +4,8 @@ They do not change what the run computes, and are no part of its identity.
 """
 
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from lightning_fabric import Fabric
@@ -17,8 +15,7 @@ from l2bn.analysis.probe import Probe, classifier
 from l2bn.data.loader import Loader
 from l2bn.errors import UserError
 from l2bn.records import FeatureRow, Sample, StatisticsRow
-from l2bn.training.journal import Journal
-from l2bn.training.loop import BeforeBatch, Position, evaluate
+from l2bn.training.loop import evaluate
 
 MEASURED_EPOCHS = 20
 WIDEST = 8192  # penultimate features
@@ -78,60 +75,6 @@ def check_observable(
             f"analysis: {name} would be the classifier, whose input is measured, but {fault}; make it the last "
             "linear layer that runs once for an image, or take analysis=off"
         )
-
-
-@dataclass(kw_only=True)
-class Observer:
-    """Measures the network of a run on the schedule of its policy, and writes the results to its journal.
-
-    layers: the names of the network's norm layers.
-    shuffled: returns a loader of the test images that mixes the classes, because batch statistics depend on the
-    other images of a batch.
-    journal: None in all processes but that of rank 0.
-    """
-
-    policy: AnalysisPolicy
-    fabric: Fabric
-    network: nn.Module
-    layers: tuple[str, ...]
-    classes: int
-    shuffled: Callable[[], Loader]
-    epochs: int
-    steps: int
-    journal: Journal | None
-    _found: tuple[FeatureRow, Sample | None] | None = field(default=None, init=False)
-
-    @contextmanager
-    def watch(self, epoch: int) -> Iterator[BeforeBatch | None]:
-        """Measure features in the evaluation after an epoch, if that is due."""
-        if not self.policy.measures_after(epoch, self.epochs):
-            yield None
-            return
-        probe = Probe(self.network, self.layers, self.classes)
-        with probe.attached():
-            yield probe.expect
-        self._found = collect(probe, self.fabric, epoch, epoch * self.steps)
-
-    def after_epoch(self, position: Position) -> None:
-        """Write the features measured in the evaluation of the epoch; the sample only after the last one."""
-        if self._found and self.journal:
-            row, sample = self._found
-            kept = self.policy.sample and position.epoch == self.epochs
-            self.journal.append_features(row, sample if kept else None)
-        self._found = None
-
-    def after_step(self, position: Position) -> float:
-        """Compare running and batch statistics, if that is due; return the seconds that it took."""
-        update = position.epoch * self.steps + position.step
-        if update > self.policy.statistics_until or update % self.policy.statistics_every:
-            return 0.0
-        if self.fabric.device.type == "cuda":
-            torch.cuda.synchronize(self.fabric.device)  # the steps under way are no part of it
-        began = time.perf_counter()
-        row = compare_statistics(self.network, self.layers, self.classes, self.shuffled(), self.fabric, update)
-        if self.journal:
-            self.journal.append_statistics(row)
-        return time.perf_counter() - began
 
 
 @torch.inference_mode()

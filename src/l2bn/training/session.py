@@ -5,6 +5,7 @@ import copy
 import functools
 import gc
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,20 +16,21 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
+from l2bn.analysis.probe import Probe
 from l2bn.backbones.cost import count_parameters
 from l2bn.data.loader import Loader, evaluation_loader, training_loader
 from l2bn.data.splits import Images, Splits, stratified_order
 from l2bn.errors import UserError, optional_output
 from l2bn.failures import RESUMES, explained, noted
 from l2bn.norms.l2bn import warn_if_few_updates
-from l2bn.records import CONFIG, SUMMARY, Record, first_fault, write_durably
+from l2bn.records import CONFIG, SUMMARY, FeatureRow, Record, Sample, first_fault, write_durably
 from l2bn.training.checkpoint import CheckpointPolicy, State
 from l2bn.training.compute import Compute
 from l2bn.training.environment import note_start
 from l2bn.training.interruption import EXIT_CODE, Interruption, follow_parent, sole_owner
 from l2bn.training.journal import Journal
-from l2bn.training.loop import BeforeBatch, DelayedMin, DivergedError, Position, Trainer, forget_peak_memory
-from l2bn.training.observation import AnalysisPolicy, Observer
+from l2bn.training.loop import BeforeBatch, DelayedMin, DivergedError, Position, Trainer
+from l2bn.training.observation import AnalysisPolicy, collect, compare_statistics
 from l2bn.training.optim import Recipe
 from l2bn.training.plan import PlannedRun
 from l2bn.training.progress import ProgressDisplay
@@ -117,9 +119,12 @@ class Session:
         run, lead = built.run, fabric.is_global_zero
         built.compute.set_up()
         gc.collect()  # of an earlier run of this process, or its memory would count for this one
-        forget_peak_memory(fabric.device)
+        if fabric.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(fabric.device)
         self.train_loader, self.test_loader = make_loaders(built, fabric)
+        self.shuffled = functools.cache(functools.partial(make_shuffled_loader, built, fabric))
         self.steps, self.epochs = len(self.train_loader), built.recipe.epochs
+        self.classes = built.splits.num_classes
         # Several processes share the memory of this run: its images may stay there, its weights must not.
         own = copy.deepcopy(built.model) if fabric.world_size > 1 else built.model
         self.network, trained, kernels = built.compute.place(
@@ -136,25 +141,15 @@ class Session:
         images = built.splits.fingerprint
         self.state = State(fabric, run, images, built.checkpoint, self.network, self.optimizer)
         self.position = self.state.restore()
+        self.found: tuple[FeatureRow, Sample | None] | None = None  # measured, and not written yet
         self.journal: Journal | None = None
         if lead:
             warn_if_few_updates(built.model, self.epochs * self.steps)
             built.recipe.warn_if_cut_off()
             step = self.position.epoch * self.steps + self.position.step
             self.kernels = note_start(run.folder, fabric.device, kernels, built.code, resumed=step > 0)
-            self.journal = Journal(run.folder, run.cell, self.position.rows, step)
+            self.journal = Journal(run.folder, self.position.rows, step)
             stack.callback(self.journal.close)
-        self.observer = Observer(
-            policy=built.analysis,
-            fabric=fabric,
-            network=self.network,
-            layers=built.norm_layers,
-            classes=built.splits.num_classes,
-            shuffled=functools.cache(functools.partial(make_shuffled_loader, built, fabric)),
-            epochs=self.epochs,
-            steps=self.steps,
-            journal=self.journal,
-        )
         self.display = ProgressDisplay(
             str(run.cell),
             epochs=self.epochs,
@@ -175,7 +170,7 @@ class Session:
             recipe=self.built.recipe,
             train=self.train_loader,
             test=self.test_loader,
-            classes=self.built.splits.num_classes,
+            classes=self.classes,
             seed=self.built.run.cell.seed,
             after_step=self.after_step,
             after_epoch=self.after_epoch,
@@ -196,7 +191,7 @@ class Session:
     def after_step(self, position: Position) -> float:
         """Measure, write a checkpoint if it is due, and stop if asked to; return the seconds of measuring."""
         self.display.step(position.epoch, position.step, position.seconds)
-        measuring = self.observer.after_step(position)
+        measuring = self._compare_statistics(position.epoch * self.steps + position.step)
         stop = self._must_stop(position.step)
         if stop or (position.step < self.steps and self.built.checkpoint.due(position.step)):
             self.state.save(position)
@@ -204,26 +199,50 @@ class Session:
             self.interruption.leave()
         return measuring
 
+    def _compare_statistics(self, update: int) -> float:
+        """Compare running and batch statistics, if that is due; return the seconds that it took."""
+        policy = self.built.analysis
+        if update > policy.statistics_until or update % policy.statistics_every:
+            return 0.0
+        if self.fabric.device.type == "cuda":
+            torch.cuda.synchronize(self.fabric.device)  # the steps under way are no part of it
+        began = time.perf_counter()
+        row = compare_statistics(
+            self.network, self.built.norm_layers, self.classes, self.shuffled(), self.fabric, update
+        )
+        if self.journal is not None:
+            self.journal.append_statistics(row)
+        return time.perf_counter() - began
+
     @contextlib.contextmanager
     def watch(self, epoch: int) -> Iterator[BeforeBatch]:
         """Measure features in an evaluation if that is due, and stop between two of its batches if asked to.
 
         Several processes finish it: they need not have equally many batches at which to agree.
         """
-        with self.observer.watch(epoch) as expect:
+        probe = None
+        if self.built.analysis.measures_after(epoch, self.epochs):
+            probe = Probe(self.network, self.built.norm_layers, self.classes)
 
-            def before_batch(labels: Tensor) -> None:
-                if self.fabric.world_size == 1 and self._must_stop(0):
-                    self.state.save(self.position)  # after the last step of the epoch
-                    self.interruption.leave()
-                if expect is not None:
-                    expect(labels)
+        def before_batch(labels: Tensor) -> None:
+            if self.fabric.world_size == 1 and self._must_stop(0):
+                self.state.save(self.position)  # after the last step of the epoch
+                self.interruption.leave()
+            if probe is not None:
+                probe.expect(labels)
 
+        with contextlib.nullcontext() if probe is None else probe.attached():
             yield before_batch
+        if probe is not None:
+            self.found = collect(probe, self.fabric, epoch, epoch * self.steps)
 
     def after_epoch(self, position: Position) -> None:
         """Write measurements, checkpoint and metrics, in this order, and stop if asked to."""
-        self.observer.after_epoch(position)
+        if self.found is not None and self.journal is not None:
+            row, sample = self.found
+            kept = self.built.analysis.sample and position.epoch == self.epochs
+            self.journal.append_features(row, sample if kept else None)
+        self.found = None
         self.state.save(position)
         if self.journal is not None:
             self.journal.append(position.rows[-1])
