@@ -8,7 +8,6 @@ import pytest
 from hydra.errors import CompactHydraException
 
 from conftest import ROOT, Train, train_in
-from test_interruption import processor_seconds_of_children
 
 # What is given, and what the message must name. Hydra prints these exceptions without a traceback.
 WRONG = [
@@ -84,19 +83,19 @@ WRONG = [
     ("progress=loud", ["progress", "'loud'", "true or false"]),
     ("runs_dir=null", ["runs_dir", "None", "text"]),
     # values out of range
-    ("recipe.epochs=0", ["epochs", "0", "at least 1"]),
-    ("recipe.batch_size=-32", ["batch_size", "-32", "at least 1"]),
-    ("recipe.lr=0", ["lr", "0", "greater than 0"]),
-    ("recipe.lr=1e300", ["lr", "1e+300", "float32"]),
-    ("recipe.weight_decay=1e300", ["weight_decay", "1e+300", "float32"]),
-    ("recipe.momentum=1", ["momentum", "1", "[0, 1)"]),
+    ("recipe.epochs=0", ["recipe: epochs", "not 0", "or equal to 1"]),
+    ("recipe.batch_size=-32", ["batch_size", "-32", "or equal to 1"]),
+    ("recipe.lr=0", ["recipe: lr", "not 0", "greater than 0"]),
+    ("recipe.lr=1e300", ["recipe: lr", "1e+300", "or equal to 1000000"]),
+    ("recipe.weight_decay=1e300", ["weight_decay", "1e+300", "or equal to 1000000"]),
+    ("recipe.momentum=1", ["momentum", "not 1", "less than 1"]),
     ("recipe.momentum=0", ["nesterov needs a momentum"]),
-    ("recipe.weight_decay=-0.1", ["weight_decay", "-0.1", "negative"]),
-    ("recipe.label_smoothing=1", ["label_smoothing", "not 1", "[0, 1)"]),
-    ("recipe.mixup=-1", ["mixup", "-1", "negative"]),
-    ("recipe.mixup=1e300", ["mixup", "1e+300", "1000"]),
-    ("recipe=step_200 recipe.schedule.start_factor=2", ["start_factor", "2", "[0, 1]"]),
-    ("recipe.schedule.peak=1", ["peak", "1", "between 0 and 1"]),
+    ("recipe.weight_decay=-0.1", ["weight_decay", "-0.1", "or equal to 0"]),
+    ("recipe.label_smoothing=1", ["label_smoothing", "not 1", "less than 1"]),
+    ("recipe.mixup=-1", ["mixup", "-1", "or equal to 0"]),
+    ("recipe.mixup=1e300", ["mixup", "1e+300", "or equal to 1000"]),
+    ("recipe=step_200 recipe.schedule.start_factor=2", ["start_factor", "not 2", "or equal to 1"]),
+    ("recipe.schedule.peak=1", ["peak", "not 1", "less than 1"]),
     ("recipe=step_200 recipe.schedule.milestones=[9,3]", ["milestones", "[9, 3]", "rising"]),
     ("recipe.batch_size=100000", ["batch_size", "100000"]),
     ("dataset.subset=0", ["dataset.subset", "0"]),
@@ -136,8 +135,8 @@ WRONG = [
     ("compute.threads=100000000", ["threads", "100000000", "1024"]),
     ("compute.workers=-1", ["workers", "-1"]),
     ("compute.workers=100000", ["workers", "100000", "1024"]),
-    ("checkpoint.every_steps=-1", ["every_steps", "-1"]),
-    ("checkpoint.keep_epochs=[0]", ["keep_epochs", "[0]"]),
+    ("checkpoint.every_steps=-1", ["every_steps", "-1", "or equal to 0"]),
+    ("checkpoint.keep_epochs=[0]", ["keep_epochs", "not 0", "or equal to 1"]),
     ("analysis.every=-1", ["analysis", "every", "-1"]),
     ("analysis.statistics_every=0", ["analysis", "statistics_every", "0"]),
     ("norm=l2bn_detached compute.sync_bn=true", ["norm", "no synchronised form", "SteppedBatchNorm2d"]),
@@ -182,10 +181,7 @@ COMMANDS = ["dataset=cifar11", "norm=bn,l2bn", "dataset=cifar10 dataset.download
 def test_as_a_command_too_it_leaves_one_message_and_no_folder(given: str, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), f"runs_dir={runs}", *given.split()]
-    before = processor_seconds_of_children()
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
-    # In seconds of the processor, which are those of the clock on a machine with nothing else to do.
-    assert processor_seconds_of_children() - before < 16
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     for word in dict(WRONG)[given]:

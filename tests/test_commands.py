@@ -54,8 +54,7 @@ WRONG: list[tuple[list[str], dict[str, str], list[str]]] = [
     (["report.py", "tables", "--runs", "nowhere"], {}, ["nowhere", "--runs"]),
     (["report.py", "tables", "--runs", "runs", "--out", CONFIG], {}, [CONFIG, "File exists"]),
     (["report.py", "tables", "--runs", "runs", "--out", "/proc/x"], {}, ["/proc/x"]),
-    (["report.py", "tables", "--runs", "runs", "--readme", "nowhere.md"], {}, ["nowhere.md"]),
-    (["report.py", "tables", "--runs", "runs", "--reference", "nowhere.yaml"], {}, ["nowhere.yaml"]),
+    (["report.py", "tensorboard", "--runs", "nowhere"], {}, ["nowhere", "--runs"]),
     (["report.py", "tables", "--runs", "runs", "--strict"], {SUMMARY: "{"}, [RUN, "summary.json"]),
     (["report.py", "figures", "--runs", "nowhere"], {}, ["nowhere", "--runs"]),
     (["report.py", "figures", "--runs", "runs", "--out", CONFIG], {}, [CONFIG, "File exists"]),
@@ -147,6 +146,7 @@ def test_a_mistake_that_hydra_meets_is_one_message_too(given: str, tmp_path: Pat
     [
         (UserError("seed must be 0 or more, not -1"), "seed must be 0 or more, not -1"),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs"), "runs: No space left on device; make room"),
+        (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), "runs"), "out of memory: "),
         (yaml.YAMLError("no YAML in x.yaml"), "no YAML in x.yaml\ncorrect this file"),
         (BrokenPipeError(errno.EPIPE, "of another pipe"), "[Errno 32] of another pipe"),
         (ValueError("of a library"), "of a library\ngiven: seed=-1"),
@@ -210,6 +210,13 @@ def test_a_reader_may_stop_reading() -> None:
         done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
         os.close(writer)
         assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_a_command_may_begin_without_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by `>&-`."""
+    monkeypatch.setattr(sys, "stdout", None)
+    with told_plainly():
+        print("much")
 
 
 def test_a_user_who_asks_for_tracebacks_gets_them(monkeypatch: pytest.MonkeyPatch) -> None:

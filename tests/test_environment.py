@@ -41,10 +41,10 @@ def facts() -> dict[str, Any]:
     return describe_environment(torch.device("cpu"))
 
 
-def start(folder: Path, *, resumed: bool = True) -> None:
+def start(folder: Path, kernels: str = "plain", *, resumed: bool = True) -> None:
     """Note a start in a new process."""
     environment._package.cache_clear()
-    note_start(folder, torch.device("cpu"), "plain", describe_code({}), resumed=resumed)
+    note_start(folder, torch.device("cpu"), kernels, describe_code({}), resumed=resumed)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,14 @@ def test_a_run_that_goes_on_with_other_code_is_warned_of(
     caplog.clear()
     git(checkout, "commit", "--all", "--quiet", "--message", "two")
     start(tmp_path)
-    assert "resumed with other code" in caplog.text
+    assert not caplog.records, "the same code, committed"
+    environment_file = tmp_path / "env.json"
+    starts = json.loads(environment_file.read_text())["starts"]
+    starts[-1] |= {"commit": "another"}
+    del starts[-1]["source"]
+    environment_file.write_text(json.dumps({"starts": starts}))
+    start(tmp_path)
+    assert "resumed with other code" in caplog.text, "by the commit, where that is all that is known"
 
 
 def test_of_a_start_that_left_nothing_nothing_is_said(
@@ -127,7 +134,15 @@ def test_a_run_that_goes_on_with_another_processor_is_warned_of(
     for processor in ("EPYC", "Xeon"):
         monkeypatch.setattr(environment, "_processor", lambda name=processor: name)
         start(tmp_path)
-    assert "resumed with other processor" in caplog.text
+    assert "resumed with other processor: equal to an uninterrupted run up to rounding\n" in caplog.text
+
+
+def test_a_run_that_goes_on_with_other_kernels_may_have_other_masks(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for kernels in ("plain", "plain+compiled"):
+        start(tmp_path, kernels)
+    assert "kernels: equal to an uninterrupted run up to rounding and, with dropout, other masks" in caplog.text
 
 
 def test_an_installed_package_is_not_own_code_wherever_it_lies(

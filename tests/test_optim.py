@@ -117,6 +117,15 @@ def test_weight_decay_may_spare_norms_and_biases() -> None:
     assert len(group["params"]) == 6
 
 
+class Own:
+    """A schedule of the user's own, whose names mean what they like."""
+
+    milestones = warmup_epochs = None
+
+    def __call__(self, epoch: float, epochs: int) -> float:
+        return 1.0
+
+
 @pytest.mark.parametrize(
     ("schedule", "epochs", "told"),
     [
@@ -132,6 +141,7 @@ def test_weight_decay_may_spare_norms_and_biases() -> None:
         (Exponential(gamma=0.98), 300, ""),
         (Exponential(gamma=1.0), 300, ""),
         (Exponential(gamma=0.9), 1, ""),
+        (Own(), 1, ""),
     ],
 )
 def test_a_run_that_ends_before_its_learning_rate_has_fallen_says_so(

@@ -79,6 +79,22 @@ class Spare(Unused):
         super().__init__(num_classes)
         self.spare = nn.Linear(2, num_classes)
 
+class Tempered(Unused):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.spare = Temperature()
+
+    def forward(self, x):
+        return super().forward(x) / self.spare()
+
+class Temperature(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.ones(()))
+
+    def forward(self):
+        return self.value
+
 class Rows(nn.Module):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -323,6 +339,7 @@ def test_own_parts_are_trained_and_opened_again(launcher: str, mine: Path, tmp_p
         ("Auxiliary", ["norm=bn"], r"in training the network returns tuple, not \(\d+, 10\)"),
         ("Unused", ["norm=bn", "compute.devices=2"], "no gradient reaches spare.weight, spare.bias"),
         ("Unused", ["norm=bn"], ""),
+        ("Tempered", ["norm=bn", "analysis=on"], ""),
         ("Rows", ["norm=bn", "analysis=on"], "analysis: head would be the classifier.*several rows for an image"),
         ("Rows", ["norm=l2bn"], ""),
         ("Spare", ["norm=bn", "analysis=on"], "analysis: spare would be the classifier.*does not run"),

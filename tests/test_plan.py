@@ -16,7 +16,15 @@ from omegaconf import OmegaConf
 from conftest import ROOT, planned
 from l2bn.errors import UserError
 from l2bn.training import instantiate, plan
-from l2bn.training.plan import PlannedJobs, PlannedRun, compose_sweep, composing, plan_sweep, read_planned
+from l2bn.training.plan import (
+    PlannedJobs,
+    PlannedRun,
+    compose_sweep,
+    composing,
+    differences,
+    plan_sweep,
+    read_planned,
+)
 
 SMALL = ("dataset.subset=64", "dataset.image_size=8", "recipe.epochs=1", "recipe.batch_size=32", "progress=false")
 
@@ -214,6 +222,16 @@ def test_jobs_that_would_share_a_folder_are_refused(given: str) -> None:
     """One of them would not be trained, and nobody would see it."""
     with pytest.raises(UserError, match="two runs of this sweep would have one folder"):
         planned(*given.split())
+
+
+@pytest.mark.parametrize(("whole", "number", "boolean"), [("1", "1.0", "true"), ("[0]", "[0.0]", "[false]")])
+def test_true_is_another_value_than_1(whole: str, number: str, boolean: str, tmp_path: Path) -> None:
+    """To Python they are equal; a norm of the user's own may take either."""
+    (tmp_path / "norm").mkdir()
+    (tmp_path / "norm/mine.yaml").write_text(f"_target_: mine.convert\n_partial_: true\nsign: {whole}\n")
+    one, other = planned("norm=mine", f"norm.sign={whole},{number},{boolean}", folders=[tmp_path])
+    assert (one.cell.norm, other.cell.norm) == ("mine", f"mine,sign={boolean.replace('t', 'T').replace('f', 'F')}")
+    assert [line.partition(":")[0] for line in differences(one.identity, other.identity)] == ["norm.sign"]
 
 
 def test_a_user_file_with_the_name_of_ours_is_refused(tmp_path: Path) -> None:

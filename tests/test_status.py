@@ -1,13 +1,11 @@
 """How a sweep stands, as the terminal shows it."""
 
-import fcntl
 import io
 import json
 import math
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import takewhile
@@ -20,7 +18,7 @@ from rich.console import Console
 from conftest import ROOT, planned
 from l2bn.failures import note_failure
 from l2bn.records import CONFIG, METRICS, SUMMARY, Record
-from l2bn.training.interruption import LOCK, sole_owner
+from l2bn.training.interruption import sole_owner
 from l2bn.training.plan import PlannedRun, find_runs
 from l2bn.training.status import duration, look, overview
 from synthetic_records import write_run
@@ -295,19 +293,3 @@ def test_the_command_tells_a_mistake_without_a_traceback() -> None:
 def test_a_look_at_a_sweep_does_not_load_torch() -> None:
     code = "import sys, l2bn.training.status, l2bn.training.plan\n"
     assert subprocess.run([sys.executable, "-c", code + "sys.exit('torch' in sys.modules)"]).returncode == 0
-
-
-def test_a_look_at_the_lock_keeps_no_run_from_starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`status` holds the lock for an instant; a run that starts just then tries again."""
-    waits = []
-    with (tmp_path / LOCK).open("w") as looked_at:
-        fcntl.flock(looked_at, fcntl.LOCK_SH)
-
-        def wait(seconds: float) -> None:
-            waits.append(seconds)
-            if seconds:
-                fcntl.flock(looked_at, fcntl.LOCK_UN)
-
-        monkeypatch.setattr(time, "sleep", wait)
-        with sole_owner(tmp_path):
-            assert len(waits) == 2

@@ -25,7 +25,10 @@ class ProcessesConfig:
 
 @dataclass
 class SlurmConfig:
-    """Options of launcher=slurm: those of `sbatch` and submitit, where null is the cluster's default."""
+    """Options of launcher=slurm: those of `sbatch` and submitit, where null is the cluster's default.
+
+    Other options of sbatch go into `additional_parameters`.
+    """
 
     _target_: str = "hydra_plugins.l2bn_launchers.SlurmLauncher"
     cluster: str = "slurm"  # "local" starts the same jobs as processes, to try a set-up without Slurm
@@ -33,21 +36,12 @@ class SlurmConfig:
     timeout_min: int = 60
     cpus_per_task: int | None = None
     gpus_per_node: int | None = None
-    tasks_per_node: int = 1
     mem_gb: int | None = None
-    nodes: int = 1
     name: str = "${hydra.job.name}"
-    stderr_to_stdout: bool = False
     partition: str | None = None
     qos: str | None = None
-    comment: str | None = None
     constraint: str | None = None
-    exclude: str | None = None
     gres: str | None = None
-    cpus_per_gpu: int | None = None
-    gpus_per_task: int | None = None
-    mem_per_gpu: str | None = None
-    mem_per_cpu: str | None = None
     account: str | None = None
     signal_delay_s: int = 120
     max_num_timeout: int = 0
@@ -57,8 +51,7 @@ class SlurmConfig:
 
 
 # The options that submitit has for every cluster; the others are Slurm's.
-COMMON = {"timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes", "name"}
-COMMON |= {"stderr_to_stdout"}
+COMMON = {"timeout_min", "cpus_per_task", "gpus_per_node", "mem_gb", "name"}
 
 for name, options in (("l2bn_processes", ProcessesConfig), ("l2bn_slurm", SlurmConfig)):
     ConfigStore.instance().store(group="hydra/launcher", name=name, node=options, provider="l2bn")
@@ -131,14 +124,6 @@ class SlurmLauncher(_JobLauncher):
     """Submits jobs to Slurm through submitit, and waits until all have ended."""
 
     def __init__(self, **options: Any) -> None:
-        from l2bn.errors import UserError
-
-        for key in ("nodes", "tasks_per_node"):
-            if options.get(key, 1) != 1:
-                raise UserError(
-                    f"hydra.launcher.{key} must be 1, not {options[key]}: each task would train the same run; for "
-                    "one run on N devices take compute.devices=N and hydra.launcher.gpus_per_node=N"
-                )
         self.options: dict[str, Any] = {
             key: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
             for key, value in options.items()

@@ -42,11 +42,12 @@ def told_plainly() -> Iterator[None]:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise exceptions that it would print and swallow
     try:
         yield
-        sys.stdout.flush()
+        if sys.stdout:  # None: the command began without it
+            sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _is_closed(sys.stdout.fileno()):
+        if isinstance(error, BrokenPipeError) and sys.stdout and _is_closed(sys.stdout.fileno()):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would flush it again at exit
             sys.exit(128 + signal.SIGPIPE)
         message = explain(error)
@@ -82,15 +83,15 @@ def explain(error: Exception) -> str | None:
         if isinstance(error, InstantiationException) and isinstance(cause, UserError):  # of a launcher
             return str(cause)
         return f"{error}\n{cause}" if isinstance(cause, OmegaConfBaseException) else str(error)
-    if isinstance(error, OSError) and error.filename is not None:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "make room there, or name another place" if full else "correct the path or its permissions"
-        return f"{os.fsdecode(error.filename)}: {error.strerror}; {remedy}"
     if is_out_of_memory(error):
         return (
             f"out of memory: {_first_sentence(error)}; take smaller images or fewer, a data set whose images are "
             "decoded as they are read (dataset=imagenet), or another device"
         )
+    if isinstance(error, OSError) and error.filename is not None:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "make room there, or name another place" if full else "correct the path or its permissions"
+        return f"{os.fsdecode(error.filename)}: {error.strerror}; {remedy}"
     if isinstance(error, yaml.YAMLError):
         return f"{error}\ncorrect this file: it is not valid YAML"
     return None if _passed_through_us(error) else _about(error, sys.argv[1:])
@@ -139,20 +140,13 @@ def _first_sentence(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def explained(run: object, folder: Path) -> Iterator[None]:
-    """Turn full disks and memories, missing deterministic kernels and batches of one value into UserError.
+    """Turn errors of files, lack of memory, missing deterministic kernels and batches of one value into UserError.
 
     An OSError without a number is no error of the system but of a library, and stays as it is.
     """
     try:
         yield
-    except OSError as error:
-        if error.errno is None:
-            raise
-        place = os.fsdecode(error.filename) if error.filename else f"in {folder}"
-        raise UserError(
-            f"{run}: cannot write {place}: {error.strerror}; once that is corrected, {RESUMES}"
-        ) from error
-    except (MemoryError, RuntimeError, ValueError) as error:  # torch.OutOfMemoryError is a RuntimeError
+    except (OSError, MemoryError, RuntimeError, ValueError) as error:  # torch.OutOfMemoryError is a RuntimeError
         reason = str(error)
         if "more than 1 value per channel" in reason:  # batch norm's own words
             raise UserError(
@@ -169,6 +163,9 @@ def explained(run: object, folder: Path) -> Iterator[None]:
                 "recipe.batch_size, more compute.devices or compute.precision=bf16-mixed, for all norms that are "
                 "compared: these are other runs; with CUDA graphs also compute.compile=false helps"
             ) from error
+        if isinstance(error, OSError) and error.errno is not None:
+            place = os.fsdecode(error.filename) if error.filename else f"in {folder}"
+            raise UserError(f"{run}: {place}: {error.strerror}; once that is corrected, {RESUMES}") from error
         if "deterministic" in reason:
             raise UserError(f"{run}: {reason}\ntake compute.deterministic=false or another backbone") from error
         raise

@@ -12,18 +12,20 @@ import logging
 import pickle
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import safetensors.torch
 import torch
 from lightning_fabric import Fabric
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import nn
 
 from l2bn.errors import UserError
 from l2bn.failures import fitting, is_out_of_memory
-from l2bn.records import METRICS, Fingerprint, write_durably
+from l2bn.records import CHECKED, METRICS, Fingerprint, write_durably
 from l2bn.training.loop import Position, Totals
 from l2bn.training.plan import PlannedRun, check_identity, check_images
 
@@ -33,7 +35,7 @@ CHECKPOINTS = "checkpoints"  # the folder in that of a run
 _NAME = re.compile(r"epoch(\d+)-step(\d+)\.([0-9a-f]{16})\.pt")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
 class CheckpointPolicy:
     """The schedule of checkpoints: one after every epoch, and one every `every_steps` steps within an epoch.
 
@@ -41,14 +43,8 @@ class CheckpointPolicy:
     keep_epochs: the epochs, counted from 1, whose checkpoints are never deleted.
     """
 
-    every_steps: int = 1000
-    keep_epochs: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if self.every_steps < 0:
-            raise ValueError(f"every_steps must be 0 (after epochs only) or more, not {self.every_steps}")
-        if any(epoch < 1 for epoch in self.keep_epochs):
-            raise ValueError(f"keep_epochs are counted from 1; got {self.keep_epochs}")
+    every_steps: Annotated[int, Field(ge=0)] = 1000
+    keep_epochs: list[Annotated[int, Field(ge=1)]] = field(default_factory=list)
 
     def due(self, step: int) -> bool:
         """Return whether a checkpoint is due after this many steps of an epoch."""

@@ -88,8 +88,12 @@ def note_start(folder: Path, device: torch.device, kernels: str, code: Mapping[s
         decisive = FACTS_BEHIND_BITS if device.type == "cuda" else (*FACTS_BEHIND_BITS, "processor")
         changed = [key for key in decisive if before.get(key) != facts[key]]
         if changed:
-            log.warning("resumed with other %s: equal to an uninterrupted run up to rounding", ", ".join(changed))
-        if any(before.get(key, facts[key]) != facts[key] for key in ("source", "commit", "own_source")):
+            masks = " and, with dropout, other masks" if {"device", "kernels"}.intersection(changed) else ""
+            log.warning(
+                "resumed with other %s: equal to an uninterrupted run up to rounding%s", ", ".join(changed), masks
+            )
+        code_keys = ("source" if "source" in before else "commit", "own_source")
+        if any(before.get(key, facts[key]) != facts[key] for key in code_keys):
             log.warning(
                 "resumed with other code (commit %s, before %s): the result is of neither alone",
                 *(_name(start) for start in (facts, before)),

@@ -20,9 +20,11 @@ from typing import Any, Literal, Union
 
 import yaml
 from hydra.utils import get_object
+from pydantic import ValidationError
+from pydantic.dataclasses import is_pydantic_dataclass
 
 from l2bn.errors import UserError
-from l2bn.records import files_under, is_finite_number
+from l2bn.records import files_under, first_fault, is_finite_number
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +90,8 @@ class Builder:
         try:
             return target(**built)
         except ValueError as error:
-            raise UserError(f"{path}: {error}") from error
+            reason = first_fault(error) if isinstance(error, ValidationError) else error
+            raise UserError(f"{path}: {reason}") from error
 
     def check(self, node: Node, path: str) -> None:
         """Check a node's names and types against its `_target_`, without calling it. Raises UserError."""
@@ -263,8 +266,9 @@ def _parameters(target: Callable[..., Any]) -> tuple[dict[str, tuple[Any, bool]]
 
     Each parameter has its type hint, and whether a value is required.
     """
+    of_class = inspect.isclass(target) and not is_pydantic_dataclass(target)  # whose __init__ has no hints
     try:
-        hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+        hints = typing.get_type_hints(target.__init__ if of_class else target)
     except (NameError, TypeError):  # of a user's own code: hints that only its type checker can read
         hints = {}
     try:

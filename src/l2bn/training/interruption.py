@@ -5,7 +5,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,8 +17,6 @@ log = logging.getLogger(__name__)
 
 EXIT_CODE = 75  # sysexits.h: a temporary failure; the same command resumes the run
 LOCK = ".lock"  # the locked file in a run's folder; it is never deleted, because its presence means nothing
-RETRIES = (0.05, 0.2)  # seconds before a held lock is tried again: `is_owned` holds it for an instant
-_following = False  # whether this process works for the one that started it
 
 
 class Interruption:
@@ -46,7 +43,7 @@ class Interruption:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
-            if _following:
+            if multiprocessing.parent_process() is not None:
                 return
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -69,8 +66,6 @@ class Interruption:
 
 def follow_parent() -> None:
     """Make this process end with its parent, and leave the terminal's Ctrl-C to the parent."""
-    global _following
-    _following = True
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
 
@@ -111,12 +106,13 @@ def sole_owner(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
-            alone = any(_lock(descriptor, fcntl.LOCK_EX, wait) for wait in (0, *RETRIES))
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is training the run in {folder}; wait for it, or stop it first"
+            ) from None
         except OSError as error:
             log.warning("%s: no locks here (%s); make sure that no second process trains this run", folder, error)
-            alone = True
-        if not alone:
-            raise UserError(f"another process is training the run in {folder}; wait for it, or stop it first")
         yield
     finally:
         with suppress(OSError):  # the file system has no locks
@@ -132,17 +128,9 @@ def is_owned(folder: Path) -> bool:
     except OSError:  # the run was never started
         return False
     try:
-        return not _lock(descriptor, fcntl.LOCK_SH)
-    except OSError:  # the file system has no locks
-        return False
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:  # another than BlockingIOError: the file system has no locks
+        return isinstance(error, BlockingIOError)
     finally:
         os.close(descriptor)
-
-
-def _lock(descriptor: int, kind: int, wait: float = 0) -> bool:
-    time.sleep(wait)
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    return False

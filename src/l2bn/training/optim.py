@@ -6,17 +6,20 @@ A schedule is a pure function of the position in the run, so that checkpoints ne
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
+from typing import Annotated
 
 import torch
+from pydantic import AfterValidator, Field
+from pydantic.dataclasses import dataclass
 from torch import nn
 
 from l2bn.errors import UserError
+from l2bn.records import CHECKED
 
 log = logging.getLogger(__name__)
 
-LARGEST = torch.finfo(torch.float32).max
+LARGEST = 1_000_000  # of a learning rate and a weight decay, far above any that trains
 NEARLY_0 = 0.1  # an exponential decay has taken its course below this factor
 LARGEST_MIXUP = 1000  # from this alpha on, the share drawn from the beta distribution is 1/2 to two digits
 
@@ -24,18 +27,25 @@ Schedule = Callable[[float, int], float]
 """(completed epochs, with fractions; all epochs) -> factor of the recipe's learning rate."""
 
 
-@dataclass(frozen=True, kw_only=True)
+def _rising(epochs: list[int]) -> list[int]:
+    if sorted(set(epochs)) != epochs or any(epoch < 1 for epoch in epochs):
+        raise ValueError("must be epochs in rising order, each at least 1")
+    return epochs
+
+
+RisingEpochs = Annotated[list[int], AfterValidator(_rising)]
+Decay = Annotated[float, Field(gt=0, le=1)]  # a factor per epoch or milestone
+
+
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
 class Cosine:
     """Decay from 1 to 0 along half a cosine (Loshchilov and Hutter 2017, arXiv:1608.03983), after a linear warm-up.
 
     per_epoch: keep the rate constant within an epoch, as schedulers do that are stepped once per epoch.
     """
 
-    warmup_epochs: float = 0.0
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
     per_epoch: bool = False
-
-    def __post_init__(self) -> None:
-        _require_not_negative(warmup_epochs=self.warmup_epochs)
 
     def __call__(self, epoch: float, epochs: int) -> float:
         if epoch < self.warmup_epochs:
@@ -45,7 +55,7 @@ class Cosine:
         return 0.5 * (1 + math.cos(math.pi * (position - start) / max(epochs - start, 1e-9)))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
 class CosineRestarts:
     """Decay from 1 to 0 along half a cosine, anew from each of `restarts` (epochs).
 
@@ -53,10 +63,7 @@ class CosineRestarts:
     restarts that it does not reach are ignored.
     """
 
-    restarts: list[int]
-
-    def __post_init__(self) -> None:
-        _require_rising_epochs("restarts", self.restarts)
+    restarts: RisingEpochs
 
     def __call__(self, epoch: float, epochs: int) -> float:
         bounds = [0, *(restart for restart in self.restarts if restart < epochs), epochs]
@@ -64,22 +71,14 @@ class CosineRestarts:
         return Cosine()(epoch - start, end - start)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
 class MultiStep:
     """Decay by `gamma` at each milestone (in epochs); constant `start_factor` during the first `warmup_epochs`."""
 
-    milestones: list[int]
-    gamma: float = 0.1
-    warmup_epochs: float = 0.0
-    start_factor: float = 0.1
-
-    def __post_init__(self) -> None:
-        _require_not_negative(warmup_epochs=self.warmup_epochs)
-        if not 0 <= self.start_factor <= 1:
-            raise ValueError(f"start_factor must lie in [0, 1], not {self.start_factor}")
-        _require_rising_epochs("milestones", self.milestones)
-        if not 0 < self.gamma <= 1:
-            raise ValueError(f"gamma must lie in (0, 1], not {self.gamma}")
+    milestones: RisingEpochs
+    gamma: Decay = 0.1
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    start_factor: Annotated[float, Field(ge=0, le=1)] = 0.1
 
     def __call__(self, epoch: float, epochs: int) -> float:
         if epoch < self.warmup_epochs:
@@ -87,32 +86,24 @@ class MultiStep:
         return self.gamma ** sum(epoch >= milestone for milestone in self.milestones)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
 class Exponential:
     """Decay by `gamma` after each epoch."""
 
-    gamma: float
-
-    def __post_init__(self) -> None:
-        if not 0 < self.gamma <= 1:
-            raise ValueError(f"gamma must lie in (0, 1], not {self.gamma}")
+    gamma: Decay
 
     def __call__(self, epoch: float, epochs: int) -> float:
         return self.gamma ** math.floor(epoch)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
 class OneCycle:
     """Linear rise from 1/25 to 1 in the first `peak` of the run, then linear decay to 0.
 
     After Smith and Topin 2017, arXiv:1708.07120. peak: a fraction of the run, between 0 and 1.
     """
 
-    peak: float = 0.25
-
-    def __post_init__(self) -> None:
-        if not 0 < self.peak < 1:
-            raise ValueError(f"peak must lie between 0 and 1, not {self.peak}")
+    peak: Annotated[float, Field(gt=0, lt=1)] = 0.25
 
     def __call__(self, epoch: float, epochs: int) -> float:
         position = epoch / epochs
@@ -121,7 +112,7 @@ class OneCycle:
         return (1 - position) / (1 - self.peak)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
 class Recipe:
     """The hyper-parameters of training, as in `configs/recipe/`.
 
@@ -130,31 +121,18 @@ class Recipe:
     mixup: the alpha of Zhang et al. 2018 (arXiv:1710.09412); 0 for none.
     """
 
-    epochs: int
-    batch_size: int
-    lr: float
-    momentum: float
+    epochs: Annotated[int, Field(ge=1)]
+    batch_size: Annotated[int, Field(ge=1)]
+    lr: Annotated[float, Field(gt=0, le=LARGEST)]
+    momentum: Annotated[float, Field(ge=0, lt=1)]
     nesterov: bool
-    weight_decay: float
+    weight_decay: Annotated[float, Field(ge=0, le=LARGEST)]
     decay_norm_and_bias: bool
-    label_smoothing: float
-    mixup: float
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)]
+    mixup: Annotated[float, Field(ge=0, le=LARGEST_MIXUP)]
     schedule: Schedule
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not 0 < self.lr <= LARGEST:
-            raise ValueError(f"lr must be greater than 0 and a float32, not {self.lr}")
-        _require_not_negative(weight_decay=self.weight_decay, mixup=self.mixup)
-        if self.weight_decay > LARGEST:
-            raise ValueError(f"weight_decay must be a float32, not {self.weight_decay}")
-        if self.mixup > LARGEST_MIXUP:
-            raise ValueError(f"mixup must be from 0 to {LARGEST_MIXUP}, not {self.mixup}")
-        for name in ("momentum", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), not {getattr(self, name)}")
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs a momentum greater than 0; set nesterov=false or a momentum")
         self.learning_rate(0.0)
@@ -211,10 +189,10 @@ class Recipe:
 
 def _cut_off(schedule: Schedule, epochs: int) -> str:
     """The part of the schedule that a run of so many epochs leaves out; empty for none."""
-    late = [epoch for epoch in getattr(schedule, "milestones", []) if epoch >= epochs]
+    late = [epoch for epoch in schedule.milestones if epoch >= epochs] if isinstance(schedule, MultiStep) else []
     if late:
         return f"milestones {', '.join(map(str, late))}"
-    if getattr(schedule, "warmup_epochs", 0) >= epochs:
+    if isinstance(schedule, MultiStep | Cosine) and schedule.warmup_epochs >= epochs:
         return "it is still warming up"
     if isinstance(schedule, CosineRestarts):
         before, last = [0, 0, *(restart for restart in schedule.restarts if restart < epochs)][-2:]
@@ -223,14 +201,3 @@ def _cut_off(schedule: Schedule, epochs: int) -> str:
     if isinstance(schedule, Exponential) and NEARLY_0 < (factor := schedule(epochs - 1, epochs)) < 1:
         return f"in the last epoch it is {factor:.2g} of recipe.lr"
     return ""
-
-
-def _require_rising_epochs(name: str, epochs: list[int]) -> None:
-    if sorted(set(epochs)) != epochs or any(epoch < 1 for epoch in epochs):
-        raise ValueError(f"{name} must be epochs in rising order, each at least 1, not {epochs}")
-
-
-def _require_not_negative(**values: float) -> None:
-    for name, value in values.items():
-        if value < 0:
-            raise ValueError(f"{name} must not be negative, not {value}")

@@ -164,7 +164,7 @@ def differences(one: Config, other: Config) -> list[str]:
     return [
         f"{key}: {a.get(key, missing)} against {b.get(key, missing)}"
         for key in sorted(a.keys() | b.keys())
-        if a.get(key, missing) != b.get(key, missing)
+        if not _equal(a.get(key, missing), b.get(key, missing))
     ]
 
 
@@ -200,7 +200,8 @@ def check_images(stored: Mapping[str, Any] | None, present: Mapping[str, Any], p
 def _name(choice: str, node: Config, default: Config) -> str:
     """Return a choice and the values overridden in it: "l2bn,eps=0.001"."""
     a, b = _values(node), _values(default)
-    changed = [f"{key}={a.get(key)}" for key in sorted(a.keys() | b.keys()) if a.get(key, ...) != b.get(key, ...)]
+    keys = sorted(a.keys() | b.keys())
+    changed = [f"{key}={a.get(key)}" for key in keys if not _equal(a.get(key, ...), b.get(key, ...))]
     name = ",".join([choice, *changed])
     name = "".join("_" if letter in "/ " or not letter.isprintable() else letter for letter in name)
     return name if len(name.encode()) <= LONGEST_NAME else f"{choice},{_digest(name)}"
@@ -216,6 +217,13 @@ def _values(tree: Config) -> dict[str, Any]:
         key: int(value) if isinstance(value, float) and value.is_integer() else value
         for key, value in flatten(tree)
     }
+
+
+def _equal(one: object, other: object) -> bool:
+    """Tell whether two values of YAML are equal; to Python, true is 1 and false is 0."""
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return isinstance(one, bool) == isinstance(other, bool) and one == other
 
 
 def _digest(text: str) -> str:

@@ -296,7 +296,9 @@ def check_fit(model: nn.Module, splits: Splits, stem: object = None) -> dict[nn.
 
     def note(layer: nn.Module, _: object, output: object) -> None:
         nonlocal last
-        batches.setdefault(layer, set()).add(len(output) if isinstance(output, torch.Tensor) else 1)
+        batches.setdefault(layer, set()).add(
+            len(output) if isinstance(output, torch.Tensor) and output.dim() else 1
+        )
         if layer in norms and isinstance(output, torch.Tensor):
             last = tuple(output.shape[2:])
 
