@@ -152,7 +152,6 @@ Measured = Callable[..., dict[str, Any]]
 @pytest.fixture
 def measured(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Measured:
     """Run a benchmark's command and return what it wrote; its page must be there, too."""
-    monkeypatch.setattr(measure, "_set_priority", lambda *_: None)  # other processes need not wait for a test
 
     def measured(name: str, *options: str) -> dict[str, Any]:
         path = tmp_path / f"{name}.json"

@@ -23,7 +23,6 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from l2bn import L2BatchNorm1d, L2BatchNorm2d, L2BatchNorm3d, l2_normalize, swap_norm
@@ -194,31 +193,6 @@ def test_large_values_in_float16() -> None:
     with mock.patch.object(autograd, "run_kernel", uncompiled):
         assert_exact(x)
         assert_exact(x, scale="rms")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_zero_samples_give_zero_gradients(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    x = torch.randn(6, 4, 5, 3).to(dtype)
-    x[2] = 0
-    assert_exact(x)
-    x.requires_grad_()
-    L2BatchNorm2d(4, fused="on")(x).sin().sum().backward()
-    assert x.grad.isfinite().all()
-    assert x.grad[2].eq(0).all()
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, 3e38])
-def test_what_is_not_finite_is_not_hidden(bad: float) -> None:
-    x = torch.randn(6, 4, 5, 3)
-    x[2, 1, 0, 0] = bad
-    layer = L2BatchNorm2d(4, fused="on")
-    assert layer(x).isnan().all()
-    fresh = L2BatchNorm2d(4, fused="on").eval()
-    with torch.no_grad():
-        y = fresh(x)
-    assert y[2].isnan().all()
-    assert y[[0, 1, 3, 4, 5]].isfinite().all()
 
 
 def test_second_derivatives_are_those_of_the_definition() -> None:
@@ -417,27 +391,6 @@ def test_a_compiled_layer_in_evaluation_passes_gradients_on(side: int) -> None:
     torch.testing.assert_close(*results)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # torch's own, for jvp
-def test_derivatives_by_other_means_than_backward() -> None:
-    """torch.func and forward mode, where batch norm has them."""
-    torch.manual_seed(0)
-    x, tangent = torch.randn(2, 6, 4, 5, 5, dtype=torch.float64)
-    fused, plain = (L2BatchNorm2d(4, fused=path, track_running_stats=False).double() for path in ("on", "off"))
-    expected = torch.autograd.functional.jvp(plain, x, tangent)[1]
-    torch.testing.assert_close(torch.func.jvp(fused, (x,), (tangent,))[1], expected)
-    with forward_ad.dual_level():
-        y = fused(forward_ad.make_dual(x, tangent))
-        torch.testing.assert_close(forward_ad.unpack_dual(y).tangent, expected)
-
-    def loss(parameters: dict[str, Tensor]) -> Tensor:
-        return torch.func.functional_call(fused, parameters, (x,)).sin().sum()
-
-    of_func = torch.func.grad(loss)(dict(fused.named_parameters()))
-    fused(x).sin().sum().backward()
-    for name, parameter in fused.named_parameters():
-        torch.testing.assert_close(of_func[name], parameter.grad)
-
-
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("side", [3, 6])
 def test_an_activation_that_cuts_off_stores_no_map_more(side: int, layout: str) -> None:
@@ -524,7 +477,7 @@ def test_many_kinds_of_map_all_have_kernels(compilations: Compilations) -> None:
     """No limit to the channel counts; all maps of many positions share a kernel."""
     with torch.no_grad():
         for channels in range(2, 42):
-            layer = L2BatchNorm2d(channels, affine=False, fused="on").eval()
+            layer = L2BatchNorm2d(channels, affine=False, fused="on")
             for _ in range(2):
                 assert layer(torch.ones(3, channels, 2, 2)).isfinite().all()
         assert [sizes for *_, sizes in compilations] == ["fake"] * 40
@@ -542,7 +495,7 @@ def test_many_kinds_of_map_all_have_kernels(compilations: Compilations) -> None:
 
 def test_a_run_gets_the_kernels_of_a_process_of_its_own(compilations: Compilations) -> None:
     """Else its last bits would depend on the runs before it in the process."""
-    layer = L2BatchNorm2d(4, fused="on").eval()
+    layer = L2BatchNorm2d(4, fused="on")
     with torch.no_grad():
         for sizes in ((2, 3, 4, 5, 6), (6, 5)):
             select_kernels(nn.Sequential(layer), "cpu", 10**6)

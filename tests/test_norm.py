@@ -114,30 +114,51 @@ def test_statistics_are_float32_under_autocast(dtype: torch.dtype) -> None:
     torch.testing.assert_close(y.double(), expected, rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("fused", ["off", "on"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("scale", SCALES)
-def test_zero_samples_are_finite(dtype: torch.dtype, scale: str) -> None:
+def test_zero_samples_are_finite(dtype: torch.dtype, scale: str, fused: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 3, 5, 5).to(dtype)
     x[1] = 0
     x.requires_grad_()
-    layer = L2BatchNorm2d(3, scale=scale, fused="off")
+    layer = L2BatchNorm2d(3, scale=scale, fused=fused)
     y = layer(x)
     (y * torch.randn_like(y)).sum().backward()
     assert y.isfinite().all()
     assert x.grad is not None
     assert x.grad.isfinite().all()
+    assert x.grad[1].eq(0).all()
     assert layer.running_var.isfinite().all()
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_sample_that_is_not_finite_is_not_hidden(bad: float) -> None:
+@pytest.mark.parametrize("fused", ["off", "on"])
+@pytest.mark.parametrize(("options", "samples"), [({"bias": False}, 6), ({"affine": False}, 6), ({}, 0)])
+def test_a_missing_bias_is_zero_and_a_batch_may_be_empty(
+    options: dict[str, bool], samples: int, fused: str
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(samples, 5, 4, 3)
+    layer, plain, bn = L2BatchNorm2d(5, fused=fused, **options), L2BatchNorm2d(5, fused="off"), nn.BatchNorm2d(5)
+    y = layer(x)
+    assert y.shape == bn(x).shape
+    torch.testing.assert_close(y, plain(x))
+    for name, value in bn.named_buffers():
+        assert layer.get_buffer(name).isfinite().all() == value.isfinite().all()
+
+
+@pytest.mark.parametrize("fused", ["off", "on"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38])
+def test_a_sample_that_is_not_finite_is_not_hidden(bad: float, fused: str) -> None:
+    """3e38 is finite, and its square is not."""
     x = torch.randn(4, 3, 5, 5)
     x[2, 1, 0, 0] = bad
     assert l2_normalize(x)[2].isnan().all()
-    layer = L2BatchNorm2d(3, fused="off")
-    assert layer.eval()(x)[2].isnan().all()
-    assert layer(x)[[0, 1, 3]].isfinite().all(), "in evaluation, the other samples stand apart"
+    layer = L2BatchNorm2d(3, fused=fused)
+    with torch.no_grad():  # as the kernels of evaluation need it
+        y = layer.eval()(x)
+    assert y[2].isnan().all()
+    assert y[[0, 1, 3]].isfinite().all(), "in evaluation, the other samples stand apart"
     assert layer.train()(x).isnan().all()
 
 
@@ -232,6 +253,24 @@ def test_states_that_batch_norm_refuses_are_refused_alike(
         with torch.no_grad(), pytest.raises(refused.type):
             each(x)
     assert layer.num_batches_tracked == 0, "a refused call counts as no update"
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("own", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("given", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_types_that_batch_norm_refuses_are_refused(given: torch.dtype, own: torch.dtype, training: bool) -> None:
+    x = torch.randn(4, 3, 2, 2).to(given)
+    bn = nn.BatchNorm2d(3).to(own).train(training)
+    layers = [L2BatchNorm2d(3, fused=fused).to(own).train(training) for fused in ("off", "on")]
+    with torch.no_grad():
+        try:
+            expected = bn(x).dtype
+        except RuntimeError:
+            for layer in layers:
+                with pytest.raises(RuntimeError, match="mixed dtype: running_mean is"):
+                    layer(x)
+        else:
+            assert [layer(x).dtype for layer in layers] == [expected] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.complex64])

@@ -23,6 +23,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.ao.quantization import fuse_modules, get_default_qconfig_mapping, quantize_dynamic
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations
@@ -240,6 +241,11 @@ def loss_gradient(layer: nn.Module) -> Callable[[Tensor], Tensor]:
     return grad(lambda x: layer(x).sin().sum())
 
 
+def forward_mode(layer: nn.Module, x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(layer(forward_ad.make_dual(x, x.cos()))).tangent
+
+
 TRANSFORMS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "make_fx": lambda layer, x: make_fx(layer)(torch.ones_like(x))(x),
     "make_fx of backward": lambda layer, x: make_fx(lambda t: gradient(layer, t))(torch.ones_like(x))(x),
@@ -248,6 +254,7 @@ TRANSFORMS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "vmapped backward": vmapped_backward,
     "grad": lambda layer, x: loss_gradient(layer)(x),
     "jvp": lambda layer, x: jvp(layer, (x,), (x.cos(),))[1],
+    "forward mode": forward_mode,
     "vmap": lambda layer, x: vmap(layer)(torch.stack([x, x.cos()])),
     "vmap of grad": lambda layer, x: vmap(loss_gradient(layer))(torch.stack([x, x.cos()])),
     "compiled vmap": lambda layer, x: compiled(vmap(layer))(torch.stack([x, x.cos()])),

@@ -5,13 +5,9 @@ threads of the CPU.
 """
 
 import argparse
-import multiprocessing
-import os
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from textwrap import fill
 from typing import Any, TypeVar
 
@@ -70,31 +66,6 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-REALTIME_PRIORITY = 40
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Give this process and its children real-time priority, where the system allows it (Linux, as root).
-
-    Other processes wait meanwhile. The priority is given back afterwards, because compiling must not have it.
-    """
-    _set_priority("SCHED_FIFO", REALTIME_PRIORITY)
-    try:
-        yield
-    finally:
-        _set_priority("SCHED_OTHER", 0)
-
-
-def _set_priority(policy: str, priority: int) -> None:
-    if not hasattr(os, policy):
-        return
-    processes = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
-    for thread in [thread for process in processes for thread in Path(f"/proc/{process}/task").glob("*")]:
-        with suppress(PermissionError, ProcessLookupError):
-            os.sched_setscheduler(int(thread.name), getattr(os, policy), os.sched_param(priority))
-
-
 def interleaved(actions: dict[Key, Action], seconds: float, fewest: int = 20, warm_up: int = 3) -> dict[Key, float]:
     """Seconds of each action, measured in rounds in which each takes a turn.
 
@@ -111,11 +82,10 @@ def interleaved(actions: dict[Key, Action], seconds: float, fewest: int = 20, wa
         repeats = max(repeats, round(5e-4 / max(_time(action), 1e-6)))
     times: dict[Key, list[float]] = {name: [] for name in actions}
     order = random.Random(0)
-    with undisturbed():
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end or len(times[next(iter(times))]) < fewest:
-            for name in order.sample(list(actions), len(actions)):
-                times[name].append(_time(actions[name], repeats))
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times[next(iter(times))]) < fewest:
+        for name in order.sample(list(actions), len(actions)):
+            times[name].append(_time(actions[name], repeats))
     return {name: sorted(values)[len(values) // 10] for name, values in times.items()}
 
 

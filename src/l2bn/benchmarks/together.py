@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.spawn import spawn
 
-from l2bn.benchmarks.measure import Result, Row, add_batch, count, page, synchronise, table, undisturbed
+from l2bn.benchmarks.measure import Result, Row, add_batch, count, page, synchronise, table
 from l2bn.benchmarks.workload import NETWORKS, make_workload, ours
 from l2bn.processes import available_cores
 
@@ -23,15 +23,14 @@ def one_of_several(index: int, network: str, batch: int, runs: int, started: Any
     """Train one of several runs in this process: warm up, wait for the others, then train for some epochs."""
     threads = max(1, min(torch.get_num_threads(), available_cores()) // runs)
     action, _ = ours(make_workload(network, STEPS, batch), "bn", threads=threads)
-    with undisturbed():
+    action()
+    synchronise()
+    started.wait()
+    start = time.perf_counter()
+    for _ in range(EPOCHS):
         action()
-        synchronise()
-        started.wait()
-        start = time.perf_counter()
-        for _ in range(EPOCHS):
-            action()
-        synchronise()
-        times[index] = time.perf_counter() - start
+    synchronise()
+    times[index] = time.perf_counter() - start
 
 
 def together(row: Row) -> float:

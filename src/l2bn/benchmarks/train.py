@@ -29,7 +29,6 @@ from l2bn.benchmarks.measure import (
     peak_memory,
     synchronise,
     table,
-    undisturbed,
 )
 from l2bn.benchmarks.workload import NETWORKS, Workload, build, compute, epochs_of, make_workload, ours, plain, timm
 from l2bn.data.loader import Batch
@@ -140,10 +139,9 @@ def measure(workload: Workload, callers: list[str], seconds: float) -> list[Row]
         row |= {"images_per_second": workload.images / taken, "flops_per_image": flops}
         if key in trainers:
             row["auto"] = caller == automatic(workload, precision)
-            with undisturbed():
-                if caller != "graphs":  # whose memory is held between steps, too
-                    row["peak_bytes"] = memory_of_a_step(trainers[key])
-                row["seconds"] = min((phases_of(trainers[key]) for _ in range(3)), key=itemgetter("step"))
+            if caller != "graphs":  # whose memory is held between steps, too
+                row["peak_bytes"] = memory_of_a_step(trainers[key])
+            row["seconds"] = min((phases_of(trainers[key]) for _ in range(3)), key=itemgetter("step"))
         rows.append(row)
     return rows
 

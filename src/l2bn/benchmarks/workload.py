@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -30,8 +31,9 @@ from l2bn.data.splits import Images, Splits, make_splits
 from l2bn.norms.l2bn import convert
 from l2bn.norms.swap import swap_norm
 from l2bn.training.compute import Compute
+from l2bn.training.instantiate import CONFIGS, Builder
 from l2bn.training.loop import Position, Trainer
-from l2bn.training.optim import OneCycle, Recipe
+from l2bn.training.optim import Recipe
 
 WORKERS = 2  # processes that load images, of every path that has any
 CLASSES = 10
@@ -145,34 +147,20 @@ def photographs(count: int, cache_side: int | None = None) -> Splits:
 
 def recipe(batch: int, epochs: int = 1000, lr: float = 0.01) -> Recipe:
     """The recipe `short` with more epochs, at a learning rate at which training on noise is stable."""
-    return Recipe(
-        epochs=epochs,
-        batch_size=batch,
-        lr=lr,
-        momentum=0.9,
-        nesterov=True,
-        weight_decay=5e-4,
-        decay_norm_and_bias=True,
-        label_smoothing=0.0,
-        mixup=0.0,
-        schedule=OneCycle(),
-    )
+    given = _configuration("recipe/short") | {"epochs": epochs, "batch_size": batch, "lr": lr}
+    made: Recipe = Builder().call(Recipe, given, "recipe")
+    return made
 
 
 def compute(**options: Any) -> Compute:
-    """The settings of `compute=auto`, changed by these options."""
-    defaults: dict[str, Any] = {
-        "device": DEVICE.type,
-        "devices": 1,
-        "sync_bn": False,
-        "precision": "32-true",
-        "compile": False,
-        "channels_last": True,
-        "deterministic": False,
-        "threads": None,
-        "workers": WORKERS,
-    }
-    return Compute(**defaults | options)
+    """The settings of `compute=auto` without compilation, changed by these options."""
+    given = _configuration("compute/auto") | {"device": DEVICE.type, "compile": False, "workers": WORKERS}
+    return Compute(**given | options)
+
+
+def _configuration(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    return content
 
 
 def trainer_of(workload: Workload, model: nn.Module, learning: Recipe, placing: Compute, seed: int = 0) -> Trainer:

@@ -146,8 +146,15 @@ def check_call(x: Tensor, state: State, eps: float, *, training: bool, joint: bo
         ("weight", state.weight),
         ("bias", state.bias),
     ):
-        if tensor is not None and tensor.numel() != channels:
+        if tensor is None:
+            continue
+        if tensor.numel() != channels:
             raise RuntimeError(f"{name} should contain {channels} elements not {tensor.numel()}")
+        if tensor.dtype != x.dtype and (tensor.dtype != torch.float32 or x.dtype == torch.float64):
+            raise RuntimeError(
+                f"mixed dtype: {name} is {tensor.dtype}, the input {x.dtype}; accepted is the input's own type, "
+                "and torch.float32 for an input of half precision"
+            )
     if (state.mean is None) != (state.var is None):
         raised = ValueError if training else RuntimeError
         raise raised("running_mean and running_var must be given together or not at all")

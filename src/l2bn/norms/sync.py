@@ -77,6 +77,9 @@ class _Sync(_BatchNorm):
     def _joint(self, z: Tensor, state: State, eps: float) -> Tensor:
         """Return joint batch norm of z, and move the running statistics."""
         y, mean, variance, count = joint_batch_norm(z, state.weight, state.bias, eps, self.process_group)
+        # Of one value in all no rank has more, so that other batches need not wait for the device here.
+        if z.numel() <= z.shape[1] and count == 1:
+            raise ValueError("Expected more than 1 value per channel when training, got 1 on all ranks together")
         with torch.no_grad():
             update_running(state.mean, state.var, mean, variance, share_of_batch(self, state), count)
         return y
