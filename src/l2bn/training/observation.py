@@ -5,23 +5,25 @@ They do not change what the run computes, and are no part of its identity.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from lightning_fabric import Fabric
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from l2bn.analysis.probe import Probe, classifier
 from l2bn.data.loader import Loader
 from l2bn.errors import UserError
-from l2bn.records import FeatureRow, Sample, StatisticsRow
+from l2bn.records import CHECKED, FeatureRow, Sample, StatisticsRow
 from l2bn.training.loop import evaluate
 
 MEASURED_EPOCHS = 20
 WIDEST = 8192  # penultimate features
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
 class AnalysisPolicy:
     """The schedule of the measurements of a run.
 
@@ -32,16 +34,10 @@ class AnalysisPolicy:
     statistics_every: steps between two such measurements.
     """
 
-    every: int | None = 0
+    every: Annotated[int, Field(ge=0)] | None = 0
     sample: bool = True
-    statistics_until: int = 0
-    statistics_every: int = 10
-
-    def __post_init__(self) -> None:
-        for name, least in (("every", 0), ("statistics_until", 0), ("statistics_every", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be {least} or more, not {value}")
+    statistics_until: Annotated[int, Field(ge=0)] = 0
+    statistics_every: Annotated[int, Field(ge=1)] = 10
 
     def measures_after(self, epoch: int, epochs: int) -> bool:
         """Return whether features are measured after an epoch of a run of `epochs` epochs."""
