@@ -45,7 +45,7 @@ def tables(arguments: argparse.Namespace) -> Sequence[Problem]:
         write_durably(README, readme_with_block(text, evidence, read_sets(SETS)[0]))
     # Before anything is printed, which ends the command where the reader of a pipe is gone.
     paths = write_documents(documents(evidence, reference), out) if out else []
-    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+    console = Console(width=None if sys.stdout and sys.stdout.isatty() else 100, highlight=False)
     console.print(norms_table(evidence), crop=False)
     _print_paths(paths)
     return evidence.problems
@@ -133,7 +133,7 @@ def _print_paths(paths: Sequence[Path], nothing: str = "") -> None:
 
 
 def _add(commands: Any, command: Command, example: str, out: str = "") -> argparse.ArgumentParser:
-    """Add a sub-command with the options that all have; `out` is the help of --out, for those that write files."""
+    """Add a sub-command with --runs, and with --out and --strict if it writes files; `out` is the help of --out."""
     name = command.__name__
     one: argparse.ArgumentParser = commands.add_parser(
         name,

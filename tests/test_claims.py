@@ -307,7 +307,7 @@ def test_features_of_sound_are_not_pooled_with_those_of_images(number: int, tmp_
 @pytest.mark.parametrize(
     ("differences", "expected", "text"),
     [
-        ((SMALL, SMALL, SMALL), "supported", "+0.50 [+0.42, +0.58], 3 of 3 networks above 0"),
+        ((SMALL, SMALL, SMALL), "supported", "+0.50 [+0.42, +0.58], 3 of 3 networks above 0, 3 significantly"),
         (
             (minus(SMALL), minus(SMALL), minus(SMALL)),
             *("contradicted", "−0.50 [−0.58, −0.42], 3 of 3 networks below 0"),

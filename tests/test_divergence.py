@@ -24,7 +24,7 @@ def diverged(record: Record, divergence: str, epochs: int) -> None:
 
 
 def test_a_learning_rate_that_is_too_high(train: Train) -> None:
-    record = train("recipe.lr=1e30", EPOCHS, *TINY)
+    record = train("recipe.lr=1e6", "recipe.weight_decay=1e6", EPOCHS, *TINY)
     assert record.divergence is not None
     assert record.divergence.startswith("the loss is not finite in epoch 1, step")
     diverged(record, record.divergence, 0)
@@ -93,5 +93,5 @@ def test_a_test_loss_that_overflows(train: Train, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_diverged_run_is_left_alone(train: Train) -> None:
-    record = train("recipe.lr=1e30", EPOCHS, *TINY)
-    assert train("recipe.lr=1e30", EPOCHS, *TINY) == record
+    record = train("recipe.lr=1e6", "recipe.weight_decay=1e6", EPOCHS, *TINY)
+    assert train("recipe.lr=1e6", "recipe.weight_decay=1e6", EPOCHS, *TINY) == record

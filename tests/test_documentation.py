@@ -215,7 +215,7 @@ PROMISES_ON_IMAGES: dict[str, list[str]] = {
         "test_data_imagenet_wds.test_members_that_are_no_samples_are_passed_over",
         "test_data_imagenet_wds.test_batches_of_shards_in_the_order_of_classes_hold_all_classes",
     ],
-    "an image has more than 8 bits a channel, or a transparent colour": [
+    "an image has more than 8 bits a channel (PNG, TIFF, PGM), or a transparent colour": [
         "test_data_decode.test_more_than_eight_bits_a_channel_are_refused",
         "test_data_decode.test_a_transparent_colour_shows_white",
     ],

@@ -107,6 +107,9 @@ def rank(rank: int, folder: str) -> None:
     positions = L2BatchNorm2d(4, fused="off")
     convert_sync(positions)
     results["one value a channel"] = positions(torch.randn(1, 4, 1, 1)).isfinite().all()
+    with pytest.raises(ValueError, match="1 value per channel") as refused:
+        positions(torch.randn(1 - rank, 4, 1, 1))
+    results["one value in all"] = str(refused.value)
     step = DivideByMeanNorm(0.1)
     step(torch.zeros(0, 4, 5, 3) if rank == 0 else torch.ones(2, 4, 5, 3))  # a rank may be without samples
     step(joint_batch("contiguous")[0].split((5, 7))[rank])
@@ -177,6 +180,10 @@ def test_the_record_says_that_joint_layers_have_no_kernels(ranks: list[dict]) ->
 
 def test_one_value_a_channel_is_enough_where_other_ranks_have_values(ranks: list[dict]) -> None:
     assert all(r["one value a channel"] for r in ranks)
+
+
+def test_one_value_on_all_ranks_together_is_refused(ranks: list[dict]) -> None:
+    assert all("got 1 on all ranks together" in results["one value in all"] for results in ranks)
 
 
 def test_the_mean_norm_is_that_of_all_ranks(ranks: list[dict]) -> None:

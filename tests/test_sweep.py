@@ -188,7 +188,7 @@ def test_a_run_that_another_process_has_is_no_failure(multirun: Sweep, tmp_path:
 
 
 def test_a_diverged_run_has_ended(multirun: Sweep) -> None:
-    options = ("norm=bn", "recipe.lr=1e30", "seed=0,1", "recipe.epochs=1")
+    options = ("norm=bn", "recipe.lr=1e6", "recipe.weight_decay=1e6", "seed=0,1", "recipe.epochs=1")
     for words in ("sweep: 2 diverged\n", "sweep: 2 skipped (ended before)\n"):
         code, printed = multirun(*options)
         assert code == 0

@@ -146,7 +146,8 @@ class SlurmLauncher(_JobLauncher):
             folder=options.pop("submitit_folder"),
             slurm_max_num_timeout=options.pop("max_num_timeout"),
         )
-        executor.update_parameters(**{k if k in COMMON else f"slurm_{k}": v for k, v in options.items()})
+        named = {key if key in COMMON else f"slurm_{key}": value for key, value in options.items()}
+        executor.update_parameters(tasks_per_node=1, **named)  # a second task would train the same run
         submitted = executor.submit_array(self._jobs(job_overrides))
         return [_returned(_failure(job)) for job in submitted]
 

@@ -118,8 +118,8 @@ def measure_map(shape: tuple[int, ...], seconds: float) -> Iterator[Row]:
 EXPLANATION = """
 L2BN plain (the l2 step and batch norm by PyTorch's operators) and fused (compiled kernels). Ratios to
 `nn.BatchNorm2d` called the same way, measured in turn in one process: geometric mean over the maps, and the worst.
-Memory: most bytes held at once, same ratio. Copy: traffic of the least passes over the map, as a share
-of the bandwidth of a copy of that map; median.
+Memory: most bytes held at once, same ratio. Copy: the bandwidth reached, counting the fewest passes over the map
+that are needed, relative to that of a copy of the map; median.
 """
 
 

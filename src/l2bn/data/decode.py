@@ -33,7 +33,8 @@ def read_rgb(source: Path | bytes | bytearray, name: str, *, upright: bool = Fal
     """Decode a file or its bytes: grayscale repeated, CMYK converted, transparency on white.
 
     upright: turn the image as its EXIF orientation says, which cameras leave to the viewer.
-    Raises `UserError` with `name` if it is damaged, cut short, no image, or has more than 8 bits a channel.
+    Raises `UserError` with `name` if it is damaged, cut short, no image, or a PNG, TIFF or PGM with more than 8
+    bits a channel; Pillow scales others to 8.
     """
     content = content_of(source) if isinstance(source, Path) else bytes(source)
     try:
@@ -76,7 +77,7 @@ def _is_zero_filled(content: bytes) -> bool:
 
 
 def _is_deep(image: ImageFile.ImageFile) -> bool:
-    """Tell whether an image has more than 8 bits a channel; Pillow reads several such channels as 8 bits."""
+    """Tell whether a PNG, TIFF or PGM has more than 8 bits a channel, of which Pillow would drop or clip some."""
     bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (8,))
     wide_png = any(";16B" in str(tile[-1]) for tile in image.tile)
     return image.mode[0] in "IF" or wide_png or max(bits) > 8

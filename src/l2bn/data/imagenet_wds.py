@@ -147,8 +147,7 @@ def pack(tree: Tree, folder: Path, prefix: str, samples: int = 1000) -> int:
     in `folder` at once when they are complete. Returns the number of shards. Raises `UserError` if the folder
     already has such shards, and for a file that cannot be read or written.
     """
-    if any(folder.glob(f"{prefix}-*.tar")):
-        raise UserError(f"{folder} holds {prefix}-*.tar already; remove them first or choose another folder")
+    _refuse_packed(folder, prefix)
     order = torch.randperm(len(tree.names), generator=generator(0, "pack")).tolist()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -166,8 +165,15 @@ def pack(tree: Tree, folder: Path, prefix: str, samples: int = 1000) -> int:
             for shard in shards:
                 shard.replace(folder / shard.name)
     except OSError as error:
-        raise UserError(f"{tree.folder} cannot be packed into {folder}: {error}; no shard was written") from error
+        raise UserError(
+            f"{tree.folder} cannot be packed into {folder}: {error}; no {prefix}-*.tar was written"
+        ) from error
     return len(shards)
+
+
+def _refuse_packed(folder: Path, prefix: str) -> None:
+    if any(folder.glob(f"{prefix}-*.tar")):
+        raise UserError(f"{folder} holds {prefix}-*.tar already; remove them first or choose another folder")
 
 
 def pack_imagenet(source: Path, folder: Path) -> None:
@@ -176,6 +182,8 @@ def pack_imagenet(source: Path, folder: Path) -> None:
     The few validation files come first: what is wrong with them shows before hours of packing. Raises `UserError`
     as `pack`.
     """
+    for prefix in ("val", "train"):
+        _refuse_packed(folder, prefix)
     trained, tested = list_splits(source, "train", "val", DEVKIT)
     pack(tested, folder, "val")
     pack(trained, folder, "train")

@@ -135,7 +135,11 @@ class Loader(ABC):
         else:
             random = generator(self.seed, "permutation", epoch)
             own = getattr(self.split, "order", None)  # see `Split`
-            order = own(random) if own else torch.randperm(len(self.split), generator=random)
+            order = own(random) if callable(own) else torch.randperm(len(self.split), generator=random)
+            if order.shape != (len(self.split),):
+                raise UserError(
+                    f"{self.splits.label}: `order` must give {len(self.split)} indices, not {kind_of(order)}"
+                )
         batches = torch.split(order, self.batch_size)[: len(self)]
         return [batch[self._slice(len(batch))] for batch in batches]
 

@@ -1,4 +1,4 @@
-"""The formulas for maps of few positions, whose (N, C) moments would be as large as the map.
+"""The formulas for training on maps of few positions, whose (N, C) moments would be as large as the map.
 
 The rows (N, C, ...) or (N, P, C), see formulas.py, are read as a table: a column for each channel and position, or
 in channels_last for each channel. A sum for a sample runs along the table's row, a sum for a batch statistic down

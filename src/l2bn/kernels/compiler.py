@@ -35,8 +35,8 @@ Sizes = Literal["fake", "symbolic"]
 """Of the tensors of a kernel: theirs alone, or any."""
 
 STATIC_KINDS = 4
-"""So many batch and image sizes of one channel count get a kernel of their own, on CUDA and for maps of few
-positions; all others share one for any size. On a CPU it is about as fast where positions are many."""
+"""So many batch and image sizes of one channel count get a kernel of their own, on CUDA and in training for maps
+of few positions; all others share one for any size. On a CPU it is about as fast where positions are many."""
 
 UPDATES_TO_REPAY = {"cpu": (100, 0), "cuda": (0, 10_000)}
 """So many updates repay the first compilation, by device: in all, and for each channel count. ResNet-20, batch 128:

@@ -1,4 +1,4 @@
-"""The formulas for maps of many positions, in batch norm's own memory traffic.
+"""The formulas for maps of many positions, in batch norm's own memory traffic; in evaluation for all maps.
 
 The batch statistics of the normalized features follow from the per-sample, per-channel moments of x, so forward is
 one reading pass and one read-write pass over the map. Between the passes all tensors are (N, C) or smaller.

@@ -339,8 +339,9 @@ class SetFinding:
         if not self._side:
             return text
         sign, side = (1, "above") if (self.overall.mean or 0.0) > 0 else (-1, "below")
-        alike = sum(sign * (one.mean or 0.0) > 0 for one in self.estimates)
-        text += f", {alike} of {plural('network', len(self.cells))} {side} 0"
+        alike = [p for one, p in zip(self.estimates, self.corrected, strict=True) if sign * (one.mean or 0.0) > 0]
+        significant = sum(p is not None and p < 1 - LEVEL for p in alike)
+        text += f", {len(alike)} of {plural('network', len(self.cells))} {side} 0, {significant} significantly"
         return text + (f" ({self.against})" if self.against else "")
 
 
@@ -366,6 +367,13 @@ def judge_set(question: Question, run_set: RunSet, arms: Sequence[Arm]) -> SetFi
     return replace(finding, estimates=estimates, overall=overall, diverged=(other, l2bn))
 
 
+OF_ALL_SETS = (
+    "Significantly: p (Holm) below 0.05. All intervals and p of the following tables go by s, the deviation pooled "
+    "within the cells, which the last row of a table gives; other tables and figures go by each cell's own "
+    "deviation, so their intervals differ. The last p is not corrected."
+)
+
+
 def sets_section(arms: Sequence[Arm], sets: Sequence[RunSet]) -> list[str]:
     """The verdicts of all sets as a table, and the estimates of the complete ones, as Markdown."""
     asked = {claim.number: claim.question for claim in CLAIMS if claim.question}
@@ -378,7 +386,7 @@ def sets_section(arms: Sequence[Arm], sets: Sequence[RunSet]) -> list[str]:
                 table = markdown(_set_table(finding, finding.overall, arms))
                 estimates += [f"### Claim {number} on {run_set.label}", table, *_second(finding, arms)]
     columns = ("Set", *(f"Claim {number}" for number in asked))
-    return [markdown(Table(columns, rows, names=len(columns))), *estimates]
+    return [markdown(Table(columns, rows, names=len(columns))), *([OF_ALL_SETS] if estimates else []), *estimates]
 
 
 def _second(first: SetFinding, arms: Sequence[Arm]) -> list[str]:
@@ -411,10 +419,7 @@ def _set_table(finding: SetFinding, overall: Estimate, arms: Sequence[Arm]) -> T
     ]
     degrees = sum(max(one.n - 1, 0) for one in finding.estimates)
     notes = [
-        f"Measure: {question.text}.",
-        "All intervals and p here go by s, the deviation pooled within the cells, which the last row gives, with "
-        f"{plural('degree', degrees)} of freedom; other tables and figures go by each cell's own deviation, so "
-        "their intervals differ. The last p is not corrected.",
+        f"Measure: {question.text}. s has {plural('degree', degrees)} of freedom.",
         f"Diverged: {finding.diverged[0]} of {reference}, {finding.diverged[1]} of L2BN.",
         f"Data: {' / '.join(sorted({arm.label for arm in arms if arm.cell in finding.cells}))}.",
         *_unlike_pairs(finding, arms),
@@ -451,8 +456,8 @@ CLAIMS = (
         4,
         "L2BN adds no parameters and no hyper-parameters.",
         "Supported if the parameter counts of BN and L2BN are equal in every cell with both arms, "
-        "contradicted if they differ in one. Records show the parameters; the layer has no hyper-parameter by "
-        "its definition.",
+        "contradicted if they differ in one. Records show the parameters alone; the operation has no "
+        "hyper-parameter by its definition (`scale` is this suite's).",
         _no_parameters_added,
         tested="[state dicts are those of batch norm](../tests/test_norm.py), "
         "[every norm keeps parameters and learns](../tests/test_swap.py)",

@@ -40,7 +40,7 @@ class Arm:
 
     @property
     def data(self) -> str:
-        """The label of the data set; folders of one label hold the same images."""
+        """The label of the data set; folders of one label are taken for one data set."""
         return " / ".join(sorted({label_of(record) for record in self.records}))
 
     @property

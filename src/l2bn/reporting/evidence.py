@@ -145,7 +145,7 @@ class Evidence:
 
 
 def value_of(record: Record, features: Sequence[FeatureRow], quantity: str) -> float | None:
-    """The value of a quantity in a run with these measured epochs; None where it has none, as if it diverged."""
+    """The value of a quantity in a run with these measured epochs; None where it has none, as where it diverged."""
     if record.status != "finished":
         return None
     if quantity in (TOP1, BEST):

@@ -378,8 +378,8 @@ def _eps(studies: Sequence[Study]) -> Iterator[str]:
         yield (
             "L2BN at norm 1 and at root mean square 1 against BN at the same eps. Shrink: the factor by which eps "
             "reduces the standard deviation of a norm layer's output, as the mean over the layers and in brackets "
-            "the smallest, both from means over the seeds. A difference between norm 1 and rms 1 can come from eps "
-            "alone. Holm's correction over the two parts at eps 1e-5."
+            "the smallest, both from means over the seeds. Only eps can make norm 1 and rms 1 differ. Holm's "
+            "correction over the two parts at eps 1e-5."
         )
     for study in studies:
         yield f"### {title(study.label, study.cell)}: eps"

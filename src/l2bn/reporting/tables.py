@@ -342,7 +342,10 @@ def _answer(rows: Sequence[Comparison], run_set: RunSet) -> str:
     return (
         f"- **In {escape_markdown(networks)}, the claim that L2BN improves accuracy is {found}.\n"
         f"- For other networks like them, {beyond}.\n"
-        "- [claims.md](results/claims.md) has both rules and the verdicts on the paper's other claims. "
+        "- Contradicted: the whole interval of these networks lies below 0, no network is significantly above, and "
+        "L2BN diverged no less often; supported: the mirror case; else not decided. The interval goes by the "
+        "spread pooled over the networks, those of the table by each network's own, so that each may contain 0. "
+        "[claims.md](results/claims.md) has both rules and the verdicts on the paper's other claims. "
         "The rule for these networks was fixed before their first run was published; "
         "[results/README.md](results/README.md#two-rules-for-a-verdict) says what was changed later."
     )

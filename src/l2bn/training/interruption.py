@@ -122,7 +122,10 @@ def sole_owner(folder: Path) -> Iterator[None]:
 
 
 def is_owned(folder: Path) -> bool:
-    """Return whether a process is training the run in a folder, without writing there."""
+    """Return whether a process is training the run in a folder, without writing there.
+
+    It holds the lock for an instant, in which a run that starts would be refused.
+    """
     try:
         descriptor = os.open(folder / LOCK, os.O_RDONLY)
     except OSError:  # the run was never started

@@ -118,7 +118,7 @@ class Session:
         self.leaving = DelayedMin()
         run, lead = built.run, fabric.is_global_zero
         built.compute.set_up()
-        gc.collect()  # of an earlier run of this process, or its memory would count for this one
+        gc.collect()  # of an earlier run of this process, whose tensors on the GPU would count for this one
         if fabric.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(fabric.device)
         self.train_loader, self.test_loader = make_loaders(built, fabric)
