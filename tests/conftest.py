@@ -1,6 +1,7 @@
 """What every test shares: the real images, and a way to train a run as the command line does, in process."""
 
 import functools
+import gc
 import os
 import shutil
 import signal
@@ -29,6 +30,9 @@ settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
 
 QUIET = ("progress=false", "compute.workers=0")
+# Inductor's helper processes compile for GPUs alone, and are started on CPUs, too.
+os.environ.setdefault("TORCH_WARM_POOL", "0")
+
 # Eight updates an epoch on real digits: enough to see an epoch end, and quick.
 TINY = ("dataset.subset=256", "dataset.image_size=8", *QUIET)
 # Two updates an epoch.
@@ -41,6 +45,15 @@ def _default_signals() -> None:
     for number in signal.valid_signals():
         if signal.getsignal(number) == signal.SIG_IGN and number not in (signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _frozen() -> Iterator[None]:
+    """Each run collects garbage: not among what the modules of all tests have made."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

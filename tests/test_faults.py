@@ -201,7 +201,9 @@ OUTPUTS = {
 }
 
 
-@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize(
+    "output", [pytest.param(o, marks=pytest.mark.slow if o == "stdout on a full disk" else ()) for o in OUTPUTS]
+)
 def test_output_that_cannot_be_written_ends_no_run(output: str, tmp_path: Path) -> None:
     """The result is in files: the run is trained to its end, with exit code 0, and no file of it is blamed."""
     options = " ".join([f"runs_dir={tmp_path}", "norm=bn", "recipe.epochs=2", *TINIEST, "progress=true"])

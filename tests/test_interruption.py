@@ -100,7 +100,7 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_ends_the_run_in_good_order(number: signal.Signals, tmp_path: Path) -> None:
     """The checkpoint is of the update that was under way, and no epoch of it lacks its line."""
     with started(tmp_path, *LONG) as process:
@@ -156,6 +156,7 @@ def test_ctrl_c_ends_a_command_whose_reader_it_has_ended_too(sweep: tuple[str, .
         assert process.wait(timeout=120) == EXIT_CODE
 
 
+@pytest.mark.slow
 def test_copies_of_a_command_are_refused_with_one_hint(tmp_path: Path) -> None:
     """As `torchrun --nproc_per_node=2` starts them."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", TRAIN, f"runs_dir={tmp_path}"]

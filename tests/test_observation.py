@@ -104,7 +104,9 @@ def test_how_often_follows_from_the_policy() -> None:
     assert AnalysisPolicy(every=None) != AnalysisPolicy()
 
 
-@pytest.mark.parametrize("stop", [5, 12], ids=["in the first epoch", "in the second epoch"])
+@pytest.mark.parametrize(
+    "stop", [pytest.param(5, marks=pytest.mark.slow), 12], ids=["in the first epoch", "in the second epoch"]
+)
 def test_a_resumed_run_has_no_line_twice_and_none_missing(
     stop: int, train: Train, trained: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,7 +246,7 @@ def test_the_comparison_is_no_time_of_training(train: Train, monkeypatch: pytest
 
 def test_at_the_start_evaluation_lags_behind_batch_statistics(train: Train) -> None:
     """The running variance of a unit L2BN starts far above that of its features."""
-    options = ("norm=l2bn", "recipe.epochs=1", "progress=false", "dataset.subset=700")
+    options = ("norm=l2bn", "recipe.epochs=1", "progress=false", "dataset.subset=700", "dataset.image_size=16")
     record = train(*options, "analysis=statistics", "analysis.statistics_until=20")
     rows = read_statistics(record.folder)
     assert [row["step"] for row in rows] == [10, 20]

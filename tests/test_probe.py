@@ -287,7 +287,7 @@ def see_a_share(rank: int, folder: str) -> None:
 def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     model = small_net()
     whole = look(model, *images(401), batch=50)
-    mp.spawn(see_a_share, (str(tmp_path),), nprocs=2)
+    mp.start_processes(see_a_share, (str(tmp_path),), nprocs=2, start_method="fork")  # of inference alone
     sample = whole.sample()
     assert sample is not None
     for rank in range(2):

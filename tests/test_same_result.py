@@ -215,7 +215,7 @@ def on_two_devices(fabric: Fabric, folder: Path) -> None:
     answers = [minimum(torch.tensor(float(10 * call + fabric.global_rank))) for call in range(3)]
     torch.save(answers, folder / f"answers{fabric.global_rank}.pt")
     for norm in ("bn", "l2bn"):
-        made = trainer(fabric, placing, Net(norm, torch.float64), 0.05)
+        made = trainer(fabric, placing, Net(norm, torch.float64, small=True), 0.05)
         totals = made.train_epoch(Position(epoch=EPOCH))
         torch.save(
             {"losses": made.seen, "weights": made.network.state_dict(), "totals": totals.sums},
@@ -235,7 +235,7 @@ def two_devices(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_devices_with_joint_statistics_equal_one(norm: str, two_devices: Path) -> None:
     first, second = (torch.load(two_devices / f"{norm}{rank}.pt") for rank in range(2))
     placing = compute()
-    one = trainer(placing.fabric(), placing, Net(norm, torch.float64), 0.05)
+    one = trainer(placing.fabric(), placing, Net(norm, torch.float64, small=True), 0.05)
     totals = one.train_epoch(Position(epoch=EPOCH))
     shares = [torch.stack(rank["losses"]) for rank in (first, second)]
     assert not torch.equal(*shares)

@@ -71,7 +71,9 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, updates: int) -> None:
     monkeypatch.setattr(session, "Interruption", Counting)
 
 
-@pytest.mark.parametrize("norm", ["bn", "l2bn", "l2bn_mean_norm"])
+@pytest.mark.parametrize(
+    "norm", [*(pytest.param(norm, marks=pytest.mark.slow) for norm in ("bn", "l2bn")), "l2bn_mean_norm"]
+)
 def test_the_same_seed_gives_the_same_bits(norm: str, train: Train, trained: Train) -> None:
     """With the buffers that l2bn_mean_norm has beside BN's."""
     one, other = (run(f"norm={norm}", EPOCHS, *TINY) for run in (trained, train))
@@ -104,8 +106,8 @@ def test_both_arms_start_from_the_same_weights(train: Train, monkeypatch: pytest
 
 @pytest.mark.parametrize(
     "stop",
-    [3, 8, 10, 12],
-    ids=["in the first epoch", "before its evaluation", "after an epoch", "in the second epoch"],
+    [3, 12, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (8, 10))],
+    ids=["in the first epoch", "in the second epoch", "before its evaluation", "after an epoch"],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(
     stop: int,
@@ -336,8 +338,7 @@ def test_without_a_posix_system_the_layer_works_and_training_says_what_it_needs(
 
 def test_dropout_and_mixup_follow_from_seed_and_place(train: Train, tmp_path: Path) -> None:
     """What is drawn from the global generators before an update must not reach it."""
-    few = ("dataset.subset=64", "dataset.validation=0.05")
-    options = ("backbone=vgg11", "recipe.mixup=0.2", "recipe.epochs=1", *few, *QUIET)
+    options = ("backbone=mobilenetv2_x0_5", "norm=bn", "recipe.mixup=0.2", "recipe.epochs=1", *TINIEST, *QUIET)
     one = train(*options)
     torch.manual_seed(12345)
     other = train(*options, f"runs_dir={tmp_path / 'again'}")
