@@ -321,7 +321,8 @@ def test_features_of_sound_are_not_pooled_with_those_of_images(number: int, tmp_
         (
             (minus((9.0, 9.1, 8.9)), SMALL, SMALL),
             "not decided",
-            "−2.67 [−2.75, −2.59], 1 of 3 networks below 0, 1 significantly (significant on the other side: net1, net2)",
+            "−2.67 [−2.75, −2.59], 1 of 3 networks below 0, 1 significantly "
+            "(significant on the other side: net1, net2)",
         ),
         (  # a cell that is not significant may lie there
             ((9.0, 9.1, 8.9), SMALL, (-0.01, 0.1, -0.1)),
