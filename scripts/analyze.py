@@ -26,7 +26,7 @@ def main() -> None:
     from l2bn.reporting.terminal import layers_table
     from l2bn.training.existing import analyze
 
-    console = Console(width=None if sys.stdout and sys.stdout.isatty() else 110, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
     failures = 0
     for run in arguments.run:
         try:

@@ -23,7 +23,7 @@ def main() -> None:
     if arguments.hours and arguments.group not in (None, "backbone"):
         parser.error(f"--hours times backbones, not {arguments.group}: python scripts/list.py backbone --hours")
     groups = [arguments.group] if arguments.group else GROUPS
-    console = Console(width=None if sys.stdout and sys.stdout.isatty() else 110, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
     own = [path.resolve() for path in arguments.config_dir]
     console.print(overview(groups, console.width, own, timed=arguments.hours))
 

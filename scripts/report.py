@@ -45,7 +45,7 @@ def tables(arguments: argparse.Namespace) -> Sequence[Problem]:
         write_durably(README, readme_with_block(text, evidence, read_sets(SETS)[0]))
     # Before anything is printed, which ends the command where the reader of a pipe is gone.
     paths = write_documents(documents(evidence, reference), out) if out else []
-    console = Console(width=None if sys.stdout and sys.stdout.isatty() else 100, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
     console.print(norms_table(evidence), crop=False)
     _print_paths(paths)
     return evidence.problems

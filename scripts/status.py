@@ -41,7 +41,7 @@ def main() -> None:
         if arguments.runs and not folder.is_dir():
             raise UserError(f"--runs: there is no folder {folder}")
         runs = find_runs(folder)
-    console = Console(width=None if sys.stdout and sys.stdout.isatty() else 120, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print(overview([look(run) for run in runs], console.width))
 
 

@@ -36,18 +36,19 @@ def told_plainly() -> Iterator[None]:
     of memory, and an error that a library raises before any code of this package has run (invalid YAML). Other
     errors keep their traceback; with HYDRA_FULL_ERROR=1 in the environment all errors do.
     """
+    if sys.stdout is None:  # the command began without it
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         yield
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise exceptions that it would print and swallow
     try:
         yield
-        if sys.stdout:  # None: the command began without it
-            sys.stdout.flush()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and sys.stdout and _is_closed(sys.stdout.fileno()):
+        if isinstance(error, BrokenPipeError) and _is_closed(sys.stdout.fileno()):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would flush it again at exit
             sys.exit(128 + signal.SIGPIPE)
         message = explain(error)

@@ -4,13 +4,11 @@ Readable in print without colour and by the colour-blind: the arms differ in lig
 same records give the same bytes.
 """
 
-import re
 import textwrap
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from hashlib import blake2b
 from itertools import groupby
 from math import nan
 from pathlib import Path
@@ -44,7 +42,7 @@ from l2bn.reporting.evidence import (
     by_layer,
     measure,
 )
-from l2bn.reporting.formatting import conditions, file_name, in_words, mean_std, plural, signed, title
+from l2bn.reporting.formatting import as_file_name, conditions, file_name, in_words, mean_std, plural, signed, title
 from l2bn.reporting.mechanism import Mechanism, measured_pairs
 from l2bn.reporting.reference import RunSet
 from l2bn.reporting.statistics import Estimate, estimate
@@ -116,16 +114,11 @@ def write_figures(
     pages: dict[str, list[Comparison]] = defaultdict(list)  # of curves, one per data set
     for comparison in comparisons:
         pages[comparison.cell.dataset].append(comparison)
-    names = {dataset: re.sub(r"[^\w.]+", "-", dataset) for dataset in pages}
-    used = Counter(names.values())
     paths = []
     with drawing():
         for dataset, group in pages.items():
-            name = names[dataset]
-            if used[name] > 1:  # the names of two data sets differ in punctuation alone
-                name += f"-{blake2b(dataset.encode(), digest_size=4).hexdigest()}"
             if any(arm.of() for comparison in group for arm in comparison.arms):
-                paths += save_figure(curves(group, found), folder, f"curves-{name}")
+                paths += save_figure(curves(group, found), folder, f"curves-{as_file_name(dataset)}")
         if any(comparison.differences() for comparison in comparisons):
             paths += save_figure(differences(comparisons), folder, "differences")
         for run_set in sets:

@@ -129,12 +129,18 @@ LONGEST_NAME = 200  # bytes; file systems allow 255
 
 
 def file_name(cell: Cell) -> str:
-    """A cell as part of a file's name; a digest stands for the end of one that is too long for that."""
+    """A cell as part of a file's name."""
     setting = "" if cell.setting == "32-true" else cell.setting
-    parts = (cell.dataset, cell.backbone, cell.recipe, setting)
-    name = re.sub(r"[^\w.=-]+", "-", "-".join(filter(None, parts))).encode()
-    if len(name) > LONGEST_NAME:
-        name = name[: LONGEST_NAME - 17] + f"-{blake2b(name, digest_size=8).hexdigest()}".encode()
+    return as_file_name("-".join(filter(None, (cell.dataset, cell.backbone, cell.recipe, setting))))
+
+
+def as_file_name(text: str) -> str:
+    """A text as part of a file's name. A digest stands for the end of one that is too long for that, and tells
+    apart texts that differ in replaced characters alone; commas are replaced without one.
+    """
+    name = re.sub(r"[^\w.=-]+", "-", text).encode()
+    if len(name) > LONGEST_NAME or re.search(r"[^\w.=,-]", text):
+        name = name[: LONGEST_NAME - 17] + f"-{blake2b(text.encode(), digest_size=8).hexdigest()}".encode()
     return name.decode(errors="ignore")  # of a character that was cut
 
 

@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -87,10 +88,14 @@ def find_runs(root: Path) -> list[Run]:
 def title(cell: Cell) -> str:
     """A cell as the name of a group of charts; the setting only if it is not the default.
 
-    The custom scalars tab takes tags for regular expressions, so no character that means more than itself is left.
+    The custom scalars tab takes tags for regular expressions, so no character that means more than itself is left;
+    a digest tells apart what differed in such characters alone, but for the brackets of a list.
     """
     names = (cell.dataset, cell.backbone, cell.recipe, cell.setting.removeprefix("32-true").removeprefix(", "))
-    return re.sub(r"[^\w ,.=-]", "_", ", ".join(filter(None, names)))
+    text = ", ".join(filter(None, names))
+    plain = re.sub(r"[^\w ,.=-]", "_", text)
+    lost = re.search(r"[^\w ,.=\[\]-]", text)
+    return f"{plain} {blake2b(text.encode(), digest_size=4).hexdigest()}" if lost else plain
 
 
 def curves_of(runs: Iterable[Run]) -> dict[tuple[str, str, str], dict[int, list[float]]]:
