@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from l2bn import L2BatchNorm2d, l2_normalize
+from l2bn.kernels.formulas import Scale
 from l2bn.norms import group_norm, l2bn, l2bn_detached, l2bn_mean_norm, l2bn_position
-from l2bn.norms.l2_step import Scale
 from l2bn.norms.l2bn_detached import normalize_detached
 from l2bn.norms.l2bn_mean_norm import DivideByMeanNorm
 from l2bn.norms.l2bn_position import normalize_positions

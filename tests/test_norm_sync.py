@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from l2bn import L2BatchNorm1d, L2BatchNorm2d, L2BatchNorm3d
 from l2bn.kernels.compiler import select_kernels
-from l2bn.norms import l2bn_detached
+from l2bn.norms import l2bn_position
 from l2bn.norms.l2bn import L2BatchNormAct2d, convert
 from l2bn.norms.l2bn_mean_norm import DivideByMeanNorm
 from l2bn.norms.sync import convert_sync
@@ -26,12 +26,16 @@ SHARES = [(5, 7), (1, 11), (0, 12)]  # samples of the two ranks: unequal, so tha
 CASES = [
     *itertools.product(["bn", "unit", "rms"], ["off"], ["contiguous", "channels_last"], SHARES),
     ("unit", "on", "channels_last", (0, 12)),
+    ("position", "off", "contiguous", (5, 7)),
 ]
 
 
 def layer_of(kind: str, fused: str) -> nn.Module:
     torch.manual_seed(1)
-    layer = nn.BatchNorm2d(4) if kind == "bn" else L2BatchNorm2d(4, scale=kind, fused=fused)
+    if kind == "position":
+        layer = l2bn_position.convert(nn.BatchNorm2d(4))
+    else:
+        layer = nn.BatchNorm2d(4) if kind == "bn" else L2BatchNorm2d(4, scale=kind, fused=fused)
     nn.init.normal_(layer.weight)
     nn.init.normal_(layer.bias)
     return layer
@@ -229,7 +233,7 @@ def test_conversion_keeps_layers_and_names_and_changes_nothing_alone() -> None:
     assert convert_sync(model) == 8
     group: Any = object()
     assert convert_sync(model, group) == 0, "converted twice"
-    assert all(m.process_group is group for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    assert all(m.joint.group is group for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     assert convert_sync(model) == 0
     assert all(a is b for a, b in zip(model.modules(), layers, strict=True))
     assert list(model.state_dict()) == keys
@@ -247,5 +251,3 @@ def test_a_layer_of_its_own_kind_is_refused() -> None:
     with pytest.raises(TypeError, match=r"no synchronised form: .*Odd"):
         convert_sync(model)
     assert type(model[0]) is nn.BatchNorm2d
-    with pytest.raises(TypeError, match="no synchronised form of SteppedBatchNorm2d"):
-        convert_sync(nn.Sequential(l2bn_detached.convert(nn.BatchNorm2d(3))))

@@ -8,19 +8,14 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from l2bn.norms.l2_step import l2_normalize
-    from l2bn.norms.l2bn import L2BatchNorm1d, L2BatchNorm2d, L2BatchNorm3d
+    from l2bn.norms.l2bn import L2BatchNorm1d, L2BatchNorm2d, L2BatchNorm3d, l2_normalize
     from l2bn.norms.swap import swap_norm
 
 __all__ = ["L2BatchNorm1d", "L2BatchNorm2d", "L2BatchNorm3d", "l2_normalize", "swap_norm"]
 
 __version__ = metadata.version("l2bn")
 
-_HOMES = {
-    **dict.fromkeys(__all__, "l2bn.norms.l2bn"),
-    "l2_normalize": "l2bn.norms.l2_step",
-    "swap_norm": "l2bn.norms.swap",
-}
+_HOMES = {**dict.fromkeys(__all__, "l2bn.norms.l2bn"), "swap_norm": "l2bn.norms.swap"}
 
 
 def __getattr__(name: str) -> Any:

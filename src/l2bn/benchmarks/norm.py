@@ -31,7 +31,7 @@ from l2bn.benchmarks.measure import (
     ratio,
     table,
 )
-from l2bn.benchmarks.workload import NETWORKS, NORMS
+from l2bn.benchmarks.workload import NETWORKS, NORMS, build
 
 # Least traffic of BN and of the fused layer, in maps: training reads x twice and writes y, then reads x and the
 # gradient twice and writes dx. Evaluation of L2BN reads x twice and writes y (BN's reads it once).
@@ -43,8 +43,8 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 def maps_of(network: str) -> list[tuple[int, ...]]:
     """The distinct maps (N, C, H, W) that the network's BN layers see, the largest first."""
     seen: set[tuple[int, ...]] = set()
-    build, size, batch = NETWORKS[network]
-    model = build().eval()
+    _, size, batch = NETWORKS[network]
+    model = build(network).eval()
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.register_forward_pre_hook(lambda _, inputs: seen.add((batch, *inputs[0].shape[1:])))

@@ -18,10 +18,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from l2bn.backbones.mobilenetv2 import mobilenetv2
-from l2bn.backbones.resnet import cifar_resnet
-from l2bn.backbones.shufflenetv2 import shufflenetv2
-from l2bn.backbones.vgg import vgg
 from l2bn.benchmarks.measure import DEVICE, Action
 from l2bn.data.augment import CropFlip
 from l2bn.data.decode import read_rgb
@@ -42,27 +38,20 @@ CLASSES = 10
 
 
 class Network(NamedTuple):
-    """A network's constructor, its image size, and the usual images a step."""
+    """A network's name in configs/backbone, its image size, and the usual images a step."""
 
-    build: Callable[[], nn.Module]
+    backbone: str
     size: int
     batch: int
 
 
-def of_torchvision(name: str) -> nn.Module:
-    from torchvision.models import get_model  # here, for a slow import that only these networks need
-
-    model: nn.Module = get_model(name, num_classes=CLASSES)
-    return model
-
-
 NETWORKS = {
-    "ResNet-20": Network(lambda: cifar_resnet(CLASSES, 20), 32, 128),
-    "VGG-16": Network(lambda: vgg(CLASSES, 16), 32, 128),
-    "ShuffleNetV2": Network(lambda: shufflenetv2(CLASSES), 32, 128),
-    "MobileNetV2": Network(lambda: mobilenetv2(CLASSES), 32, 128),
-    "ResNet-18": Network(lambda: of_torchvision("resnet18"), 224, 32),
-    "ResNet-50": Network(lambda: of_torchvision("resnet50"), 224, 32),
+    "ResNet-20": Network("resnet20", 32, 128),
+    "VGG-16": Network("vgg16", 32, 128),
+    "ShuffleNetV2": Network("shufflenetv2_x1_0", 32, 128),
+    "MobileNetV2": Network("mobilenetv2_x1_0", 32, 128),
+    "ResNet-18": Network("imagenet_resnet18", 224, 32),
+    "ResNet-50": Network("imagenet_resnet50", 224, 32),
 }
 
 Norm = Callable[[Any], nn.Module]
@@ -79,7 +68,8 @@ NORMS["l2bn"] = NORMS["fused"]  # as long runs compute it
 def build(network: str, norm: str = "bn", seed: int = 0) -> nn.Module:
     """A network with its initial weights."""
     torch.manual_seed(seed)
-    model = NETWORKS[network].build()
+    node = _configuration(f"backbone/{NETWORKS[network].backbone}") | {"num_classes": CLASSES}
+    model: nn.Module = Builder().build(node, "backbone", nn.Module)
     swap_norm(model, NORMS[norm])
     return model
 
@@ -179,7 +169,7 @@ def trainer_of(workload: Workload, model: nn.Module, learning: Recipe, placing: 
         optimizer=optimizer,
         recipe=learning,
         train=training_loader(splits.train, batch_size=workload.batch, seed=seed, **options),
-        test=evaluation_loader(splits.test, batch_size=256, **options),
+        test=evaluation_loader(splits.test, batch_size=256, **options).epoch,
         classes=CLASSES,
         seed=seed,
         after_step=lambda _: 0.0,

@@ -16,6 +16,8 @@ from l2bn.kernels import columns, rows
 from l2bn.kernels.compiler import operators_must_be_seen, run_kernel, scalar
 from l2bn.kernels.formulas import (
     Scalar,
+    Scale,
+    State,
     as_map,
     as_rows,
     batch_norm,
@@ -50,18 +52,18 @@ def forward_kernel(
     step: Tensor | None,
     eps: Tensor,
     formulas: ModuleType,
-    rms: bool,
+    scale: Scale,
     axis: int,
 ) -> tuple[Tensor, ...]:
-    y, mu, v, saved = formulas.forward(as_rows(x, axis), weight, bias, rms, eps, axis)
+    y, mu, v, saved = formulas.forward(as_rows(x, axis), weight, bias, scale, eps, axis)
     update_running(mean, var, mu, v, step, x.numel() / x.shape[1])
     return as_map(y, x, axis), *saved
 
 
 def backward_kernel(g: Tensor, x: Tensor, weight: Tensor | None, *saved_and_constants: Any) -> tuple[Tensor, ...]:
-    *saved, formulas, rms, axis = saved_and_constants
+    *saved, formulas, scale, axis = saved_and_constants
     g = g.expand_as(x)  # with sizes left open: they are equal, so that one loop reads both
-    dx, gw, gb = formulas.backward(as_rows(g, axis), as_rows(x, axis), weight, tuple(saved), rms, axis)
+    dx, gw, gb = formulas.backward(as_rows(g, axis), as_rows(x, axis), weight, tuple(saved), scale, axis)
     return as_map(dx, x, axis), gw, gb
 
 
@@ -72,11 +74,11 @@ def evaluation_kernel(
     mean: Tensor,
     var: Tensor,
     eps: Scalar,
-    rms: bool,
+    scale: Scale,
     axis: int,
 ) -> Tensor:
     slope, shift = line_of_running(weight, bias, mean, var, eps)
-    return as_map(rows.evaluate(as_rows(x, axis), slope, shift, rms, axis), x, axis)
+    return as_map(rows.evaluate(as_rows(x, axis), slope, shift, scale, axis), x, axis)
 
 
 class _Training(torch.autograd.Function):
@@ -91,15 +93,15 @@ class _Training(torch.autograd.Function):
         mean: Tensor | None,
         var: Tensor | None,
         step: Tensor | None,
-        rms: bool,
+        scale: Scale,
         eps: float,
         strict: bool,
     ) -> Tensor:
-        ctx.axis, ctx.rms, ctx.eps, ctx.bias = position_axis(x), rms, eps, bias
+        ctx.axis, ctx.scale, ctx.eps, ctx.bias = position_axis(x), scale, eps, bias
         ctx.formulas = formulas_for(x.shape[2:].numel())
         tensors = dense(x, ctx.axis), weight, bias, mean, var, step, scalar(eps)
         ctx.options = {"strict": strict, "each_size": ctx.formulas is columns}
-        y, *saved = run_kernel(forward_kernel, tensors, ctx.formulas, rms, ctx.axis, **ctx.options)
+        y, *saved = run_kernel(forward_kernel, tensors, ctx.formulas, scale, ctx.axis, **ctx.options)
         ctx.save_for_backward(x, weight, *saved)
         return y
 
@@ -109,12 +111,12 @@ class _Training(torch.autograd.Function):
         if torch.is_grad_enabled() or operators_must_be_seen(g):
 
             def definition(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-                z = normalized(widened(x), ctx.rms)
+                z = normalized(widened(x), ctx.scale)
                 return batch_norm(z, weight, bias, None, None, ctx.eps, momentum=0.0, training=True).to(x.dtype)
 
             return *gradients_by_operators(definition, (x, weight, ctx.bias), g), *[None] * 6
         tensors = dense(g, ctx.axis), dense(x, ctx.axis), weight, *saved
-        dx, gw, gb = run_kernel(backward_kernel, tensors, ctx.formulas, ctx.rms, ctx.axis, **ctx.options)
+        dx, gw, gb = run_kernel(backward_kernel, tensors, ctx.formulas, ctx.scale, ctx.axis, **ctx.options)
         return (
             dx,
             None if weight is None else gw.to(weight.dtype),
@@ -145,11 +147,11 @@ class _TracedTraining(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, rms: bool, eps: float, axis: int
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Scale, eps: float, axis: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, mu, v, saved = formulas_for(positions_of(x, axis)).forward(x, weight, bias, rms, eps, axis)
+        y, mu, v, saved = formulas_for(positions_of(x, axis)).forward(x, weight, bias, scale, eps, axis)
         ctx.save_for_backward(x, weight, *saved)
-        ctx.rms, ctx.axis = rms, axis
+        ctx.scale, ctx.axis = scale, axis
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.mark_non_differentiable(mu, v)
         return y, mu, v
@@ -157,7 +159,8 @@ class _TracedTraining(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> Any:
         x, weight, *saved = ctx.saved_tensors
-        dx, gw, gb = formulas_for(positions_of(x, ctx.axis)).backward(g, x, weight, tuple(saved), ctx.rms, ctx.axis)
+        formulas = formulas_for(positions_of(x, ctx.axis))
+        dx, gw, gb = formulas.backward(g, x, weight, tuple(saved), ctx.scale, ctx.axis)
         return (
             dx,
             None if weight is None else gw.to(weight.dtype),
@@ -171,42 +174,24 @@ class _TracedTraining(torch.autograd.Function):
 # ---------------------------------------------------------------------------------------- the calls of a layer
 
 
-def train(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    step: Scalar | None,
-    rms: bool,
-    eps: float,
-    strict: bool,
-) -> Tensor:
+def train(x: Tensor, state: State, step: Scalar | None, scale: Scale, eps: float, strict: bool) -> Tensor:
     """Return L2BN by the batch's statistics, and move the running ones by `step`: momentum, or 1 / updates."""
     if not torch.compiler.is_compiling():
         step = scalar(step) if isinstance(step, (int, float)) else step
-        return _Training.apply(x, weight, bias, mean, var, step, rms, eps, strict)
+        return _Training.apply(x, *state, step, scale, eps, strict)
     axis = position_axis(x)
     # Rows are made out here: inside, Dynamo would copy the gradient of a channels_last map to (N, C, P).
-    y, mu, v = _TracedTraining.apply(as_rows(x, axis), weight, bias, rms, eps, axis)
+    y, mu, v = _TracedTraining.apply(as_rows(x, axis), state.weight, state.bias, scale, eps, axis)
     with torch.no_grad():
-        update_running(mean, var, mu, v, step, x.numel() / x.shape[1])
+        update_running(state.mean, state.var, mu, v, step, x.numel() / x.shape[1])
     return as_map(y, x, axis)
 
 
-def evaluate(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    rms: bool,
-    eps: float,
-    strict: bool,
-) -> Tensor:
-    """Return L2BN by the running statistics; in eager code without gradients."""
+def evaluate(x: Tensor, state: State, scale: Scale, eps: float, strict: bool) -> Tensor:
+    """Return L2BN by the running statistics, which `state` must have; in eager code without gradients."""
     axis = position_axis(x)
     if torch.compiler.is_compiling():
-        return evaluation_kernel(x, weight, bias, mean, var, eps, rms, axis)
-    tensors = dense(x, axis), weight, bias, mean, var, scalar(eps)
-    return run_kernel(evaluation_kernel, tensors, rms, axis, strict=strict)[0]
+        assert state.mean is not None
+        assert state.var is not None
+        return evaluation_kernel(x, state.weight, state.bias, state.mean, state.var, eps, scale, axis)
+    return run_kernel(evaluation_kernel, (dense(x, axis), *state, scalar(eps)), scale, axis, strict=strict)[0]

@@ -25,6 +25,7 @@ from l2bn.kernels.formulas import (
     TINY,
     Saved,
     Scalar,
+    Scale,
     at_positions,
     computed_once,
     sample_scale,
@@ -76,7 +77,7 @@ def statistics(z: Tensor, axis: int) -> tuple[Tensor, Tensor]:
 
 
 def forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, rms: bool, eps: Scalar, axis: int
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Scale, eps: Scalar, axis: int
 ) -> tuple[Tensor, Tensor, Tensor, Saved]:
     """Return y like x, mean and biased variance (C,) of the normalized features, and what backward saves besides
     x."""
@@ -84,7 +85,7 @@ def forward(
     # backward.
     back, wide = -widened(x), widened(x)
     norm2 = along(wide * wide)
-    s = computed_once(sample_scale(norm2, squared_target(x, rms)))
+    s = computed_once(sample_scale(norm2, squared_target(x, scale)))
     mu, v = statistics(wide * s, axis)
     inv = 1 / (v + eps).sqrt()
     k = inv if weight is None else inv * weight
@@ -96,11 +97,11 @@ def forward(
 
 
 def backward(
-    g: Tensor, x: Tensor, weight: Tensor | None, saved: Saved, rms: bool, axis: int
+    g: Tensor, x: Tensor, weight: Tensor | None, saved: Saved, scale: Scale, axis: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight and bias."""
     norm2, mu, inv = saved
-    wide_g, a2 = widened(g), squared_target(x, rms)
+    wide_g, a2 = widened(g), squared_target(x, scale)
     s = computed_once(sample_scale(norm2, a2))
     back = -widened(x) * s  # -z
     near = mu.to(s.dtype)

@@ -9,6 +9,7 @@ map (N, C, ...), because the compiler may store them in channels_last all the sa
 """
 
 import math
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +19,21 @@ Saved = tuple[Tensor, ...]
 Scalar = float | Tensor
 """A number; a tensor () in a kernel, which then serves any value of it."""
 
+Scale = Literal["unit", "rms"]
+"""What each sample gets: an l2 norm of 1, or a root mean square of 1."""
+
+SCALES: tuple[str, ...] = get_args(Scale)
+
 TINY = 1e-12  # as in torch.nn.functional.normalize; its square is above 0 in float32
+
+
+class State(NamedTuple):
+    """The parameters and running statistics that a call uses, each (C,) or None."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor | None
+    var: Tensor | None
 
 
 # ---------------------------------------------------------------------------------------------- the definition
@@ -29,9 +44,16 @@ def widened(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
-def squared_target(x: Tensor, rms: bool) -> int:
-    """Return a^2, the squared norm that each sample of x (N, ...) gets: 1, or D for a root mean square of 1."""
-    return math.prod(x.shape[1:]) if rms else 1  # from the shape, so that one kernel serves any size
+def check_scale(scale: str) -> None:
+    """Raise ValueError for an unknown scale."""
+    if scale not in SCALES:
+        raise ValueError(f"scale is {scale!r}; it may be {' or '.join(SCALES)}")
+
+
+def squared_target(x: Tensor, scale: Scale) -> int:
+    """Return a^2, the squared norm that each sample of x (N, ...) gets: 1 or D. Raises as `check_scale`."""
+    check_scale(scale)
+    return math.prod(x.shape[1:]) if scale == "rms" else 1  # from the shape, so that one kernel serves any size
 
 
 def sample_scale(norm2: Tensor, a2: float) -> Tensor:
@@ -59,9 +81,9 @@ def factors(x: Tensor, axes: tuple[int, ...], a2: float) -> Tensor:
     return differentiable_scale(x.square().sum(axes, keepdim=True) if axes else x.square(), a2)
 
 
-def normalized(x: Tensor, rms: bool) -> Tensor:
+def normalized(x: Tensor, scale: Scale) -> Tensor:
     """Return z of x (N, ...), which is float32 at least."""
-    return x * factors(x, tuple(range(1, x.ndim)), squared_target(x, rms))
+    return x * factors(x, tuple(range(1, x.ndim)), squared_target(x, scale))
 
 
 def batch_norm(

@@ -30,6 +30,7 @@ from l2bn.kernels.formulas import (
     TINY,
     Saved,
     Scalar,
+    Scale,
     at_positions,
     computed_once,
     over_positions,
@@ -51,12 +52,12 @@ class Features(NamedTuple):
     v: Tensor  # (C,) biased variance of z over samples and positions
 
 
-def features(x: Tensor, x0: Tensor, m: Tensor, var: Tensor, rms: bool, axis: int) -> Features:
+def features(x: Tensor, x0: Tensor, m: Tensor, var: Tensor, scale: Scale, axis: int) -> Features:
     """Return the statistics of z = s x from the moments of x, each (N, C)."""
     var = var.double()
     mean = x0.double() + m
     norm2 = positions_of(x, axis) * (var + mean * mean).sum(1, keepdim=True)
-    s = sample_scale(norm2, squared_target(x, rms))
+    s = sample_scale(norm2, squared_target(x, scale))
     mu = (s * mean).mean(0)
     zc = s * mean - mu
     return Features(mean, norm2, s, zc, mu, (s * s * var + zc * zc).mean(0))
@@ -68,7 +69,7 @@ def distance(x: Tensor, x0: Tensor, axis: int) -> Tensor:
 
 
 def forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, rms: bool, eps: Scalar, axis: int
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Scale, eps: Scalar, axis: int
 ) -> tuple[Tensor, Tensor, Tensor, Saved]:
     """Return y like x, mean and biased variance (C,) of the normalized features, and what backward saves besides
     x."""
@@ -80,7 +81,7 @@ def forward(
     d = distance(x, x0, axis)
     m = over_positions(d, axis) / positions
     var = (over_positions(d * d, axis) / positions - m * m).clamp_min(0)
-    z = features(x, x0, m, var, rms, axis)
+    z = features(x, x0, m, var, scale, axis)
     inv = 1 / (z.v + eps).sqrt()
     k = inv if weight is None else inv * weight
     shift = (z.zc - z.s * m) * k
@@ -92,7 +93,7 @@ def forward(
 
 
 def backward(
-    g: Tensor, x: Tensor, weight: Tensor | None, saved: Saved, rms: bool, axis: int
+    g: Tensor, x: Tensor, weight: Tensor | None, saved: Saved, scale: Scale, axis: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight and bias."""
     inv, x0, var = saved
@@ -100,7 +101,7 @@ def backward(
     wide, d = widened(g), distance(x, x0, axis)
     sg, m = over_positions(wide, axis), over_positions(d, axis) / positions
     sgx = over_positions(wide * d, axis) - m * sg
-    z = features(x, x0, m, var, rms, axis)
+    z = features(x, x0, m, var, scale, axis)
     gw, gb = ((z.s * sgx + z.zc * sg) * inv).sum(0), sg.double().sum(0)
     k = inv if weight is None else inv * weight
     count = x.shape[0] * positions
@@ -115,7 +116,7 @@ def backward(
     return (wide * a + d * e + f).to(x.dtype), gw, gb
 
 
-def evaluate(x: Tensor, slope: Tensor, shift: Tensor, rms: bool, axis: int) -> Tensor:
+def evaluate(x: Tensor, slope: Tensor, shift: Tensor, scale: Scale, axis: int) -> Tensor:
     """Return slope z + shift, both (C,).
 
     No tensor of (N, C) stands between a sample's norm and its pass, so that the compiler puts both into one loop
@@ -125,6 +126,6 @@ def evaluate(x: Tensor, slope: Tensor, shift: Tensor, rms: bool, axis: int) -> T
     wide = widened(x)
     norm2 = wide.square().sum(tuple(range(1, x.ndim)), keepdim=True)
     # As `sample_scale`, for less: an all-zero sample stays 0 by any factor, and inf - inf is NaN.
-    s = (norm2.clamp_min(TINY**2) / squared_target(x, rms)).rsqrt() + (norm2 - norm2)
+    s = (norm2.clamp_min(TINY**2) / squared_target(x, scale)).rsqrt() + (norm2 - norm2)
     slope, shift = (at_positions(computed_once(t), x, axis) for t in (slope, shift))
     return (wide * slope * s + shift).to(x.dtype)

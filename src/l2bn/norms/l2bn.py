@@ -27,20 +27,23 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from l2bn.kernels import autograd
 from l2bn.kernels.compiler import DEVICES, Fused, compiler_works, operators_must_be_seen
-from l2bn.kernels.formulas import normalized
-from l2bn.norms.l2_step import Scale, is_rms
-from l2bn.norms.stepped import (
-    Activated,
-    State,
-    SteppedBatchNorm,
-    share_of_batch,
-    stepped,
-    takes_batch_statistics,
-)
+from l2bn.kernels.formulas import Scale, State, check_scale, normalized, widened
+from l2bn.norms.stepped import Activated, SteppedBatchNorm, share_of_batch, stepped, takes_batch_statistics
 
 logger = logging.getLogger(__name__)
 
 FUSED: tuple[str, ...] = get_args(Fused)
+
+
+def l2_normalize(x: Tensor, scale: Scale = "unit") -> Tensor:
+    """Divide each sample by its l2 norm over all axes but the first ("rms": by its root mean square).
+
+    x and the result are (N, ...), in the same type; norms are taken in float32 at least. Raises ValueError for
+    another scale, TypeError for x of a type that is not floating-point.
+    """
+    if not x.is_floating_point():  # the result would be cut down to whole numbers
+        raise TypeError(f"l2_normalize takes floating-point values, not {x.dtype}: convert them first")
+    return normalized(widened(x), scale).to(x.dtype)
 
 
 class _L2BatchNorm(SteppedBatchNorm):
@@ -60,7 +63,7 @@ class _L2BatchNorm(SteppedBatchNorm):
         scale: Scale = "unit",
         fused: Fused = "auto",
     ) -> None:
-        is_rms(scale)  # raises for an unknown one
+        check_scale(scale)
         check_fused(fused)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
@@ -69,21 +72,21 @@ class _L2BatchNorm(SteppedBatchNorm):
         self.fused = fused
 
     def step(self, x: Tensor, scale: Scale) -> Tensor:
-        return normalized(x, is_rms(scale))
+        return normalized(x, scale)
 
     def _normalized(self, x: Tensor, state: State) -> Tensor:
         if not self._has_kernels_for(x, state):
             return super()._normalized(x, state)
-        weight, bias, mean, var = state
-        rms, strict = is_rms(self.scale), self.fused == "on"
-        if not self.training and mean is not None and var is not None:
-            return autograd.evaluate(x, weight, bias, mean, var, rms, self.epsilon, strict)
-        return autograd.train(x, weight, bias, mean, var, share_of_batch(self, state), rms, self.epsilon, strict)
+        check_scale(self.scale)  # here, because a kernel's error would count as a failed compilation
+        strict = self.fused == "on"
+        if not self.training and state.mean is not None and state.var is not None:
+            return autograd.evaluate(x, state, self.scale, self.epsilon, strict)
+        return autograd.train(x, state, share_of_batch(self, state), self.scale, self.epsilon, strict)
 
     def _has_kernels_for(self, x: Tensor, state: State) -> bool:
         """Return whether the fused formulas serve this call; otherwise the definition does."""
         check_fused(self.fused)
-        if self.fused == "off" or x.device.type not in DEVICES:
+        if self.fused == "off" or x.device.type not in DEVICES or self._shares_batch():
             return False
         tensors = [x, *[t for t in state if t is not None]]
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

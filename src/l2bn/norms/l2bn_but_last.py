@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from l2bn.kernels.compiler import Fused
+from l2bn.kernels.formulas import Scale
 from l2bn.norms import bn as batch_norm
 from l2bn.norms import l2bn
-from l2bn.norms.l2_step import Scale
 
 
 def convert(

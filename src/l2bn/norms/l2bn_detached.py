@@ -9,8 +9,7 @@ shorter. What L2BN has over this control comes from that; what this control has 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from l2bn.kernels.formulas import factors, squared_target
-from l2bn.norms.l2_step import Scale, is_rms
+from l2bn.kernels.formulas import Scale, factors, squared_target
 from l2bn.norms.stepped import put_before
 
 
@@ -26,4 +25,4 @@ def convert(
 
 def normalize_detached(x: Tensor, scale: Scale = "unit") -> Tensor:
     """Divide each sample of (N, ...) by its l2 norm, or root mean square, as by a constant."""
-    return x * factors(x.detach(), tuple(range(1, x.ndim)), squared_target(x, is_rms(scale)))
+    return x * factors(x.detach(), tuple(range(1, x.ndim)), squared_target(x, scale))

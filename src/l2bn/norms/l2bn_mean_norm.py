@@ -12,14 +12,14 @@ then by momentum. The processes of a distributed training update it by the mean 
 """
 
 import itertools
+import math
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from l2bn.kernels.formulas import TINY, widened
-from l2bn.norms.l2_step import Scale, target_norm
+from l2bn.kernels.formulas import TINY, Scale, squared_target, widened
 from l2bn.norms.stepped import put_before
 
 BN_SHAPED = False
@@ -57,7 +57,7 @@ class DivideByMeanNorm(nn.Module):
         """(N, ...) to the same."""
         if self.training:
             self._track(x.detach())
-        return x * (target_norm(x, scale) / self.running_norm.clamp_min(TINY))
+        return x * (math.sqrt(squared_target(x, scale)) / self.running_norm.clamp_min(TINY))
 
     def _track(self, x: Tensor) -> None:
         norms = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)))

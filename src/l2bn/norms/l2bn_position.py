@@ -10,8 +10,7 @@ others. `b` gives each sample the norm that L2BN gives it, so that eps weighs th
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from l2bn.kernels.formulas import factors, squared_target
-from l2bn.norms.l2_step import Scale, is_rms
+from l2bn.kernels.formulas import Scale, factors, squared_target
 from l2bn.norms.stepped import put_before
 
 
@@ -27,4 +26,4 @@ def convert(
 
 def normalize_positions(x: Tensor, scale: Scale = "unit") -> Tensor:
     """Divide (N, C, ...) at each position by its l2 norm over the channels; one factor more for all."""
-    return x * factors(x, (1,), squared_target(x, is_rms(scale)) / x.shape[2:].numel())
+    return x * factors(x, (1,), squared_target(x, scale) / x.shape[2:].numel())

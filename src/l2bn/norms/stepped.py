@@ -16,28 +16,18 @@ layer, and AttributeError, so that `hasattr` and `inspect.getmembers` go on.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx.proxy import Proxy, TraceError
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from l2bn.kernels.formulas import batch_norm, widened
-from l2bn.norms.l2_step import Scale, is_rms
+from l2bn.kernels.formulas import Scale, State, batch_norm, check_scale, widened
 from l2bn.norms.swap import in_place_of, stock_name
 
 Step = Callable[[Tensor, Scale], Tensor]
 """(N, C, ...), float32 at least, and L2BN's scale to the same shape and type. A module may hold buffers."""
-
-
-class State(NamedTuple):
-    """The parameters and running statistics that a call uses, each (C,) or None."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-    mean: Tensor | None
-    var: Tensor | None
 
 
 class NotBatchNormError(TypeError, AttributeError):
@@ -50,6 +40,7 @@ class SteppedBatchNorm(_BatchNorm):
     step: Step
     scale: Scale
     epsilon: float
+    joint: Any = None  # the `Joint` of l2bn.norms.sync, which `convert_sync` sets
 
     def _set_eps(self, value: float) -> None:
         self.epsilon = value
@@ -79,6 +70,8 @@ class SteppedBatchNorm(_BatchNorm):
     def _normalized(self, x: Tensor, state: State) -> Tensor:
         """Compute the definition itself."""
         z = self.step(widened(x), self.scale)
+        if self._shares_batch():
+            return self.joint.batch_norm(self, z, state, self.epsilon).to(x.dtype)
         share = share_of_batch(self, state)
         momentum = 0.0 if share is None else float(share)
         batch = takes_batch_statistics(state, self.training)
@@ -89,7 +82,7 @@ class SteppedBatchNorm(_BatchNorm):
 
     def _shares_batch(self) -> bool:
         """Return whether the batch statistics are taken over more than this process's samples."""
-        return False
+        return self.joint is not None and self.joint.is_active(self)
 
     def extra_repr(self) -> str:
         return (
@@ -206,7 +199,7 @@ def stepped(
     momentum out of range.
     """
     check_options(eps, momentum)
-    is_rms(scale)
+    check_scale(scale)
     if isinstance(bn, SteppedBatchNorm):
         raise TypeError(f"{type(bn).__name__} is L2BN or a control already: swap the norm of a model once")
     layer = in_place_of(bn, counterparts[stock_name(bn)])

@@ -1,14 +1,15 @@
-"""Batch statistics that are joint across the ranks of a data-parallel run, for BN and for L2BN, on CPU and CUDA.
+"""Batch statistics that are joint across the ranks of a data-parallel run, for BN, L2BN and its controls.
 
-Only sums over samples and positions, a few numbers a channel, pass between the ranks; the l2 step is local to a
-sample. Ranks may have different numbers of samples, or none. The stock `SyncBatchNorm` refuses CPU tensors, and its
-conversion is refused by L2BN.
+Only sums over samples and positions, a few numbers a channel, pass between the ranks, on CPU and CUDA; the step
+before is local to a sample. Ranks may have different numbers of samples, or none. The stock `SyncBatchNorm` refuses
+CPU tensors, and its conversion is refused by L2BN.
 
 The sums pass through a differentiable all-reduce, so derivatives of any order are right. Joint layers compute the
 definition in training.
 """
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from l2bn.kernels.formulas import update_running, widened
-from l2bn.norms.l2bn import L2BatchNorm1d, L2BatchNorm2d, L2BatchNorm3d, L2BatchNormAct2d, _L2BatchNorm
-from l2bn.norms.stepped import Activated, State, SteppedBatchNorm, check_call, share_of_batch, state_of
+from l2bn.kernels.formulas import State, update_running, widened
+from l2bn.norms.stepped import Activated, SteppedBatchNorm, check_call, share_of_batch, state_of
 from l2bn.norms.swap import stock_name
 
 logger = logging.getLogger(__name__)
@@ -65,47 +65,43 @@ def joint_batch_norm(
     return y, (mean + rest).detach(), (variance - rest.square()).detach(), count
 
 
-class _Sync(_BatchNorm):
-    """The base of layers whose batch statistics in training are those of all ranks, if there are several."""
+@dataclass(frozen=True)
+class Joint:
+    """Batch norm by statistics over the samples of all ranks of a group (None: of all there are)."""
 
-    process_group: Group
+    group: Group
 
-    def _is_joint(self) -> bool:
-        return self.training and dist.is_initialized() and dist.get_world_size(self.process_group) > 1
+    def is_active(self, layer: nn.Module) -> bool:
+        """Return whether the batch statistics of a layer are those of several ranks now: in training alone."""
+        return layer.training and dist.is_initialized() and dist.get_world_size(self.group) > 1
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _joint(self, z: Tensor, state: State, eps: float) -> Tensor:
-        """Return joint batch norm of z, and move the running statistics."""
-        y, mean, variance, count = joint_batch_norm(z, state.weight, state.bias, eps, self.process_group)
+    def batch_norm(self, layer: _BatchNorm, z: Tensor, state: State, eps: float) -> Tensor:
+        """Return joint batch norm of z, and move the running statistics of the layer."""
+        y, mean, variance, count = joint_batch_norm(z, state.weight, state.bias, eps, self.group)
         # Of one value in all no rank has more, so that other batches need not wait for the device here.
         if z.numel() <= z.shape[1] and count == 1:
             raise ValueError("Expected more than 1 value per channel when training, got 1 on all ranks together")
         with torch.no_grad():
-            update_running(state.mean, state.var, mean, variance, share_of_batch(self, state), count)
+            update_running(state.mean, state.var, mean, variance, share_of_batch(layer, state), count)
         return y
 
 
-class _SyncBatchNorm(_Sync):
+class _SyncBatchNorm(_BatchNorm):
+    """A stock layer whose batch statistics are joint."""
+
+    joint: Joint
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - BN's own name
-        if not self._is_joint():
+        if not self.joint.is_active(self):
             return self._activated(super().forward(input))
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         state = state_of(self)
         check_call(input, state, self.eps, training=True, joint=True)
-        return self._activated(self._joint(widened(input), state, self.eps).to(input.dtype))
+        return self._activated(self.joint.batch_norm(self, widened(input), state, self.eps).to(input.dtype))
 
     def _activated(self, y: Tensor) -> Tensor:
         return y
-
-
-class _SyncL2BatchNorm(_Sync, _L2BatchNorm):
-    def _normalized(self, x: Tensor, state: State) -> Tensor:
-        if not self._is_joint():
-            return super()._normalized(x, state)
-        return self._joint(self.step(widened(x), self.scale), state, self.epsilon).to(x.dtype)
-
-    def _shares_batch(self) -> bool:
-        return self._is_joint()
 
 
 class SyncBatchNorm1d(_SyncBatchNorm, nn.BatchNorm1d): ...
@@ -120,64 +116,39 @@ class SyncBatchNorm3d(_SyncBatchNorm, nn.BatchNorm3d): ...
 class SyncBatchNormAct2d(Activated, SyncBatchNorm2d): ...
 
 
-class SyncL2BatchNorm1d(_SyncL2BatchNorm, L2BatchNorm1d): ...
-
-
-class SyncL2BatchNorm2d(_SyncL2BatchNorm, L2BatchNorm2d): ...
-
-
-class SyncL2BatchNorm3d(_SyncL2BatchNorm, L2BatchNorm3d): ...
-
-
-class SyncL2BatchNormAct2d(SyncL2BatchNorm2d, L2BatchNormAct2d): ...
-
-
-OF_BATCH_NORM: dict[str, type[_Sync]] = {
+OF_STOCK: dict[str, type[_SyncBatchNorm]] = {
     "BatchNorm1d": SyncBatchNorm1d,
     "BatchNorm2d": SyncBatchNorm2d,
     "BatchNorm3d": SyncBatchNorm3d,
     "BatchNormAct2d": SyncBatchNormAct2d,
 }
-OF_L2BN: dict[type[nn.Module], type[_Sync]] = {
-    L2BatchNorm1d: SyncL2BatchNorm1d,
-    L2BatchNorm2d: SyncL2BatchNorm2d,
-    L2BatchNorm3d: SyncL2BatchNorm3d,
-    L2BatchNormAct2d: SyncL2BatchNormAct2d,
-}
 
 
 def convert_sync(model: nn.Module, process_group: Group = None) -> int:
-    """Make the batch statistics of each BN and L2BN layer joint across a group's ranks (None: all ranks).
+    """Make the batch statistics of each BN layer, L2BN or control joint across a group's ranks (None: all ranks).
 
-    In place: the layers keep their identity, parameters, hooks and state-dict keys, and change their class; layers
-    that are joint already get this group. Returns the number of changed ones.
+    In place: the layers keep their identity, parameters, hooks and state-dict keys; stock layers change their
+    class. Layers that are joint already get this group. Returns the number of changed ones.
 
     Raises:
-        TypeError: a batch norm layer is neither, or has behaviour of its own. Nothing is changed then.
+        TypeError: a batch norm layer has behaviour of its own. Nothing is changed then.
     """
-    layers = counterparts(model)
-    for layer, cls in layers.items():
+    for layer, cls in counterparts(model).items():
         layer.__class__ = cls
-    for module in model.modules():
-        if isinstance(module, _Sync):
-            module.process_group = process_group
-    if layers:
-        logger.info("%s: batch statistics of %d layers are joint across ranks", type(model).__name__, len(layers))
-    return len(layers)
+    layers = [m for m in model.modules() if isinstance(m, SteppedBatchNorm | _SyncBatchNorm)]
+    changed = sum(getattr(layer, "joint", None) is None for layer in layers)
+    for layer in layers:
+        layer.joint = Joint(process_group)
+    if changed:
+        logger.info("%s: batch statistics of %d layers are joint across ranks", type(model).__name__, changed)
+    return changed
 
 
-def counterparts(model: nn.Module) -> dict[_BatchNorm, type[_Sync]]:
-    """Return the class that `convert_sync` would give each layer. Raises TypeError as it does."""
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and not isinstance(m, _Sync)]
-    return {layer: _counterpart(layer) for layer in layers}
-
-
-def _counterpart(layer: _BatchNorm) -> type[_Sync]:
-    if type(layer) in OF_L2BN:
-        return OF_L2BN[type(layer)]
-    if isinstance(layer, SteppedBatchNorm):
-        raise TypeError(f"no synchronised form of {type(layer).__name__} is known: controls compute locally")
+def counterparts(model: nn.Module) -> dict[_BatchNorm, type[_SyncBatchNorm]]:
+    """Return the class that `convert_sync` would give each stock layer. Raises TypeError as it does."""
+    ours = (SteppedBatchNorm, _SyncBatchNorm)
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and not isinstance(m, ours)]
     try:
-        return OF_BATCH_NORM[stock_name(layer)]
+        return {layer: OF_STOCK[stock_name(layer)] for layer in layers}
     except TypeError as error:
         raise TypeError(f"no synchronised form: {error}") from error
