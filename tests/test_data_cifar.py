@@ -292,6 +292,7 @@ def test_a_list_of_classes_that_is_not_the_official_one_is_named(tmp_path: Path)
         (python2_pickle(cifar_batch(8, 2, labels=10))[:5000], "is refused"),
         (pickle.dumps([1, 2]), "holds no dictionary"),
         (pickle.dumps({"data": np.zeros((8, 3072), np.float32), "labels": [0] * 8}), "is no batch of CIFAR images"),
+        (pickle.dumps({"data": np.zeros((3072, 8), np.uint8), "labels": [0] * 8}), "is no batch of CIFAR images"),
         (pickle.dumps({"data": np.zeros((8, 3072), np.uint8), "labels": [0] * 7}), "is no batch of CIFAR images"),
         (
             pickle.dumps({"data": np.zeros((8, 3072), np.uint8), "labels": [10] * 8}),

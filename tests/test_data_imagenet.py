@@ -158,6 +158,14 @@ def test_what_systems_leave_in_a_flat_validation_folder_is_passed_over(tree: Pat
     assert len(read(tree).test) == 8
 
 
+def test_what_is_left_out_of_a_flat_validation_folder_is_counted(
+    tree: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tree / "val" / "MD5SUMS").write_text("")
+    assert len(read(tree).test) == 8
+    assert "/val: left out: 1 without a suffix" in caplog.text
+
+
 def test_a_validation_folder_that_cannot_be_listed_is_named(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     deny(monkeypatch, tree / "val")
     with pytest.raises(UserError, match=r"/val cannot be read: Permission denied"):

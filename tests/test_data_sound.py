@@ -17,7 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from l2bn.data import sound
 from l2bn.data.sound import LogMel, _slope, esc50, sound_folder, tau2020
 from l2bn.data.splits import Images, Splits, make_splits
 from l2bn.errors import UserError
@@ -195,20 +194,6 @@ def test_values_that_make_no_spectrogram_are_named(change: dict[str, Any], words
 
 
 # ---- ESC-50 ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def decodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of files in each decoding so far."""
-    counts = []
-    read_all = sound.read_all
-
-    def counted(paths: list[Path], *rest: Any) -> Any:
-        counts.append(len(paths))
-        return read_all(paths, *rest)
-
-    monkeypatch.setattr(sound, "read_all", counted)
-    return counts
 
 
 @pytest.fixture

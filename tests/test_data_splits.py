@@ -181,6 +181,8 @@ def test_a_class_without_training_images_is_refused() -> None:
         make_splits(numbered([0, 1, 2]), numbered([0, 3]), 4, 4, label="Data")
     with pytest.raises(UserError, match="classes differ: the class owl has test images"):
         make_splits(numbered([0, 0]), numbered([0, 1]), 2, 4, ("cat", "owl"), label="Data")
+    with pytest.raises(UserError, match="classes differ: the class 2 has test images"):  # more classes than names
+        make_splits(numbered([0, 1]), numbered([0, 2]), 3, 4, ("cat", "owl"), label="Data")
 
 
 def test_pixel_statistics_are_those_of_numpy() -> None:

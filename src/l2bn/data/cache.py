@@ -18,7 +18,7 @@ from numpy.lib.format import read_array, write_array
 from rich.console import Console
 from rich.progress import track
 
-from l2bn.errors import UserError
+from l2bn.errors import UserError, expand
 
 log = logging.getLogger(__name__)
 
@@ -42,14 +42,6 @@ def cache_file(folder: str | None, name: str, *key: str) -> Path:
             raise OSError("this user has no home folder") from error
     digest = hashlib.sha256("\0".join([*key, FORMAT]).encode("utf-8", "surrogateescape"))
     return place / f"{name}-{digest.hexdigest()[:16]}"
-
-
-def expand(path: str, key: str = "dataset.root") -> Path:
-    """The path with `~` replaced. Raises `UserError`, naming the key, for the home of a user who does not exist."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise UserError(f"{key}={path}: no home folder is known for {path.split('/')[0]}; give the path") from None
 
 
 def file_state(folder: Path, names: Iterable[str]) -> str:
@@ -152,7 +144,9 @@ def read_arrays(stream: BinaryIO, state: str) -> Arrays | None:
     try:
         found, count = read_array(stream, allow_pickle=False)
         return [read_array(stream, allow_pickle=False) for _ in range(int(count))] if found == state else None
-    except (ValueError, TypeError, EOFError):
+    except OSError:
+        raise
+    except Exception:  # whatever a damaged file makes of the reader
         return None
 
 

@@ -16,9 +16,8 @@ from torchvision import datasets
 from torchvision.datasets.utils import calculate_md5
 
 from l2bn.data.archive import Archive, fetch, unpack
-from l2bn.data.cache import expand
 from l2bn.data.splits import Common, Images, Splits, make_splits
-from l2bn.errors import UserError
+from l2bn.errors import UserError, expand
 
 log = logging.getLogger(__name__)
 
@@ -88,26 +87,20 @@ def _read(
 
 
 def _images(files: list[Path], key: str, classes: int) -> Images:
-    batches = [load_arrays(file) for file in files]
-    for file, batch in zip(files, batches, strict=True):
-        pixels, targets = batch.get("data"), batch.get(key)
-        if (
-            not isinstance(pixels, np.ndarray)
-            or pixels.dtype != np.uint8
-            or pixels.ndim != 2
-            or pixels.shape[1] != 3 * 32 * 32
-            or not isinstance(targets, list)
-            or len(targets) != len(pixels)
-        ):
+    parts = []
+    for file in files:
+        batch = load_arrays(file)
+        try:
+            part = Images(torch.unflatten(torch.tensor(batch["data"]), 1, (3, 32, 32)), torch.tensor(batch[key]))
+        except Exception as error:  # whatever stands in their place
             raise UserError(
-                f"{file} is no batch of CIFAR images: `data`, uint8 of shape (N, 3072), and `{key}`, N labels, "
-                "are expected; unpack the official archive again"
-            )
-        if not all(isinstance(label, int) and 0 <= label < classes for label in targets):
+                f"{file} is no batch of CIFAR images: `data`, uint8 of shape (N, 3072), and `{key}`, N labels, are "
+                f"expected ({error!r}); unpack the official archive again"
+            ) from error
+        if not all(0 <= label < classes for label in part.labels.tolist()):
             raise UserError(f"{file}: labels outside the {classes} classes; unpack the official archive again")
-    pixels = np.concatenate([batch["data"] for batch in batches])
-    targets = [label for batch in batches for label in batch[key]]
-    return Images(torch.from_numpy(pixels.reshape(-1, 3, 32, 32)), torch.tensor(targets))
+        parts.append(part)
+    return Images(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts]))
 
 
 # numpy keeps the function that rebuilds an array in a private module, which has moved.

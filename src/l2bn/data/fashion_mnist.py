@@ -19,9 +19,8 @@ from torch import Tensor
 from torchvision import datasets
 
 from l2bn.data.archive import Archive, fetch
-from l2bn.data.cache import expand
 from l2bn.data.splits import Common, Images, Splits, make_splits
-from l2bn.errors import UserError
+from l2bn.errors import UserError, expand
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ def fashion_mnist(root: str, download: bool = True, **common: Unpack[Common]) ->
     for name in MD5:
         path = _find(name, expand(root), download)
         content = _content(path)
-        values[name] = _values(content, path, 3 if "idx3" in name else 1)
+        values[name] = _values(content, path, (28, 28) if "idx3" in name else ())
         if hashlib.md5(content, usedforsecurity=False).hexdigest() != MD5[name]:
             changed.append(str(path))
     if changed:
@@ -94,19 +93,18 @@ def _content(path: Path) -> bytes:
         raise UserError(f"{path} cannot be unpacked: {error}; download it again") from error
 
 
-def _values(content: bytes, path: Path, dimensions: int) -> Tensor:
-    """The images (N, 28, 28) or the labels (N,) of an IDX file.
+def _values(content: bytes, path: Path, shape: tuple[int, ...]) -> Tensor:
+    """The images (N, 28, 28) or the labels (N,) of an IDX file; shape: of one of them.
 
     Its bytes are 0, 0, 8 for unsigned bytes, the number of dimensions, their sizes, and the values.
     """
-    start = 4 + 4 * dimensions
-    shape = [int.from_bytes(content[at : at + 4], "big") for at in range(4, start, 4)]
-    if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) != start + math.prod(shape):
-        raise UserError(f"{path} is no complete IDX file of unsigned bytes in {dimensions} dimensions")
-    values = torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy())
-    if dimensions == 3 and shape[1:] != [28, 28]:
-        raise UserError(f"{path} holds images of {shape[1]} x {shape[2]} pixels, not 28 x 28")
-    if dimensions == 1 and values.numel() and int(values.max()) > 9:
+    sizes = int.from_bytes(content[4:8], "big"), *shape
+    header = bytes([0, 0, 8, len(sizes)]) + b"".join(size.to_bytes(4, "big") for size in sizes)
+    if not content.startswith(header) or len(content) != len(header) + math.prod(sizes):
+        kind = "images of 28 x 28 pixels" if shape else "labels"
+        raise UserError(f"{path} is no complete IDX file of {kind}; download it again")
+    values = torch.from_numpy(np.frombuffer(content, np.uint8, offset=len(header)).reshape(sizes).copy())
+    if not shape and values.numel() and int(values.max()) > 9:
         raise UserError(
             f"{path} holds labels up to {int(values.max())}, not 0 to 9: it is of another data set, perhaps "
             "EMNIST; name the folder of Fashion-MNIST by dataset.root=FOLDER"

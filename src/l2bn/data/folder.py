@@ -1,18 +1,18 @@
 """Any tree of images, `train/<class>/` and `test/<class>/`, that fits into memory.
 
-Every image is decoded once, in parallel, into a cache: one file of uint8 arrays, which is made again when a file of
-the tree has changed. It also holds the digest of the files' contents.
+Every file is decoded once, in parallel, into a cache: for each tree one file of uint8 arrays, which is made again
+when a file of the tree has changed. It also holds the digest of each file's content.
 """
 
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +20,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from l2bn.data.cache import Arrays, cached, content_of, expand, file_state, status, tracked
+from l2bn.data.cache import Arrays, cached, content_of, file_state, status, tracked
 from l2bn.data.decode import read_all, read_rgb
-from l2bn.data.splits import Common, Images, Splits, check_image_size, digest, make_splits
-from l2bn.errors import UserError
+from l2bn.data.splits import Common, Counts, Images, Splits, check_image_size, digest, make_splits
+from l2bn.errors import UserError, expand
 
 log = logging.getLogger(__name__)
 
@@ -77,36 +77,51 @@ def image_folder(
         raise UserError(
             f"dataset.counts={list(counts)}: give three numbers, of classes and of training and test images of each"
         )
-    folder = expand(root)
-    trees = list_parts(folder, train, test, common)
-    arrays, files = _decode_cached(folder, trees, image_size, cache)
-    splits = [Images(pixels, tree.labels) for pixels, tree in zip(arrays, trees, strict=True)]
-    sizes = [pixels.shape[-1] for pixels in arrays]
-    if sizes[0] != sizes[-1]:
-        raise UserError(
-            f"{folder}: the images of {train} are {sizes[0]} pixels wide and those of {test} {sizes[-1]}; "
-            "set dataset.image_size"
-        )
-    common["label"] = label_of(folder, common.get("label"))
     whole = None if counts is None else (counts[0], counts[0] * counts[1], counts[0] * counts[2])
-    classes = trees[0].classes
-    return make_splits(splits[0], splits[-1], len(classes), sizes[0], classes, files=files, whole=whole, **common)
+    read = partial(_read, image_size=image_size)
+    decoded = partial(decode_tree, read=read, cache=cache, key=[f"{image_size} pixels"])
+    return split_folder(expand(root), train, test, IMAGES, decoded, whole, **common)
 
 
-def label_of(folder: Path, label: str | None) -> str:
-    """The label that was given, else the name of the folder."""
-    return Path(os.path.abspath(folder)).name if label is None else label  # noqa: PTH100 (a link's own name)
+def split_folder(
+    folder: Path,
+    train: str,
+    test: str,
+    kind: Kind,
+    decoded: "Callable[[Tree], Decoded]",
+    whole: Counts | None = None,
+    **common: Unpack[Common],
+) -> Splits:
+    """The files of a kind below `folder`/`train`/<class>/ and `folder`/`test`/<class>/, each tree as `decoded`."""
+    trees = list_parts(folder, train, test, common, kind)
+    images: list[Images] = []
+    files: list[str | Tensor] = []
+    for tree in trees:
+        part, contents, _ = decoded(tree)
+        images.append(part)
+        files += [tree.labels, digest([*tree.names, *contents])]
+    if common.get("label") is None:
+        common["label"] = Path(os.path.abspath(folder)).name  # noqa: PTH100 (a link's own name)
+    size, classes = images[0].images.shape[-1], trees[0].classes
+    ends = images[0], images[-1]
+    return make_splits(*ends, len(classes), size, classes, files=digest(files), whole=whole, **common)
 
 
-def list_parts(folder: Path, train: str, test: str, common: Common, kind: Kind = IMAGES) -> "list[Tree]":
+def list_parts(folder: Path, train: str, test: str, common: Common, kind: Kind) -> "list[Tree]":
     """The files below `folder`/`train`/<class>/ and `folder`/`test`/<class>/; one tree if both are one folder.
 
     Raises `UserError` for a folder that is missing or has one class, for classes that differ between the two, for
     parts in the place of classes, and for one folder as both unless `validation` holds out a share of it.
     """
-    for part, key in ((train, "train"), (test, "test")):
+    for part in (train, test):
         if not (folder / part).is_dir():
-            raise UserError(f"no folder {(folder / part).absolute()}. {_suggest(folder, train, test, key)}")
+            found = _listing(scan(folder)[0]) if folder.is_dir() else ""
+            raise UserError(
+                f"no folder {(folder / part).absolute()}; folders in {folder.absolute()}: {found or 'none'}. Name "
+                "the one that holds train/<class>/ and test/<class>/ by dataset.root=FOLDER, or its parts by "
+                "dataset.train=NAME dataset.test=NAME; a single folder of classes (. is the root) can be both with "
+                "dataset.validation=0.2"
+            )
     trees = [list_files(folder / train, kind)]
     if not (folder / train).samefile(folder / test):
         trees.append(list_files(folder / test, kind))
@@ -119,36 +134,16 @@ def list_parts(folder: Path, train: str, test: str, common: Common, kind: Kind =
         )
     classes = trees[0].classes
     if len(classes) == 1:
-        inner = scan(folder / train / classes[0])[0]
-        meant = f"if {_listing(inner)} are the classes, set dataset.train={train}/{classes[0]}"
-        remedy = meant if inner else "give two"
-        raise UserError(f"only one class in {folder / train}, {classes[0]}: every answer would be right; {remedy}")
+        raise UserError(
+            f"only one class in {folder / train}, {classes[0]}: every answer would be right; give two, or, if its "
+            f"folders are the classes, set dataset.train={train}/{classes[0]}"
+        )
     if all(name.lower() in PARTS and scan(folder / train / name)[0] for name in classes):
         raise UserError(
             f"{_listing(classes)} in {folder / train} are parts of a data set, not classes: set "
             f"dataset.root={folder / train} without dataset.train and dataset.test"
         )
     return trees
-
-
-def _suggest(folder: Path, train: str, test: str, missing: str) -> str:
-    """The option that fits what the folder holds in place of `train` and `test`."""
-    if not folder.is_dir():
-        return "Name the folder that holds train/<class>/ and test/<class>/ by dataset.root=FOLDER"
-    found = scan(folder)[0]
-    used = {"train": test, "test": train}[missing]
-    starts = {"train": ("tr",), "test": ("te", "val")}[missing]
-    names = [name for name in found if name != used and name.lower().startswith(starts)]
-    if names:
-        return f"There is {names[0]}: set dataset.{missing}={names[0]}"
-    if used in found:
-        return f"Without a {missing} split, set dataset.{missing}={used} dataset.validation=0.2"
-    if found:
-        return (
-            f"There are the folders {_listing(found)}: if they are the classes, "
-            "set dataset.train=. dataset.test=. dataset.validation=0.2; if not, name another dataset.root=FOLDER"
-        )
-    return "It would hold a folder for each class; set dataset.root=FOLDER"
 
 
 def _listing(names: Sequence[str]) -> str:
@@ -219,7 +214,7 @@ def list_files(folder: Path, kind: Kind = IMAGES) -> Tree:
             raise UserError(
                 f"{folder / name} is the same folder as {same}: {kind.name} of one class cannot be of another"
             )
-    left_out = Counter(f"{_kind(name)} outside the class folders" for name in loose)
+    left_out = Counter(f"{kind_of_file(name)} outside the class folders" for name in loose)
     seen = set(places)
     names: list[str] = []
     labels: list[int] = []
@@ -248,7 +243,7 @@ def _files_below(folder: Path, kind: Kind, seen: set[tuple[int, int]], left_out:
         if kind.fits(name):
             yield str(folder / name)
         else:
-            left_out[_kind(name)] += 1
+            left_out[kind_of_file(name)] += 1
     for name in folders:
         place = _place(folder / name)
         if place in seen:
@@ -258,7 +253,7 @@ def _files_below(folder: Path, kind: Kind, seen: set[tuple[int, int]], left_out:
             yield from _files_below(folder / name, kind, seen, left_out)
 
 
-def _kind(name: str) -> str:
+def kind_of_file(name: str) -> str:
     return Path(name).suffix.lower() or "without a suffix"
 
 
@@ -280,38 +275,39 @@ def same_classes(train: Tree, test: Tree) -> None:
             )
 
 
-def _decode_cached(
-    root: Path, trees: list[Tree], image_size: int | None, cache: str | None
-) -> tuple[list[Tensor], str]:
-    """The pixels of each tree, (N, 3, H, H) uint8, and the digest over names, labels and contents of its files."""
+Decoded = tuple[Images, list[str], npt.NDArray[np.floating[Any]]]
+"""The images of a tree, the digest of each file's content, and the numbers that were read with each, (N, any)."""
+
+
+def decode_tree(
+    tree: Tree, read: Callable[[Path], tuple[Any, ...]], cache: str | None, key: Sequence[str]
+) -> Decoded:
+    """The files of a tree, decoded in parallel or read from the cache.
+
+    read: returns of a file its image, (H, H, 3) uint8, the digest of its content, and any numbers. key: what
+    decides about the images beside the files. Raises `UserError` for images of different sizes, and as `read`.
+    """
+    paths, folder = tree.paths(), tree.folder.resolve()
 
     def decode() -> Arrays:
-        pixels, contents = zip(*(_decode(tree, image_size) for tree in trees), strict=True)
-        parts = [part for tree, content in zip(trees, contents, strict=True) for part in (tree.labels, content)]
-        return [*pixels, np.array(digest(parts))]
+        contents, facts = [], []
+        with closing(read_all(paths, read, f"decoding {tree.folder}")) as results:
+            for index, (image, content, *numbers) in enumerate(results):
+                if index == 0:
+                    pixels = np.empty((len(paths), *image.shape), np.uint8)
+                if image.shape != pixels.shape[1:]:
+                    raise UserError(
+                        f"{paths[index]} is {image.shape[0]} pixels wide, {paths[0]} is {pixels.shape[1]}; "
+                        "set dataset.image_size to bring all to one size"
+                    )
+                pixels[index] = image
+                contents.append(content)
+                facts.append(numbers)
+        return [pixels, np.array(contents), np.array(facts)]
 
-    key = [*(str(tree.folder.resolve()) for tree in trees), str(image_size)]
-    state = " ".join(file_state(tree.folder, tree.names) for tree in trees)
-    *pixels, files = cached(cache, root.resolve().name, key, state, decode)
-    return [torch.from_numpy(array).permute(0, 3, 1, 2) for array in pixels], str(files)
-
-
-def _decode(tree: Tree, image_size: int | None) -> tuple[npt.NDArray[np.uint8], str]:
-    """(N, H, H, 3) from all files of the tree, and the digest over their names and contents."""
-    paths = tree.paths()
-    shape = _read(paths[0], image_size)[0].shape
-    pixels = np.empty((len(paths), *shape), dtype=np.uint8)
-    contents: list[str] = []
-    with closing(read_all(paths, partial(_read, image_size=image_size), f"decoding {tree.folder}")) as images:
-        for index, (image, content) in enumerate(images):
-            if image.shape != shape:
-                raise UserError(
-                    f"{paths[index]} is {image.shape[0]} pixels wide, {paths[0]} is {shape[0]}; "
-                    "set dataset.image_size to bring all to one size"
-                )
-            pixels[index] = image
-            contents.append(content)
-    return pixels, digest([*tree.names, *contents])
+    state = file_state(tree.folder, tree.names)
+    pixels, contents, facts = cached(cache, folder.name, [str(folder), *key], state, decode)
+    return Images(torch.from_numpy(pixels).permute(0, 3, 1, 2), tree.labels), contents.tolist(), facts
 
 
 def _read(path: Path, image_size: int | None) -> tuple[npt.NDArray[np.uint8], str]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 from webdataset import ShardWriter
 
-from l2bn.data.cache import Arrays, cached, expand, file_state, status, tracked
+from l2bn.data.cache import Arrays, cached, file_state, status, tracked
 from l2bn.data.decode import read_rgb
 from l2bn.data.folder import IMAGES, Tree, scan
 from l2bn.data.imagenet import (
@@ -38,7 +38,7 @@ from l2bn.data.imagenet import (
     version,
 )
 from l2bn.data.splits import Common, Splits, Transform, check_image_size, digest, make_splits
-from l2bn.errors import UserError
+from l2bn.errors import UserError, expand
 from l2bn.seeding import generator
 
 log = logging.getLogger(__name__)
@@ -229,57 +229,62 @@ def _index(files: tuple[Path, ...]) -> Arrays:
     return [np.array(column) for column in zip(*rows, strict=True)]
 
 
-def _samples(file: Path) -> list[tuple[int, int, int, bytes]]:
-    """Offset, size, class and name of each image of a shard. Raises `UserError` for a file that is no shard.
+Sample = tuple[int, int, int, bytes]
+"""Offset and size of its image in the shard, in bytes; its class; the name of the image."""
 
-    Members that have neither an image nor a class beside them (README.md), and hidden ones, are passed over.
-    """
-    found: dict[str, dict[str, tarfile.TarInfo]] = {}
-    samples = []
+
+def _samples(file: Path) -> list[Sample]:
+    """The samples of a shard. Raises `UserError` for a file that is no shard."""
     try:
         with tarfile.open(file, "r:") as tar:
-            for member in tar:
-                folder, _, name = member.name.rpartition("/")
-                key, _, kind = name.partition(".")
-                if not member.isfile() or not key:
-                    continue
-                parts = found.setdefault(f"{folder}/{key}".lstrip("/"), {})
-                if f".{kind.lower()}" in parts:
-                    raise UserError(
-                        f"{file} holds {member.name} twice, and one sample would replace the other; "
-                        "pack it again with a key for each sample"
-                    )
-                parts[f".{kind.lower()}"] = member
+            members = _members(file, tar)
             _check_end(file, tar)
-            for key, parts in found.items():
-                unread = next((kind for kind in parts if kind.endswith(".cls") and kind != ".cls"), None)
-                if unread is not None:
-                    raise UserError(
-                        f"{file}: {key}{unread} is the class of no sample, because the name of a sample ends at "
-                        "its first dot; pack it again under names without other dots"
-                    )
-                image = next((parts[suffix] for suffix in IMAGES.suffixes if suffix in parts), None)
-                label = tar.extractfile(parts[".cls"]) if ".cls" in parts else None
-                if image is None and label is None:
-                    continue
-                if image is None or label is None:
-                    raise UserError(
-                        f"{file}: the sample {key} needs an image ({', '.join(IMAGES.suffixes)}) and "
-                        f"its class number (.cls), but has {', '.join(sorted(parts))}"
-                    )
-                text = label.read()
-                if not text.strip().isdigit() or int(text) >= MOST_CLASSES:
-                    raise UserError(
-                        f"{file}: the class of the sample {key} is {text[:40]!r}; "
-                        f".cls must hold a number from 0 to {MOST_CLASSES - 1}"
-                    )
-                image_name = image.name.encode(errors="surrogateescape")
-                samples.append((image.offset_data, image.size, int(text), image_name))
+            found = [_sample(file, tar, key, parts) for key, parts in members.items()]
     except (tarfile.TarError, OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read as an uncompressed tar file of samples: {error}") from error
+    samples = [sample for sample in found if sample is not None]
     if not samples:
         raise UserError(f"no samples in {file}; remove the file or pack it anew")
     return samples
+
+
+def _members(file: Path, tar: tarfile.TarFile) -> dict[str, dict[str, tarfile.TarInfo]]:
+    """The files of a shard but hidden ones, by the name up to its first dot and by the rest in lower case."""
+    found: dict[str, dict[str, tarfile.TarInfo]] = {}
+    for member in tar:
+        folder, _, name = member.name.rpartition("/")
+        key, _, kind = name.partition(".")
+        if not member.isfile() or not key:
+            continue
+        parts = found.setdefault(f"{folder}/{key}".lstrip("/"), {})
+        if f".{kind.lower()}" in parts:
+            raise UserError(
+                f"{file} holds {member.name} twice, and one sample would replace the other; "
+                "pack it again with a key for each sample"
+            )
+        parts[f".{kind.lower()}"] = member
+    return found
+
+
+def _sample(file: Path, tar: tarfile.TarFile, key: str, parts: dict[str, tarfile.TarInfo]) -> Sample | None:
+    """The sample of these members; None if they are none, such as README.md."""
+    image = next((parts[suffix] for suffix in IMAGES.suffixes if suffix in parts), None)
+    labels = [kind for kind in parts if kind.endswith(".cls")]
+    if image is None and not labels:
+        return None
+    label = tar.extractfile(parts[".cls"]) if labels == [".cls"] else None
+    if image is None or label is None:
+        raise UserError(
+            f"{file}: the sample {key} needs an image ({', '.join(IMAGES.suffixes)}) and its class number (.cls), "
+            f"but has {', '.join(sorted(parts))}; pack it again (its name ends at its first dot)"
+        )
+    text = label.read()
+    if not text.strip().isdigit() or int(text) >= MOST_CLASSES:
+        raise UserError(
+            f"{file}: the class of the sample {key} is {text[:40]!r}; "
+            f".cls must hold a number from 0 to {MOST_CLASSES - 1}"
+        )
+    return image.offset_data, image.size, int(text), image.name.encode(errors="surrogateescape")
 
 
 def _check_end(file: Path, tar: tarfile.TarFile) -> None:

@@ -14,9 +14,9 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import compress
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -28,11 +28,10 @@ from numpy.lib.stride_tricks import sliding_window_view
 from scipy.signal import get_window, resample_poly
 from torch import Tensor
 
-from l2bn.data.cache import Arrays, cached, content_of, expand, file_state
-from l2bn.data.decode import read_all
-from l2bn.data.folder import Kind, Tree, label_of, list_parts, scan
-from l2bn.data.splits import LARGEST_IMAGE, PUBLISHED, Common, Images, Splits, digest, make_splits
-from l2bn.errors import UserError
+from l2bn.data.cache import content_of
+from l2bn.data.folder import Decoded, Kind, Tree, decode_tree, scan, split_folder
+from l2bn.data.splits import LARGEST_IMAGE, PUBLISHED, Common, Splits, digest, make_splits
+from l2bn.errors import UserError, expand
 
 log = logging.getLogger(__name__)
 
@@ -146,16 +145,14 @@ def esc50(
             f"dataset.fold={fold}, dataset.leave_out={leave_out}: {table} has the folds "
             f"{', '.join(map(str, found))}; give one to test on, and another or null to leave out"
         )
-    clips = _read_clips(tree, spectrogram, cache)
     variant = ["ESC-10"] * esc10 + [f"fold {fold}"]
     whole = (10, 320, 80) if esc10 else (50, 1600, 400)
     if leave_out is not None:
         variant.append(f"trained without fold {leave_out}")
         whole = (whole[0], whole[1] - whole[2], whole[2])
-    train = clips.select((folds != fold) & (folds != (fold if leave_out is None else leave_out)))
-    recordings = [Path(name).name.partition("-")[2].partition("-")[0] for name in train.names]  # behind the fold
-    test = clips.select(folds == fold)
-    return _make_splits(train, test, recordings, whole=whole, variant=variant, **common)
+    parts = (folds != fold) & (folds != (fold if leave_out is None else leave_out)), folds == fold
+    recordings = [Path(name).name.partition("-")[2].partition("-")[0] for name in tree.names]  # behind the fold
+    return _make_splits(tree, parts, recordings, spectrogram, cache, variant, whole=whole, **common)
 
 
 def tau2020(root: str, spectrogram: LogMel, cache: str | None = None, **common: Unpack[Common]) -> Splits:
@@ -168,12 +165,12 @@ def tau2020(root: str, spectrogram: LogMel, cache: str | None = None, **common: 
     tables = [expand(root) / "evaluation_setup" / f"fold1_{part}.csv" for part in ("train", "evaluate")]
     names = {"scene_label": ".+"}, "TAU Urban Acoustic Scenes 2020 Mobile", "doi.org/10.5281/zenodo.3819968"
     train, test = (_rows(table, *names, delimiter="\t") for table in tables)
-    clips = _read_clips(_listed([*train, *test], "scene_label", tables[0]), spectrogram, cache)
-    trained = torch.arange(len(clips.names)) < len(train)
+    tree = _listed([*train, *test], "scene_label", tables[0])
+    trained = torch.arange(len(tree.names)) < len(train)
     # The names begin with scene, city and location.
-    places = ["-".join(Path(name).name.split("-")[:3]) for name in clips.names[: len(train)]]
-    parts = clips.select(trained), clips.select(~trained)
-    return _make_splits(*parts, places, whole=PUBLISHED["TAU 2020"], **common)
+    places = ["-".join(Path(name).name.split("-")[:3]) for name in tree.names]
+    whole = PUBLISHED["TAU 2020"]
+    return _make_splits(tree, (trained, ~trained), places, spectrogram, cache, whole=whole, **common)
 
 
 def sound_folder(
@@ -185,11 +182,8 @@ def sound_folder(
     **common: Unpack[Common],
 ) -> Splits:
     """The sound files below `root`/`train`/<class>/ and `root`/`test`/<class>/; arguments as of `image_folder`."""
-    folder = expand(root)
-    trees = list_parts(folder, train, test, common, SOUND)
-    clips = [_read_clips(tree, spectrogram, cache) for tree in trees]
-    common["label"] = label_of(folder, common.get("label"))
-    return _make_splits(clips[0], clips[-1], **common)
+    decoded = partial(_read_clips, spectrogram=spectrogram, cache=cache)
+    return split_folder(expand(root), train, test, SOUND, decoded, **common)
 
 
 def _rows(
@@ -239,68 +233,41 @@ def _listed(rows: Sequence[Mapping[str, str]], column: str, table: Path) -> Tree
 # ---- Clips ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Clips:
-    """Decoded clips."""
-
-    images: Images
-    classes: tuple[str, ...]
-    names: Sequence[str]
-    contents: Sequence[str]  # digest of each file
-
-    def select(self, chosen: Tensor) -> "_Clips":
-        """The clips at which (N,) is True."""
-        places = chosen.nonzero()[:, 0]
-        names, contents = ([texts[i] for i in places.tolist()] for texts in (self.names, self.contents))
-        return _Clips(self.images.select(places), self.classes, names, contents)
-
-
 def _make_splits(
-    train: _Clips,
-    test: _Clips,
-    recordings: Sequence[str] | None = None,
+    tree: Tree,
+    parts: tuple[Tensor, Tensor],
+    recordings: Sequence[str],
+    spectrogram: LogMel,
+    cache: str | None,
     variant: Sequence[str] = (),
     **options: Any,
 ) -> Splits:
-    """recordings: of each training clip of a published set, its recording or place.
+    """The training and test clips of a published set: those of the tree where each of `parts`, (N,), is True.
 
-    A validation split holds out whole ones. Published sets come as WAV files; of others the label says so.
+    recordings: of each clip, its recording or place; a validation split holds out whole ones. Published sets come
+    as WAV files; of others the label says so.
     """
-    if recordings is not None:
-        endings = {Path(name).suffix for clips in (train, test) for name in clips.names} - {".wav"}
-        variant = [*variant, *(f"from {ending} files" for ending in sorted(endings))]
-        numbers = {name: number for number, name in enumerate(dict.fromkeys(recordings))}
-        options["groups"] = torch.tensor([numbers[name] for name in recordings])
-    parts: list[str | Tensor] = []
-    for clips in (train, test):
-        parts += [*clips.names, *clips.contents, clips.images.labels]
-    size, classes = train.images.images.shape[-1], train.classes
-    options |= {"files": digest(parts), "variant": ", ".join(variant)}
-    return make_splits(train.images, test.images, len(classes), size, classes, **options)
+    images, contents, _ = _read_clips(tree, spectrogram, cache)
+    files: list[str | Tensor] = []
+    endings: set[str] = set()
+    for part in parts:
+        names = list(compress(tree.names, part.tolist()))
+        files += [*names, *compress(contents, part.tolist()), tree.labels[part]]
+        endings |= {Path(name).suffix for name in names} - {".wav"}
+    variant = [*variant, *(f"from {ending} files" for ending in sorted(endings))]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(recordings))}
+    groups = torch.tensor([numbers[name] for name in recordings])[parts[0]]
+    options |= {"files": digest(files), "variant": ", ".join(variant), "groups": groups}
+    train, test = (images.select(part.nonzero()[:, 0]) for part in parts)
+    return make_splits(train, test, len(tree.classes), spectrogram.bands, tree.classes, **options)
 
 
-def _read_clips(tree: Tree, spectrogram: LogMel, cache: str | None) -> _Clips:
+def _read_clips(tree: Tree, spectrogram: LogMel, cache: str | None) -> Decoded:
     """The spectrograms of a tree's files, computed in parallel or read from the cache."""
-    paths = tree.paths()
-
-    def decode() -> Arrays:
-        pixels = np.empty((len(paths), spectrogram.bands, spectrogram.bands, 3), np.uint8)
-        contents, facts = [], []
-        read = partial(_read, spectrogram=spectrogram)
-        with closing(read_all(paths, read, f"decoding {tree.folder}")) as clips:
-            for index, (image, content, *fact) in enumerate(clips):
-                pixels[index] = image
-                contents.append(content)
-                facts.append(fact)
-        return [pixels, np.array(contents), np.array(facts)]
-
-    key = [str(tree.folder.resolve()), repr(spectrogram), digest(tree.names)]
-    pixels, contents, facts = cached(
-        cache, tree.folder.resolve().name, key, file_state(tree.folder, tree.names), decode
-    )
-    _report(tree.folder, spectrogram, facts)
-    images = Images(torch.from_numpy(pixels).permute(0, 3, 1, 2), tree.labels)
-    return _Clips(images, tree.classes, tree.names, contents.tolist())
+    read = partial(_read, spectrogram=spectrogram)
+    clips = decode_tree(tree, read, cache, [repr(spectrogram), digest(tree.names)])
+    _report(tree.folder, spectrogram, clips[2])
+    return clips
 
 
 def _report(folder: Path, spectrogram: LogMel, facts: Values) -> None:

@@ -42,6 +42,9 @@ LARGEST_IMAGE = 4096  # pixels; far above what any network here takes
 Transform = Callable[[Tensor], Tensor]
 """Of an image decoded on access: (3, any, any) uint8 -> (3, image_size, image_size) uint8."""
 
+Counts = tuple[int, int, int]
+"""Classes, training images and test images of a data set."""
+
 
 class Split(Protocol):
     """One part of a data set: `Images` in memory, or a map-style dataset that decodes images on access.
@@ -178,7 +181,7 @@ class Splits:
             if isinstance(split, Images) and split.images.shape[-1] != self.image_size:
                 raise UserError(
                     f"{self.label}: {name} images are {split.images.shape[-1]} pixels wide, image_size is "
-                    f"{self.image_size}"
+                    f"{self.image_size}; bring all to one size, for a folder by dataset.image_size"
                 )
         lengths = len(self.mean), len(self.std)
         if lengths != (3, 3) or not all(0 <= m <= 1 for m in self.mean) or not all(0 < s <= 1 for s in self.std):
@@ -208,7 +211,7 @@ def make_splits(
     classes: tuple[str, ...] = (),
     *,
     files: str | None = None,
-    whole: tuple[int, int, int] | None = None,
+    whole: Counts | None = None,
     intact: bool = True,
     variant: str = "",
     groups: Tensor | None = None,
@@ -241,51 +244,23 @@ def make_splits(
         )
     fingerprint = _fingerprint(train, test, files)
     whole = whole or PUBLISHED.get(label) or PUBLISHED.get(baseline or "")
-    change = ""
-    if whole is not None and whole != (num_classes, len(train), len(test)):
-        change = f"{len(train):,} and {len(test):,} images"
-        reason = (
-            f"is not the whole published data set, which has {whole[1]:,} training and {whole[2]:,} test images in "
-            f"{whole[0]:,} classes; here are {len(train):,} and {len(test):,} in {num_classes:,}"
-        )
-    elif whole is not None and not (intact and _is_even(num_classes, train, test)):
-        change, reason = "other files", "has as many images as the published data set, but other files or classes"
-    elif not variant and baseline in CONTENTS and CONTENTS[baseline] != _contents(train, test):
-        change = "other pixels"
-        reason = "has other pixels than the official files: re-encoded, resized or in other classes"
+    contents = None if variant else CONTENTS.get(baseline or "")
+    change, reason = _unlike_published(num_classes, train, test, whole, intact, contents)
     if change:
         log.warning(
             "%s %s. The label says so, and no published accuracy will stand beside the result", label, reason
         )
-        label, baseline, whole = f"{label}, {change}", None, None
-    if variant:
-        label, baseline = f"{label}, {variant}", None
     subset, validation = common.get("subset"), common.get("validation", 0.0)
-    if not 0 <= validation < 1:
-        raise UserError(f"dataset.validation={validation}: give a share of the training images, 0 <= share < 1")
     if validation:
-        count = round(validation * len(train))
-        if not 0 < count < len(train):
-            raise UserError(
-                f"dataset.validation={validation} would hold out {count} of {len(train)} training images; "
-                "give a share that leaves images on both sides"
-            )
-        order = stratified_order(train.labels, "validation")
-        held = torch.arange(len(order)) < count
-        if groups is not None:
-            held = _held_out(train.labels, groups, order, count)
-            if held.all() or not held.any():
-                raise UserError(
-                    f"dataset.validation={validation} would hold out {int(held.sum())} of {len(held)} training "
-                    "clips, because the clips of one recording stay together; give another share"
-                )
-        train, test = train.select(order[~held].sort().values), train.select(order[held].sort().values, test)
-        label += f", validation {validation:g}"
+        train, test = _hold_out(train, test, validation, groups)
     if subset is not None:
         if not 1 <= subset <= len(train):
             raise UserError(f"dataset.subset={subset}: give a number from 1 to {len(train)} (training images)")
         train = train.select(stratified_order(train.labels, "subset")[:subset].sort().values)
-        label += f", {subset:,} images"
+    choices = [change, variant]
+    choices += [f"validation {validation:g}"] if validation else []
+    choices += [f"{subset:,} images"] if subset is not None else []
+    label = ", ".join([label, *filter(None, choices)])
     if untrained := _untrained(train, test, classes):
         log.warning(
             "%s: %s of %s classes have test images and no training images, %s among them, and are always answered "
@@ -293,7 +268,7 @@ def make_splits(
             *(label, len(untrained), num_classes, untrained[0]),
         )
         label += f", {len(untrained)} of {num_classes} classes untrained"
-    if whole is None and (known := _known(train, test)):
+    if (change or whole is None) and (known := _known(train, test)):
         log.warning(
             "%s: %s of %s test images are training images too, pixel for pixel, and accuracy counts them as if "
             "they were new. The label says so; remove them from one side",
@@ -310,7 +285,7 @@ def make_splits(
         std=std,
         augmentation=common.get("augmentation"),
         label=label,
-        baseline=None if validation or subset is not None else baseline,
+        baseline=None if any(choices) else baseline,
         fingerprint=fingerprint,
         classes=classes,
     )
@@ -319,19 +294,46 @@ def make_splits(
 def _untrained(train: Split, test: Split, classes: Sequence[str]) -> list[str]:
     """Return the classes, by name or number, that have test images and no training images."""
     numbers = sorted(set(test.labels.tolist()) - set(train.labels.tolist()))
-    return [classes[number] if classes else str(number) for number in numbers]
+    return [classes[number] if 0 <= number < len(classes) else str(number) for number in numbers]
 
 
-def _held_out(labels: Tensor, groups: Tensor, order: Tensor, count: int) -> Tensor:
-    """Return which places of a stratified order to hold out: whole groups, about `count` images in all."""
-    sizes = Counter(groups.tolist())
-    room = torch.bincount(labels[order[:count]], minlength=int(labels.max()) + 1).tolist()  # by class
+def _unlike_published(
+    num_classes: int, train: Split, test: Split, whole: Counts | None, intact: bool, contents: str | None
+) -> tuple[str, str]:
+    """Return what tells the data from the published set, for the label and for a warning, or two empty texts."""
+    if whole is not None and whole != (num_classes, len(train), len(test)):
+        return f"{len(train):,} and {len(test):,} images", (
+            f"is not the whole published data set, which has {whole[1]:,} training and {whole[2]:,} test images in "
+            f"{whole[0]:,} classes; here are {len(train):,} and {len(test):,} in {num_classes:,}"
+        )
+    if whole is not None and not (intact and _is_even(num_classes, train, test)):
+        return "other files", "has as many images as the published data set, but other files or classes"
+    if contents is not None and contents != _contents(train, test):
+        return "other pixels", "has other pixels than the official files: re-encoded, resized or in other classes"
+    return "", ""
+
+
+def _hold_out(train: Split, test: Split, share: float, groups: Tensor | None) -> tuple[Split, Split]:
+    """Return the training images less a stratified share, in whole groups, and the share, read like `test`."""
+    if not 0 <= share < 1:
+        raise UserError(f"dataset.validation={share}: give a share of the training images, 0 <= share < 1")
+    order = stratified_order(train.labels, "validation")
+    labels = train.labels[order].tolist()
+    owners = (order if groups is None else groups[order]).tolist()  # without groups, each image is its own
+    sizes, room = Counter(owners), Counter(labels[: round(share * len(labels))])  # room: by class
     held: set[int] = set()
-    for group, label in zip(groups[order].tolist(), labels[order].tolist(), strict=True):
-        if group not in held and sizes[group] <= room[label]:
-            held.add(group)
-            room[label] -= sizes[group]
-    return torch.tensor([group in held for group in groups[order].tolist()])
+    for owner, label in zip(owners, labels, strict=True):
+        if owner not in held and sizes[owner] <= room[label]:
+            held.add(owner)
+            room[label] -= sizes[owner]
+    chosen = torch.tensor([owner in held for owner in owners])
+    if chosen.all() or not chosen.any():
+        why = "" if groups is None else " (clips of one recording stay together)"
+        raise UserError(
+            f"dataset.validation={share} would hold out {int(chosen.sum())} of {len(chosen)} training images{why}; "
+            "give a share that leaves images on both sides"
+        )
+    return train.select(order[~chosen].sort().values), train.select(order[chosen].sort().values, test)
 
 
 def _is_even(num_classes: int, *splits: Split) -> bool:
