@@ -13,10 +13,9 @@ from pathlib import Path
 
 from hydra import compose
 
-from l2bn.data.cache import expand
 from l2bn.data.imagenet_wds import pack_imagenet
 from l2bn.data.splits import Splits
-from l2bn.errors import UserError
+from l2bn.errors import UserError, expand
 from l2bn.failures import told_plainly
 from l2bn.training.instantiate import Builder
 from l2bn.training.plan import ROOT, composing, own_folders, resolve

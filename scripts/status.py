@@ -24,10 +24,10 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     from hydra.core.override_parser.types import Quote, QuotedString
 
-    from l2bn.data.cache import expand
-    from l2bn.errors import UserError
-    from l2bn.training.plan import compose_sweep, composing, find_runs, plan_sweep
-    from l2bn.training.status import look, overview
+    from l2bn.errors import UserError, expand
+    from l2bn.training.plan import composing
+    from l2bn.training.status import find_runs, look, overview
+    from l2bn.training.sweep import compose_sweep, plan_sweep
 
     overrides = [f"experiment={arguments.experiment}"] if arguments.experiment else []
     overrides += arguments.overrides

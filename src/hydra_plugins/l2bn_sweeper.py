@@ -29,9 +29,8 @@ class ResumingSweeper(BasicSweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """Exits with 1 or `interruption.EXIT_CODE` unless all runs have ended."""
-        from l2bn.data.cache import expand
-        from l2bn.training.plan import PlannedJobs, plan_sweep
-        from l2bn.training.sweep import run_sweep
+        from l2bn.errors import expand
+        from l2bn.training.sweep import PlannedJobs, plan_sweep, run_sweep, train_job
 
         assert self.config is not None
         assert self.hydra_context is not None
@@ -39,7 +38,7 @@ class ResumingSweeper(BasicSweeper):
         self.config.hydra.sweep.dir = str(expand(self.config.hydra.sweep.dir, "hydra.sweep.dir"))
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=HydraContext(config_loader=PlannedJobs(runs), callbacks=self.hydra_context.callbacks),
-            task_function=train_planned,
+            task_function=train_job,
             config=self.config,
         )
         code = run_sweep(runs, self._launch)
@@ -52,10 +51,3 @@ class ResumingSweeper(BasicSweeper):
         for batch in self.split_overrides_to_chunks([list(job) for job in jobs], self.max_batch_size):
             returns += self.launcher.launch(batch, initial_job_idx=len(returns))
         return returns
-
-
-def train_planned(config: DictConfig) -> None:
-    """Train the run of a sweep's job."""
-    from l2bn.training.run import train_job  # here, because it loads torch
-
-    train_job(config)

@@ -1,4 +1,4 @@
-"""The exception whose message is for the user, and output that may fail.
+"""The exception whose message is for the user, paths as a user writes them, and output that may fail.
 
 Hydra prints a `CompactHydraException` without a traceback; `UserError` is one. `l2bn.failures` turns other
 exceptions into it.
@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
 from typing import Any, TextIO
 
 from hydra.errors import CompactHydraException
@@ -16,6 +17,14 @@ from hydra.errors import CompactHydraException
 
 class UserError(CompactHydraException):
     """A mistake that the user can correct: the message says what was given, what is accepted and what to do."""
+
+
+def expand(path: str, key: str = "dataset.root") -> Path:
+    """The path with `~` replaced. Raises `UserError`, naming the key, for the home of a user who does not exist."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{key}={path}: no home folder is known for {path.split('/')[0]}; give the path") from None
 
 
 @contextmanager

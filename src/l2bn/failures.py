@@ -195,17 +195,6 @@ def describe(error: BaseException) -> str:
 # The note in a run's folder.
 
 
-@contextlib.contextmanager
-def noted(folder: Path) -> Iterator[None]:
-    """Note a failure in a run's folder; the note of an earlier attempt is removed first."""
-    (folder / FAILURE).unlink(missing_ok=True)
-    try:
-        yield
-    except Exception as error:
-        note_failure(folder, error)
-        raise
-
-
 def note_failure(folder: Path, error: Exception) -> None:
     """Write the message of an exception, followed by its traceback unless it is a UserError.
 

@@ -19,6 +19,7 @@ from l2bn.benchmarks.workload import CLASSES, Workload, build, compute, pictures
 from l2bn.data.augment import CropFlip
 from l2bn.data.folder import image_folder
 from l2bn.data.loader import evaluation_loader
+from l2bn.errors import UserError
 from l2bn.reporting.formatting import interval, mean_std, signed
 from l2bn.reporting.statistics import estimate, paired_differences
 from l2bn.seeding import derive_seed
@@ -59,7 +60,7 @@ def train_plain(workload: Workload, learning: Recipe, seed: int) -> float:
     for _ in range(learning.epochs):
         plain_epoch(model.train(), optimizer, batches)
     test = evaluation_loader(workload.splits.test, splits=workload.splits, batch_size=256, device=DEVICE)
-    _, accuracy, _ = evaluate(model, test, CLASSES, compute().fabric())
+    _, accuracy, _ = evaluate(model, test.epoch(0), CLASSES, compute().fabric())
     return accuracy
 
 
@@ -124,10 +125,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Result:
-    """Raises UserError for a folder without images."""
+    """Raises UserError for a folder with fewer images than a batch."""
     splits = image_folder(str(arguments.root), label="CIFAR-10 (JPEG)", augmentation=CropFlip())
     order = torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(0))
     splits = replace(splits, train=splits.train.select(order[: arguments.images]))
+    if len(splits.train) < BATCH:
+        raise UserError(
+            f"{len(splits.train)} training images are fewer than one batch of {BATCH}: give more by --images"
+        )
     workload = Workload(NETWORK, BATCH, splits)
     learning = recipe(BATCH, arguments.epochs, lr=0.1)
     runs: list[Row] = []

@@ -13,6 +13,8 @@ import torch
 from l2bn import swap_norm
 from l2bn.backbones.library import timm_model
 from l2bn.benchmarks.measure import DEVICE, Result, Row, count, page, synchronise, table
+from l2bn.errors import UserError
+from l2bn.failures import describe
 
 NETWORKS = ("resnet50", "efficientnet_b0")
 CALLS = {  # in this order: batch and pixels, as shares of the first step's
@@ -86,7 +88,10 @@ def run(arguments: argparse.Namespace) -> Result:
         ):
             for norm, state in CASES:
                 with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-                    seconds = process.submit(seconds_of_calls, network, norm, batch, pixels).result()
+                    called = process.submit(seconds_of_calls, network, norm, batch, pixels)
+                    if (error := called.exception()) is not None:
+                        raise UserError(f"{network} with {norm} cannot be measured: {describe(error)}") from error
+                    seconds = called.result()
                 row = {"network": network, "batch": batch, "pixels": pixels, "norm": norm, "cache": state}
                 rows.append({**row, "seconds": seconds})
                 print(network, norm, state, f"first step {seconds['first step']:.1f} s", flush=True)

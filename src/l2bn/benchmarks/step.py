@@ -23,7 +23,7 @@ from l2bn.benchmarks.measure import (
 )
 from l2bn.benchmarks.norm import LAYOUTS
 from l2bn.benchmarks.workload import CLASSES, NETWORKS, build
-from l2bn.training.graphs import Recorded
+from l2bn.training.acceleration import Recorded
 
 
 def training_step(network: str, norm: str, caller: str, layout: str, batch: int) -> Action:

@@ -33,7 +33,8 @@ from l2bn.benchmarks.measure import (
 from l2bn.benchmarks.workload import NETWORKS, Workload, build, compute, epochs_of, make_workload, ours, plain, timm
 from l2bn.data.loader import Batch
 from l2bn.data.splits import Images
-from l2bn.training.compute import computes_bfloat16, free_as_usual, keep_freed_memory, should_compile
+from l2bn.training.acceleration import computes_bfloat16, replays_graphs, should_compile
+from l2bn.training.compute import free_as_usual, keep_freed_memory
 from l2bn.training.loop import Trainer
 
 NORMS = ("bn", "l2bn")
@@ -114,7 +115,7 @@ def matrix_product_rates() -> dict[str, float]:
 def automatic(workload: Workload, precision: str) -> str:
     """The way in which `compute.compile=auto` calls a network in a long run on this device."""
     model, in_memory = build(workload.network), isinstance(workload.splits.train, Images)
-    if compute(compile="auto", precision=precision).replays_graphs(model, DEVICE, in_memory):
+    if replays_graphs(compute(compile="auto", precision=precision), model, DEVICE, in_memory):
         return "graphs"
     return "compiled" if should_compile("auto", model, DEVICE, LONG_RUN) else "eager"
 

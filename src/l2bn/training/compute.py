@@ -1,7 +1,10 @@
-"""Settings of the computation: devices, precision, compilation, CPU memory."""
+"""Settings of the computation: devices, precision, threads, CPU memory.
+
+What makes a network fast is imported where a network is placed, and is not needed to read this file: L2BN's
+kernels, compilation, CUDA graphs, bfloat16 on a CPU.
+"""
 
 import ctypes
-import inspect
 import logging
 import os
 import warnings
@@ -11,17 +14,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment, find_free_network_port
-from lightning_fabric.strategies.ddp import DDPStrategy
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 
-from l2bn.errors import UserError
-from l2bn.kernels.compiler import DEVICES, TRACED, compiler_works, select_kernels
-from l2bn.norms.sync import convert_sync
 from l2bn.processes import available_cores
-from l2bn.training.graphs import Recorded, layers_that_may_decide
-
-log = logging.getLogger(__name__)
 
 Compile = Literal["auto", "graphs"] | bool
 Precision = Literal["32-true", "tf32-mixed", "bf16-mixed", "16-mixed"]
@@ -35,22 +30,6 @@ def quieten() -> None:
     for name, level in (("lightning_fabric", logging.WARNING), ("torch.utils.cpp_extension", logging.ERROR)):
         logging.getLogger(name).setLevel(level)
     warnings.filterwarnings("ignore", module="lightning_fabric")
-
-
-class _Processes(DDPStrategy):
-    """Distributed data parallel on this machine: a process per device."""
-
-    def __init__(self) -> None:
-        options: dict[str, Any] = {"gradient_as_bucket_view": True}
-        # Each process has its own running statistics, and those of rank 0 are evaluated: broadcast none.
-        known = inspect.signature(DistributedDataParallel).parameters
-        options["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False
-        super().__init__(start_method="spawn", **options)
-
-    def setup_environment(self) -> None:
-        quieten()
-        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # of torchrun; this run has a store of its own
-        super().setup_environment()
 
 
 class _ThisMachine(LightningEnvironment):
@@ -87,7 +66,7 @@ class Compute:
 
     precision: "32-true" is float32 throughout; "tf32-mixed" lets a GPU's tensor cores round the factors of
     convolutions and matrix products to 10 bits of mantissa; the others autocast to bfloat16 or float16. On a CPU
-    "bf16-mixed" leaves in float32 the convolutions that bfloat16 makes slower, see `keep_in_float32`.
+    "bf16-mixed" leaves in float32 the convolutions that bfloat16 makes slower, see `acceleration.keep_in_float32`.
     """
 
     device: Literal["auto", "cpu", "cuda"]
@@ -148,9 +127,14 @@ class Compute:
 
         This process starts the others itself, also under a cluster's scheduler.
         """
+        strategy: Any = "auto"
+        if self.devices > 1:
+            from l2bn.training.devices import Processes  # here: most runs have one device
+
+            strategy = Processes()
         return Fabric(
             accelerator="cuda" if self._is_cuda else "cpu",
-            strategy=_Processes() if self.devices > 1 else "auto",
+            strategy=strategy,
             devices=self.devices,
             precision="32-true" if self.precision == "tf32-mixed" else self.precision,
             plugins=_ThisMachine(),
@@ -159,8 +143,12 @@ class Compute:
     def place(self, model: nn.Module, device: torch.device, updates: int, in_memory: bool = False) -> Placed:
         """Move a model to its device for a run of `updates` steps.
 
-        in_memory: whether its images are all in memory. Raises UserError, see `should_compile`.
+        in_memory: whether its images are all in memory. Raises UserError, see `acceleration.should_compile`.
         """
+        from l2bn.kernels.compiler import select_kernels
+        from l2bn.norms.sync import convert_sync
+        from l2bn.training.acceleration import accelerate, keep_in_float32
+
         network = model.to(device)
         if self.channels_last:
             network.to(memory_format=torch.channels_last)
@@ -168,121 +156,7 @@ class Compute:
             convert_sync(network)
         if self.precision == "bf16-mixed" and device.type == "cpu":
             keep_in_float32(network)
-            if not computes_bfloat16():
-                log.warning("this processor has no bfloat16 instructions; compute.precision=32-true is faster")
-        kernels = select_kernels(network, device, updates)
-        if self.replays_graphs(network, device, in_memory):
-            return Placed(network, Recorded(network), f"{kernels}+graphs")
-        if should_compile(self.compile, network, device, updates):
-            compiled: Any = torch.compile(network, dynamic=False)  # at its first call, for batches of one size
-            traced = kernels if TRACED or kernels == "stock" else "plain"
-            return Placed(network, compiled, f"{traced}+compiled")
-        return Placed(network, network, kernels)
-
-    def replays_graphs(self, network: nn.Module, device: torch.device, in_memory: bool) -> bool:
-        """Return whether a run replays CUDA graphs; `place` has the arguments.
-
-        "auto" does where that was measured to work: on one device, without autocast, for images in memory. Other
-        images are copied by a thread, and what it calls may not be called while a graph is recorded.
-        """
-        if self.compile != "auto":
-            return self.compile == "graphs"
-        if not (device.type == "cuda" and self.devices == 1 and in_memory):
-            return False
-        if self.precision not in ("32-true", "tf32-mixed"):
-            return False
-        unknown = layers_that_may_decide(network)
-        if unknown:
-            log.info(
-                "this run does not replay CUDA graphs, because %s may do other things at other steps; if not, "
-                "compute.compile=graphs is faster",
-                ", ".join(unknown),
-            )
-            return False
-        log.info("this run replays CUDA graphs; compute.compile=false launches each kernel by itself")
-        return True
-
-
-# Compilation.
-
-UPDATES = 1_000
-"""Steps from which compilation pays off on a CPU, where it makes a step faster at all.
-
-It takes 66 s on two cores for ShuffleNetV2 and saves 0.04 s per step of 128 images. As it is done once a machine,
-the second run of 1,000 steps has repaid it.
-"""
-
-VECTOR = 16  # float32 values in the widest vector register, that of AVX-512
-
-
-def should_compile(wanted: Compile, model: nn.Module, device: torch.device, updates: int) -> bool:
-    """Return whether a run of `updates` steps compiles its network.
-
-    "auto" depends only on network, machine and number of steps, so that both norms of a comparison, and a resumed
-    run, get the same answer. On a CPU with a compiler, runs of at least `UPDATES` steps are compiled, but only
-    networks whose channels do not fill the vector registers (ShuffleNetV2): PyTorch's batch norm is slow there, and
-    compiled kernels are not. Other networks gain nothing, or 18 % (MobileNetV2 with L2BN): the convolutions, which
-    are the same, take four fifths of the time. On CUDA "auto" never compiles: compiled networks were not
-    measured there, and those with images in memory replay CUDA graphs instead.
-
-    Figures are in results/benchmarks/train.md. Raises UserError if compilation is requested and no compiler works.
-    """
-    if wanted != "auto":
-        if wanted and device.type in DEVICES and not compiler_works(device.type):
-            raise UserError(
-                f"compute.compile=true, but no compiler works for {device.type} here: "
-                "install one (g++, as in Debian's build-essential), or take compute.compile=auto or false"
-            )
-        return bool(wanted)
-    if device.type != "cpu" or not _has_odd_channels(model):
-        return False
-    if updates < UPDATES:
-        log.info("the network is not compiled: it pays off from %d steps, and this run has %d", UPDATES, updates)
-        return False
-    if not compiler_works(device.type):
-        log.info("the network is not compiled: no compiler works for %s", device.type)
-        return False
-    log.info("the network is compiled, which takes about a minute the first time; compute.compile=false skips it")
-    return True
-
-
-def _has_odd_channels(model: nn.Module) -> bool:
-    """Return whether most convolutions have a number of channels that the vector width does not divide."""
-    channels = [layer.out_channels for layer in model.modules() if isinstance(layer, nn.Conv2d)]
-    return 2 * sum(count % VECTOR != 0 for count in channels) > len(channels)
-
-
-# bfloat16 on a CPU.
-
-BFLOAT16 = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")  # as torch names the instructions of x86 and ARM
-
-
-def computes_bfloat16() -> bool:
-    """Return whether this machine's processor has instructions for bfloat16."""
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in BFLOAT16)
-
-
-class Float32Conv2d(nn.Conv2d):
-    """A convolution that autocast leaves in float32. It returns the type of its input."""
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the convolution's own name
-        with torch.autocast(input.device.type, enabled=False):
-            return super().forward(input.float()).to(input.dtype)
-
-
-def keep_in_float32(network: nn.Module) -> None:
-    """Make autocast leave in float32 the convolutions whose gradients are slow in bfloat16 on a CPU.
-
-    Those with fewer than eight channels a group and a stride or a kernel above 3 x 3, such as the strided depthwise
-    convolutions of MobileNetV2 and ShuffleNetV2; results/README.md has the times. In place: the layers change their
-    class. Subclasses of `nn.Conv2d` stay as they are.
-    """
-    for layer in network.modules():
-        if type(layer) is not nn.Conv2d or layer.groups == 1 or layer.in_channels // layer.groups >= 8:
-            continue
-        if max(layer.stride) > 1 or max(layer.kernel_size) > 3:
-            layer.__class__ = Float32Conv2d
+        return accelerate(self, network, select_kernels(network, device, updates), device, updates, in_memory)
 
 
 # CPU memory.

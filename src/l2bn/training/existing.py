@@ -15,9 +15,8 @@ from torch import nn
 
 from l2bn import records
 from l2bn.analysis.probe import Probe
-from l2bn.data.cache import expand
 from l2bn.data.loader import Loader
-from l2bn.errors import UserError
+from l2bn.errors import UserError, expand
 from l2bn.failures import fitting
 from l2bn.processes import available_cores
 from l2bn.records import (
@@ -41,7 +40,7 @@ from l2bn.training.instantiate import flatten
 from l2bn.training.interruption import sole_owner
 from l2bn.training.journal import Journal
 from l2bn.training.loop import evaluate
-from l2bn.training.observation import collect
+from l2bn.training.observation import collect, watched
 from l2bn.training.plan import (
     ROOT,
     PlannedRun,
@@ -65,6 +64,11 @@ def replay(folder: Path, runs_dir: str, root: str | None = None, config_dirs: Se
     or `root`.
     """
     planned = read_run(folder, root, config_dirs, foreign=True)
+    precision = planned.config["compute"]["precision"]
+    if precision in OF_GPUS and not torch.cuda.is_available():
+        raise UserError(
+            f"{folder} was trained in {precision}, which only a GPU computes: repeat it on a machine with one"
+        )
     compute = {**planned.config["compute"], "device": "auto", "threads": _threads(planned)}
     if compute.get("compile") == "graphs" and not torch.cuda.is_available():
         compute["compile"] = "auto"
@@ -103,7 +107,7 @@ def evaluate_run(
     if reason:
         at = f"after {done} of {epochs} epochs" + (f" and {step} steps" if step else "")
         log.warning("%s %s: its last weights, those %s, are no result", folder, reason, at)
-    return evaluate(opened.network, opened.test, opened.built.splits.num_classes, opened.fabric)
+    return evaluate(opened.network, opened.test.epoch(0), opened.built.splits.num_classes, opened.fabric)
 
 
 def analyze(
@@ -183,8 +187,7 @@ class OpenedRun:
         position = state["position"]
         try:
             probe = Probe(self.network, self.built.norm_layers, classes)
-            with probe.attached():
-                evaluate(self.network, self.test, classes, self.fabric, probe.expect)
+            evaluate(self.network, watched(probe, self.test.epoch(0)), classes, self.fabric)
             return collect(probe, self.fabric, position["epoch"], int(position["rows"][-1]["step"]))
         except ValueError as error:
             raise UserError(f"{self.folder}: its features cannot be measured: {error}") from error

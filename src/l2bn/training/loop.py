@@ -3,13 +3,12 @@
 Shapes: N images in a batch, K classes.
 """
 
-import contextlib
 import math
 import random
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from l2bn.data.loader import Loader
+from l2bn.data.loader import Batch, Loader
 from l2bn.records import Metrics
 from l2bn.seeding import derive_seed, seed_global
 from l2bn.training.optim import Recipe
@@ -119,23 +118,14 @@ class Position:
     rows: list[Metrics] = field(default_factory=list)  # metrics of the completed epochs
 
 
-BeforeBatch = Callable[[Tensor], None]
-"""Called with the labels (N,) of the next batch of an evaluation."""
-
-
-def unwatched(epoch: int) -> contextlib.AbstractContextManager[BeforeBatch | None]:
-    """Return the context of an evaluation that measures nothing else."""
-    return contextlib.nullcontext()
-
-
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
     """Trains a network and evaluates it after every epoch.
 
     model: the network as Fabric trains it, with its precision and all-reduced gradients.
+    test: the batches of the evaluation after so many epochs, such as `Loader.epoch`.
     after_step, after_epoch: called with the position just reached, to write a checkpoint, show progress or leave.
         `after_step` returns the seconds spent on measurements, which do not count as training time.
-    watch: the context of an evaluation, given the epochs completed, to measure features or leave.
     """
 
     fabric: Fabric
@@ -144,22 +134,20 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     recipe: Recipe
     train: Loader
-    test: Loader
+    test: Callable[[int], Iterable[Batch]]
     classes: int
     seed: int
     after_step: Callable[[Position], float]
     after_epoch: Callable[[Position], None]
-    watch: Callable[[int], contextlib.AbstractContextManager[BeforeBatch | None]] = unwatched
 
     def fit(self, position: Position) -> None:
         """Train from a position to the end of the recipe. Raises DivergedError."""
         while position.epoch < self.recipe.epochs:
             totals = self.train_epoch(position)
             train_loss, train_top1, _ = totals.means(self.classes)
-            with self.watch(position.epoch + 1) as before_batch:
-                test_loss, test_top1, test_top5 = evaluate(
-                    self.network, self.test, self.classes, self.fabric, before_batch
-                )
+            test_loss, test_top1, test_top5 = evaluate(
+                self.network, self.test(position.epoch + 1), self.classes, self.fabric
+            )
             broken = first_not_finite(self.network)
             if broken is not None:
                 raise DivergedError(f"{broken} is not finite after epoch {position.epoch + 1}")
@@ -235,17 +223,18 @@ class Trainer:
 
 @torch.inference_mode()
 def evaluate(
-    network: nn.Module, loader: Loader, classes: int, fabric: Fabric, before_batch: BeforeBatch | None = None
+    network: nn.Module, batches: Iterable[Batch], classes: int, fabric: Fabric
 ) -> tuple[float, float, float | None]:
-    """Return loss, top-1 and top-5 accuracy in percent (None for fewer than 5 classes) over a loader's images."""
+    """Return loss, top-1 and top-5 accuracy in percent (None for fewer than 5 classes) over batches of images.
+
+    The network is in evaluation mode before the first batch is asked for, so that what yields them may observe it.
+    """
     if fabric.world_size > 1:  # each process has its own running statistics; those of rank 0 count
         for buffer in network.buffers():
             dist.broadcast(buffer, src=0)
     network.eval()
     totals = Totals.zeros(fabric.device)
-    for step, (images, labels) in enumerate(loader.epoch(0)):
-        if before_batch is not None:
-            before_batch(labels)
+    for step, (images, labels) in enumerate(batches):
         with fabric.autocast():
             logits = network(images).float()
         totals.add(step, F.cross_entropy(logits, labels), logits, labels)

@@ -1,23 +1,26 @@
 """Measurements during a run: features every few epochs, and running against batch statistics at the start.
 
-They do not change what the run computes, and are no part of its identity.
+They do not change what the run computes, and are no part of its identity. `l2bn.analysis` is imported where
+features are measured: most runs measure none.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Annotated
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from lightning_fabric import Fabric
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import nn
 
-from l2bn.analysis.probe import Probe, classifier
-from l2bn.data.loader import Loader
+from l2bn.data.loader import Batch, Loader
 from l2bn.errors import UserError
 from l2bn.records import CHECKED, FeatureRow, Sample, StatisticsRow
 from l2bn.training.loop import evaluate
+
+if TYPE_CHECKING:
+    from l2bn.analysis.probe import Probe
 
 MEASURED_EPOCHS = 20
 WIDEST = 8192  # penultimate features
@@ -54,6 +57,8 @@ def check_observable(
     """
     if policy.every == 0:
         return
+    from l2bn.analysis.probe import classifier
+
     try:
         found = classifier(model, classes)
     except ValueError as error:
@@ -73,8 +78,16 @@ def check_observable(
         )
 
 
+def watched(probe: "Probe", batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Yield the batches of an evaluation, whose forward passes the probe measures."""
+    with probe.attached():
+        for images, labels in batches:
+            probe.expect(labels)
+            yield images, labels
+
+
 @torch.inference_mode()
-def collect(probe: Probe, fabric: Fabric, epoch: int, step: int) -> tuple[FeatureRow, Sample | None]:
+def collect(probe: "Probe", fabric: Fabric, epoch: int, step: int) -> tuple[FeatureRow, Sample | None]:
     """Return the measurements of a probe, joined over all processes, as a row and a sample."""
     if fabric.world_size > 1:
         probe.join()
@@ -93,12 +106,13 @@ def compare_statistics(
     layers = [network.get_submodule(name) for name in names]
     saved = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers()]
 
-    def use_batch_statistics(_: Tensor) -> None:
+    def by_batch_statistics() -> Iterator[Batch]:
         for layer in layers:
             layer.train()
+        yield from loader.epoch(0)
 
-    for kind, before_batch in (("running", None), ("batch", use_batch_statistics)):
-        loss, top1, _ = evaluate(network, loader, classes, fabric, before_batch)
+    for kind, batches in (("running", loader.epoch(0)), ("batch", by_batch_statistics())):
+        loss, top1, _ = evaluate(network, batches, classes, fabric)
         row |= {f"{kind}/loss": loss if math.isfinite(loss) else None, f"{kind}/top1": top1}
     for buffer, content in saved:
         buffer.copy_(content)

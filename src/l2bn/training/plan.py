@@ -1,8 +1,7 @@
-"""The plan of a command: its runs, each with its configuration, identity and place in the grid.
+"""The plan of a run: its configuration, identity and place in the grid.
 
-Hydra expands and composes; this module adds names and identities. A run is trained with the configuration planned
-for it: a job of a sweep gets that configuration (`PlannedJobs`) and composes nothing, so that an edit of a YAML
-file does not affect a sweep that has begun. The module imports neither torch nor a data set, to plan fast.
+Hydra composes; this module adds names and identities. It imports neither torch nor a data set, to plan fast. The
+runs of a sweep are planned in `sweep.py`.
 """
 
 import contextlib
@@ -12,7 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,25 +20,21 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import ConfigRepository
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.core.utils import env_override
-from hydra.errors import CompactHydraException, ConfigCompositionException
+from hydra.errors import ConfigCompositionException
 from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from l2bn.data.cache import expand
-from l2bn.errors import UserError
-from l2bn.failures import explain, explained_overrides
-from l2bn.records import CONFIG, files_under, is_plain_name, same_images
+from l2bn.errors import UserError, expand
+from l2bn.failures import explained_overrides
+from l2bn.records import CONFIG, is_plain_name, same_images
 from l2bn.training.instantiate import CONFIGS, Builder, check_mapping, check_type, flatten, is_hidden
 
 log = logging.getLogger(__name__)
@@ -330,12 +325,6 @@ def own_folders() -> dict[Path, ConfigSource]:
     return folders
 
 
-def compose_sweep(overrides: Sequence[str]) -> DictConfig:
-    """Return the configuration of a whole sweep, as the command `train.py -m` composes it."""
-    loader = GlobalHydra.instance().config_loader()
-    return loader.load_configuration(ROOT, [*overrides, "hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
-
-
 def resolve(config: DictConfig, *, missing: bool = False) -> dict[str, Any]:
     """Return a configuration as plain values; a data set without a label is called by the name of its folder.
 
@@ -399,76 +388,17 @@ class PlannedRun:
 
 def plan_run(config: DictConfig, hydra: Any) -> PlannedRun:
     """Return the run of a configuration that Hydra composed, given with its `hydra` node. Raises UserError."""
-    return _Planner().plan(config, hydra.runtime.choices, ())
+    return Planner().plan(config, hydra.runtime.choices)
 
 
-def plan_sweep(sweep: DictConfig) -> list[PlannedRun]:
-    """Return every run of a sweep, in order, given the configuration that Hydra composed for the whole sweep.
-
-    Every run is composed, so that a wrong name or key in any of them is found here. Raises UserError, also where
-    two runs would have one folder.
-    """
-    arguments = OmegaConf.to_container(sweep.hydra.overrides.task, resolve=False)
-    assert isinstance(arguments, list)
-    runs: dict[Path, PlannedRun] = {}
-    for run in _Planner().expand(sweep, _parameters(sweep), arguments):
-        first = runs.setdefault(run.folder, run)
-        # Also of what is no part of the identity: one of the two would not be trained.
-        changed = differences(first.config, run.config)
-        if changed:
-            raise UserError(
-                f"two runs of this sweep would have one folder, {run.folder}; they differ in\n"
-                + "".join(f"  {line}\n" for line in changed)
-                + "sweep over values that are part of a run's name, or give each its own runs_dir"
-            )
-    return list(runs.values())
-
-
-class _Planner:
-    """Plans the runs of one command; composes equal choices once, because composing takes 50 ms."""
+class Planner:
+    """Plans the runs of one command; composes the defaults of equal choices once, because composing takes 50 ms."""
 
     def __init__(self) -> None:
-        self._loader = GlobalHydra.instance().config_loader()
         self._folders = own_folders()
-        self._composed: dict[tuple[str, ...], DictConfig] = {}
         self._defaults: dict[tuple[str, ...], Config] = {}
 
-    def expand(self, sweep: DictConfig, parameters: list[str], arguments: list[str]) -> Iterator[PlannedRun]:
-        """Yield the runs of a sweep: the product of its values, those of the experiment first."""
-        for job in self._jobs([*parameters, *arguments]):
-            try:
-                full, seeds = self._compose(sweep, job)
-                if (own := _parameters(full)) != parameters:  # a sweep over experiments
-                    yield from self.expand(sweep, own, job)
-                    continue
-                if _plain(full.hydra.launcher) != _plain(sweep.hydra.launcher):
-                    raise UserError("a sweep has one launcher: choose it on the command line, launcher=NAME")
-                config = OmegaConf.masked_copy(full, [str(key) for key in full if key != "hydra"])
-                for seed in seeds:
-                    OmegaConf.update(config, "seed", seed)
-                with _as_in_job(full):
-                    run = self.plan(config, full.hydra.runtime.choices, job)
-            except CompactHydraException as error:
-                raise UserError(f"{explain(error)}\nin the run {' '.join(job)}") from error
-            yield run
-
-    def _jobs(self, overrides: list[str]) -> list[list[str]]:
-        """Return the overrides of each job, as Hydra's own sweeper makes them."""
-        parser = OverridesParser.create(config_loader=self._loader)
-        with explained_overrides(overrides):
-            parsed = [_listed(override, parser) for override in parser.parse_overrides(overrides)]
-            (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-        return jobs
-
-    def _compose(self, sweep: DictConfig, job: list[str]) -> tuple[DictConfig, list[Any]]:
-        """Return the configuration of a job and the seeds given for it, one or none: they change nothing else."""
-        others = tuple(override for override in job if not override.startswith("seed="))
-        if others not in self._composed:
-            self._composed[others] = self._loader.load_sweep_config(sweep, list(others))
-        seeds = OverridesParser.create().parse_overrides([override for override in job if override not in others])
-        return self._composed[others], [seed.value() for seed in seeds]
-
-    def plan(self, config: DictConfig, choices: Mapping[str, str | None], overrides: Sequence[str]) -> PlannedRun:
+    def plan(self, config: DictConfig, choices: Mapping[str, str | None]) -> PlannedRun:
         """Return the run of a configuration and its choices, with its settings checked and its cell named."""
         resolved = resolve(config)
         check_settings(resolved)
@@ -484,14 +414,11 @@ class _Planner:
         key = tuple(f"{group}={choice}" for group, choice in chosen.items())
         if key not in self._defaults:
             self._defaults[key] = resolve(compose(ROOT, list(key)), missing=True)
-        deferred = {key: value for key, value in _plain(config.compute).items() if key not in COMPUTE_KEYS}
         run = PlannedRun(
             cell=name_cell(resolved, self._defaults[key], chosen),
             config=resolved,
             files=[f"{ROOT}.yaml", *self._files(choices)],
             folders=list(self._folders),
-            overrides=overrides,
-            deferred=deferred,
         )
         check_keys(run.config, run.builder)
         return run
@@ -506,51 +433,6 @@ class _Planner:
             if len(folders) > 1:
                 raise UserError(f"{name}.yaml is in {' and in '.join(folders)}; give your own another name")
             yield f"{name}.yaml"
-
-
-def _parameters(config: DictConfig) -> list[str]:
-    """Return the values that a configuration sweeps over, as overrides."""
-    return [f"{key}={value}" for key, value in (_plain(config.hydra.sweeper).get("params") or {}).items()]
-
-
-def _plain(node: DictConfig) -> dict[str, Any]:
-    content = OmegaConf.to_container(node, resolve=False)
-    assert isinstance(content, dict)
-    return {str(key): value for key, value in content.items()}
-
-
-def _listed(override: Override, parser: OverridesParser) -> Override:
-    """Return a range as the list of its values: 0.3, not 0.30000000000000004.
-
-    Raises UserError for an interval, and for a range or a pattern without any value: nothing would be trained.
-    """
-    if override.is_interval_sweep():
-        raise UserError(
-            f"{override.input_line}: an interval has no values to sweep over; list them, or use range(...)"
-        )
-    if override.is_sweep_override() and not any(True for _ in override.sweep_string_iterator()):
-        raise UserError(
-            f"{override.input_line}: no value to sweep over fits this; scripts/list.py prints all choices"
-        )
-    if not override.is_range_sweep():
-        return override
-    values = ",".join(f"{value:.12g}" for value in override.sweep_iterator())
-    return parser.parse_override(f"{override.get_key_element()}={values}")
-
-
-@contextlib.contextmanager
-def _as_in_job(full: DictConfig) -> Iterator[None]:
-    """Resolve interpolations of `hydra:` and of the environment as in the job of a configuration."""
-    before = HydraConfig.instance().cfg
-    HydraConfig.instance().set_config(full)
-    try:
-        with env_override({key: str(value) for key, value in full.hydra.job.env_set.items()}):
-            yield
-    finally:
-        HydraConfig.instance().cfg = before
-
-
-# Runs read from folders, and given to jobs.
 
 
 def read_config(folder: Path) -> PlannedRun:
@@ -574,43 +456,3 @@ def read_config(folder: Path) -> PlannedRun:
     if run.cell.seed != run.config["seed"]:
         raise ValueError(f"the cell's seed is {run.cell.seed!r}, the configuration's {run.config['seed']!r}")
     return run
-
-
-def find_runs(root: Path) -> list[PlannedRun]:
-    """Return every run that has begun under a folder.
-
-    Skips files that are not the configuration of a run, and folders that have been moved away or renamed: what
-    stands at the place of their run is another start of it.
-    """
-    runs = []
-    for path in files_under(root, CONFIG):
-        with contextlib.suppress(OSError, ValueError):
-            run = read_config(path.parent)
-            parts = run.cell.path.parts
-            if path.parent.parts[-len(parts) :] == parts:
-                place = path.parents[len(parts)]
-                runs.append(replace(run, config={**run.config, "runs_dir": str(place)}))
-    return runs
-
-
-class PlannedJobs(ConfigLoaderImpl):
-    """Gives each job of a sweep the configuration planned for it, instead of composing it again."""
-
-    def __init__(self, runs: Sequence[PlannedRun]) -> None:
-        super().__init__(GlobalHydra.instance().config_loader().get_search_path())
-        self._runs = {tuple(run.overrides): run for run in runs}
-
-    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
-        run = self._runs[tuple(sweep_overrides)]
-        compute = {**run.config["compute"], **(run.deferred or {})}
-        config = OmegaConf.masked_copy(master_config, ["hydra"])
-        OmegaConf.copy_cache(from_config=master_config, to_config=config)
-        config.update({**run.config, "compute": compute, "cell": asdict(run.cell)})
-        config.hydra.overrides.task = list(sweep_overrides)
-        return config
-
-
-def read_planned(config: DictConfig) -> PlannedRun:
-    """Return the run of a configuration from `PlannedJobs`, whose `_target_`s have been checked."""
-    content = resolve(config)
-    return PlannedRun(Cell(**content.pop("cell")), content, folders=None)

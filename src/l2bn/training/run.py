@@ -1,7 +1,6 @@
-"""Runs, from configuration to record: checked, instantiated, trained."""
+"""Runs, from configuration to record: instantiated, tried, trained, and found again in their folders."""
 
 import contextlib
-import copy
 import functools
 import logging
 from collections.abc import Iterable
@@ -16,10 +15,8 @@ from torch import nn
 from l2bn.data.loader import check_batch_size
 from l2bn.data.splits import Splits
 from l2bn.errors import UserError
-from l2bn.failures import describe, explained, is_out_of_memory, note_failure
-from l2bn.norms.stepped import SteppedBatchNorm
+from l2bn.failures import explained, note_failure
 from l2bn.norms.swap import norm_layers, replacements, swap_norm
-from l2bn.norms.sync import counterparts
 from l2bn.records import CONFIG, FEATURES, STATISTICS, SUMMARY, Fingerprint, InvalidRecordError, Record
 from l2bn.seeding import derive_seed, seed_global
 from l2bn.training.checkpoint import CheckpointPolicy
@@ -37,16 +34,14 @@ from l2bn.training.plan import (
     make_folder,
     plan_run,
     read_config,
-    read_planned,
 )
 from l2bn.training.session import BuiltRun, check_record, launch
+from l2bn.training.trial import check_fit, check_samples, check_step
 
 log = logging.getLogger(__name__)
 
 OURS = ("l2bn.norms.", *(f"l2bn.backbones.{name}." for name in ("resnet", "vgg", "shufflenetv2", "mobilenetv2")))
 """Networks and norms that can be built before a sweep, without a device."""
-
-SMALL = 64  # pixels: the side of an image that a stem for 224 x 224 shrinks to a few
 
 PARTS = {"recipe": Recipe, "compute": Compute, "checkpoint": CheckpointPolicy, "analysis": AnalysisPolicy}
 """The nodes without a `_target_`, and what each describes."""
@@ -57,25 +52,12 @@ def train_composed(config: DictConfig, hydra: Any) -> Record:
     return run(plan_run(config, hydra))
 
 
-def train_job(config: DictConfig) -> Record:
-    """Train the run of a job of a sweep. A failure is reported at once, because Hydra goes on to the next job."""
-    planned = read_planned(config)
-    try:
-        return run(planned, alone=False)
-    except Exception as error:
-        log.error("%s failed: %s", planned.cell, describe(error))
-        # A run that has its folder has noted the failure itself; nothing is written into another process's run.
-        if not (planned.folder / CONFIG).exists() and not is_owned(planned.folder):
-            note_failure(planned.folder, error)
-        raise
-
-
 def run(planned: PlannedRun, *, alone: bool = True, original: Path | None = None) -> Record:
     """Train a run to its end, from its last checkpoint if it has one; return its record.
 
     A run that has ended is left alone. Unless it is `alone`, a request to stop that comes when it is all but ended
     ends the process, with `interruption.EXIT_CODE`, so that no other run begins. Raises UserError for what the user
-    can correct; then no folder is made.
+    can correct; then a run that is `alone` makes no folder, and one of a sweep notes its failure in its own.
 
     original: the folder of a record that the run repeats, on the same images; other code of the user's own is a
     warning.
@@ -88,14 +70,15 @@ def run(planned: PlannedRun, *, alone: bool = True, original: Path | None = None
     else:
         try:
             built = _prepare(planned, original)
+            if not planned.folder.exists():
+                note_other_lengths(planned)
+            make_folder(planned.folder)
+            late = launch(built)
         except Exception as error:
-            if planned.folder.is_dir() and not is_owned(planned.folder):
-                note_failure(planned.folder, error)  # in place of that of an earlier start
+            # In place of the note of an earlier start, but not into a run that another process trains.
+            if (planned.folder.is_dir() or not alone) and not is_owned(planned.folder):
+                note_failure(planned.folder, error)
             raise
-        if not planned.folder.exists():
-            note_other_lengths(planned)
-        make_folder(planned.folder)
-        late = launch(built)
         record = Record.read(planned.folder)
     if record.status == "diverged":
         result = f"diverged ({record.divergence})"
@@ -110,6 +93,8 @@ def run(planned: PlannedRun, *, alone: bool = True, original: Path | None = None
 
 def _prepare(planned: PlannedRun, original: Path | None) -> BuiltRun:
     """Instantiate a run and try what it needs. Raises UserError."""
+    from l2bn.norms.l2bn import warn_if_few_updates
+
     built = build_run(planned)
     if original is not None:
         warn_of_other_source(original, planned.config)
@@ -119,23 +104,75 @@ def _prepare(planned: PlannedRun, original: Path | None) -> BuiltRun:
     with explained(planned.cell, planned.folder):
         check_step(built)
     check_record(built)
+    built.recipe.warn_if_cut_off()
+    warn_if_few_updates(built.model, built.recipe.epochs * (len(built.splits.train) // built.recipe.batch_size))
     return built
 
 
-def note_other_lengths(planned: PlannedRun) -> None:
-    """Log that a run starts at its first epoch, if an equal one with another number of epochs exists.
+def build_run(planned: PlannedRun) -> BuiltRun:
+    """Instantiate what a configuration describes. Raises UserError that names the wrong key."""
+    config, builder = planned.config, planned.builder
+    parts = {name: builder.call(kind, config[name], name) for name, kind in PARTS.items()}
+    norm = builder.build(config["norm"], "norm", functools.partial)
+    describe_code(config)  # before a data set that takes its time
+    splits: Splits = builder.build(config["dataset"], "dataset", Splits)
+    check_batch_size(parts["recipe"].batch_size, len(splits.train), parts["compute"].devices)
+    seed_global(derive_seed(planned.cell.seed, "weights"), torch.device("cpu"))
+    if "num_classes" in config["backbone"]:
+        raise UserError(
+            f"backbone.num_classes follows from the data set, which has {splits.num_classes}: leave it out"
+        )
+    backbone = {**config["backbone"], "num_classes": splits.num_classes}
+    model: nn.Module = builder.build(backbone, "backbone", nn.Module)
+    layers = norm_layers(model)
+    batches = check_fit(model, splits, config["backbone"].get("stem"))
+    # Norm layers that see another batch than the images, as of tokens or windows.
+    regrouped = [name for name in layers if batches.get(model.get_submodule(name), {1}) != {1}]
+    try:
+        swap_norm(model, norm)
+        if parts["compute"].sync_bn:
+            from l2bn.norms.sync import counterparts  # here: few runs synchronise
 
-    The schedule of the learning rate spans the whole run, so that a run is not continued beyond its end.
+            counterparts(model)  # raises where a layer has none
+    except (ValueError, TypeError) as error:
+        raise UserError(f"norm: {error}") from error
+    check_observable(parts["analysis"], model, splits.num_classes, batches)
+    check_samples(regrouped, model, measured=parts["analysis"].every != 0)
+    code = describe_code(config)
+    return BuiltRun(run=planned, splits=splits, model=model, norm_layers=layers, code=code, **parts)
+
+
+def check(planned: PlannedRun, tried: set[str] | None = None) -> None:
+    """Check a run's configuration without its data and its machine. Raises UserError.
+
+    tried: networks with their norms that other runs have had checked; this run's is added.
     """
-    for path in sorted(planned.folder.parents[1].glob(f"*/{planned.folder.name}/{CONFIG}")):
-        with contextlib.suppress(OSError, ValueError):
-            changed = differences(read_config(path.parent).identity, planned.identity)
-            if [line.partition(":")[0] for line in changed] == ["recipe.epochs"]:
-                log.info(
-                    "%s is an equal run with another number of epochs; this one starts from its first epoch, "
-                    "because a schedule may follow the number of epochs",
-                    path.parent,
-                )
+    config, builder = planned.config, planned.builder
+    for name, kind in PARTS.items():
+        if kind is Compute:  # this machine may lack the devices of the job's
+            builder.fit(kind, config[name], name)
+        else:
+            builder.call(kind, config[name], name)
+    norm = builder.build(config["norm"], "norm", functools.partial)
+    builder.check(config["dataset"], "dataset")
+    backbone = {**config["backbone"], "num_classes": 2}
+    builder.check(backbone, "backbone")
+    network = yaml.safe_dump([backbone, config["norm"]])
+    # A network of the user's own or of a library may need its files, or no device but a real one.
+    ours = all(node["_target_"].startswith(OURS) for node in (backbone, config["norm"]))
+    tried = set() if tried is None else tried
+    if ours and network not in tried:
+        tried.add(network)
+        with torch.device("meta"):
+            model = builder.build(backbone, "backbone", nn.Module)
+        try:
+            replacements(model, norm)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"norm: {error}") from error
+    describe_code(config)  # what is edited from here on is no code of this process
+
+
+# The folder of a run.
 
 
 def find_record(planned: PlannedRun) -> Record | None:
@@ -169,6 +206,22 @@ def read_record(folder: Path) -> Record | None:
         return Record.read(folder)
     except InvalidRecordError as error:
         raise UserError(f"{folder}: {error}\nmove the folder away to train this run anew") from error
+
+
+def note_other_lengths(planned: PlannedRun) -> None:
+    """Log that a run starts at its first epoch, if an equal one with another number of epochs exists.
+
+    The schedule of the learning rate spans the whole run, so that a run is not continued beyond its end.
+    """
+    for path in sorted(planned.folder.parents[1].glob(f"*/{planned.folder.name}/{CONFIG}")):
+        with contextlib.suppress(OSError, ValueError):
+            changed = differences(read_config(path.parent).identity, planned.identity)
+            if [line.partition(":")[0] for line in changed] == ["recipe.epochs"]:
+                log.info(
+                    "%s is an equal run with another number of epochs; this one starts from its first epoch, "
+                    "because a schedule may follow the number of epochs",
+                    path.parent,
+                )
 
 
 def check_ended(runs: Iterable[tuple[Record, PlannedRun]]) -> None:
@@ -220,173 +273,3 @@ def _fingerprint(planned: PlannedRun) -> Fingerprint | None:
         log.warning("%s: its images cannot be compared with those present: %s", planned.folder, error)
         return None
     return splits.fingerprint
-
-
-def check(planned: PlannedRun, tried: set[str] | None = None) -> None:
-    """Check a run's configuration without its data and its machine. Raises UserError.
-
-    tried: networks with their norms that other runs have had checked; this run's is added.
-    """
-    config, builder = planned.config, planned.builder
-    for name, kind in PARTS.items():
-        if kind is Compute:  # this machine may lack the devices of the job's
-            builder.fit(kind, config[name], name)
-        else:
-            builder.call(kind, config[name], name)
-    norm = builder.build(config["norm"], "norm", functools.partial)
-    builder.check(config["dataset"], "dataset")
-    backbone = {**config["backbone"], "num_classes": 2}
-    builder.check(backbone, "backbone")
-    network = yaml.safe_dump([backbone, config["norm"]])
-    # A network of the user's own or of a library may need its files, or no device but a real one.
-    ours = all(node["_target_"].startswith(OURS) for node in (backbone, config["norm"]))
-    tried = set() if tried is None else tried
-    if ours and network not in tried:
-        tried.add(network)
-        with torch.device("meta"):
-            model = builder.build(backbone, "backbone", nn.Module)
-        try:
-            replacements(model, norm)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"norm: {error}") from error
-    describe_code(config)  # what is edited from here on is no code of this process
-
-
-def build_run(planned: PlannedRun) -> BuiltRun:
-    """Instantiate what a configuration describes. Raises UserError that names the wrong key."""
-    config, builder = planned.config, planned.builder
-    parts = {name: builder.call(kind, config[name], name) for name, kind in PARTS.items()}
-    norm = builder.build(config["norm"], "norm", functools.partial)
-    describe_code(config)  # before a data set that takes its time
-    splits: Splits = builder.build(config["dataset"], "dataset", Splits)
-    check_batch_size(parts["recipe"].batch_size, len(splits.train), parts["compute"].devices)
-    seed_global(derive_seed(planned.cell.seed, "weights"), torch.device("cpu"))
-    if "num_classes" in config["backbone"]:
-        raise UserError(
-            f"backbone.num_classes follows from the data set, which has {splits.num_classes}: leave it out"
-        )
-    backbone = {**config["backbone"], "num_classes": splits.num_classes}
-    model: nn.Module = builder.build(backbone, "backbone", nn.Module)
-    layers = norm_layers(model)
-    batches = check_fit(model, splits, config["backbone"].get("stem"))
-    # Norm layers that see another batch than the images, as of tokens or windows.
-    regrouped = [name for name in layers if batches.get(model.get_submodule(name), {1}) != {1}]
-    try:
-        swap_norm(model, norm)
-        if parts["compute"].sync_bn:
-            counterparts(model)  # raises where a layer has none
-    except (ValueError, TypeError) as error:
-        raise UserError(f"norm: {error}") from error
-    check_observable(parts["analysis"], model, splits.num_classes, batches)
-    check_samples(regrouped, model, measured=parts["analysis"].every != 0)
-    code = describe_code(config)
-    return BuiltRun(run=planned, splits=splits, model=model, norm_layers=layers, code=code, **parts)
-
-
-def check_fit(model: nn.Module, splits: Splits, stem: object = None) -> dict[nn.Module, set[int]]:
-    """Return the batch sizes that each layer puts out for one image; a layer that does not run is left out.
-
-    Raises UserError unless the model turns an image of the data set into a logit for each class. Logs it if norm
-    layers see single pixels because the network's stem is that for large images.
-    """
-    size, classes = splits.image_size, splits.num_classes
-    batches: dict[nn.Module, set[int]] = {}
-    norms = {model.get_submodule(name) for name in norm_layers(model)}
-    last: tuple[int, ...] = ()
-
-    def note(layer: nn.Module, _: object, output: object) -> None:
-        nonlocal last
-        batches.setdefault(layer, set()).add(
-            len(output) if isinstance(output, torch.Tensor) and output.dim() else 1
-        )
-        if layer in norms and isinstance(output, torch.Tensor):
-            last = tuple(output.shape[2:])
-
-    hook = nn.modules.module.register_module_forward_hook(note)
-    model.eval()
-    try:
-        with torch.no_grad():
-            logits = model(torch.zeros(1, 3, size, size))
-    except Exception as error:  # a network of the user's own may raise anything
-        raise UserError(
-            f"backbone: this network cannot take images of {size} x {size} pixels: {describe(error)}\n"
-            "set a larger dataset.image_size, where the data set has that key, correct the network, or take another"
-        ) from error
-    finally:
-        model.train()
-        hook.remove()
-    if not isinstance(logits, torch.Tensor) or logits.shape != (1, classes):
-        raise UserError(
-            f"backbone: for one image this network returns {_kind(logits)}, not (1, {classes}), a logit for each "
-            "class"
-        )
-    if last == (1, 1) and stem == "imagenet" and size <= SMALL:
-        log.info(
-            "backbone: of an image of %d x %d pixels the last norm layer of this network sees one; "
-            "backbone.stem=small keeps more",
-            *(size, size),
-        )
-    return batches
-
-
-def check_step(built: BuiltRun) -> None:
-    """Raise UserError unless a copy of the network takes a training step, as it will be trained.
-
-    On two images, or on a whole batch, for a network that cannot do with two.
-    """
-    channels_last, share = built.compute.channels_last, built.recipe.batch_size // built.compute.devices
-    fault = _fault_of_step(built, 2, channels_last)
-    if fault and share > 2:
-        fault = _fault_of_step(built, share, channels_last)
-    if not fault:
-        return
-    remedy = "correct the network or the norm"
-    if channels_last and not _fault_of_step(built, 2, channels_last=False):
-        remedy = "take compute.channels_last=false"
-    raise UserError(f"backbone, with this norm: a training step fails: {fault}; {remedy}")
-
-
-def _fault_of_step(built: BuiltRun, images: int, channels_last: bool) -> str | None:
-    size, classes = built.splits.image_size, built.splits.num_classes
-    try:
-        trial = copy.deepcopy(built.model).train()
-    except Exception as error:  # nothing can be tried on such a network without a trace in it
-        log.info("the network cannot be copied for a trial step: %s", describe(error))
-        return None
-    memory_format: Any = torch.channels_last if channels_last else torch.contiguous_format
-    layers: list[Any] = list(trial.modules())
-    for layer in layers:
-        if getattr(layer, "fused", None) in ("auto", "on"):
-            layer.fused = "off"  # one step isn't worth compiling kernels for
-    x = torch.zeros(images, 3, size, size).to(memory_format=memory_format)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            logits = trial.to(memory_format=memory_format)(x)
-            if not isinstance(logits, torch.Tensor) or logits.shape != (images, classes):
-                return f"in training the network returns {_kind(logits)}, not ({images}, {classes})"
-            torch.autograd.backward(nn.functional.cross_entropy(logits, torch.zeros(images, dtype=torch.int64)))
-    except Exception as error:  # a network of the user's own may raise anything
-        if is_out_of_memory(error):
-            raise
-        if built.compute.devices > 1 and "process group" in str(error):
-            return None  # it asks for the other processes, which are not there yet
-        return describe(error).partition("\n")[0]
-    unused = [name for name, weight in trial.named_parameters() if weight.requires_grad and weight.grad is None]
-    if unused and built.compute.devices > 1:
-        return f"no gradient reaches {', '.join(unused[:3])}, and several devices exchange all gradients"
-    return None
-
-
-def _kind(output: object) -> str:
-    return str(tuple(output.shape)) if isinstance(output, torch.Tensor) else type(output).__name__
-
-
-def check_samples(regrouped: list[str], model: nn.Module, *, measured: bool) -> None:
-    """Raise UserError where l2 norms or features of samples are wanted of layers that see tokens or windows."""
-    stepped = any(isinstance(model.get_submodule(name), SteppedBatchNorm) for name in regrouped)
-    if regrouped and (stepped or measured):
-        key, remedy = ("norm", "take norm=bn") if stepped else ("analysis", "take analysis=off")
-        raise UserError(
-            f"{key}: norm layers of this network see a batch of tokens or windows ({regrouped[0]} and "
-            f"{len(regrouped) - 1} more): an image is not one sample there; {remedy}, or another backbone"
-        )

@@ -13,24 +13,20 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from pydantic import ValidationError
-from torch import Tensor, nn
-from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
+from torch import nn
 
-from l2bn.analysis.probe import Probe
-from l2bn.backbones.cost import count_parameters
-from l2bn.data.loader import Loader, evaluation_loader, training_loader
+from l2bn.data.loader import Batch, Loader, evaluation_loader, training_loader
 from l2bn.data.splits import Images, Splits, stratified_order
-from l2bn.errors import UserError, optional_output
-from l2bn.failures import RESUMES, explained, noted
-from l2bn.norms.l2bn import warn_if_few_updates
+from l2bn.errors import UserError
+from l2bn.failures import FAILURE, explained
 from l2bn.records import CONFIG, SUMMARY, FeatureRow, Record, Sample, first_fault, write_durably
 from l2bn.training.checkpoint import CheckpointPolicy, State
 from l2bn.training.compute import Compute
 from l2bn.training.environment import note_start
-from l2bn.training.interruption import EXIT_CODE, Interruption, follow_parent, sole_owner
+from l2bn.training.interruption import Interruption, sole_owner
 from l2bn.training.journal import Journal
-from l2bn.training.loop import BeforeBatch, DelayedMin, DivergedError, Position, Trainer
-from l2bn.training.observation import AnalysisPolicy, collect, compare_statistics
+from l2bn.training.loop import DelayedMin, DivergedError, Position, Trainer
+from l2bn.training.observation import AnalysisPolicy, collect, compare_statistics, watched
 from l2bn.training.optim import Recipe
 from l2bn.training.plan import PlannedRun
 from l2bn.training.progress import ProgressDisplay
@@ -63,48 +59,26 @@ def launch(built: BuiltRun) -> bool:
     Returns whether a request to stop came when nothing of the run was left to stop. Raises UserError; ends the
     process with `interruption.EXIT_CODE` after an earlier request.
     """
-    folder, fabric = built.run.folder, built.compute.fabric()
-    with explained(built.run.cell, folder), sole_owner(folder), noted(folder):
-        if (folder / SUMMARY).exists():
+    run, fabric = built.run, built.compute.fabric()
+    with explained(run.cell, run.folder), sole_owner(run.folder), Interruption() as interruption:
+        if (run.folder / SUMMARY).exists():
             return False
-        write_durably(folder / CONFIG, built.run.as_yaml())
+        (run.folder / FAILURE).unlink(missing_ok=True)  # of an earlier start
+        write_durably(run.folder / CONFIG, run.as_yaml())
+        task = functools.partial(train, built=built)
         if built.compute.devices == 1:
-            return bool(fabric.launch(functools.partial(train, built=built)))
-        return _launch_processes(fabric, built)
+            fabric.launch(task, interruption)
+        else:
+            from l2bn.training.devices import launch_processes  # here: most runs have one device
 
-
-def _launch_processes(fabric: Fabric, built: BuiltRun) -> bool:
-    """Train a run in a process per device, and turn how one of them has ended into an error of this process."""
-    own = f"{UserError.__module__}.{UserError.__qualname__}: "
-    with Interruption() as interruption:
-        try:
-            late = fabric.launch(functools.partial(train, built=built))
-            return bool(late or interruption.signal is not None)
-        except ProcessRaisedException as error:
-            if own not in error.msg:  # the traceback there
-                raise
-            raise UserError(error.msg.rpartition(own)[2].strip()) from error
-        except ProcessExitedException as error:
-            # A request to stop ends processes that cannot handle it yet.
-            if error.exit_code == EXIT_CODE or interruption.signal is not None:
-                interruption.leave()
-                raise SystemExit(EXIT_CODE) from error
-            raise UserError(
-                f"{built.run.cell}: the process of device {error.error_index} was ended "
-                f"({error.signal_name or f'exit code {error.exit_code}'}); {RESUMES}"
-            ) from error
-
-
-def train(fabric: Fabric, built: BuiltRun) -> bool:
-    """Train a run in this process, which with several devices is one of several; returns as `launch`."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(explained(built.run.cell, built.run.folder))
-        interruption = stack.enter_context(Interruption())
-        if fabric.world_size > 1:
-            stack.enter_context(optional_output())
-            follow_parent()
-        Session(fabric, built, interruption, stack).run()
+            launch_processes(fabric, task, interruption, str(run.cell))
         return interruption.signal is not None
+
+
+def train(fabric: Fabric, interruption: Interruption, built: BuiltRun) -> None:
+    """Train a run in this process, which with several devices is one of several."""
+    with explained(built.run.cell, built.run.folder), contextlib.ExitStack() as stack:
+        Session(fabric, built, interruption, stack).run()
 
 
 class Session:
@@ -144,8 +118,6 @@ class Session:
         self.found: tuple[FeatureRow, Sample | None] | None = None  # measured, and not written yet
         self.journal: Journal | None = None
         if lead:
-            warn_if_few_updates(built.model, self.epochs * self.steps)
-            built.recipe.warn_if_cut_off()
             step = self.position.epoch * self.steps + self.position.step
             self.kernels = note_start(run.folder, fabric.device, kernels, built.code, resumed=step > 0)
             self.journal = Journal(run.folder, self.position.rows, step)
@@ -169,12 +141,11 @@ class Session:
             optimizer=self.optimizer,
             recipe=self.built.recipe,
             train=self.train_loader,
-            test=self.test_loader,
+            test=self.evaluation,
             classes=self.classes,
             seed=self.built.run.cell.seed,
             after_step=self.after_step,
             after_epoch=self.after_epoch,
-            watch=self.watch,
         )
         divergence = None
         try:
@@ -214,25 +185,23 @@ class Session:
             self.journal.append_statistics(row)
         return time.perf_counter() - began
 
-    @contextlib.contextmanager
-    def watch(self, epoch: int) -> Iterator[BeforeBatch]:
-        """Measure features in an evaluation if that is due, and stop between two of its batches if asked to.
+    def evaluation(self, epoch: int) -> Iterator[Batch]:
+        """Yield the test images, measure features if that is due, and stop between two batches if asked to.
 
         Several processes finish it: they need not have equally many batches at which to agree.
         """
+        batches = self.test_loader.epoch(0)
         probe = None
         if self.built.analysis.measures_after(epoch, self.epochs):
-            probe = Probe(self.network, self.built.norm_layers, self.classes)
+            from l2bn.analysis.probe import Probe  # here: most runs measure none
 
-        def before_batch(labels: Tensor) -> None:
+            probe = Probe(self.network, self.built.norm_layers, self.classes)
+            batches = watched(probe, batches)
+        for batch in batches:
             if self.fabric.world_size == 1 and self._must_stop(0):
                 self.state.save(self.position)  # after the last step of the epoch
                 self.interruption.leave()
-            if probe is not None:
-                probe.expect(labels)
-
-        with contextlib.nullcontext() if probe is None else probe.attached():
-            yield before_batch
+            yield batch
         if probe is not None:
             self.found = collect(probe, self.fabric, epoch, epoch * self.steps)
 
@@ -336,7 +305,7 @@ def make_record(built: BuiltRun, position: Position, kernels: str, divergence: s
         updates=int(rows[-1]["step"] or 0) if rows else 0,
         train_images=len(splits.train),
         test_images=len(splits.test),
-        parameters=count_parameters(built.model),
+        parameters=sum(parameter.numel() for parameter in built.model.parameters()),
         norm_layers=len(built.norm_layers),
         last=rows[-1] if rows else {},
         best=max(rows, key=lambda row: row["test/top1"] or 0.0) if rows else {},

@@ -1,10 +1,11 @@
 """Status: how each run of a sweep stands, the grid of all runs, and the summary that a sweep ends with."""
 
+import contextlib
 import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
@@ -14,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from l2bn.failures import read_failure
-from l2bn.records import CONFIG, METRICS, SUMMARY, InvalidRecordError, Record
+from l2bn.records import CONFIG, METRICS, SUMMARY, InvalidRecordError, Record, files_under
 from l2bn.training.interruption import is_owned
 from l2bn.training.plan import PlannedRun, differences, read_config
 
@@ -45,6 +46,23 @@ class Status:
     def place(self) -> str:
         """The folder of all runs that the run belongs to."""
         return str(self.run.config["runs_dir"])
+
+
+def find_runs(root: Path) -> list[PlannedRun]:
+    """Return every run that has begun under a folder.
+
+    Skips files that are not the configuration of a run, and folders that have been moved away or renamed: what
+    stands at the place of their run is another start of it.
+    """
+    runs = []
+    for path in files_under(root, CONFIG):
+        with contextlib.suppress(OSError, ValueError):
+            run = read_config(path.parent)
+            parts = run.cell.path.parts
+            if path.parent.parts[-len(parts) :] == parts:
+                place = path.parents[len(parts)]
+                runs.append(replace(run, config={**run.config, "runs_dir": str(place)}))
+    return runs
 
 
 def look(run: PlannedRun) -> Status:

@@ -1,30 +1,43 @@
-"""A sweep: its unfinished runs are launched, and its summary says how every run has ended.
+"""A sweep: its runs are planned, the unfinished ones launched, and its summary says how every run has ended.
 
 Hydra's own multirun starts all runs again, and ends by raising the first error. Here finished runs are left out,
-and how the others have ended is read from their folders, whichever launcher ran them.
+and how the others have ended is read from their folders, whichever launcher ran them. A job gets the configuration
+planned for it (`PlannedJobs`) and composes nothing, so that an edit of a YAML file does not affect a sweep that has
+begun.
 """
 
+import contextlib
 import logging
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from itertools import takewhile
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus, env_override
+from hydra.errors import CompactHydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from l2bn.errors import UserError
-from l2bn.failures import RESUMES, describe
+from l2bn.failures import RESUMES, describe, explain, explained_overrides
 from l2bn.processes import SIGNALS, available_cores
 from l2bn.records import Record
 from l2bn.training.interruption import EXIT_CODE, Interruption, follow_parent
-from l2bn.training.plan import PlannedRun, make_folder
+from l2bn.training.plan import COMPUTE_KEYS, ROOT, Cell, PlannedRun, Planner, differences, make_folder, resolve
 from l2bn.training.progress import NAMED
 from l2bn.training.status import Status, look, summary
 
@@ -35,6 +48,165 @@ Launch = Callable[[Sequence[Sequence[str]]], Sequence[JobReturn]]
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+# The plan.
+
+
+def compose_sweep(overrides: Sequence[str]) -> DictConfig:
+    """Return the configuration of a whole sweep, as the command `train.py -m` composes it."""
+    loader = GlobalHydra.instance().config_loader()
+    return loader.load_configuration(ROOT, [*overrides, "hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
+
+
+def plan_sweep(sweep: DictConfig) -> list[PlannedRun]:
+    """Return every run of a sweep, in order, given the configuration that Hydra composed for the whole sweep.
+
+    Every run is composed, so that a wrong name or key in any of them is found here. Raises UserError, also where
+    two runs would have one folder.
+    """
+    arguments = OmegaConf.to_container(sweep.hydra.overrides.task, resolve=False)
+    assert isinstance(arguments, list)
+    runs: dict[Path, PlannedRun] = {}
+    for run in _SweepPlanner().expand(sweep, _parameters(sweep), arguments):
+        first = runs.setdefault(run.folder, run)
+        # Also of what is no part of the identity: one of the two would not be trained.
+        changed = differences(first.config, run.config)
+        if changed:
+            raise UserError(
+                f"two runs of this sweep would have one folder, {run.folder}; they differ in\n"
+                + "".join(f"  {line}\n" for line in changed)
+                + "sweep over values that are part of a run's name, or give each its own runs_dir"
+            )
+    return list(runs.values())
+
+
+class _SweepPlanner(Planner):
+    """Plans the runs of a sweep; composes those that differ in their seed alone once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._loader = GlobalHydra.instance().config_loader()
+        self._composed: dict[tuple[str, ...], DictConfig] = {}
+
+    def expand(self, sweep: DictConfig, parameters: list[str], arguments: list[str]) -> Iterator[PlannedRun]:
+        """Yield the runs of a sweep: the product of its values, those of the experiment first."""
+        for job in self._jobs([*parameters, *arguments]):
+            try:
+                full, seeds = self._compose(sweep, job)
+                if (own := _parameters(full)) != parameters:  # a sweep over experiments
+                    yield from self.expand(sweep, own, job)
+                    continue
+                if _plain(full.hydra.launcher) != _plain(sweep.hydra.launcher):
+                    raise UserError("a sweep has one launcher: choose it on the command line, launcher=NAME")
+                config = OmegaConf.masked_copy(full, [str(key) for key in full if key != "hydra"])
+                for seed in seeds:
+                    OmegaConf.update(config, "seed", seed)
+                with _as_in_job(full):
+                    run = self.plan(config, full.hydra.runtime.choices)
+            except CompactHydraException as error:
+                raise UserError(f"{explain(error)}\nin the run {' '.join(job)}") from error
+            deferred = {key: value for key, value in _plain(config.compute).items() if key not in COMPUTE_KEYS}
+            yield replace(run, overrides=job, deferred=deferred)
+
+    def _jobs(self, overrides: list[str]) -> list[list[str]]:
+        """Return the overrides of each job, as Hydra's own sweeper makes them."""
+        parser = OverridesParser.create(config_loader=self._loader)
+        with explained_overrides(overrides):
+            parsed = [_listed(override, parser) for override in parser.parse_overrides(overrides)]
+            (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+        return jobs
+
+    def _compose(self, sweep: DictConfig, job: list[str]) -> tuple[DictConfig, list[Any]]:
+        """Return the configuration of a job and the seeds given for it, one or none: they change nothing else."""
+        others = tuple(override for override in job if not override.startswith("seed="))
+        if others not in self._composed:
+            self._composed[others] = self._loader.load_sweep_config(sweep, list(others))
+        seeds = OverridesParser.create().parse_overrides([override for override in job if override not in others])
+        return self._composed[others], [seed.value() for seed in seeds]
+
+
+def _parameters(config: DictConfig) -> list[str]:
+    """Return the values that a configuration sweeps over, as overrides."""
+    return [f"{key}={value}" for key, value in (_plain(config.hydra.sweeper).get("params") or {}).items()]
+
+
+def _plain(node: DictConfig) -> dict[str, Any]:
+    content = OmegaConf.to_container(node, resolve=False)
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
+
+
+def _listed(override: Override, parser: OverridesParser) -> Override:
+    """Return a range as the list of its values: 0.3, not 0.30000000000000004.
+
+    Raises UserError for an interval, and for a range or a pattern without any value: nothing would be trained.
+    """
+    if override.is_interval_sweep():
+        raise UserError(
+            f"{override.input_line}: an interval has no values to sweep over; list them, or use range(...)"
+        )
+    if override.is_sweep_override() and not any(True for _ in override.sweep_string_iterator()):
+        raise UserError(
+            f"{override.input_line}: no value to sweep over fits this; scripts/list.py prints all choices"
+        )
+    if not override.is_range_sweep():
+        return override
+    values = ",".join(f"{value:.12g}" for value in override.sweep_iterator())
+    return parser.parse_override(f"{override.get_key_element()}={values}")
+
+
+@contextlib.contextmanager
+def _as_in_job(full: DictConfig) -> Iterator[None]:
+    """Resolve interpolations of `hydra:` and of the environment as in the job of a configuration."""
+    before = HydraConfig.instance().cfg
+    HydraConfig.instance().set_config(full)
+    try:
+        with env_override({key: str(value) for key, value in full.hydra.job.env_set.items()}):
+            yield
+    finally:
+        HydraConfig.instance().cfg = before
+
+
+# The jobs.
+
+
+class PlannedJobs(ConfigLoaderImpl):
+    """Gives each job of a sweep the configuration planned for it, instead of composing it again."""
+
+    def __init__(self, runs: Sequence[PlannedRun]) -> None:
+        super().__init__(GlobalHydra.instance().config_loader().get_search_path())
+        self._runs = {tuple(run.overrides): run for run in runs}
+
+    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        run = self._runs[tuple(sweep_overrides)]
+        compute = {**run.config["compute"], **(run.deferred or {})}
+        config = OmegaConf.masked_copy(master_config, ["hydra"])
+        OmegaConf.copy_cache(from_config=master_config, to_config=config)
+        config.update({**run.config, "compute": compute, "cell": asdict(run.cell)})
+        config.hydra.overrides.task = list(sweep_overrides)
+        return config
+
+
+def read_planned(config: DictConfig) -> PlannedRun:
+    """Return the run of a configuration from `PlannedJobs`, whose `_target_`s have been checked."""
+    content = resolve(config)
+    return PlannedRun(Cell(**content.pop("cell")), content, folders=None)
+
+
+def train_job(config: DictConfig) -> None:
+    """Train the run of a job. A failure is reported at once, because Hydra goes on to the next job."""
+    from l2bn.training.run import run  # here, because it loads torch
+
+    planned = read_planned(config)
+    try:
+        run(planned, alone=False)
+    except Exception as error:
+        log.error("%s failed: %s", planned.cell, describe(error))
+        raise
+
+
+# The launch.
 
 
 def run_sweep(runs: Sequence[PlannedRun], launch: Launch) -> int:

@@ -1,0 +1,65 @@
+"""A run on several devices of this machine: a process for each, and what it means when one of them ends."""
+
+import inspect
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from lightning_fabric import Fabric
+from lightning_fabric.strategies.ddp import DDPStrategy
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
+from torch.nn.parallel import DistributedDataParallel
+
+from l2bn.errors import UserError, optional_output
+from l2bn.failures import RESUMES
+from l2bn.training.compute import quieten
+from l2bn.training.interruption import EXIT_CODE, Interruption, follow_parent
+
+Task = Callable[[Fabric, Interruption], None]
+
+
+class Processes(DDPStrategy):
+    """Distributed data parallel on this machine: a process per device."""
+
+    def __init__(self) -> None:
+        options: dict[str, Any] = {"gradient_as_bucket_view": True}
+        # Each process has its own running statistics, and those of rank 0 are evaluated: broadcast none.
+        known = inspect.signature(DistributedDataParallel).parameters
+        options["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False
+        super().__init__(start_method="spawn", **options)
+
+    def setup_environment(self) -> None:
+        quieten()
+        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # of torchrun; this run has a store of its own
+        super().setup_environment()
+
+
+def launch_processes(fabric: Fabric, task: Task, interruption: Interruption, run: str) -> None:
+    """Run a task in a process per device, and turn how one of them has ended into an error of this process.
+
+    interruption: of this process, which passes a request to stop on to the others. run: its name in messages.
+    """
+    own = f"{UserError.__module__}.{UserError.__qualname__}: "
+    try:
+        fabric.launch(partial(_serve, task=task))
+    except ProcessRaisedException as error:
+        if own not in error.msg:  # the traceback there
+            raise
+        raise UserError(error.msg.rpartition(own)[2].strip()) from error
+    except ProcessExitedException as error:
+        # A request to stop ends processes that cannot handle it yet.
+        if error.exit_code == EXIT_CODE or interruption.signal is not None:
+            interruption.leave()
+            raise SystemExit(EXIT_CODE) from error
+        raise UserError(
+            f"{run}: the process of device {error.error_index} was ended "
+            f"({error.signal_name or f'exit code {error.exit_code}'}); {RESUMES}"
+        ) from error
+
+
+def _serve(fabric: Fabric, task: Task) -> None:
+    """Run a task in this process, which is one of several."""
+    with Interruption() as interruption, optional_output():
+        follow_parent()
+        task(fabric, interruption)
