@@ -33,8 +33,9 @@ def tables(arguments: argparse.Namespace) -> Sequence[Problem]:
     from rich.console import Console
 
     from l2bn.reporting.evidence import read_evidence
+    from l2bn.reporting.readme import readme_with_block
     from l2bn.reporting.reference import read_reference, read_sets
-    from l2bn.reporting.tables import documents, readme_with_block, write_documents
+    from l2bn.reporting.tables import documents, write_documents
     from l2bn.reporting.terminal import norms_table
 
     published = arguments.runs.resolve() == RECORDS and arguments.out is None
@@ -92,7 +93,7 @@ def mechanism(arguments: argparse.Namespace) -> Sequence[Problem]:
     out = arguments.out or (RESULTS if published else arguments.runs / "mechanism")
     found = read_mechanism(arguments.runs, arguments.studies or (RESULTS / "studies" if published else None))
     problems = list(found.problems)
-    if arguments.studies and not (found.studies.records or problems):
+    if arguments.studies and not (any(found.studies) or problems):
         raise UserError(f"{arguments.studies} holds no records of studies, in {', '.join((EPS, RATES, TRAP))}")
     if arguments.what != "figures":
         reading = RESULTS / "reference/mechanism.md"

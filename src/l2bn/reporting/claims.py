@@ -21,7 +21,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from l2bn.reporting.comparison import FULL_EPOCHS, Arm, Comparison, arms_of, backbone_of, compare, grid, pooled
+from l2bn.reporting.comparison import (
+    FULL_EPOCHS,
+    Arm,
+    Comparison,
+    arms_of,
+    backbone_of,
+    compare,
+    find_arm,
+    pooled,
+)
 from l2bn.reporting.evidence import (
     ANGLE_MEAN,
     BN,
@@ -65,7 +74,8 @@ class Question:
     reference: str
     better: int  # -1: lower, 1: higher
     digits: int
-    text: str  # the quantity and what is compared, in words
+    text: str  # the quantity up to the first comma, and what is compared, in words
+    unit: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,7 @@ class Finding:
 
     evidence: str
     verdict: Verdict
-    details: tuple[str, ...] = ()  # lines that are too long for a table
+    details: tuple[str, ...] = ()  # the cells, a line each
 
 
 @dataclass(frozen=True)
@@ -94,24 +104,33 @@ EQUAL_NORMS = Question(
     MEAN_NORM,
     better=-1,
     digits=4,
-    text=f"within_share, L2BN against {MEAN_NORM}, which has L2BN's scale and unequal norms",
+    text=f"within_share of the penultimate features, L2BN against {MEAN_NORM}, which has L2BN's scale and unequal "
+    "norms",
 )
 COMPACT = Question(
     WITHIN_SHARE,
     BN,
     better=-1,
     digits=4,
-    text="within_share, the share of the variance that lies within classes, L2BN against BN",
+    text="within_share of the penultimate features, the share of the variance that lies within classes, L2BN "
+    "against BN",
 )
 SEPARATED = Question(
     ANGLE_MEAN,
     BN,
     better=1,
     digits=2,
-    text="angle_mean, the mean angle between class means, seen from the origin, L2BN against BN",
+    text="angle_mean of the penultimate features, the mean angle between class means, seen from the origin, L2BN "
+    "against BN",
+    unit="°",
 )
 ACCURATE = Question(
-    TOP1, BN, better=1, digits=2, text="test top-1 in percent after the last epoch, L2BN against BN"
+    TOP1,
+    BN,
+    better=1,
+    digits=2,
+    text="test top-1 in percent after the last epoch, L2BN against BN",
+    unit=" points",
 )
 
 
@@ -130,11 +149,12 @@ def for_other_networks(rows: Iterable[Comparison], quantity: str = TOP1) -> Esti
     return result if len(_backbones(counted)) >= MIN_BACKBONES else Estimate(result.n)
 
 
-def judge_others(rows: Sequence[Comparison]) -> Verdict:
-    """The verdict on accuracy for other networks, from the rows of a task."""
-    found = judged(for_other_networks(rows), ACCURATE.better)
+def judge_others(question: Question, rows: Sequence[Comparison]) -> Verdict:
+    """The verdict on a question for other networks, from the rows of a task; divergence counts for accuracy."""
+    found = judged(for_other_networks(rows, question.quantity), question.better)
     bn, l2bn = _diverged(rows)
-    return found if found and not (found == "supported" and l2bn > bn) else "not decided at this n"
+    lost = question.quantity == TOP1 and found == "supported" and l2bn > bn
+    return found if found and not lost else "not decided at this n"
 
 
 def _diverged(rows: Iterable[Comparison]) -> tuple[int, int]:
@@ -143,61 +163,63 @@ def _diverged(rows: Iterable[Comparison]) -> tuple[int, int]:
         run.norm
         for row in rows
         for run in row.records
-        if row.full_length and run.status == "diverged" and run.seed in row.paired_seeds
+        if row.full_length and run.status == "diverged" and run.seed in row.reference.seeds & row.other.seeds
     )
     return lost[BN], lost[L2BN]
 
 
 def judged(result: Estimate, better: int) -> Verdict | None:
     """The verdict of an interval on one side of 0; `better` is the sign of the claimed difference."""
-    if result.low is None or result.high is None:
-        return None
-    low, high = sorted((better * result.low, better * result.high))
-    return "supported" if low > 0 else "contradicted" if high < 0 else None
+    verdicts: dict[int, Verdict] = {1: "supported", -1: "contradicted"}
+    return verdicts.get(better * result.side)
 
 
 def _about_features(number: int, text: str, question: Question) -> Claim:
     """A claim about a measure of the penultimate features."""
     good, bad = ("below", "above") if question.better < 0 else ("above", "below")
     rule = (
-        f"Primary measure: {question.text}, of the penultimate features of the test images after the last epoch. "
+        f"Primary measure: {question.text}; measured on the test images after the last epoch. "
         f"Cells of images count with runs of at least {FULL_EPOCHS} epochs and {MIN_PAIRS} paired seeds. With "
         f"{MIN_BACKBONES} backbones or more among them: supported if the whole 95 % interval of the pooled "
         f"paired difference lies {good} 0, contradicted if {bad}; else not decided at this n."
     )
-    return Claim(number, text, rule, partial(_judge_features, question), question)
+    return Claim(number, text, rule, partial(_judge, question, "images"), question)
 
 
-def _judge_features(question: Question, arms: Sequence[Arm]) -> Finding:
-    """Evidence in numbers from all cells of images, and a verdict from those that count."""
-    quantity, reference, digits = question.quantity, question.reference, question.digits
-    rows = [row for row in compare(arms, [L2BN], reference) if row.cell.task == "images"]
+def _judge(question: Question, task: Task, arms: Sequence[Arm]) -> Finding:
+    """Evidence in numbers from all cells of a task, and a verdict from those that count."""
+    quantity, digits, unit, reference = question.quantity, question.digits, question.unit, _in_table(question)
+    rows = [row for row in compare(arms, [L2BN], question.reference) if row.cell.task == task]
     pairs = [row for row in rows if row.differences(quantity)]
+    what = f"{question.text.partition(',')[0]}, L2BN − {reference}"
     if not pairs:
-        pair = f"measured features of images, of L2BN and of {reference} in one cell and seed"
-        return Finding(f"0 of {_records(arms)} hold {pair}.", "not measured")
+        return Finding(f"{what}: 0 cells of {task} hold a pair.", "not measured")
+    counted = [row for row in pairs if is_counted(row, quantity)]
+    pool = pooled(counted, quantity)
+    evidence = (
+        f"{what}: {len(counted)} of {plural('cell', len(pairs))} count for other networks "
+        f"({plural('data set × backbone cell', pool.n)}, {_enough(counted)})."
+    )
+    if pool.n:
+        tail = f"95 % interval {interval(pool, digits)}, p {probability(pool.p, pool)}"
+        evidence += f" Pooled: {signed(pool.mean, digits)}{unit}, {'no interval' if pool.reason else tail}."
+    if quantity == TOP1:
+        bn, l2bn = _diverged(rows)
+        evidence += f" Diverged of that length, with a seed that both have: {bn} of BN, {l2bn} of L2BN."
     cells = []
     for row in pairs:
         result = row.difference(quantity)
-        cv = row.reference.estimate(NORM_CV).mean if row.reference and reference != BN else None
-        unequal = "" if cv is None else f", norm cv {cv:.3f} in {reference}"
-        cells.append(f"{_named(row)}: {', '.join(mean_interval(result, digits))}, n = {result.n}{unequal}")
-    counted = [row for row in pairs if is_counted(row, quantity)]
-    evidence = (
-        f"{quantity.partition('/')[2]} of the penultimate features, L2BN − {reference}: {'; '.join(cells)}. "
-        f"{len(counted)} of {plural('cell', len(pairs))} count for other networks ({_enough(counted)})."
-    )
-    result = pooled(counted, quantity)
-    if result.n:
-        tail = "no interval" if result.reason else f"95 % interval {interval(result, digits)}"
-        evidence += f" Pooled over {plural('cell', result.n)}: {signed(result.mean, digits)}, {tail}."
-    verdict = judged(for_other_networks(counted, quantity), question.better)
-    return Finding(evidence, verdict or "not decided at this n")
+        mean, bounds = mean_interval(result, digits)
+        cv = row.reference.estimate(NORM_CV).mean if question.reference != BN else None
+        text = f"{_named(row)}: {mean}{unit}, {bounds}, n = {result.n}"
+        text += "" if cv is None else f", norm cv {cv:.3f} in {reference}"
+        cells.append(text if row in counted else f"{text}; not counted")
+    return Finding(evidence, judge_others(question, rows), tuple(cells))
 
 
 def _no_parameters_added(arms: Sequence[Arm]) -> Finding:
     """Equal parameter counts in every cell that holds both arms."""
-    pairs = [row for row in grid(arms) if len(row.arms) == 2]
+    pairs = [row for row in compare(arms, [L2BN]) if len(row.arms) == 2]
     if not pairs:
         return Finding("0 cells hold both arms.", "not measured")
     unequal = [row for row in pairs if len({record.parameters for record in row.records}) > 1]
@@ -206,43 +228,17 @@ def _no_parameters_added(arms: Sequence[Arm]) -> Finding:
         f"{plural('cell', len(pairs))} ({plural('backbone', len(_backbones(pairs)))})."
     )
     if unequal:
-        cells = "; ".join(f"{row.label}, {row.cell.backbone}" for row in unequal)
+        cells = "; ".join(f"{row.cell.label}, {row.cell.backbone}" for row in unequal)
         return Finding(f"{evidence} Unequal: {cells}.", "contradicted")
     return Finding(evidence, "supported")
 
 
-def _better(task: Task, arms: Sequence[Arm]) -> Finding:
-    """The pooled paired difference over the cells of a task that are long and repeated enough."""
-    cells = [row for row in grid(arms) if row.cell.task == task]
-    rows = [row for row in cells if row.differences()]
-    if not rows:
-        return Finding(f"0 cells of {task} hold a pair of finished runs of BN and L2BN.", "not measured")
-    counted = [row for row in rows if is_counted(row)]
-    result = pooled(counted)
-    evidence = (
-        f"{len(counted)} of {plural('row', len(rows))} of the grid count for other networks "
-        f"({plural('data set × backbone cell', result.n)}, {_enough(counted)})."
-    )
-    if result.n:
-        tail = f"95 % interval {interval(result)}, p {probability(result.p, result)}"
-        evidence += f" Pooled L2BN − BN: {signed(result.mean)} points, {'no interval' if result.reason else tail}."
-    bn, l2bn = _diverged(cells)
-    evidence += f" Diverged of that length, with a seed that both have: {bn} of BN, {l2bn} of L2BN."
-    short = tuple(
-        f"Not counted: {', '.join(names_of(row.label, row.cell))}: {signed(row.difference().mean)} points, "
-        f"{plural('pair', row.difference().n)} of {plural('epoch', row.epochs)}"
-        for row in rows
-        if row not in counted
-    )
-    return Finding(evidence, judge_others(cells), short)
-
-
 def _better_on_scenes(arms: Sequence[Arm]) -> Finding:
     """The verdict from acoustic scenes, and beside it, without a part in it, what was measured on other sound."""
-    scenes = _better("acoustic scenes", arms)
+    scenes = _judge(ACCURATE, "acoustic scenes", arms)
     beside = [
         f"{_named(row)}: {signed(result.mean)} points, 95 % interval {interval(result)}, n = {result.n}"
-        for row in grid(arms)
+        for row in compare(arms, [L2BN])
         if row.cell.task == "environmental sound" and (result := row.difference()).n
     ]
     if not beside:
@@ -263,7 +259,7 @@ def _enough(rows: Iterable[Comparison]) -> str:
 
 def _named(row: Comparison) -> str:
     """The cell of a row and the length of its runs."""
-    return f"{', '.join(names_of(row.label, row.cell))} ({plural('epoch', row.epochs)})"
+    return f"{', '.join(names_of(row.cell))} ({plural('epoch', row.epochs)})"
 
 
 def _records(arms: Sequence[Arm]) -> str:
@@ -271,6 +267,9 @@ def _records(arms: Sequence[Arm]) -> str:
 
 
 # ---- The rule for these networks ------------------------------------------------------------------------------
+
+
+UNKNOWN = Estimate(0)
 
 
 @dataclass(frozen=True)
@@ -281,9 +280,10 @@ class SetFinding:
     run_set: RunSet
     ended: int  # runs of the set, finished with the quantity measured or diverged
     wanted: int
-    estimates: Sequence[Estimate] = ()  # one per cell
-    overall: Estimate | None = None  # None until the set is complete
+    estimates: Sequence[Estimate] = ()  # one per cell; none until the set is complete
+    overall: Estimate = UNKNOWN
     diverged: tuple[int, int] = (0, 0)  # runs of the reference and of L2BN
+    pairs: Sequence[Comparison] = ()  # one per cell, of the seeds of the set alone
 
     @property
     def cells(self) -> list[Cell]:
@@ -295,16 +295,10 @@ class SetFinding:
         """The p-values of the cells with Holm's correction."""
         return holm([one.p for one in self.estimates])
 
-    @property
-    def verdict(self) -> Verdict:
-        """The whole interval on one side, and nothing against it."""
-        found = self._side
-        return found if found and not self.against else "not decided"
-
-    @property
-    def _side(self) -> Verdict | None:
-        """The verdict of the interval over all cells."""
-        return judged(self.overall, self.question.better) if self.overall else None
+    def significant(self, side: int) -> list[str]:
+        """The backbones whose difference lies on this side of 0 and is significant by Holm's correction."""
+        found = zip(self.cells, self.estimates, self.corrected, strict=True)
+        return [cell.backbone for cell, one, p in found if p is not None and p < 1 - LEVEL and one.side == side]
 
     @property
     def against(self) -> str:
@@ -313,58 +307,52 @@ class SetFinding:
         Divergence counts for accuracy alone: L2BN must have diverged no more often to be supported, no less often
         to be contradicted.
         """
-        if self._side is None:
+        if not self.overall.side:
             return ""
-        side = self.question.better * (1 if self._side == "supported" else -1)
-        cells = [
-            cell.backbone
-            for cell, one, p in zip(self.cells, self.estimates, self.corrected, strict=True)
-            if p is not None and p < 1 - LEVEL and side * (one.mean or 0.0) < 0
-        ]
-        if cells:
-            return f"significant on the other side: {', '.join(cells)}"
+        if others := self.significant(-self.overall.side):
+            return f"significant on the other side: {', '.join(others)}"
         reference, l2bn = self.diverged
-        lost = l2bn > reference if self._side == "supported" else l2bn < reference
-        counts = lost and self.question.quantity == TOP1
+        claimed = self.overall.side * self.question.better  # 1: the side that the claim is on
+        counts = self.question.quantity == TOP1 and claimed * (l2bn - reference) > 0
         return f"diverged: {l2bn} of L2BN, {reference} of {_in_table(self.question)}" if counts else ""
+
+    @property
+    def verdict(self) -> Verdict:
+        """The whole interval on one side, and nothing against it."""
+        return "not decided" if self.against else judged(self.overall, self.question.better) or "not decided"
 
     @property
     def text(self) -> str:
         """The verdict with its estimate, or how far the set is; a dash where it has no runs of the reference."""
         if not self.cells:
             return NONE
-        if not self.overall:
+        if not self.estimates:
             return f"not decided, {self.ended} of {self.wanted} runs"
         text = f"{self.verdict}, {self.wanted} runs: {' '.join(mean_interval(self.overall, self.question.digits))}"
-        if not self._side:
-            return text
-        sign, side = (1, "above") if (self.overall.mean or 0.0) > 0 else (-1, "below")
-        alike = [p for one, p in zip(self.estimates, self.corrected, strict=True) if sign * (one.mean or 0.0) > 0]
-        significant = sum(p is not None and p < 1 - LEVEL for p in alike)
-        text += f", {len(alike)} of {plural('network', len(self.cells))} {side} 0, {significant} significantly"
+        side = self.overall.side
+        if side:
+            alike = sum(side * (one.mean or 0.0) > 0 for one in self.estimates)
+            text += f", {alike} of {plural('network', len(self.cells))} {'above' if side > 0 else 'below'} 0"
+            text += f", {len(self.significant(side))} significantly"
         return text + (f" ({self.against})" if self.against else "")
 
 
 def judge_set(question: Question, run_set: RunSet, arms: Sequence[Arm]) -> SetFinding:
     """The finding of a set on a question, from its runs on images alone: a name does not tell sound apart."""
-    arms = [arm for arm in arms if arm.cell.task == "images"]
-    values = {
-        (arm.cell, arm.norm, seed): value for arm in arms for seed, value in arm.of(question.quantity).items()
+    images = [arm for arm in arms if arm.cell.task == "images"]
+    needed = {
+        (cell, norm): find_arm(images, cell, norm).only(run_set.seeds)
+        for norm in (BN, L2BN, question.reference)
+        for cell in run_set.cells(norm)
     }
-    lost = {(arm.cell, arm.norm, run.seed) for arm in arms for run in arm.records if run.status == "diverged"}
-    wanted = run_set.runs(question.reference)
-    finding = SetFinding(question, run_set, sum(run in values or run in lost for run in wanted), len(wanted))
-    if finding.ended < finding.wanted or not finding.cells:
+    ended = sum(len(arm.of(question.quantity)) + arm.diverged for arm in needed.values())
+    finding = SetFinding(question, run_set, ended, len(needed) * len(run_set.seeds))
+    if finding.ended < finding.wanted:
         return finding
-    pairs = [  # of a complete set; a diverged run has None
-        [(values.get((cell, question.reference, seed)), values.get((cell, L2BN, seed))) for seed in run_set.seeds]
-        for cell in finding.cells
-    ]
-    estimates, overall = fixed_estimate(
-        [[l2bn - other for other, l2bn in cell if other is not None and l2bn is not None] for cell in pairs]
-    )
-    other, l2bn = (sum(pair[place] is None for cell in pairs for pair in cell) for place in (0, 1))
-    return replace(finding, estimates=estimates, overall=overall, diverged=(other, l2bn))
+    pairs = [Comparison(needed[cell, question.reference], needed[cell, L2BN]) for cell in finding.cells]
+    estimates, overall = fixed_estimate([pair.differences(question.quantity) for pair in pairs])
+    diverged = sum(pair.reference.diverged for pair in pairs), sum(pair.other.diverged for pair in pairs)
+    return replace(finding, estimates=estimates, overall=overall, diverged=diverged, pairs=pairs)
 
 
 OF_ALL_SETS = (
@@ -382,8 +370,8 @@ def sets_section(arms: Sequence[Arm], sets: Sequence[RunSet]) -> list[str]:
         findings = {number: judge_set(question, run_set, arms) for number, question in asked.items()}
         rows.append((run_set.label, *(finding.text for finding in findings.values())))
         for number, finding in findings.items():
-            if finding.overall:
-                table = markdown(_set_table(finding, finding.overall, arms))
+            if finding.estimates:
+                table = markdown(_set_table(finding))
                 estimates += [f"### Claim {number} on {run_set.label}", table, *_second(finding, arms)]
     columns = ("Set", *(f"Claim {number}" for number in asked))
     return [markdown(Table(columns, rows, names=len(columns))), *([OF_ALL_SETS] if estimates else []), *estimates]
@@ -397,15 +385,15 @@ def _second(first: SetFinding, arms: Sequence[Arm]) -> list[str]:
     if second.ended == first.ended or question.reference != BN:  # the control has no later seeds
         return []
     names = f"seeds {', '.join(map(str, run_set.more_seeds))}"
-    if not second.overall:
+    if not second.estimates:
         return [f"With {names}: {second.ended} of {second.wanted} runs, no second estimate yet."]
     estimate, pairs = " ".join(mean_interval(second.overall, question.digits)), plural("pair", second.overall.n)
     return [f"Second estimate, with {names}, which does not replace the first: {estimate}, {pairs}."]
 
 
-def _set_table(finding: SetFinding, overall: Estimate, arms: Sequence[Arm]) -> Table:
+def _set_table(finding: SetFinding) -> Table:
     """A row per cell and one for all, with each cell's own deviation beside the pooled one."""
-    question, digits = finding.question, finding.question.digits
+    question, digits, overall = finding.question, finding.question.digits, finding.overall
     reference = _in_table(question)
     columns = ("Backbone", f"L2BN − {reference}", "95 % interval, pooled s", "p (Holm)", "Deviation", "Pairs")
     names = [*(in_words(cell.backbone) for cell in finding.cells), "all, each weighing alike"]
@@ -418,11 +406,13 @@ def _set_table(finding: SetFinding, overall: Estimate, arms: Sequence[Arm]) -> T
         for name, one, p in results
     ]
     degrees = sum(max(one.n - 1, 0) for one in finding.estimates)
+    unlike = [(in_words(pair.cell.backbone), unlike_devices(pair.records)) for pair in finding.pairs]
+    mixed = "; ".join(f"{name}, {seeds}" for name, seeds in unlike if seeds)
     notes = [
         f"Measure: {question.text}. s has {plural('degree', degrees)} of freedom.",
         f"Diverged: {finding.diverged[0]} of {reference}, {finding.diverged[1]} of L2BN.",
-        f"Data: {' / '.join(sorted({arm.label for arm in arms if arm.cell in finding.cells}))}.",
-        *_unlike_pairs(finding, arms),
+        f"Data: {' / '.join(sorted({pair.cell.label for pair in finding.pairs}))}.",
+        *([f"Pairs made in part on a CPU and in part on a GPU: {mixed}."] if mixed else []),
     ]
     return Table(columns, rows, [" ".join(notes)])
 
@@ -430,16 +420,6 @@ def _set_table(finding: SetFinding, overall: Estimate, arms: Sequence[Arm]) -> T
 def _in_table(question: Question) -> str:
     """The reference as tables name it."""
     return "BN" if question.reference == BN else question.reference
-
-
-def _unlike_pairs(finding: SetFinding, arms: Sequence[Arm]) -> list[str]:
-    """A note on the pairs of a set that were not made on one kind of device from start to end."""
-    rows = {row.cell: row for row in compare(arms, [L2BN], finding.question.reference)}
-    found = []
-    for cell in finding.cells:
-        seeds = unlike_devices(run for run in rows[cell].records if run.seed in finding.run_set.seeds)
-        found += [f"{in_words(cell.backbone)}, {seeds}"] if seeds else []
-    return [f"Pairs made in part on a CPU and in part on a GPU: {'; '.join(found)}."] if found else []
 
 
 # ---- The claims and their document ----------------------------------------------------------------------------
@@ -470,7 +450,7 @@ CLAIMS = (
         "paired difference lies above 0 and of the runs of that length whose seed both have L2BN's diverged no "
         "more often than BN's; "
         "contradicted if the whole interval lies below 0; else not decided at this n.",
-        partial(_better, "images"),
+        partial(_judge, ACCURATE, "images"),
         ACCURATE,
     ),
     Claim(
@@ -497,8 +477,14 @@ THESE_NETWORKS = (
 )
 
 
+OF_ALL_CELLS = (
+    "L2BN minus the reference in the measure of a claim, cell by cell: the mean, its 95 % interval by the cell's "
+    "own deviation, and the number n of pairs."
+)
+
+
 def claims_markdown(evidence: Evidence, sets: Sequence[RunSet]) -> str:
-    """The claims as a Markdown table, below it the estimates of complete sets, details and the rules.
+    """The claims as a Markdown table, below it the estimates of complete sets, the cells and the rules.
 
     `sets` are those of `read_sets`; the first stands in the table.
     """
@@ -509,7 +495,7 @@ def claims_markdown(evidence: Evidence, sets: Sequence[RunSet]) -> str:
     for claim, found in findings:
         if found.details:
             lines = "\n".join(f"- {escape_markdown(line)}" for line in found.details)
-            details += [f"## More on claim {claim.number}", lines]
+            details += [f"### Cells of claim {claim.number}", lines]
     rules = "\n".join(f"{claim.number}. {escape_markdown(claim.rule)}" for claim in CLAIMS)
     parts = [
         "# The paper's claims and the evidence",
@@ -527,6 +513,7 @@ def claims_markdown(evidence: Evidence, sets: Sequence[RunSet]) -> str:
         ),
         "## These networks",
         *sets_section(arms, sets),
+        *(["## Other networks", OF_ALL_CELLS] if details else []),
         *details,
         "## Rule for other networks",
         "The verdict is one of: supported, contradicted, not decided at this n, not measured.",

@@ -1,16 +1,17 @@
-"""The one comparison: a norm against a reference in the same cell, paired by seed, in any quantity.
+"""The one comparison: a norm against a reference, paired by seed, in any quantity.
 
-    arm           the runs of one norm in one cell
-    comparison    two arms of one cell; a difference is taken for each seed that both have
+    arm           the runs of one norm in one cell; empty where there is none
+    comparison    two arms; a difference is taken for each seed that both have
 
 The result of a run is its test accuracy after the last epoch. A diverged run has no result: it is counted.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
+from typing import Self
 
 from l2bn.records import SAMPLE, FeatureRow, Record
 from l2bn.reporting.evidence import BN, L2BN, TOP1, Cell, Evidence, kernels_in_words, label_of, value_of
@@ -22,31 +23,24 @@ FULL_EPOCHS = 30
 
 @dataclass(frozen=True, eq=False)
 class Arm:
-    """The runs of one norm in one cell, one per seed, in the order of the seeds."""
+    """The runs of one norm in one cell, one per seed, in the order of the seeds; an empty arm has none."""
 
     cell: Cell
     norm: str
-    records: tuple[Record, ...]
-    features: Mapping[int, Sequence[FeatureRow]]  # the measured epochs by seed
-    shared: bool = False  # whether a data set in another folder has the same label
+    records: tuple[Record, ...] = ()
+    features: Mapping[int, Sequence[FeatureRow]] = field(default_factory=dict)  # the measured epochs by seed
 
     def of(self, quantity: str = TOP1) -> dict[int, float]:
         """Seed to value, of the runs that have one."""
         found = {run.seed: value_of(run, self.features.get(run.seed, ()), quantity) for run in self.records}
         return {seed: value for seed, value in found.items() if value is not None}
 
+    def only(self, seeds: Collection[int]) -> Self:
+        """The arm with the runs of these seeds alone."""
+        return replace(self, records=tuple(run for run in self.records if run.seed in seeds))
+
     def estimate(self, quantity: str = TOP1) -> Estimate:
         return estimate(list(self.of(quantity).values()))
-
-    @property
-    def data(self) -> str:
-        """The label of the data set; folders of one label are taken for one data set."""
-        return " / ".join(sorted({label_of(record) for record in self.records}))
-
-    @property
-    def label(self) -> str:
-        """The data set as tables name it."""
-        return f"{self.data} ({self.cell.dataset})" if self.shared else self.data
 
     @property
     def seeds(self) -> set[int]:
@@ -56,25 +50,26 @@ class Arm:
     def diverged(self) -> int:
         return sum(record.status == "diverged" for record in self.records)
 
-    @property
-    def epochs(self) -> int:
-        return min(record.epochs for record in self.records)
-
 
 def arms_of(evidence: Evidence) -> list[Arm]:
-    """The runs grouped by cell and norm, sorted."""
-    groups: dict[tuple[Cell, str], list[Record]] = defaultdict(list)
+    """The runs grouped by cell and norm, sorted; their cells have the labels of the data sets."""
+    groups: dict[Cell, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
+    labels: dict[Cell, set[str]] = defaultdict(set)
     for record in sorted(evidence.records, key=lambda record: record.seed):
-        groups[evidence.place.of(record)].append(record)
-    arms = []
-    for (cell, norm), runs in groups.items():
-        rows = {run.seed: evidence.features[run.folder] for run in runs if run.folder in evidence.features}
-        arms.append(Arm(cell, norm, tuple(runs), rows))
+        cell, norm = evidence.place.of(record)
+        groups[cell][norm].append(record)
+        labels[cell].add(label_of(record))
+    data = {cell: " / ".join(sorted(found)) for cell, found in labels.items()}
     folders: dict[str, set[str]] = defaultdict(set)
-    for arm in arms:
-        folders[arm.data].add(arm.cell.dataset)
-    named = [replace(arm, shared=len(folders[arm.data]) > 1) for arm in arms]
-    return sorted(named, key=lambda arm: (arm.cell.order, arm.norm))
+    for cell, label in data.items():
+        folders[label].add(cell.dataset)
+    arms = []
+    for cell, norms in groups.items():
+        named = replace(cell, data=data[cell], shared=len(folders[data[cell]]) > 1)
+        for norm, runs in norms.items():
+            rows = {run.seed: evidence.features[run.folder] for run in runs if run.folder in evidence.features}
+            arms.append(Arm(named, norm, tuple(runs), rows))
+    return sorted(arms, key=lambda arm: (arm.cell.order, arm.norm))
 
 
 def by_cell(arms: Iterable[Arm]) -> list[tuple[Cell, list[Arm]]]:
@@ -82,50 +77,45 @@ def by_cell(arms: Iterable[Arm]) -> list[tuple[Cell, list[Arm]]]:
     return [(cell, list(group)) for cell, group in groupby(arms, key=lambda arm: arm.cell)]
 
 
-def differences(reference: Arm | None, other: Arm | None, quantity: str = TOP1) -> list[float]:
-    """The other minus the reference, for each seed that has a value in both arms, in the order of the seeds."""
-    if reference is None or other is None or reference is other:
-        return []
-    return paired_differences(reference.of(quantity), other.of(quantity))
-
-
-def difference(reference: Arm | None, other: Arm | None, quantity: str = TOP1) -> Estimate:
-    """The mean of these differences."""
-    return estimate(differences(reference, other, quantity))
+def find_arm(arms: Iterable[Arm], cell: Cell, norm: str) -> Arm:
+    """The arm of a norm in a cell; an empty one where it is not among these."""
+    return next((arm for arm in arms if (arm.cell, arm.norm) == (cell, norm)), Arm(cell, norm))
 
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """A norm and its reference in one cell; an arm without any run is None, but not both."""
+    """A norm's arm and its reference, of one cell but in studies; one of the two may be empty."""
 
-    cell: Cell
-    norm: str
-    reference: Arm | None
-    other: Arm | None
+    reference: Arm
+    other: Arm
+
+    @property
+    def cell(self) -> Cell:
+        return self.other.cell
+
+    @property
+    def norm(self) -> str:
+        return self.other.norm
 
     @property
     def arms(self) -> tuple[Arm, ...]:
-        return tuple(arm for arm in (self.reference, self.other) if arm)
+        """The arms that have runs."""
+        return tuple(arm for arm in (self.reference, self.other) if arm.records)
 
     @property
     def records(self) -> tuple[Record, ...]:
-        return tuple(record for arm in self.arms for record in arm.records)
-
-    @property
-    def label(self) -> str:
-        """The data set as tables name it."""
-        return " / ".join(sorted({arm.label for arm in self.arms}))
+        return self.reference.records + self.other.records
 
     @property
     def kernels(self) -> str:
         """The norm's kernel paths, and whether the models of both arms were compiled; empty without a run of it."""
-        paths, _, _ = kernels_in_words(self.other.records if self.other else ()).partition(", ")
+        paths, _, _ = kernels_in_words(self.other.records).partition(", ")
         _, comma, compiled = kernels_in_words(self.records).partition(", ")
         return paths + comma + compiled if paths else ""
 
     @property
     def epochs(self) -> int:
-        return min(arm.epochs for arm in self.arms)
+        return min(record.epochs for record in self.records)
 
     @property
     def full_length(self) -> bool:
@@ -135,7 +125,7 @@ class Comparison:
     @property
     def measured(self) -> bool:
         """True if features were measured in both arms."""
-        return len(self.arms) == 2 and all(arm.features for arm in self.arms)
+        return bool(self.reference.features and self.other.features)
 
     @property
     def measured_epochs(self) -> list[int]:
@@ -146,42 +136,40 @@ class Comparison:
     @property
     def sampled(self) -> tuple[int, Path, Path] | None:
         """The lowest seed of which both arms hold a sample of penultimate features, and the two folders."""
-        folders = [{run.seed: run.folder for run in arm.records} for arm in self.arms]
-        for seed in sorted(set[int].intersection(*map(set, folders))) if len(folders) == 2 else ():
-            if all((folder[seed] / SAMPLE).exists() for folder in folders):
-                return seed, folders[0][seed], folders[1][seed]
-        return None
+        reference, other = (
+            {run.seed: run.folder for run in arm.records if (run.folder / SAMPLE).exists()}
+            for arm in (self.reference, self.other)
+        )
+        seed = min(reference.keys() & other.keys(), default=None)
+        return None if seed is None else (seed, reference[seed], other[seed])
 
     def differences(self, quantity: str = TOP1) -> list[float]:
-        """The norm minus its reference, seed by seed, in the unit of the quantity."""
-        return differences(self.reference, self.other, quantity)
+        """The norm minus its reference, seed by seed, in the unit of the quantity; none of an arm to itself."""
+        if self.reference is self.other:
+            return []
+        return paired_differences(self.reference.of(quantity), self.other.of(quantity))
 
     def difference(self, quantity: str = TOP1) -> Estimate:
-        return difference(self.reference, self.other, quantity)
+        return estimate(self.differences(quantity))
 
-    @property
-    def paired_seeds(self) -> set[int]:
-        """The seeds of which both arms have a run, finished or diverged."""
-        return self.reference.seeds & self.other.seeds if self.reference and self.other else set()
-
-    def missing_seeds(self, arm: Arm | None) -> set[int]:
-        """The seeds that one arm of this comparison has and this one lacks."""
-        return {record.seed for record in self.records} - (arm.seeds if arm else set())
+    def missing(self, arm: Arm) -> int:
+        """The number of seeds that one arm has and this one lacks."""
+        return len({record.seed for record in self.records} - arm.seeds)
 
     def row(self, quantity: str = TOP1, norm: str = "norm") -> dict[str, object]:
         """All of it as a row of a CSV file; `norm` begins the columns of the norm's arm."""
         difference = self.difference(quantity)
         row: dict[str, object] = {
             **{key: getattr(self.cell, key) for key in ("dataset", "backbone", "recipe", "setting")},
-            "label": self.label,
+            "label": self.cell.label,
             "norm": self.norm,
             "epochs": self.epochs,
             "kernels": self.kernels,
         }
         for name, arm in (("bn", self.reference), (norm, self.other)):
-            result = arm.estimate(quantity) if arm else Estimate(0)
+            result = arm.estimate(quantity)
             row |= {f"{name}_n": result.n, f"{name}_mean": result.mean, f"{name}_std": result.std}
-            row |= {f"{name}_diverged": arm.diverged if arm else 0, f"{name}_missing": len(self.missing_seeds(arm))}
+            row |= {f"{name}_diverged": arm.diverged, f"{name}_missing": self.missing(arm)}
         row |= {"pairs": difference.n, "difference": difference.mean, "difference_std": difference.std}
         return row | {"low": difference.low, "high": difference.high, "p": difference.p}
 
@@ -190,14 +178,16 @@ def compare(arms: Sequence[Arm], norms: Iterable[str], reference: str = BN) -> l
     """Each arm of these norms with the reference of its cell."""
     references = {arm.cell: arm for arm in arms if arm.norm == reference}
     chosen = set(norms)
-    return [Comparison(arm.cell, arm.norm, references.get(arm.cell), arm) for arm in arms if arm.norm in chosen]
+    return [
+        Comparison(references.get(arm.cell, Arm(arm.cell, reference)), arm) for arm in arms if arm.norm in chosen
+    ]
 
 
 def grid(arms: Iterable[Arm]) -> list[Comparison]:
     """BN against L2BN in every cell with a run of either, in the order of the list."""
     found = {(arm.cell, arm.norm): arm for arm in arms if arm.norm in (BN, L2BN)}
     cells = dict.fromkeys(cell for cell, _ in found)
-    return [Comparison(cell, L2BN, found.get((cell, BN)), found.get((cell, L2BN))) for cell in cells]
+    return [Comparison(*(found.get((cell, norm), Arm(cell, norm)) for norm in (BN, L2BN))) for cell in cells]
 
 
 def other_norms(arms: Sequence[Arm]) -> list[Comparison]:
@@ -227,5 +217,5 @@ def pooled(comparisons: Iterable[Comparison], quantity: str = TOP1) -> Estimate:
     for comparison in comparisons:
         mean = comparison.difference(quantity).mean
         if mean is not None:
-            cells[comparison.arms[0].data, backbone_of(comparison.cell)].append(mean)
+            cells[comparison.cell.data, backbone_of(comparison.cell)].append(mean)
     return pooled_estimate(list(cells.values()))

@@ -30,6 +30,7 @@ from l2bn.records import (
     natural_order,
     read_features,
     read_records,
+    read_statistics,
     same_images,
 )
 from l2bn.records import FEATURES as FEATURES_FILE
@@ -68,6 +69,13 @@ class Cell:
     setting: str
     value: tuple[float, ...] = ()  # what a study varies: eps, or batch size and learning rate
     task: Task = field(default="images", compare=False)  # the contents of the data set
+    data: str = field(default="", compare=False)  # the label of the data set; folders of one label are one data set
+    shared: bool = field(default=False, compare=False)  # whether a data set in another folder has this label
+
+    @property
+    def label(self) -> str:
+        """The data set as tables name it."""
+        return f"{self.data} ({self.dataset})" if self.shared else self.data
 
     @property
     def order(self) -> tuple[object, ...]:
@@ -136,7 +144,7 @@ BY_NAME = Place(lambda record: (cell_of(record), record.norm))
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """The records under a folder, the features measured in their runs by folder, and what was left out."""
+    """The records under a folder, the measured rows of their runs by folder, and what was left out."""
 
     records: Sequence[Record]
     problems: Sequence[Problem] = ()
@@ -167,8 +175,12 @@ def by_layer(row: FeatureRow, quantity: str) -> list[float | None]:
     return [layer[place][name] if name else layer[place] for layer in row["layers"]]
 
 
-def read_evidence(root: Path, *, features: bool = False, place: Place = BY_NAME) -> Evidence:
+def read_evidence(
+    root: Path, *, features: bool = False, statistics: bool = False, place: Place = BY_NAME
+) -> Evidence:
     """The records under a folder, one per cell, norm and seed, on request with their measured features.
+
+    statistics: instead of features, the measured updates of running against batch statistics.
 
     The same run found twice counts once. `place` gives a record's cell and norm if a study groups them otherwise; a
     record without them is left out, as one that cannot be read. Raises UserError where the folder is missing, where
@@ -191,13 +203,15 @@ def read_evidence(root: Path, *, features: bool = False, place: Place = BY_NAME)
     records = _distinct(records, place)
     _check_conditions(records, place)
     measured: dict[Path, Sequence[FeatureRow]] = {}
-    for record in records if features else ():
-        try:
-            rows = read_features(record.folder) if record.status == "finished" else []
-        except InvalidRecordError as error:
-            problems.append(Problem(record.folder, f"only from the features: {error}"))
+    for record in records if features or statistics else ():
+        if record.status != "finished":
             continue
-        if rows and rows[-1]["epoch"] == record.epochs:
+        try:
+            rows = read_statistics(record.folder) if statistics else read_features(record.folder)
+        except InvalidRecordError as error:
+            problems.append(Problem(record.folder, f"only its measurements: {error}"))
+            continue
+        if rows and (statistics or rows[-1]["epoch"] == record.epochs):
             measured[record.folder] = rows
     return Evidence(records, problems, measured, place)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from math import nan
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib as mpl
@@ -46,7 +47,7 @@ from l2bn.reporting.formatting import as_file_name, conditions, file_name, in_wo
 from l2bn.reporting.mechanism import Mechanism, measured_pairs
 from l2bn.reporting.reference import RunSet
 from l2bn.reporting.statistics import Estimate, estimate
-from l2bn.reporting.studies import Study, TrapStudy, eps_text, shrink_factors
+from l2bn.reporting.studies import Study, accuracy_by_update, eps_text, shrink_factors
 
 # Black, and the vermilion and blue of Okabe and Ito (2008).
 STYLES: Mapping[str, Mapping[str, Any]] = {
@@ -236,7 +237,7 @@ def curves(comparisons: Sequence[Comparison], found: Curves) -> Figure:
             panel.set_xlabel("epoch")
     for panel in panels[len(comparisons) :]:
         panel.set_axis_off()
-    named = ": ".join([comparisons[0].label, *(shared if len(shared) == 1 else ())])
+    named = ": ".join([comparisons[0].cell.label, *(shared if len(shared) == 1 else ())])
     _finish(figure, named, "± std", (len(arm.of()) for comparison in comparisons for arm in comparison.arms))
     return figure
 
@@ -261,9 +262,8 @@ def _draw_pair(panel: Axes, comparison: Comparison, found: Curves) -> None:
         panel.set_ylim(*_limits(visible))
     if panel.lines:
         panel.legend(loc="lower right", handlelength=2.6, borderaxespad=0.2)
-    longest = max(arm.epochs for arm in comparison.arms)
     panel.xaxis.set_major_locator(
-        MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]) if longest > 1 else FixedLocator([1])
+        MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]) if comparison.epochs > 1 else FixedLocator([1])
     )
     lost = [f"{arm.diverged} {STYLES[arm.norm]['label']}" for arm in comparison.arms if arm.diverged]
     if lost:
@@ -310,7 +310,7 @@ def differences(comparisons: Sequence[Comparison]) -> Figure:
     rows = [comparison for comparison in comparisons if comparison.differences()]
     lines: list[Line] = []
     label = ""
-    for (dataset, made_by), group in groupby(rows, key=lambda row: (row.label, conditions(row))):
+    for (dataset, made_by), group in groupby(rows, key=lambda row: (row.cell.label, conditions(row))):
         lines += [Line(dataset)] if dataset != label else []
         lines += [Line(part, note=True) for part in textwrap.wrap(made_by, 60)]
         lines += map(_line, group)
@@ -409,7 +409,7 @@ def norms_by_depth(pair: Comparison) -> Figure:
     handles, _ = panels[0].get_legend_handles_labels()
     key = Line2D([], [], color=GREY, marker="o", label="between classes", **HOLLOW)
     panels[0].legend(handles=[*handles, key], handlelength=2.6)
-    _finish(figure, title(pair.label, pair.cell), "± std", (len(arm.features) for arm in pair.arms))
+    _finish(figure, title(pair.cell), "± std", (len(arm.features) for arm in pair.arms))
     return figure
 
 
@@ -439,7 +439,7 @@ def through_training(pair: Comparison) -> Figure:
     for panel in panels[2:]:
         panel.set_xlabel("epoch")
     panels[0].legend(handlelength=2.6)
-    _finish(figure, title(pair.label, pair.cell), "± std", (len(arm.features) for arm in pair.arms))
+    _finish(figure, title(pair.cell), "± std", (len(arm.features) for arm in pair.arms))
     return figure
 
 
@@ -488,7 +488,7 @@ def feature_map(pair: Comparison, seed: int, bn: Sample, l2bn: Sample) -> Figure
     panels[0].set_ylabel(f"second ({100 * shares[1]:.0f} %)")
     key = panels[0].get_legend_handles_labels()
     figure.legend(*key, loc="outside right center", title="class", markerscale=1.3)
-    figure.suptitle(title(pair.label, pair.cell), x=0.01, ha="left", fontsize=10)
+    figure.suptitle(title(pair.cell), x=0.01, ha="left", fontsize=10)
     images = f"{plural('test image', len(bn.labels))} of {len(kinds)} classes"
     panels[0].text(0, 1.13, f"seed {seed}, {images}", transform=panels[0].transAxes, color=GREY, fontsize=7)
     return figure
@@ -497,12 +497,14 @@ def feature_map(pair: Comparison, seed: int, bn: Sample, l2bn: Sample) -> Figure
 # ---- Studies ----------------------------------------------------------------------------------------------------
 
 
-def _points(panel: Axes, runs: Sequence[tuple[float, Arm | None]], style: Mapping[str, Any], shift: float) -> None:
-    """Mean and every seed at each value of a logarithmic axis; a value at which all runs diverged has none."""
-    known = [(x * shift, list(arm.of().values())) for x, arm in runs if arm and arm.of()]
+def _points(panel: Axes, runs: Mapping[float, Arm], style: Mapping[str, Any], shift: float) -> None:
+    """Mean and every seed at each value of a logarithmic axis; a value at which no run finished has none."""
+    known = [(x * shift, list(arm.of().values())) for x, arm in runs.items() if arm.of()]
     for x, values in known:
         panel.plot([x] * len(values), values, "_", color=style["color"], markersize=5, markeredgewidth=0.9)
-    panel.plot(*zip(*((x, sum(v) / len(v)) for x, v in known), strict=True), **style, linewidth=1.2, markersize=4)
+    if known:
+        means = [(x, sum(values) / len(values)) for x, values in known]
+        panel.plot(*zip(*means, strict=True), **style, linewidth=1.2, markersize=4)
 
 
 def _log_axis(panel: Axes, name: str, values: Sequence[float], texts: Sequence[str]) -> None:
@@ -518,10 +520,9 @@ def accuracy_over_eps(study: Study) -> Figure:
     values = {eps: eps_text(eps).replace("e-0", "e-") for (eps,) in study.values}
     left.set_title("test top-1 after the last epoch (%)")
     for index, (norm, style) in enumerate(OF_EPS.items()):
-        runs = [(eps, study.at(norm, eps)) for eps in values]
-        if any(arm and arm.of() for _, arm in runs):
-            counts = (len(arm.of()) if arm else 0 for _, arm in runs)
-            _points(left, runs, _counted(style, *counts), 1.25 ** (index - 1))
+        runs = {eps: study.at(norm, eps) for eps in values}
+        counts = (len(arm.of()) for arm in runs.values())
+        _points(left, runs, _counted(style, *counts), 1.25 ** (index - 1))
     _log_axis(left, "eps", list(values), list(values.values()))
     left.legend(handlelength=2.6)
     right.set_title("shrink factor, L2BN at norm 1")
@@ -534,7 +535,7 @@ def accuracy_over_eps(study: Study) -> Figure:
     right.set_ylim(0, 1.05)
     _depth_axis(right)
     right.legend(title="eps", loc="center right", bbox_to_anchor=(1, 0.62), ncols=2)
-    _finish(figure, f"{title(study.label, study.cell)}; a dash for each seed")
+    _finish(figure, f"{title(study.cell)}; a dash for each seed")
     return figure
 
 
@@ -546,12 +547,10 @@ def accuracy_over_rates(study: Study) -> Figure:
         rates = [rate for size, rate in study.values if size == batch]
         panel.set_title(f"batch size {batch}")
         for norm, shift in ((BN, 0.95), (L2BN, 1.05)):
-            runs = [(rate, study.at(norm, batch, rate)) for rate in rates]
-            if any(arm and arm.of() for _, arm in runs):
-                arms = (study.at(norm, *value) for value in study.values)  # of all panels: one has the legend
-                style = _counted(STYLES[norm], *(len(arm.of()) if arm else 0 for arm in arms))
-                _points(panel, runs, style, shift)
-            for rate, lost in ((rate, arm.diverged) for rate, arm in runs if arm and arm.diverged):
+            runs = {rate: study.at(norm, batch, rate) for rate in rates}
+            every = (study.at(norm, *value) for value in study.values)  # of all panels: one has the legend
+            _points(panel, runs, _counted(STYLES[norm], *(len(arm.of()) for arm in every)), shift)
+            for rate, lost in ((rate, arm.diverged) for rate, arm in runs.items() if arm.diverged):
                 place = (rate * shift, 0.02 if norm == BN else 0.08)
                 text = f"{lost} {STYLES[norm]['label']} diverged"
                 panel.text(*place, text, transform=panel.get_xaxis_transform(), ha="right", fontsize=6, color=GREY)
@@ -559,25 +558,27 @@ def accuracy_over_rates(study: Study) -> Figure:
     panels[0].set_ylabel("test top-1 (%)")
     fullest = max(panels, key=lambda panel: len(panel.get_legend_handles_labels()[0]))
     fullest.legend(loc="lower left", handlelength=2.6)
-    _finish(figure, f"{study.label}, {study.cell.backbone}; a dash for each seed")
+    _finish(figure, f"{study.cell.label}, {study.cell.backbone}; a dash for each seed")
     return figure
 
 
-def accuracy_over_updates(study: TrapStudy) -> Figure:
+def accuracy_over_updates(study: Study) -> Figure:
     """A panel per norm: accuracy by running and by batch statistics over the updates, mean and range."""
-    norms = study.norms
-    figure, panels = _panels(2.2 * len(norms) + 0.6, 2.7, columns=len(norms), sharey=True)
-    for panel, norm in zip(panels, norms, strict=True):
-        style = OF_EPS.get(norm, {"color": "#222222", "label": norm})
+    arms = [arm for arm in study.arms if arm.features]
+    figure, panels = _panels(2.2 * len(arms) + 0.6, 2.7, columns=len(arms), sharey=True)
+    for panel, arm in zip(panels, arms, strict=True):
+        style = OF_EPS.get(arm.norm, {"color": "#222222", "label": arm.norm})
         panel.set_title(style["label"])
         for kind, line in (("batch", (0, (4, 1.5))), ("running", "-")):
-            curve = study.curve(norm, kind)
+            found = accuracy_by_update(arm, kind)
+            steps, seeds = list(found), list(found.values())
+            low, high = [min(values) for values in seeds], [max(values) for values in seeds]
+            mean = [fmean(values) for values in seeds]
             color = style["color"] if kind == "running" else GREY
-            panel.fill_between(curve.index, curve.min(axis=1), curve.max(axis=1), color=color, alpha=0.18, lw=0)
-            mean = curve.mean(axis=1)
-            panel.plot(curve.index, mean, color=color, linestyle=line, linewidth=1.2, label=f"{kind} statistics")
+            panel.fill_between(steps, low, high, color=color, alpha=0.18, lw=0)
+            panel.plot(steps, mean, color=color, linestyle=line, linewidth=1.2, label=f"{kind} statistics")
         panel.set_xlabel("updates")
-        panel.legend(loc="lower right", handlelength=2.6, title=f"n = {norms[norm]}")
+        panel.legend(loc="lower right", handlelength=2.6, title=f"n = {len(arm.features)}")
     panels[0].set_ylabel("test top-1 (%)")
-    _finish(figure, title(study.label, study.cell), "range", norms.values())
+    _finish(figure, title(study.cell), "range", (len(arm.features) for arm in arms))
     return figure

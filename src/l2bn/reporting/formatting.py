@@ -68,13 +68,11 @@ def mean_std(values: Iterable[float], digits: int = 2) -> str:
     return f"{result.mean:.{digits}f}{spread}"
 
 
-def mean_std_n(arm: Arm | None, quantity: str = TOP1, digits: int = 2, missing: int = 0) -> str:
+def mean_std_n(arm: Arm, quantity: str = TOP1, digits: int = 2, missing: int = 0) -> str:
     """`mean ± std (n)` over the runs of an arm, with the number of diverged and missing ones."""
-    if arm is None:
-        return NONE
     values, rest = arm.of(quantity).values(), lost(arm, missing)
-    if not values and rest:
-        return rest
+    if not values:
+        return rest or NONE
     return f"{mean_std(values, digits)} ({len(values)}{'; ' + rest if rest else ''})"
 
 
@@ -115,14 +113,14 @@ def setting(cell: Cell) -> str:
     return ", ".join([PRECISIONS.get(precision, precision), *others])
 
 
-def names_of(label: str, cell: Cell) -> tuple[str, str, str]:
+def names_of(cell: Cell) -> tuple[str, str, str]:
     """Data set, backbone and recipe in words."""
-    return label, in_words(cell.backbone), in_words(cell.recipe)
+    return cell.label, in_words(cell.backbone), in_words(cell.recipe)
 
 
-def title(label: str, cell: Cell) -> str:
+def title(cell: Cell) -> str:
     """All that a cell's runs share: "CIFAR-10, resnet20, short (epochs 7), float32"."""
-    return ", ".join((*names_of(label, cell), setting(cell)))
+    return ", ".join((*names_of(cell), setting(cell)))
 
 
 LONGEST_NAME = 200  # bytes; file systems allow 255
@@ -185,8 +183,8 @@ def markdown(table: Table) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    """The text with its underscores, asterisks and angle brackets as they stand."""
-    return text.replace("*", r"\*").replace("_", r"\_").replace("<", "&lt;")
+    """The text with its underscores, asterisks, bars and angle brackets as they stand."""
+    return re.sub(r"([*_|])", r"\\\1", text).replace("<", "&lt;")
 
 
 def latex(table: Table) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from l2bn.records import Problem, Record
-from l2bn.reporting.comparison import Arm, Comparison, arms_of, by_cell, compare, difference
+from l2bn.reporting.comparison import Arm, Comparison, arms_of, by_cell, compare, find_arm
 from l2bn.reporting.evidence import (
     ANGLE_MEAN,
     BN,
@@ -27,7 +27,6 @@ from l2bn.reporting.evidence import (
     SHRINK,
     TOP1,
     WITHIN_SHARE,
-    Evidence,
     images_in_words,
     read_evidence,
 )
@@ -112,18 +111,18 @@ def summary_table(pairs: Sequence[Comparison]) -> Table:
         share, angle = pair.difference(WITHIN_SHARE), pair.difference(ANGLE_MEAN)
         spreads = (mean_std_n(arm, NORM_CV, 3) for arm in pair.arms)
         results = *mean_interval(share, 4), *mean_interval(angle), numbers_of_values([share, angle])
-        rows.append((*names_of(pair.label, pair.cell), *spreads, *results))
+        rows.append((*names_of(pair.cell), *spreads, *results))
     return Table(columns, rows, names=3)
 
 
 def norms_table(arms: Sequence[Arm], quantity: Quantity) -> Table:
     """Every norm of one cell in one quantity, against BN and L2BN against it, paired by seed."""
     name, text, digits = quantity
-    bn, l2bn = (next((arm for arm in arms if arm.norm == norm), None) for norm in (BN, L2BN))
+    bn, l2bn = (find_arm(arms, arms[0].cell, norm) for norm in (BN, L2BN))
     columns = ("Norm", f"{text} (n)", "Norm − BN", "95 % interval", "L2BN − norm", "95 % interval of that")
     rows = []
     for arm in sorted(arms, key=lambda arm: (arm.norm != BN, arm.norm != L2BN, arm.norm)):
-        results = difference(bn, arm, name), difference(arm, l2bn, name)
+        results = Comparison(bn, arm).difference(name), Comparison(arm, l2bn).difference(name)
         cells = (cell for result in results for cell in mean_interval(result, digits))
         rows.append((arm.norm, mean_std_n(arm, name, digits), *cells))
     return Table(columns, rows)
@@ -143,7 +142,8 @@ def steps_table(arms: Sequence[Arm]) -> Table:
     columns = ("Difference", *(quantity.text for quantity in OF_CONTROLS), "Pairs")
     rows = []
     for start, end, text in STEPS if {DETACHED, MEAN_NORM, L2BN} <= found.keys() else ():
-        results = [difference(found[start], found[end], quantity.name) for quantity in OF_CONTROLS]
+        steps = Comparison(found[start], found[end])
+        results = [steps.difference(quantity.name) for quantity in OF_CONTROLS]
         cells = (
             " ".join(mean_interval(result, quantity.digits))
             for result, quantity in zip(results, OF_CONTROLS, strict=True)
@@ -174,19 +174,16 @@ def features_csv(arms: Sequence[Arm]) -> str:
 class Mechanism:
     """All that the document is made from."""
 
-    evidence: Evidence
     arms: Sequence[Arm]  # with measured features
     studies: Studies
+    problems: Sequence[Problem]
 
     @property
     def records(self) -> list[Record]:
         """Those with measured features, and all of the studies."""
-        measured = [record for record in self.evidence.records if record.folder in self.evidence.features]
-        return [*measured, *self.studies.records]
-
-    @property
-    def problems(self) -> list[Problem]:
-        return [*self.evidence.problems, *self.studies.problems]
+        studied = [arm for studies in self.studies for study in studies for arm in study.arms]
+        measured = [run for arm in self.arms for run in arm.records if run.seed in arm.features]
+        return measured + [run for arm in studied for run in arm.records]
 
     @cached_property
     def digest(self) -> str:
@@ -200,7 +197,9 @@ class Mechanism:
 def read_mechanism(runs: Path, studies: Path | None) -> Mechanism:
     """The records under a folder, and those of studies under another, if any. Raises UserError."""
     evidence = read_evidence(runs, features=True)
-    return Mechanism(evidence, [arm for arm in arms_of(evidence) if arm.features], read_studies(studies))
+    found, problems = read_studies(studies)
+    arms = [arm for arm in arms_of(evidence) if arm.features]
+    return Mechanism(arms, found, [*evidence.problems, *problems])
 
 
 # ---- The sections on features ---------------------------------------------------------------------------------
@@ -227,7 +226,7 @@ def _features(pairs: Sequence[Comparison]) -> Iterator[str]:
         )
     for pair in pairs:
         name = file_name(pair.cell)
-        yield f"### {title(pair.label, pair.cell)}"
+        yield f"### {title(pair.cell)}"
         yield markdown(pair_table(pair))
         yield from _images(pair.arms)
         yield f"![Spread of the norms at each norm layer](figures/norms-{name}.png)"
@@ -248,7 +247,7 @@ def _controls(arms: Sequence[Arm]) -> Iterator[str]:
             "unrelated norm for comparison. Intervals are not corrected for their number."
         )
     for cell, norms in cells:
-        yield f"### {title(norms[0].label, cell)}"
+        yield f"### {title(cell)}"
         yield from (markdown(norms_table(norms, quantity)) for quantity in OF_CONTROLS)
         yield from _images(norms)
         steps = steps_table(norms)

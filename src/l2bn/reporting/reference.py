@@ -90,11 +90,6 @@ class RunSet:
             for backbone in norms.get(norm, ())
         ]
 
-    def runs(self, reference: str) -> list[tuple[Cell, str, int]]:
-        """Cell, norm and seed of the runs that must have ended before L2BN is compared with a reference."""
-        norms = dict.fromkeys((BN, L2BN, reference))
-        return [(cell, norm, seed) for norm in norms for cell in self.cells(norm) for seed in self.seeds]
-
 
 def read_sets(path: Path) -> list[RunSet]:
     """The sets of a file, at least one. Raises UserError where it is missing or not laid out as its header says."""
@@ -111,6 +106,9 @@ def read_sets(path: Path) -> list[RunSet]:
 
 EPOCHS = {"last": "last epoch", "paper": "paper", "weights": "published weights", "best": "best epoch"}
 """The kinds of a published number, the most comparable with ours first, and their names in tables."""
+
+NO_DATA_SETS = {"source", "recipe"}
+"""The keys of a published table that are no data set."""
 
 Row = Mapping[str, Any]
 
@@ -135,7 +133,7 @@ class Reference:
 
     def published(self, comparison: Comparison) -> Published | None:
         """The BN accuracy with our arm's data set, network (its parameters too, if known) and recipe."""
-        if comparison.reference is None:
+        if not comparison.reference.records:
             return None
         record = comparison.reference.records[0]
         for table in self.bn:
@@ -158,7 +156,7 @@ class Reference:
 def _baseline(record: Record) -> str:
     """The published rows that match a record's data set; empty where an override changed its images."""
     changed = overrides(record.dataset).keys() - {"label", "baseline"}
-    return "" if changed else record.baseline or ""
+    return "" if changed or record.baseline in NO_DATA_SETS else record.baseline or ""
 
 
 def read_reference(path: Path) -> Reference:
@@ -167,9 +165,9 @@ def read_reference(path: Path) -> Reference:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         reference = Reference(content["bn"], content["l2bn"]["image_classification"])
         for table in reference.bn:
-            if not {"source", "recipe"} < table.keys():
+            if not table.keys() > NO_DATA_SETS:
                 raise ValueError(f"a table of `bn` needs a source, a recipe and a data set, it has {list(table)}")
-            for dataset in table.keys() - {"source", "recipe"}:
+            for dataset in table.keys() - NO_DATA_SETS:
                 _check(dataset, table[dataset], EPOCHS.keys(), {"parameters"})
         for dataset, rows in reference.images.items():
             _check(dataset, rows, {"bn", "l2bn"}, {"where", "recipe"})

@@ -44,6 +44,11 @@ class Estimate:
     p: float | None = None
 
     @property
+    def side(self) -> int:
+        """1 or -1 where the whole interval lies above or below 0; 0 where it contains 0, or there is none."""
+        return int(self.low is not None and self.low > 0) - int(self.high is not None and self.high < 0)
+
+    @property
     def reason(self) -> str:
         """The reason for a missing interval; empty where there is one."""
         if self.low is not None:
@@ -82,6 +87,15 @@ def _student(n: int, mean: float, std: float | None, error: float, degrees: int)
 def paired_differences(reference: Mapping[int, float], other: Mapping[int, float]) -> list[float]:
     """`other - reference` for each seed that both have, in the order of the seeds."""
     return [other[seed] - reference[seed] for seed in sorted(reference.keys() & other.keys())]
+
+
+def across(curves: Sequence[Mapping[int, float]]) -> dict[int, list[float]]:
+    """The values of all curves at each place that every one of them has, in the order of the places."""
+    return {
+        place: [curve[place] for curve in curves]
+        for place in sorted(set[int]().union(*curves))
+        if all(place in curve for curve in curves)
+    }
 
 
 def pooled_estimate(cells: Sequence[Sequence[float]]) -> Estimate:

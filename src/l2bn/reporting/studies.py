@@ -4,18 +4,16 @@ A cell of a study may hold the same norm at many values of one setting, so its r
 """
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
-import pandas as pd
-
-from l2bn.records import SUMMARY, FeatureRow, InvalidRecordError, Problem, Record, is_finite_number, read_statistics
-from l2bn.reporting.comparison import Arm, arms_of, difference
+from l2bn.records import SUMMARY, FeatureRow, InvalidRecordError, Problem, Record, StatisticsRow, is_finite_number
+from l2bn.reporting.comparison import Arm, Comparison, arms_of, find_arm, holm_over
 from l2bn.reporting.evidence import (
     BN,
     BY_NAME,
@@ -27,7 +25,6 @@ from l2bn.reporting.evidence import (
     Place,
     by_layer,
     cell_of,
-    label_of,
     read_evidence,
 )
 from l2bn.reporting.formatting import (
@@ -45,7 +42,7 @@ from l2bn.reporting.formatting import (
     signed,
     title,
 )
-from l2bn.reporting.statistics import Estimate, estimate, holm
+from l2bn.reporting.statistics import Estimate, across, estimate, holm
 
 EPS, RATES, TRAP = "eps_study", "lr_study", "variance_trap"
 """The folders of the studies' records."""
@@ -88,25 +85,30 @@ place_by_rate = Place(_by_rate, varied=("recipe.batch_size", "recipe.lr", "recip
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """The arms of one cell at each value of what the study varies."""
+    """The arms of one cell at each value of what the study varies; the trap varies nothing."""
 
     cell: Cell
     arms: Sequence[Arm]
 
     @property
-    def label(self) -> str:
-        return self.arms[0].label
-
-    @property
     def values(self) -> list[tuple[float, ...]]:
         return sorted({arm.cell.value for arm in self.arms})
 
-    def at(self, norm: str, *value: float) -> Arm | None:
-        return next((arm for arm in self.arms if (arm.norm, arm.cell.value) == (norm, value)), None)
+    def at(self, norm: str, *value: float) -> Arm:
+        """The arm of a norm at a value; an empty one where it was not run."""
+        return find_arm(self.arms, replace(self.cell, value=value), norm)
 
-    def difference(self, *value: float) -> Estimate:
-        """L2BN − BN in top-1 at one value, points, paired by seed."""
-        return difference(self.at(BN, *value), self.at(L2BN, *value))
+    def pair(self, *value: float) -> Comparison:
+        """BN and L2BN at one value."""
+        return Comparison(self.at(BN, *value), self.at(L2BN, *value))
+
+
+class Studies(NamedTuple):
+    """The studies of each kind. Arms of a trap hold measured updates in the place of features."""
+
+    eps: Sequence[Study] = ()
+    rates: Sequence[Study] = ()
+    traps: Sequence[Study] = ()
 
 
 def studies_of(evidence: Evidence) -> list[Study]:
@@ -115,14 +117,30 @@ def studies_of(evidence: Evidence) -> list[Study]:
     return [Study(cell, list(arms)) for cell, arms in groups]
 
 
+def read_studies(folder: Path | None) -> tuple[Studies, list[Problem]]:
+    """The studies under a folder, each of which may be missing, and the records left out. Raises UserError."""
+    found = [
+        read_evidence(folder / name, features=name == EPS, statistics=name == TRAP, place=place)
+        if folder is not None and (folder / name).is_dir()
+        else Evidence(())
+        for name, place in ((EPS, place_by_eps), (RATES, place_by_rate), (TRAP, BY_NAME))
+    ]
+    eps, rates, traps = map(studies_of, found)
+    traps = [study for study in traps if any(arm.features for arm in study.arms)]
+    return Studies(eps, rates, traps), [problem for evidence in found for problem in evidence.problems]
+
+
+# ---- The study of eps -----------------------------------------------------------------------------------------
+
+
 def _known_shrink(rows: Sequence[FeatureRow]) -> list[float]:
     """The shrink factors of one run's norm layers after the last epoch, in their order."""
     return [value for value in by_layer(rows[-1], SHRINK) if value is not None]
 
 
-def shrink_factors(arm: Arm | None) -> list[float]:
+def shrink_factors(arm: Arm) -> list[float]:
     """The shrink factor of each norm layer, in their order, as the mean over the runs that have it."""
-    runs = map(_known_shrink, arm.features.values()) if arm else ()
+    runs = map(_known_shrink, arm.features.values())
     return [fmean(values) for values in zip(*filter(None, runs), strict=True)]
 
 
@@ -142,7 +160,7 @@ def eps_table(study: Study) -> Table:
     rows = []
     for (eps,) in study.values:
         bn, *others = arms = [study.at(norm, eps) for norm in (BN, L2BN, RMS)]
-        results = (cell for arm in others for cell in mean_interval(difference(bn, arm)))
+        results = (cell for arm in others for cell in mean_interval(Comparison(bn, arm).difference()))
         layers = map(shrink_factors, arms)
         shrink = (f"{fmean(factors):.3f} ({min(factors):.3f})" if factors else NONE for factors in layers)
         rows.append((eps_text(eps), *map(mean_std_n, arms), *results, *shrink))
@@ -161,7 +179,8 @@ PARTS = (
 
 def parts_table(study: Study) -> Table:
     """The parts of L2BN's difference to BN that equal norms and eps contribute; the two add up to the first row."""
-    results = [difference(study.at(*reference), study.at(*other)) for _, reference, other in PARTS]
+    pairs = [Comparison(study.at(*reference), study.at(*other)) for _, reference, other in PARTS]
+    results = [pair.difference() for pair in pairs]
     # The two parts at the usual eps are the question of the study; the rest shows the same from another side.
     parts = results[1:3]
     corrected = map(probability, holm([result.p for result in parts]), parts)
@@ -173,20 +192,23 @@ def parts_table(study: Study) -> Table:
     return Table(columns, rows)
 
 
+# ---- The study of the learning rate ---------------------------------------------------------------------------
+
+
 def rate_table(study: Study) -> Table:
     """A row per batch size and learning rate."""
-    results = [study.difference(*value) for value in study.values]
-    corrected = holm([result.p for result in results])
+    pairs = [study.pair(*value) for value in study.values]
     columns = (
         *("Batch size", "Learning rate", "Updates", "BN (n)", "L2BN (n)"),
         *("L2BN − BN", "95 % interval", "p (Holm)"),
     )
     rows = []
-    for (batch, rate), result, p in zip(study.values, results, corrected, strict=True):
-        arms = [study.at(norm, batch, rate) for norm in (BN, L2BN)]
-        updates = [run.updates for arm in arms if arm for run in arm.records if run.status == "finished"]
+    for (batch, rate), pair, p in zip(study.values, pairs, holm_over(pairs), strict=True):
+        result = pair.difference()
+        updates = [run.updates for run in pair.records if run.status == "finished"]
         names = f"{batch}", f"{rate:g}", f"{max(updates):,}" if updates else NONE
-        rows.append((*names, *map(mean_std_n, arms), *mean_interval(result), probability(p, result)))
+        arms = mean_std_n(pair.reference), mean_std_n(pair.other)
+        rows.append((*names, *arms, *mean_interval(result), probability(p, result)))
     return Table(columns, rows, names=0)
 
 
@@ -204,24 +226,20 @@ def overall(study: Study) -> Overall:
     The study's seeds are those that more than half of its settings have: a seed more in some settings adds no value
     of its own, and a setting that lacks a seed is left out, not the seed.
     """
-    pairs = {value: (study.at(BN, *value), study.at(L2BN, *value)) for value in study.values}
-    whole = {value: (bn, l2bn) for value, (bn, l2bn) in pairs.items() if bn and l2bn}
-    counts = Counter(seed for bn, l2bn in whole.values() for seed in bn.seeds | l2bn.seeds)
-    seeds = sorted(seed for seed, count in counts.items() if 2 * count > len(pairs))
-    found = {
-        value: pd.Series(l2bn.of(), dtype=float) - pd.Series(bn.of(), dtype=float)
-        for value, (bn, l2bn) in whole.items()
-    }
-    frame = pd.DataFrame(found).reindex(seeds).dropna(axis="columns")  # seed x setting
-    means = list(frame.mean(axis="columns")) if not frame.empty else []
-    return Overall(estimate(means), frame.shape[1] if seeds else 0, seeds)
+    pairs = [pair for pair in (study.pair(*value) for value in study.values) if len(pair.arms) == 2]
+    counts = Counter(seed for pair in pairs for seed in pair.reference.seeds | pair.other.seeds)
+    seeds = sorted(seed for seed, count in counts.items() if 2 * count > len(study.values))
+    accuracies = [(pair.reference.of(), pair.other.of()) for pair in pairs]
+    whole = [(bn, l2bn) for bn, l2bn in accuracies if seeds and bn.keys() & l2bn.keys() >= set(seeds)]
+    means = [fmean(l2bn[seed] - bn[seed] for bn, l2bn in whole) for seed in seeds if whole]
+    return Overall(estimate(means), len(whole), seeds)
 
 
 def rate_note(study: Study) -> str:
     """One sentence over all settings."""
-    results = [study.difference(*value) for value in study.values]
-    above = sum(result.low is not None and result.low > 0 for result in results)
-    below = sum(result.high is not None and result.high < 0 for result in results)
+    results = [study.pair(*value).difference() for value in study.values]
+    above = sum(result.side > 0 for result in results)
+    below = sum(result.side < 0 for result in results)
     lost = {norm: sum(arm.diverged for arm in study.arms if arm.norm == norm) for norm in (BN, L2BN)}
     mean, settings, seeds = overall(study)
     runs = f"{plural('setting', settings)} in which all runs of seeds {', '.join(map(str, seeds)) or NONE} finished"
@@ -239,98 +257,42 @@ CAUGHT_UP = 1.0
 """Points that running statistics may lie below batch statistics and count as caught up."""
 
 
-@dataclass(frozen=True, eq=False)
-class TrapStudy:
-    """The measured updates of one cell."""
-
-    cell: Cell
-    label: str
-    rows: pd.DataFrame  # of finished runs: norm, seed, step, and accuracy by both statistics
-    diverged: Mapping[str, int]  # norm to number of runs
-
-    @property
-    def norms(self) -> dict[str, int]:
-        """Norm to number of seeds that finished."""
-        return dict(self.rows.groupby("norm", sort=False)["seed"].nunique())
-
-    def curve(self, norm: str, kind: str) -> pd.DataFrame:
-        """Accuracy, step x seed, at the updates that every seed has."""
-        rows = self.rows[self.rows["norm"] == norm]
-        return rows.pivot(index="step", columns="seed", values=f"{kind}/top1").dropna()
-
-    def caught_up(self, norm: str) -> str:
-        """The first update from which on running statistics keep up, from the earliest to the latest seed."""
-        first = []
-        for _, rows in self.rows[self.rows["norm"] == norm].groupby("seed"):
-            behind = rows.loc[rows["running/top1"] < rows["batch/top1"] - CAUGHT_UP, "step"]
-            first += [int(step) for step in rows["step"] if step > max(behind, default=-1)][:1]
-        never = self.norms[norm] - len(first)
-        span = f"{min(first)} to {max(first)}" if len(set(first)) > 1 else "".join(map(str, first[:1]))
-        return ", ".join(filter(None, (span, f"{never} never" if never else "")))
+def accuracy_by_update(arm: Arm, kind: str) -> dict[int, list[float]]:
+    """Update to the accuracy of each seed, percent, by "running" or "batch" statistics, if all seeds have it."""
+    key = f"{kind}/top1"
+    return across(
+        [{row["step"]: row[key] for row in rows if row[key] is not None} for rows in arm.features.values()]
+    )
 
 
-def trap_studies(records: Iterable[Record]) -> tuple[list[TrapStudy], list[Problem]]:
-    """The records that hold a comparison of statistics, by cell, and those that cannot be read."""
-    rows, problems = [], []
-    lost: dict[Cell, Counter[str]] = defaultdict(Counter)
-    for record in records:
-        if record.status == "diverged":
-            lost[cell_of(record)][record.norm] += 1
-            continue
-        names = {"cell": cell_of(record), "label": label_of(record), "norm": record.norm, "seed": record.seed}
-        try:
-            rows += [names | row for row in read_statistics(record.folder)]
-        except InvalidRecordError as error:
-            problems.append(Problem(record.folder, str(error)))
-    frame = pd.DataFrame(rows, columns=["cell", "label", "norm", "seed", "step", "running/top1", "batch/top1"])
-    groups = frame.groupby("cell", sort=False)
-    studies = [
-        TrapStudy(cast("Cell", cell), group["label"].iloc[-1], group, lost[cast("Cell", cell)])
-        for cell, group in groups
-    ]
-    return sorted(studies, key=lambda study: study.cell.order), problems
+def _keeps_up(row: StatisticsRow) -> bool:
+    return (row["running/top1"] or 0.0) >= (row["batch/top1"] or 0.0) - CAUGHT_UP
 
 
-def trap_table(study: TrapStudy) -> Table:
+def caught_up(arm: Arm) -> str:
+    """The first update from which on running statistics keep up, from the earliest to the latest seed."""
+    first = []
+    for rows in arm.features.values():
+        first += [int(row["step"]) for row in takewhile(_keeps_up, reversed(rows))][-1:]
+    never = len(arm.features) - len(first)
+    span = f"{min(first)} to {max(first)}" if len(set(first)) > 1 else "".join(map(str, first[:1]))
+    return ", ".join(filter(None, (span, f"{never} never" if never else "")))
+
+
+def trap_table(study: Study) -> Table:
     """Mean accuracy over the seeds by both statistics at some updates, and when the running ones have caught up."""
     columns = ("Norm", "Statistics", *(f"update {step}" for step in SHOWN_UPDATES), "caught up after", "n")
     rows = []
-    for norm in dict.fromkeys((*study.norms, *study.diverged)):
-        seeds, gone = study.norms.get(norm, 0), study.diverged.get(norm, 0)
-        for kind in ("running", "batch"):
-            means = study.curve(norm, kind).mean(axis="columns")
-            shown = (f"{means[step]:.2f}" if step in means else NONE for step in SHOWN_UPDATES)
-            when = study.caught_up(norm) if kind == "running" and seeds else ""
-            rows.append((norm, kind, *shown, when, f"{seeds}; {gone} diverged" if gone else str(seeds)))
+    for arm in study.arms:
+        n = f"{len(arm.features)}; {arm.diverged} diverged" if arm.diverged else str(len(arm.features))
+        for kind, when in (("running", caught_up(arm)), ("batch", "")):
+            found = accuracy_by_update(arm, kind)
+            shown = (f"{fmean(found[step]):.2f}" if step in found else NONE for step in SHOWN_UPDATES)
+            rows.append((arm.norm, kind, *shown, when, n))
     return Table(columns, rows, names=2)
 
 
-# ---- All studies ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Studies:
-    """The three studies, the records that they are made from, and those left out."""
-
-    eps: Sequence[Study] = ()
-    rates: Sequence[Study] = ()
-    traps: Sequence[TrapStudy] = ()
-    records: Sequence[Record] = ()
-    problems: Sequence[Problem] = ()
-
-
-def read_studies(folder: Path | None) -> Studies:
-    """The studies under a folder, each of which may be missing. Raises UserError."""
-    eps, rates, trap = found = [
-        read_evidence(folder / name, features=name == EPS, place=place)
-        if folder is not None and (folder / name).is_dir()
-        else Evidence(())
-        for name, place in ((EPS, place_by_eps), (RATES, place_by_rate), (TRAP, BY_NAME))
-    ]
-    traps, unreadable = trap_studies(trap.records)
-    records = [record for study in found for record in study.records]
-    problems = [problem for study in found for problem in study.problems] + unreadable
-    return Studies(studies_of(eps), studies_of(rates), traps, records, problems)
+# ---- The files ------------------------------------------------------------------------------------------------
 
 
 def studies_csv(studies: Studies) -> str:
@@ -382,13 +344,13 @@ def _eps(studies: Sequence[Study]) -> Iterator[str]:
             "correction over the two parts at eps 1e-5."
         )
     for study in studies:
-        yield f"### {title(study.label, study.cell)}: eps"
+        yield f"### {title(study.cell)}: eps"
         yield markdown(eps_table(study))
         yield f"**Effects of equal norms and of eps**\n\n{markdown(parts_table(study))}"
         yield f"![Accuracy and shrink factors over eps](figures/eps-{file_name(study.cell)}.png)"
 
 
-def _traps(studies: Sequence[TrapStudy]) -> Iterator[str]:
+def _traps(studies: Sequence[Study]) -> Iterator[str]:
     if studies:
         yield "## The running-variance trap"
         yield (
@@ -398,7 +360,7 @@ def _traps(studies: Sequence[TrapStudy]) -> Iterator[str]:
             "behind weights that change fast, so the start at 1 is one cause among others."
         )
     for study in studies:
-        yield f"### {title(study.label, study.cell)}: statistics"
+        yield f"### {title(study.cell)}: statistics"
         yield markdown(trap_table(study))
         yield f"![Accuracy by running and batch statistics](figures/trap-{file_name(study.cell)}.png)"
 
@@ -408,7 +370,7 @@ def _rates(studies: Sequence[Study]) -> Iterator[str]:
         yield "## Learning rate and batch size"
         yield "No learning rate is chosen from these runs; each row is a comparison."
     for study in studies:
-        yield f"### {study.label}, {in_words(study.cell.backbone)}: learning rates"
+        yield f"### {study.cell.label}, {in_words(study.cell.backbone)}: learning rates"
         yield markdown(rate_table(study))
         yield rate_note(study)
         yield f"![Accuracy over learning rates and batch sizes](figures/rates-{file_name(study.cell)}.png)"

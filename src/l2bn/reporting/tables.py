@@ -1,15 +1,12 @@
-"""Tables from records: the grid and the other norms, as Markdown, CSV and LaTeX, and the block in the README.
+"""Tables from records: the grid and the other norms, as Markdown, CSV and LaTeX.
 
 `results/README.md` defines every column. Every number comes from a record or a published source.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from l2bn.errors import UserError
-from l2bn.reporting.claims import ACCURATE, MIN_BACKBONES, for_other_networks, judge_others, judge_set
 from l2bn.reporting.comparison import FULL_EPOCHS, Arm, Comparison, arms_of, grid, holm_over, other_norms, pooled
 from l2bn.reporting.evidence import BEST, BN, L2BN, Evidence, images_in_words, unlike_code, unlike_devices
 from l2bn.reporting.formatting import (
@@ -17,7 +14,6 @@ from l2bn.reporting.formatting import (
     Table,
     conditions,
     csv_text,
-    escape_markdown,
     in_words,
     interval,
     latex,
@@ -28,8 +24,8 @@ from l2bn.reporting.formatting import (
     probability,
     signed,
 )
-from l2bn.reporting.reference import EPOCHS, Reference, RunSet
-from l2bn.reporting.statistics import MIN_PAIRS, NO_SPREAD, Estimate, pooled_spread, seeds_needed
+from l2bn.reporting.reference import EPOCHS, Reference
+from l2bn.reporting.statistics import NO_SPREAD, pooled_spread, seeds_needed
 
 TARGET = 0.3
 """The difference, in points, for which a line gives the number of seeds needed."""
@@ -105,7 +101,8 @@ def _names(rows: Sequence[Comparison]) -> tuple[Columns, list[str]]:
     The conditions of a row's runs are long and differ in few rows: they stand below the table, once where they are
     the same for all, else by letters.
     """
-    columns = {"Data set": [row.label for row in rows], "Backbone": [in_words(row.cell.backbone) for row in rows]}
+    datasets, backbones = [row.cell.label for row in rows], [in_words(row.cell.backbone) for row in rows]
+    columns = {"Data set": datasets, "Backbone": backbones}
     distinct = list(dict.fromkeys(map(conditions, rows)))
     if len(distinct) < 2:
         return columns, [f"Recipe of all rows: {text}." for text in distinct]
@@ -133,12 +130,12 @@ def _accuracies(rows: Sequence[Comparison], norm: str) -> Columns:
     }
 
 
-def _accuracy(row: Comparison, arm: Arm | None) -> str:
-    return mean_std_n(arm, missing=len(row.missing_seeds(arm))) if arm else "missing"
+def _accuracy(row: Comparison, arm: Arm) -> str:
+    return mean_std_n(arm, missing=row.missing(arm)) if arm.records else "missing"
 
 
-def _best(arm: Arm | None) -> str:
-    return mean_std_n(arm, BEST) if arm and arm.of(BEST) else NONE
+def _best(arm: Arm) -> str:
+    return mean_std_n(arm, BEST) if arm.of(BEST) else NONE
 
 
 def _published(row: Comparison, reference: Reference, footnotes: dict[str, str]) -> str:
@@ -167,7 +164,7 @@ def _paper(row: Comparison, reference: Reference, footnotes: dict[str, str]) -> 
 def _counts(evidence: Evidence, rows: Sequence[Comparison]) -> list[str]:
     runs = [record for record in evidence.records if record.norm in (BN, L2BN)]
     diverged = sum(record.status == "diverged" for record in runs)
-    missing = sum(len(row.missing_seeds(arm)) for row in rows for arm in (row.reference, row.other))
+    missing = sum(row.missing(arm) for row in rows for arm in (row.reference, row.other))
     problems = len(evidence.problems)
     text = f"Runs: {len(runs) - diverged} finished, {diverged} diverged, "
     text += f"{missing} missing whose seed the other arm has"
@@ -199,7 +196,7 @@ def _grouped(rows: Sequence[Comparison], text: Callable[[Comparison], str], name
     """The number of rows for each text but the empty one, and the rows themselves where the text asks for it."""
     found: dict[str, list[str]] = defaultdict(list)
     for row in rows:
-        found[text(row)].append(f"{row.label}, {in_words(row.cell.backbone)}")
+        found[text(row)].append(f"{row.cell.label}, {in_words(row.cell.backbone)}")
     return ", ".join(
         f"{key} in {plural('row', len(names))}{' (' + '; '.join(names) + ')' if named(key) else ''}"
         for key, names in found.items()
@@ -261,7 +258,7 @@ def grid_csv(rows: Sequence[Comparison], reference: Reference, norm: str) -> str
         arms = (("bn", row.reference), (norm, row.other))
         lines.append(
             row.row(norm=norm)
-            | {f"{name}_best_epoch_mean": arm.estimate(BEST).mean if arm else None for name, arm in arms}
+            | {f"{name}_best_epoch_mean": arm.estimate(BEST).mean for name, arm in arms}
             | {"p_holm": corrected, "seeds_needed": seeds_needed(std, TARGET) if std and std >= NO_SPREAD else None}
             | {"published_bn": found and found.accuracy, "published_kind": found and found.kind}
             | {"published_source": found and found.source, "distance": found and found.distance}
@@ -297,62 +294,3 @@ def write_documents(texts: Mapping[str, str], folder: Path) -> list[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     return paths
-
-
-# ---- The README's block -----------------------------------------------------------------------------------
-
-BEGIN, END = "<!-- results: generated by make tables -->", "<!-- end of results -->"
-
-
-def readme_with_block(readme: str, evidence: Evidence, run_set: RunSet) -> str:
-    """The README with the answer between its markers: a sentence, and the grid and the differences of a set.
-
-    Raises UserError unless both markers are there once, in this order.
-    """
-    before, found, rest = readme.partition(BEGIN)
-    _, closed, after = rest.partition(END)
-    if not found or not closed or BEGIN in after or END in after:
-        raise UserError(f"the README must hold the lines {BEGIN} and {END} once, in this order")
-    rows = [row for row in grid(arms_of(evidence)) if run_set.holds(row.cell)]
-    table = grid_table(rows)
-    table = replace(table, notes=[" ".join(table.notes)] if table.notes else [])
-    parts = [BEGIN, _answer(rows, run_set), markdown(table).strip("\n")]
-    if any(row.differences() for row in rows):
-        parts.append(f"![Paired differences, {run_set.label}](results/figures/{run_set.figure}.png)")
-    return before + "\n\n".join(parts) + f"\n\n{END}{after}"
-
-
-def _answer(rows: Sequence[Comparison], run_set: RunSet) -> str:
-    """The estimate for these networks with n, interval and verdict, and that for other networks."""
-    arms = [arm for row in rows for arm in row.arms]
-    these, others = judge_set(ACCURATE, run_set, arms), for_other_networks(rows)
-    found = f"open** until all {these.wanted} runs have ended ({these.ended} have)"
-    if these.overall:
-        pairs = plural("pair", these.overall.n)
-        lost = f"diverged: {these.diverged[0]} of BN, {these.diverged[1]} of L2BN"
-        spread = "" if these.overall.reason else ", by a spread pooled over the networks"
-        against = f" ({these.against})" if these.against else ""
-        found = f"{these.verdict}**{against}: L2BN − BN is {_points(these.overall)}{spread}, n = {pairs}, {lost}"
-    networks = f"{len(run_set.backbones)} networks ({', '.join(run_set.backbones)}) on {run_set.label}"
-    beyond = f"there is no interval yet ({others.n} of at least {MIN_BACKBONES} networks with {MIN_PAIRS} pairs)"
-    if others.mean is not None:
-        beyond = (
-            f"it is {judge_others(rows)}: {_points(others)}, over {plural('network', others.n)} and all their seeds"
-        )
-    return (
-        f"- **In {escape_markdown(networks)}, the claim that L2BN improves accuracy is {found}.\n"
-        f"- For other networks like them, {beyond}.\n"
-        "- Contradicted: the whole interval of these networks lies below 0, no network is significantly above, and "
-        "L2BN diverged no less often; supported: the mirror case; else not decided. The interval goes by the "
-        "spread pooled over the networks, those of the table by each network's own, so that each may contain 0. "
-        "[claims.md](results/claims.md) has both rules and the verdicts on the paper's other claims. "
-        "The rule for these networks was fixed before their first run was published; "
-        "[results/README.md](results/README.md#two-rules-for-a-verdict) says what was changed later."
-    )
-
-
-def _points(result: Estimate) -> str:
-    """A mean difference with its interval, or why it has none."""
-    if result.low is None:
-        return f"{signed(result.mean)} points of test top-1, no interval: {result.reason}"
-    return f"{signed(result.mean)} points of test top-1, 95 % interval {interval(result)}"

@@ -31,6 +31,7 @@ from l2bn.records import (
 from l2bn.reporting.comparison import arms_of, by_cell, compare
 from l2bn.reporting.evidence import ANGLE_MEAN, BN, WITHIN_SHARE, Cell, Evidence, measure, read_evidence
 from l2bn.reporting.formatting import interval, mean_std_n, plural, signed
+from l2bn.reporting.statistics import across
 
 QUANTITIES = {
     "test/top1": "test top-1, percent",
@@ -65,8 +66,11 @@ def find_runs(root: Path) -> list[Run]:
             config = yaml.safe_load((path.parent / CONFIG).read_text())
             names, compute = config["cell"], config["compute"]
             setting = setting_of(compute["precision"], compute.get("devices", 1), compute.get("sync_bn", False))
-            cell = Cell(names["dataset"], names["recipe"], names["backbone"], setting)
-            norm, seed = names["norm"], names["seed"]
+            match [names[key] for key in ("dataset", "recipe", "backbone", "norm", "seed")]:
+                case str(dataset), str(recipe), str(backbone), str(norm), int(seed):
+                    cell = Cell(dataset, recipe, backbone, setting)
+                case _:
+                    continue
             rows: list[dict[str, Any]] = [*read_metrics(path)]
             features = read_features(path.parent)
             ended = (path.parent / SUMMARY).exists()
@@ -104,10 +108,7 @@ def curves_of(runs: Iterable[Run]) -> dict[tuple[str, str, str], dict[int, list[
     for run in sorted(runs, key=lambda run: (natural_order(run.cell), run.norm, run.seed)):
         for quantity, curve in run.curves.items():
             seeds[run.norm, run.cell, quantity].append(curve)
-    return {
-        key: {epoch: [c[epoch] for c in curves] for epoch in sorted(set[int].intersection(*map(set, curves)))}
-        for key, curves in seeds.items()
-    }
+    return {key: across(curves) for key, curves in seeds.items()}
 
 
 def cut_off(runs: Iterable[Run]) -> dict[tuple[str, str], str]:

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from l2bn.records import FeatureRow
-from l2bn.reporting.comparison import Arm, arms_of, by_cell, difference
+from l2bn.reporting.comparison import Arm, Comparison, arms_of, by_cell, find_arm
 from l2bn.reporting.evidence import (
     BN,
     INPUT,
@@ -54,11 +54,11 @@ def _cell(cell: Cell, arms: Sequence[Arm]) -> list[RenderableType]:
     table.add_column("runs", overflow="fold")
     records = [record for arm in arms for record in arm.records]
     seeds = {record.seed for record in records}
-    bn = next((arm for arm in arms if arm.norm == BN), None)
+    bn = find_arm(arms, cell, BN)
     notes = []
     for arm in sorted(arms, key=lambda arm: (arm.norm != BN, arm.norm != L2BN)):
         values, rest = arm.of().values(), lost(arm, len(seeds - arm.seeds))
-        shown = mean_interval(difference(bn, arm)) if bn else ("", "no BN run")
+        shown = mean_interval(Comparison(bn, arm).difference()) if bn.records else ("", "no BN run")
         runs = f"{len(values)}{'; ' + rest if rest else ''}"
         # A plain text would be read as rich's markup, and lose what is in brackets.
         table.add_row(Text(arm.norm), mean_std(values), *(("", "") if arm is bn else shown), runs)
@@ -72,7 +72,7 @@ def _cell(cell: Cell, arms: Sequence[Arm]) -> list[RenderableType]:
         notes.append(f"pairs made in part on a CPU and in part on a GPU: {unlike}")
     if unlike_code(records):
         notes.append("your own code was edited between these runs: train them anew by one version")
-    head = " · ".join((*names_of(arms[0].label, cell), setting(cell)))
+    head = " · ".join((*names_of(cell), setting(cell)))
     return [Text(head, style="bold"), table, *(Text(note, style="dim") for note in notes)]
 
 
