@@ -3,12 +3,14 @@
 import functools
 import gc
 import os
+import runpy
 import shutil
 import signal
+import sys
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,12 +18,30 @@ from hydra import compose
 from hypothesis import settings
 from omegaconf import DictConfig, OmegaConf
 
-from l2bn.records import Record
-from l2bn.training.plan import PlannedRun, compose_sweep, composing, plan_sweep
+from l2bn.data import folder
+from l2bn.records import COST_KEYS, Record
+from l2bn.training import plan
+from l2bn.training.instantiate import CONFIGS
+from l2bn.training.plan import PlannedRun, composing
+from l2bn.training.sweep import compose_sweep, plan_sweep
 
 ROOT = Path(__file__).parents[1]
 
+
+class Done(NamedTuple):
+    """How a command has ended: its exit code, and what it has printed on stdout and stderr."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def printed(self) -> str:
+        return self.out + self.err
+
+
 Train = Callable[..., Record]
+Issue = Callable[..., Done]
 AtUpdate = Callable[[int, Callable[[Any], None]], None]
 
 # The same examples on every machine and in every run; a busy machine is no failure. To search for new ones:
@@ -37,6 +57,7 @@ os.environ.setdefault("TORCH_WARM_POOL", "0")
 TINY = ("dataset.subset=256", "dataset.image_size=8", *QUIET)
 # Two updates an epoch.
 TINIEST = ("dataset.subset=64", "dataset.image_size=8", "dataset.validation=0.05")
+EPOCHS = "recipe.epochs=2"
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -60,6 +81,23 @@ def _frozen() -> Iterator[None]:
 def _one_thread() -> None:
     """Sums are split among threads, so their number changes the last bits."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _defaults_composed_once() -> Iterator[None]:
+    """What the choices of a run compose to, beside which it gets its name: 50 ms, and always of the same files."""
+    compose_anew, composed_before = plan.compose, dict[tuple[str, ...], DictConfig]()
+
+    def compose_once(root: str, choices: list[str]) -> DictConfig:
+        if set(plan.own_folders()) != {CONFIGS}:  # with a test's own files
+            return compose_anew(root, choices)
+        if tuple(choices) not in composed_before:
+            composed_before[tuple(choices)] = compose_anew(root, choices)
+        return composed_before[tuple(choices)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "compose", compose_once)
+        yield
 
 
 def require(what: str, missing: object) -> None:
@@ -122,6 +160,84 @@ def train_in(runs: Path, *overrides: str, folders: Sequence[Path] = ()) -> Recor
         return train_composed(*composed(rest))
 
 
+def results(record: Record) -> list[dict[str, Any]]:
+    """The metrics of a record, without what they cost."""
+    return [{k: v for k, v in row.items() if k not in COST_KEYS} for row in record.metrics()]
+
+
+def weights(record: Record) -> dict[str, torch.Tensor]:
+    newest = sorted((record.folder / "checkpoints").glob("*.pt"))[-1]
+    return torch.load(newest, weights_only=True)["model"]
+
+
+def drawn(record: Record) -> dict[str, list[tuple[int, float]]]:
+    """The curves that TensorBoard shows of a run, without what they cost: tag to (epoch, value)."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(record.folder / "tb"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"]) - set(COST_KEYS)
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def same(one: Record, other: Record) -> None:
+    """Fail unless two runs have the same metrics, curves and weights to the last bit; what they cost may differ."""
+    assert results(one) == results(other)
+    assert drawn(one) == drawn(other)
+    assert equal(weights(one), weights(other))
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, updates: int) -> None:
+    """Interrupt the next run after so many updates."""
+    from l2bn.training import session
+    from l2bn.training.interruption import EXIT_CODE, Interruption
+
+    class Counting(Interruption):
+        looks = 0
+
+        @property
+        def signal(self) -> Any:
+            self.looks += 1
+            return "told" if self.looks >= updates else None
+
+        @signal.setter
+        def signal(self, _: Any) -> None: ...
+
+        def leave(self) -> None:
+            raise SystemExit(EXIT_CODE)
+
+    monkeypatch.setattr(session, "Interruption", Counting)
+
+
+def interrupted(updates: int, train: Train, *arguments: Any) -> None:
+    """Train a run that is interrupted after so many updates."""
+    from l2bn.training.interruption import EXIT_CODE
+
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, updates)
+        with pytest.raises(SystemExit) as left:
+            train(*arguments)
+    assert left.value.code == EXIT_CODE
+
+
+@pytest.fixture
+def decodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of files in each decoding of a tree so far."""
+    counts = []
+    read_all = folder.read_all
+
+    def counted(paths: list[Path], *rest: Any) -> Any:
+        counts.append(len(paths))
+        return read_all(paths, *rest)
+
+    monkeypatch.setattr(folder, "read_all", counted)
+    return counts
+
+
 @pytest.fixture
 def train(tmp_path: Path) -> Train:
     """`train_in` the folder `runs` of the test's own."""
@@ -145,6 +261,25 @@ def copied(trained: Train, tmp_path: Path) -> Train:
         return Record.read(own)
 
     return copied
+
+
+@pytest.fixture
+def issue(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Issue:
+    """Issue a script of this project in this process, as the command line does, where the test is."""
+
+    def issue(script: str, *arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
+        code: object = None
+        try:
+            runpy.run_path(str(ROOT / "scripts" / f"{script}.py"), run_name="__main__")
+        except SystemExit as left:
+            code = left.code
+        out, err = capfd.readouterr()
+        if isinstance(code, str):  # which Python prints at its end
+            return Done(1, out, f"{err}{code}\n")
+        return Done(int(code or 0), out, err)  # type: ignore[call-overload]
+
+    return issue
 
 
 @pytest.fixture

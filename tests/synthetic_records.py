@@ -1,10 +1,8 @@
-"""For the tests of what reads records: invented runs in the real schema, without training, and `report.py`."""
+"""For the tests of what reads records: invented runs in the real schema, without training."""
 
 import json
 import math
 import random
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from unittest.mock import patch
@@ -24,15 +22,6 @@ from l2bn.records import (
     write_lines,
     write_sample,
 )
-
-SCRIPT = Path(__file__).parents[1] / "scripts/report.py"
-
-
-def report(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run `scripts/report.py` to its end, whatever its exit code."""
-    return subprocess.run(
-        [sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, check=False
-    )
 
 
 def write_run(

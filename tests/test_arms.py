@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 
+from conftest import ROOT
 from l2bn.records import CONFIG, METRICS, SUMMARY, read_metrics, write_lines
 from l2bn.reporting.evidence import read_evidence
 from l2bn.reporting.tensorboard import SPREAD, Board, curves_of, find_runs, texts_of
 from local_slurm import free_port
-from synthetic_records import SCRIPT, report, write_run
+from synthetic_records import write_run
 
+SCRIPT = ROOT / "scripts/report.py"
 CELL = "cifar10, resnet20, short"
 TAG = f"{CELL}/test top-1, percent"
 ACCURACIES = {"bn": (90.0, 91.0, 92.5), "l2bn": (91.0, 91.5, 94.0)}
@@ -131,13 +133,24 @@ def test_a_run_that_lies_there_twice_counts_once(epochs: int, tmp_path: Path) ->
     assert curves_of(find_runs(tmp_path / "runs")) == before
 
 
-@pytest.mark.parametrize("content", [b"\xff", b"seed: 2026-99-99", b"[" * 10_000])
-def test_a_folder_whose_configuration_is_no_yaml_is_passed_over(content: bytes, tmp_path: Path) -> None:
+NAMES = b"compute: {precision: 32-true}\ncell: {dataset: %b, recipe: short, backbone: net, norm: %b, seed: %b}"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"\xff", b"seed: 2026-99-99", b"[" * 10_000),
+        *(
+            NAMES % names
+            for names in ((b"10", b"bn", b"3"), (b"cifar10", b"[bn]", b"3"), (b"cifar10", b"bn", b"x"))
+        ),
+    ],
+)
+def test_a_folder_whose_configuration_names_no_run_is_passed_over(content: bytes, tmp_path: Path) -> None:
     pairs(tmp_path / "runs")
     before = curves_of(find_runs(tmp_path / "runs"))
-    pairs(tmp_path / "runs/other")
-    for path in (tmp_path / "runs/other").rglob(CONFIG):
-        path.write_bytes(content)
+    other = write_run(tmp_path / "runs/other", recipe="short", seed=3, accuracy=10.0, epochs=5, curve=5)
+    (other.folder / CONFIG).write_bytes(content)
     assert curves_of(find_runs(tmp_path / "runs")) == before
 
 
@@ -200,7 +213,8 @@ def test_what_earlier_updates_wrote_does_not_pile_up(tmp_path: Path) -> None:
 def test_a_tensorboard_that_cannot_start_ends_the_command(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        done = report("tensorboard", "--runs", tmp_path, "--port", port)
+        command = [sys.executable, SCRIPT, "tensorboard", "--runs", tmp_path, "--port", str(port)]
+        done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0
     assert f"could not bind to port {port}" in done.stderr
 

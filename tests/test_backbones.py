@@ -25,25 +25,13 @@ PARAMETERS: dict[int, dict[str, int]] = yaml.safe_load(
 )
 COUNTED = [(name, classes) for classes, table in PARAMETERS.items() for name in table]
 
-Backbone = tuple[DictConfig, nn.Module]
-
 
 def seeded(seed: int, node: DictConfig, num_classes: int = 7) -> nn.Module:
     torch.manual_seed(seed)
     return instantiate(node, num_classes=num_classes)
 
 
-# The battery: every config.
-
-
-@pytest.fixture(scope="module", params=sorted(CONFIGS))
-def backbone(request: pytest.FixtureRequest) -> Backbone:
-    node = OmegaConf.load(CONFIGS[request.param])
-    assert isinstance(node, DictConfig)
-    return node, seeded(0, node)
-
-
-# The first by its name of those that one function builds: a small one of each.
+# The first by its name of those that one function builds: a small one of each. test_grid.py has every config.
 OF_EACH_FUNCTION = {OmegaConf.load(path)._target_: path for _, path in sorted(CONFIGS.items(), reverse=True)}
 
 
@@ -53,16 +41,6 @@ def test_same_seed_gives_the_same_weights_and_another_gives_others(path: Path) -
     found = again.state_dict()
     assert all(torch.equal(tensor, found[name]) for name, tensor in first.state_dict().items())
     assert not torch.equal(next(first.parameters()), next(other.parameters()))
-
-
-def test_norms_are_batch_norms_that_start_as_the_identity(backbone: Backbone) -> None:
-    node, model = backbone
-    norms = [m for m in model.modules() if hasattr(m, "running_mean")]
-    assert norms
-    assert all(isinstance(norm, nn.BatchNorm2d) for norm in norms)
-    if "library" not in node._target_:
-        assert all(type(norm) is nn.BatchNorm2d for norm in norms)
-        assert all(norm.weight.eq(1).all() and norm.bias.eq(0).all() for norm in norms)
 
 
 @pytest.mark.parametrize(("name", "num_classes"), COUNTED)

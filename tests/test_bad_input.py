@@ -1,13 +1,11 @@
 """Wrong input: one message that names the field, what it got and what it takes; nothing is left behind."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from hydra.errors import CompactHydraException
 
-from conftest import ROOT, Train, train_in
+from conftest import ROOT, Issue, Train, train_in
 
 # What is given, and what the message must name. Hydra prints these exceptions without a traceback.
 WRONG = [
@@ -139,7 +137,6 @@ WRONG = [
     ("checkpoint.keep_epochs=[0]", ["keep_epochs", "not 0", "or equal to 1"]),
     ("analysis.every=-1", ["analysis", "every", "-1"]),
     ("analysis.statistics_every=0", ["analysis", "statistics_every", "0"]),
-    ("norm=l2bn_detached compute.sync_bn=true", ["norm", "no synchronised form", "SteppedBatchNorm2d"]),
     ("norm=group_norm norm.eps=-1", ["norm", "eps", "greater than 0"]),
     ("norm=group_norm norm.channels=0", ["norm", "channels", "0", "at least 1"]),
     ("norm=l2bn_position norm.scale=max", ["norm.scale", "'max'", "rms"]),
@@ -178,14 +175,14 @@ COMMANDS = ["dataset=cifar11", "norm=bn,l2bn", "dataset=cifar10 dataset.download
 
 
 @pytest.mark.parametrize("given", COMMANDS)
-def test_as_a_command_too_it_leaves_one_message_and_no_folder(given: str, tmp_path: Path) -> None:
-    runs = tmp_path / "runs"
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), f"runs_dir={runs}", *given.split()]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
+def test_as_a_command_too_it_leaves_one_message_and_no_folder(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, issue: Issue
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = issue("train", f"runs_dir={tmp_path / 'runs'}", *given.split())
+    assert done.code == 1
     for word in dict(WRONG)[given]:
-        assert word in done.stderr
+        assert word in done.err
     assert list(tmp_path.iterdir()) == []
 
 

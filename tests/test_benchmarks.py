@@ -313,6 +313,8 @@ def test_first_calls_are_measured(measured: Measured) -> None:
     assert [(row["norm"], row["cache"]) for row in rows] == [("bn", "–"), ("l2bn", "empty"), ("l2bn", "filled")]
     _, empty, filled = (row["seconds"] for row in rows)
     assert max(empty["another batch size"], filled["first step"]) < empty["first step"]
+    with pytest.raises(UserError, match="vit_tiny_patch16_224 with bn cannot be measured"):
+        measured("first", "--networks", "vit_tiny_patch16_224", "--batch", "4")
 
 
 def test_accuracies_are_measured(measured: Measured, tmp_path: Path) -> None:
@@ -323,8 +325,10 @@ def test_accuracies_are_measured(measured: Measured, tmp_path: Path) -> None:
             folder.mkdir(parents=True)
             for copy in range(copies):
                 Image.fromarray(pixels[label].numpy()).save(folder / f"{copy}.png")
-    options = ["--root", str(tmp_path / "images"), "--images", "128", "--epochs", "1"]
+    options = ["--root", str(tmp_path / "images"), "--epochs", "1"]
     paths = ("ours", "plain", "bf16")
-    runs = measured("accuracy", *options, "--seeds", "2", "--paths", *paths)["runs"]
+    with pytest.raises(UserError, match="127 training images are fewer than one batch of 128"):
+        measured("accuracy", *options, "--images", "127")
+    runs = measured("accuracy", *options, "--images", "128", "--seeds", "2", "--paths", *paths)["runs"]
     assert [(run["path"], run["seed"]) for run in runs] == [(path, seed) for seed in range(2) for path in paths]
     assert all(0 <= run["accuracy"] <= 100 for run in runs)

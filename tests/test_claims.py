@@ -11,6 +11,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import ROOT, Issue
 from l2bn.errors import UserError
 from l2bn.reporting.claims import (
     ACCURATE,
@@ -26,9 +27,8 @@ from l2bn.reporting.comparison import arms_of
 from l2bn.reporting.evidence import Evidence, read_evidence
 from l2bn.reporting.reference import RunSet, read_sets
 from l2bn.reporting.statistics import fixed_estimate
-from synthetic_records import report, write_features, write_pairs, write_run
+from synthetic_records import write_features, write_pairs, write_run
 
-ROOT = Path(__file__).parents[1]
 SETS = read_sets(ROOT / "results/reference/sets.yaml")
 VERDICTS = {"supported", "contradicted", "not decided at this n", "not measured"}
 
@@ -110,12 +110,15 @@ def test_evidence_of_claim_5_holds_its_numbers(tmp_path: Path) -> None:
     write_grid(tmp_path, [0.2, 0.3, 0.4])
     write_pairs(tmp_path, [70.0], [2.0], recipe="short", epochs=5, label="CIFAR-10 (JPEG)")
     _, evidence = verdict(tmp_path, 5)
-    assert "3 of 4 rows" in evidence
+    assert "3 of 4 cells" in evidence
     assert "+0.30 points, 95 % interval [+0.05, +0.55]" in evidence
     (claim,) = (claim for claim in CLAIMS if claim.number == 5)
     details = claim.judge(arms_of(read_evidence(tmp_path))).details
-    assert details == ("Not counted: CIFAR-10 (JPEG), resnet20, short: +2.00 points, 1 pair of 5 epochs",)
-    assert f"- {details[0]}\n" in claims_markdown(read_evidence(tmp_path), SETS)
+    assert len(details) == 4
+    assert sum("not counted" in line for line in details) == 1
+    last = "CIFAR-10 (JPEG), resnet20, short (5 epochs): +2.00 points, n too small, n = 1; not counted"
+    assert details[-1] == last
+    assert f"- {last}\n" in claims_markdown(read_evidence(tmp_path), SETS)
 
 
 def test_many_data_sets_are_not_various_models(tmp_path: Path) -> None:
@@ -183,7 +186,7 @@ def test_the_pooled_interval_of_the_primary_measure_decides(
     write_claims(tmp_path, change, measure=measure, **options)
     found, evidence = verdict(tmp_path, number)
     assert found == expected
-    assert ("L2BN − l2bn_mean_norm" if number == 1 else "L2BN − bn") in evidence
+    assert ("L2BN − l2bn_mean_norm" if number == 1 else "L2BN − BN") in evidence
     assert f"of {options.get('nets', 3)} cells count" in evidence
 
 
@@ -191,9 +194,8 @@ def test_without_the_control_the_cause_is_not_measured(tmp_path: Path) -> None:
     for (norm, share), seed in product((("bn", 0.2), ("l2bn", 0.1)), range(2)):
         write_features(write_run(tmp_path, norm=norm, seed=seed), within_share=share)
     assert verdict(tmp_path, 1)[0] == "not measured"
-    found, evidence = verdict(tmp_path, 2)
-    assert found == "not decided at this n"
-    assert "−0.1000, n too small, n = 2" in evidence
+    assert verdict(tmp_path, 2)[0] == "not decided at this n"
+    assert "−0.1000, n too small, n = 2" in claims_markdown(read_evidence(tmp_path, features=True), SETS)
 
 
 # ---- The rule for these networks ---------------------------------------------------------------------------
@@ -244,7 +246,7 @@ def test_acoustic_scenes_decide_claim_6_by_the_rule_of_claim_5(tmp_path: Path) -
     write_sound(tmp_path, "tau2020", SMALL, SMALL, (0.6, 0.7, 0.5))
     found, evidence = verdict(tmp_path, 6)
     assert found == "supported"
-    assert "3 of 3 rows" in evidence
+    assert "3 of 3 cells" in evidence
     assert verdict(tmp_path, 5)[0] == "not measured"
 
 
@@ -297,7 +299,7 @@ def test_features_of_sound_are_not_pooled_with_those_of_images(number: int, tmp_
         write("cifar10", net, 0.01)
     found = verdict(tmp_path, number)
     assert found[0] == "supported"
-    assert "3 of 3 cells count for other networks (3 backbones)" in found[1]
+    assert "3 of 3 cells count for other networks (3 data set × backbone cells, 3 backbones)" in found[1]
     for net in range(3):
         write("tau2020", net, -0.1)
     assert verdict(tmp_path, number)[0] == "supported"
@@ -470,9 +472,8 @@ def test_the_first_set_is_that_of_the_cpu_grid() -> None:
     assert list(first.backbones) == params["backbone"].split(",")
     assert list(first.seeds) == [int(seed) for seed in params["seed"].split(",")]
     assert params["norm"] == "bn,l2bn"
-    assert len(first.runs(ACCURATE.reference)) == len(first.runs(COMPACT.reference)) == 24
-    assert len(first.runs(EQUAL_NORMS.reference)) == 33
-    assert [len(one.runs(ACCURATE.reference)) for one in SETS] == [24, 18, 24]
+    assert [judge_set(question, first, []).wanted for question in (ACCURATE, COMPACT, EQUAL_NORMS)] == [24, 24, 33]
+    assert [judge_set(ACCURATE, one, []).wanted for one in SETS] == [24, 18, 24]
     for one in SETS:
         for group, names in (("dataset", [one.dataset]), ("recipe", [one.recipe]), ("backbone", one.backbones)):
             assert all((ROOT / f"configs/{group}/{name}.yaml").exists() for name in names)
@@ -519,9 +520,10 @@ def test_the_committed_claims_are_what_the_records_give() -> None:
     assert (ROOT / "results/claims.md").read_text(encoding="utf-8") == claims_markdown(evidence, SETS)
 
 
-def test_a_set_of_ones_own_is_judged_by_the_same_rule(tmp_path: Path) -> None:
+def test_a_set_of_ones_own_is_judged_by_the_same_rule(tmp_path: Path, issue: Issue) -> None:
     write_pairs(tmp_path / "runs", [50.0, 51.0, 52.0], [1.0, 1.1, 0.9], backbone="mine", recipe="short")
-    names = "label: My set, dataset: cifar10, recipe: short, setting: 32-true"
+    names = "label: My | set, dataset: cifar10, recipe: short, setting: 32-true"
     (tmp_path / "sets.yaml").write_text(f"sets: [{{{names}, backbones: [mine], seeds: [0, 1, 2]}}]")
-    printed = report("claims", "--runs", tmp_path / "runs", "--sets", tmp_path / "sets.yaml").stdout
-    assert "| My set: supported, 6 runs: +1.00 [+0.75, +1.25], 1 of 1 network above 0, 1 significantly |" in printed
+    printed = issue("report", "claims", "--runs", tmp_path / "runs", "--sets", tmp_path / "sets.yaml").out
+    found = "supported, 6 runs: +1.00 [+0.75, +1.25], 1 of 1 network above 0, 1 significantly"
+    assert rf"| My \| set: {found} |" in printed

@@ -2,12 +2,11 @@
 
 import errno
 import os
-import runpy
+import resource
 import shutil
 import signal
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 
-from conftest import ROOT, TINY, train_in
+from conftest import ROOT, TINY, Issue, train_in
 from l2bn.errors import UserError
 from l2bn.failures import explain, told_plainly
 from l2bn.records import read_metrics, read_records
@@ -72,6 +71,21 @@ WRONG: list[tuple[list[str], dict[str, str], list[str]]] = [
     (["fetch_data.py", "digits", "--pack", "x"], {}, ["--pack", "imagenet_wds", "digits"]),
     (["fetch_data.py", "digits", "dataset.image_size=0"], {}, ["dataset.image_size", "0"]),
     (["fetch_data.py", "null"], {}, ["null", "list.py"]),
+    (["fetch_data.py", "imagenet"], {}, ["https://image-net.org", "ILSVRC2012_img_train.tar"]),
+    (["fetch_data.py", "cifar100", "dataset.download=false"], {}, ["cifar-100-python.tar.gz", "md5"]),
+    (["fetch_data.py", "nonsense"], {}, ["nonsense", "cifar10"]),
+    (["fetch_data.py", "image_folder"], {}, ["dataset.root"]),
+    (["fetch_data.py", "cifar10", "dataset.rot=x"], {}, ["rot"]),
+    (["fetch_data.py", "image_folder", "dataset.root=~/x"], {}, ["""'dataset.root="~/x"'"""]),
+    (["fetch_data.py", "image_folder", "dataset.root=/data/Übung"], {}, ["""'dataset.root="/data/Übung"'"""]),
+    (["fetch_data.py", "image_folder", "dataset.root=a,b"], {}, ["root"]),
+    (["fetch_data.py", "imagenet", "dataset.root='~nobodyhere/x'"], {}, ["dataset.root=~nobodyhere/x", "no home"]),
+    (
+        ["fetch_data.py", "imagenet_wds", "dataset.root=x", "dataset.train=/data/none-*.tar"],
+        {},
+        ["/data/none-*.tar", "dataset.root="],
+    ),
+    (["fetch_data.py", "imagenet_wds", "--pack", "~nobodyhere/x"], {}, ["--pack=~nobodyhere/x", "no home folder"]),
     (["benchmark.py", "norm", "--json", "/proc/x.json"], {}, ["/proc/x.json"]),
     (["benchmark.py", "step", "--batch", "0"], {}, ["--batch", "number from 1", "0"]),
     (["benchmark.py", "waiting", "--batches", "128", "-8"], {}, ["--batches", "number from 1", "-8"]),
@@ -90,36 +104,29 @@ def test_a_wrong_argument_is_named(
     finished: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    issue: Issue,
 ) -> None:
     shutil.copytree(finished / "runs", tmp_path / "runs")
     for file, content in files.items():
         (tmp_path / file).write_text(content)
     monkeypatch.chdir(tmp_path)
     script, *arguments = command
-    monkeypatch.setattr(sys, "argv", [script, *arguments])
-    with pytest.raises(SystemExit) as left:
-        runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
-    printed = capsys.readouterr()
-    message = left.value.code if isinstance(left.value.code, str) else printed.out + printed.err
-    assert left.value.code not in (0, None)
-    assert "Traceback" not in message
+    done = issue(script.removesuffix(".py"), *arguments)
+    assert done.code
+    assert "Traceback" not in done.printed
     for word in named:
-        assert word in " ".join(message.split()), message
+        assert word in " ".join(done.printed.split()), done.printed
 
 
 def test_ended_runs_are_published_also_beside_one_that_is_not(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, issue: Issue
 ) -> None:
     monkeypatch.chdir(finished)
-    for runs, code in (([RUN], None), (["nowhere", RUN], 1)):
+    for runs, code in (([RUN], 0), (["nowhere", RUN], 1)):
         to = tmp_path / str(code)
-        monkeypatch.setattr(sys, "argv", ["publish.py", *runs, "--to", str(to)])
-        with pytest.raises(SystemExit) if code else nullcontext() as left:
-            runpy.run_path(str(ROOT / "scripts/publish.py"), run_name="__main__")
-        assert left is None or left.value.code == code
+        done = issue("publish", *runs, "--to", to)
         (record,) = read_records(to)[0]
-        assert capsys.readouterr().out == f"{record.folder}\n"
+        assert (done.code, done.out) == (code, f"{record.folder}\n")
 
 
 # What goes wrong before any code of ours runs: only the real command shows it.
@@ -212,9 +219,9 @@ def test_a_reader_may_stop_reading() -> None:
         assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
-def test_a_command_may_begin_without_stdout() -> None:
-    command = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, str(ROOT / "scripts/list.py"), "norm"]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+def test_a_command_may_begin_without_stdout(tmp_path: Path) -> None:
+    status = [sys.executable, str(ROOT / "scripts/status.py"), "--runs", str(tmp_path)]
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *status], stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -222,3 +229,38 @@ def test_a_user_who_asks_for_tracebacks_gets_them(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(UserError), told_plainly():
         raise UserError("seed must be 0 or more, not -1")
+
+
+# How long a user waits, in seconds of the processor: those of the clock on a machine with nothing else to do.
+
+
+def processor_seconds(*arguments: str) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, str(ROOT / "scripts/train.py"), *arguments]
+    # With several threads, those that wait for the others count as well.
+    subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_help_comes_at_once() -> None:
+    assert processor_seconds("--help") < 4  # about 2 on two slow cores
+
+
+def test_the_first_steps_come_soon(tmp_path: Path) -> None:
+    """From nothing to the end of a run of eight steps, the evaluation included."""
+    options = f"runs_dir={tmp_path}", "norm=l2bn", "recipe.epochs=1", *TINY
+    assert processor_seconds(*options) < 20  # about 10 on two slow cores
+
+
+def test_threads_that_wait_for_each_other_sleep_soon_unless_the_user_decides() -> None:
+    """`OMP_WAIT_POLICY` is the standard's variable for it, and libgomp's own would overrule it."""
+    program = "import os, l2bn.training; print(os.environ.get('GOMP_SPINCOUNT'))"
+    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    found = []
+    for own in ({}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "ACTIVE"}):
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment | own, capture_output=True, text=True
+        )
+        found.append(done.stdout.strip())
+    assert found == ["1000", "7", "None"]

@@ -3,6 +3,7 @@
 import copy
 import functools
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -16,15 +17,16 @@ import yaml
 from lightning_fabric.accelerators import MPSAccelerator
 from torch import Tensor, nn
 
-from conftest import ROOT, TINY, Train
+from conftest import ROOT, TINY, Train, interrupted
 from l2bn.errors import UserError
 from l2bn.norms.l2bn import convert
 from l2bn.norms.stepped import put_before
 from l2bn.norms.swap import swap_norm
 from l2bn.records import FEATURES
+from l2bn.training import acceleration
 from l2bn.training import compute as compute_module
-from l2bn.training.compute import BFLOAT16, UPDATES, Compute, Float32Conv2d, should_compile
-from l2bn.training.graphs import Recorded
+from l2bn.training.acceleration import BFLOAT16, UPDATES, Float32Conv2d, Recorded, replays_graphs, should_compile
+from l2bn.training.compute import Compute
 from l2bn.training.instantiate import Builder
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -113,7 +115,7 @@ def test_a_run_in_a_container_has_the_threads_that_its_limit_allows(
 @pytest.fixture(params=[True, False], ids=["a compiler", "no compiler"])
 def works(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether a compiler works, here as on a machine with CUDA."""
-    monkeypatch.setattr(compute_module, "compiler_works", lambda _: request.param)
+    monkeypatch.setattr(acceleration, "compiler_works", lambda _: request.param)
     return bool(request.param)
 
 
@@ -204,8 +206,8 @@ def test_graphs_are_recorded_unasked_only_where_that_was_measured(
     options: dict[str, Any], device: torch.device, in_memory: bool
 ) -> None:
     model = backbone("shufflenetv2_x0_5")
-    assert compute(device="cpu", compile="auto").replays_graphs(model, CUDA, in_memory=True)
-    assert not compute(**{"device": "cpu", "compile": "auto", **options}).replays_graphs(model, device, in_memory)
+    assert replays_graphs(compute(device="cpu", compile="auto"), model, CUDA, in_memory=True)
+    assert not replays_graphs(compute(**{"device": "cpu", "compile": "auto", **options}), model, device, in_memory)
 
 
 class OwnLayer(nn.Identity):
@@ -236,7 +238,7 @@ def test_what_may_decide_anew_at_each_step_is_not_recorded_unasked(
     caplog.set_level("INFO")
     model = backbone("resnet20")
     change(model)
-    assert not compute(device="cpu", compile="auto").replays_graphs(model, CUDA, in_memory=True)
+    assert not replays_graphs(compute(device="cpu", compile="auto"), model, CUDA, in_memory=True)
     assert f"{named} may do other things at other steps" in caplog.text
 
 
@@ -340,7 +342,7 @@ def test_a_compiled_run_is_recorded_as_such_and_can_be_looked_into(train: Train)
 def test_an_older_torch_compiles_the_definition_and_the_record_says_so(
     norm: str, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("l2bn.training.compute.TRACED", False)
+    monkeypatch.setattr(acceleration, "TRACED", False)
     monkeypatch.setattr(torch, "compile", lambda network, **_: network)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     swap_norm(model, norm)
@@ -362,16 +364,9 @@ def test_a_run_goes_on_in_the_other_memory_format(
     before: bool, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Kernels that walk through weights and momentum side by side need both laid out alike."""
-    from l2bn.training.interruption import EXIT_CODE
-    from test_training import stop_after
-
     whole = train("recipe.epochs=2", *TINY, f"compute.channels_last={before}")
     resumed = ("recipe.epochs=2", *TINY, f"runs_dir={tmp_path / 'resumed'}")
-    with monkeypatch.context() as patch:
-        stop_after(patch, 9)
-        with pytest.raises(SystemExit) as left:
-            train(*resumed, f"compute.channels_last={before}")
-    assert left.value.code == EXIT_CODE
+    interrupted(9, train, *resumed, f"compute.channels_last={before}")
     laid_out = []
 
     def look(self: Any, position: Any) -> None:
@@ -404,3 +399,39 @@ def test_several_devices_within_a_sweep_under_a_scheduler(tmp_path: Path, monkey
     for path in records:
         config = yaml.safe_load((path.parent / "config.yaml").read_text())
         assert config["compute"]["devices"] == 2
+
+
+# ---- Freed memory stays with the process, so that later steps touch fewer new pages ---------------------------
+
+STEPS = """
+import resource
+import torch
+from torch import nn
+from l2bn.training.compute import free_as_usual, keep_freed_memory
+for rule in {rules}:
+    assert rule()
+x = torch.randn(32, 64, 72, 72, requires_grad=True)  # 42 MB
+layer = nn.BatchNorm2d(64)
+def step():
+    x.grad = None
+    layer(x).sum().backward()
+for _ in range(20):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def page_faults(*rules: str) -> int:
+    code = STEPS.format(rules=f"({''.join(f'{rule}, ' for rule in rules)})")
+    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator can be told")
+@pytest.mark.slow
+def test_later_steps_meet_less_than_half_the_new_pages() -> None:
+    usual = page_faults()
+    assert page_faults("keep_freed_memory") < 0.5 * usual
+    assert page_faults("keep_freed_memory", "free_as_usual") > 0.5 * usual

@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import TINIEST, train_in
+from conftest import TINIEST, same, train_in
 from l2bn.records import Record, read_records
-from test_training import drawn, equal, results, weights
 
 # Two updates an epoch, with a checkpoint after each.
 OPTIONS = (*TINIEST, "recipe.epochs=3", "checkpoint.every_steps=1", "norm=bn")
@@ -75,7 +74,7 @@ def kill_at(pattern: str, moment: str) -> None:
 def run(runs: Path, place: tuple[str, str] | None = None) -> int:
     """The exit code of a process that makes an attempt."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["l2bn.training.run", "torch.utils.tensorboard", "hydra", "test_training"])
+    context.set_forkserver_preload(["l2bn.training.run", "torch.utils.tensorboard", "hydra", "conftest"])
     process = context.Process(target=attempt, args=(runs, place))
     process.start()
     process.join(timeout=300)
@@ -105,10 +104,7 @@ def endure(places: list[tuple[str, str]], runs: Path, whole: Record) -> None:
         assert len(read_records(runs)[0]) == ended, f"{file} {moment}: an unfinished run claims to be finished"
         assert read_records(runs)[1] == []
     assert run(runs) == 0
-    record = record_of(runs)
-    assert results(record) == results(whole)
-    assert equal(weights(record), weights(whole))
-    assert drawn(record) == drawn(whole)
+    same(record_of(runs), whole)
     assert not any(runs.rglob(".*.tmp")), "what a kill cut off was left lying about"
     print(f"{len(places)} kills, each while a file was being written")
 

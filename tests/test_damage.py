@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import TINY, Train, train_in
+from conftest import TINY, Train, interrupted, same, train_in
 from l2bn.errors import UserError
 from l2bn.training.checkpoint import Checkpoints
 from l2bn.training.environment import note_start
 from test_faults import lost_nothing
-from test_training import results, stop_after
 
 ONE, THREE = (("recipe.epochs=1", *TINY), ("recipe.epochs=3", *TINY))
 
@@ -22,10 +21,7 @@ ONE, THREE = (("recipe.epochs=1", *TINY), ("recipe.epochs=3", *TINY))
 def left(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run of three epochs that was stopped after the second, with two checkpoints."""
     runs = tmp_path_factory.mktemp("left")
-    with pytest.MonkeyPatch.context() as patch:
-        stop_after(patch, 20)
-        with pytest.raises(SystemExit):
-            train_in(runs, *THREE)
+    interrupted(20, train_in, runs, *THREE)
     return runs
 
 
@@ -78,7 +74,7 @@ def test_a_checkpoint_that_cannot_be_read(
     monkeypatch.setattr(Path, "read_bytes", fail)
     record = train(*THREE)
     assert "Input/output error" in caplog.text
-    assert results(record) == results(whole)
+    same(record, whole)
 
 
 def test_a_checkpoint_of_another_run_is_refused(train: Train, trained: Train, copied: Train) -> None:

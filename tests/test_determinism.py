@@ -14,11 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import QUIET, TINY, Train, decoding
+from conftest import EPOCHS, QUIET, TINY, Train, decoding, equal, interrupted, same
 from l2bn.seeding import derive_seed, seed_global
 from l2bn.training import run
 from l2bn.training.session import BuiltRun
-from test_training import EPOCHS, equal, results, stop_after, weights
 
 
 @pytest.fixture
@@ -35,8 +34,7 @@ def test_two_threads_give_the_same_bits_twice(train: Train, tmp_path: Path) -> N
     options = ("compute.threads=2", *few, *QUIET)
     one, other = (train(*options, f"runs_dir={tmp_path / name}") for name in ("one", "other"))
     assert torch.get_num_threads() == 2
-    assert results(one) == results(other)
-    assert equal(weights(one), weights(other))
+    same(one, other)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more processes than this machine has cores
@@ -49,8 +47,7 @@ def test_the_number_of_data_workers_changes_nothing(
     for workers in (1, 3):
         other = train(*options, f"compute.workers={workers}", f"runs_dir={tmp_path / str(workers)}")
         assert other.hash == one.hash
-        assert results(other) == results(one)
-        assert equal(weights(other), weights(one))
+        same(other, one)
 
 
 def test_a_seed_governs_the_generators_of_a_users_own_network_too() -> None:
@@ -120,18 +117,14 @@ def test_ranks_drop_out_features_of_their_own(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize(("norm", "compiler"), [("bn", "false"), ("l2bn", "false"), ("l2bn", "graphs")])
 def test_cuda_gives_the_same_bits_with_the_deterministic_switch(
-    norm: str, compiler: str, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    norm: str, compiler: str, train: Train, tmp_path: Path
 ) -> None:
     """Twice, and once more after a stop in the second epoch."""
     options = (f"norm={norm}", "compute.device=cuda", f"compute.compile={compiler}", "compute.deterministic=true")
     options = (*options, EPOCHS, *TINY)
     one = train(*options)
     other = train(*options, f"runs_dir={tmp_path / 'again'}")
-    with monkeypatch.context() as patch:
-        stop_after(patch, 12)
-        with pytest.raises(SystemExit):
-            train(*options, f"runs_dir={tmp_path / 'stopped'}")
+    interrupted(12, train, *options, f"runs_dir={tmp_path / 'stopped'}")
     resumed = train(*options, f"runs_dir={tmp_path / 'stopped'}")
     for record in (other, resumed):
-        assert results(record) == results(one)
-        assert equal(weights(record), weights(one))
+        same(record, one)

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import TINY, AtUpdate, Train
+from conftest import EPOCHS, TINY, AtUpdate, Train, weights
 from l2bn.records import Record
 from l2bn.training import loop
-from test_training import EPOCHS, weights
 
 NAN, INFINITY = math.nan, math.inf
 

@@ -22,11 +22,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
-from conftest import ROOT, TINIEST, TINY, AtUpdate, Train, decoding, require
+from conftest import EPOCHS, ROOT, TINIEST, TINY, AtUpdate, Issue, Train, decoding, require, same
 from l2bn.errors import UserError
 from l2bn.failures import explained
 from l2bn.records import SUMMARY, read_records
-from test_training import EPOCHS, drawn, equal, results, weights
 
 EXHAUSTED = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
@@ -59,9 +58,7 @@ def lost_nothing(runs: Path, again: Callable[[], Any], whole: Any) -> None:
     assert read_records(runs) == ([], [])
     assert any(runs.rglob("*.pt"))
     record = again()
-    assert results(record) == results(whole)
-    assert drawn(record) == drawn(whole)
-    assert equal(weights(record), weights(whole))
+    same(record, whole)
 
 
 def test_a_full_disk(small_disk: Path, train: Train, trained: Train, at_update: AtUpdate) -> None:
@@ -270,8 +267,7 @@ def test_an_image_that_is_damaged_under_the_run(
         image.write_bytes(content)
     assert read_records(tmp_path / "runs") == ([], [])
     record = train(*options)
-    assert results(record) == results(whole)
-    assert equal(weights(record), weights(whole))
+    same(record, whole)
 
 
 def test_a_clock_that_jumps(train: Train, trained: Train, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,15 +276,14 @@ def test_a_clock_that_jumps(train: Train, trained: Train, monkeypatch: pytest.Mo
     jumps = iter(range(10**6))
     monkeypatch.setattr(time, "time", lambda: now + (-1) ** next(jumps) * 86_400)
     record = train(EPOCHS, *TINY)
-    assert results(record) == results(whole)
-    assert drawn(record) == drawn(whole)
+    same(record, whole)
     assert all(0 < (row["seconds"] or 0) < 3600 for row in record.metrics())
 
 
 def test_paths_with_spaces_quotes_and_other_alphabets(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Train, issue: Issue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the runs, of the images and of where the command is given: in this process, and as a real command."""
+    """Of the runs, of the images and of where the command is given: without a command line, and by one."""
     here, runs, images = (tmp_path / f"{name} 'и' 走る \"x\"" for name in ("Ort", "Läufe", "Bilder"))
     here.mkdir()
     for number in range(8):
@@ -307,9 +302,8 @@ def test_paths_with_spaces_quotes_and_other_alphabets(
     monkeypatch.chdir(here)
     record = train(*options, "runs_dir=.")
     assert (here / record.folder / SUMMARY).exists()
-    command = [sys.executable, ROOT / "scripts/train.py", *options, f"runs_dir={quoted(runs)}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = issue("train", *options, f"runs_dir={quoted(runs)}")
+    assert done.code == 0, done.err
     (other,), problems = read_records(runs)
     assert (other.folder.relative_to(runs), problems) == (record.folder, [])
 

@@ -23,8 +23,8 @@ from l2bn.reporting.figures import (
     read_curves,
     write_figures,
 )
+from l2bn.reporting.readme import BEGIN, END, readme_with_block
 from l2bn.reporting.reference import RunSet
-from l2bn.reporting.tables import BEGIN, END, readme_with_block
 from synthetic_records import write_pairs, write_run
 
 

@@ -24,8 +24,8 @@ from l2bn.data.splits import CONTENTS, PUBLISHED, _contents, digest
 from l2bn.errors import UserError
 from l2bn.records import SUMMARY, InvalidRecordError, Record, publish
 from l2bn.training.existing import analyze, evaluate_run, replay
-from l2bn.training.plan import PlannedRun, check_images, compose_sweep, plan_sweep
-from l2bn.training.sweep import run_sweep
+from l2bn.training.plan import PlannedRun, check_images
+from l2bn.training.sweep import compose_sweep, plan_sweep, run_sweep
 
 GRAY = {"label": "Gray", "mean": [0.5] * 3, "std": [0.5] * 3}
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import ROOT, TINY, AtUpdate, Train, decoding, planned
+from conftest import EPOCHS, ROOT, TINY, AtUpdate, Train, decoding, planned, same
 from l2bn.errors import UserError
 from l2bn.processes import SIGNALS
 from l2bn.records import Record, read_records
@@ -35,7 +35,6 @@ from l2bn.training.interruption import (
 )
 from l2bn.training.run import run
 from l2bn.training.session import Session
-from test_training import EPOCHS, drawn, equal, results, weights
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 LONG = ("norm=bn", "recipe.epochs=500")
@@ -254,29 +253,22 @@ def test_a_signal_in_an_evaluation_stops_the_run_there(
     whole = trained(*command)
     with monkeypatch.context() as patch:
         patch.setattr(session, "EVALUATION_BATCH", 8)  # images, of 128
-        expect, left = Session.watch, iter(range(20))
+        evaluation, left = Session.evaluation, iter(range(20))
 
-        @contextlib.contextmanager
         def told(*given: Any) -> Iterator[Any]:
-            with expect(*given) as before_batch:
+            for batch in evaluation(*given):
+                if next(left) == 9:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield batch
 
-                def tell(labels: torch.Tensor) -> None:
-                    if next(left) == 9:
-                        os.kill(os.getpid(), signal.SIGTERM)
-                    before_batch(labels)
-
-                yield tell
-
-        patch.setattr(Session, "watch", told)
+        patch.setattr(Session, "evaluation", told)
         with pytest.raises(SystemExit) as stopped:
             train(*command)
     assert stopped.value.code == EXIT_CODE
     assert next(left) == 10
     assert newest(tmp_path / "runs")[0].startswith("epoch0000-step0000008.")
     resumed = train(*command)
-    assert results(resumed) == results(whole)
-    assert equal(weights(resumed), weights(whole))
-    assert drawn(resumed) == drawn(whole)
+    same(resumed, whole)
 
 
 @pytest.mark.parametrize("alone", [True, False], ids=["a run", "a run of a sweep"])
@@ -389,9 +381,7 @@ def test_all_processes_of_a_run_stop_at_one_update(told: str, tmp_path: Path) ->
     assert position["step"] in (10, 20, 30), "left at an update of the epoch at which the processes agree"
     assert position["totals"][:, 3].tolist() == [position["step"] * 16] * 2
     resumed = finish(runs, *options)
-    assert results(resumed) == results(whole)
-    assert drawn(resumed) == drawn(whole)
-    assert equal(weights(resumed), weights(whole))
+    same(resumed, whole)
 
 
 @pytest.mark.slow
@@ -429,8 +419,7 @@ def test_a_process_of_a_run_that_is_killed_ends_the_run(tmp_path: Path) -> None:
         assert "the same command" in output
     assert not any(runs.rglob("summary.json"))
     resumed = finish(runs, *options)
-    assert results(resumed) == results(whole)
-    assert equal(weights(resumed), weights(whole))
+    same(resumed, whole)
 
 
 def test_a_second_process_leaves_the_run_to_the_first(train: Train, tmp_path: Path) -> None:

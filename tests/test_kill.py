@@ -14,9 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, TINIEST
+from conftest import ROOT, TINIEST, same
 from l2bn.records import Record, read_records
-from test_training import drawn, equal, results, weights
 
 SEED = 20220706
 # Two updates an epoch and a checkpoint after each: something is always being written.
@@ -82,8 +81,6 @@ def test_many_kills(kills: int, options: tuple[str, ...], tmp_path: Path) -> Non
         survived = finish(runs, options)
         assert len(survived) == len(whole)
         for one, other in zip(survived, whole, strict=True):
-            assert results(one) == results(other)
-            assert drawn(one) == drawn(other)
-            assert equal(weights(one), weights(other))
+            same(one, other)
     print(f"seed {SEED}: {kills} kills, {done.count('at a write')} of them in the middle of a checkpoint's write")
     assert "at a write" in done

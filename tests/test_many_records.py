@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from conftest import ROOT
+from conftest import ROOT, Issue
 from l2bn.records import SUMMARY, load
 
 SEEDS, DATASETS = 25, 10
@@ -70,9 +70,9 @@ def test_ten_thousand_records_in_twenty_seconds_and_a_gigabyte(tmp_path: Path) -
     assert peak < 2**30
 
 
-def test_tables_and_plain_pandas_agree(tmp_path: Path) -> None:
+def test_tables_and_plain_pandas_agree(tmp_path: Path, issue: Issue) -> None:
     write_copies(tmp_path / "runs", 500)
-    make_tables(tmp_path / "runs", tmp_path / "out")
+    assert issue("report", "tables", "--runs", tmp_path / "runs", "--out", tmp_path / "out").code == 0
     ours = pd.read_csv(tmp_path / "out/grid.csv").sort_values("dataset").reset_index(drop=True)
     cell = ["dataset", "backbone", "recipe"]
     pairs = load(tmp_path / "runs").pivot(index=[*cell, "seed"], columns="norm", values="test/top1")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from conftest import ROOT, Issue
 from l2bn.errors import UserError
 from l2bn.records import FEATURES, SAMPLE, STATISTICS, Sample, read_sample, read_statistics, write_lines
 from l2bn.reporting.comparison import Arm, Comparison, arms_of
@@ -61,12 +62,9 @@ from l2bn.reporting.studies import (
     rate_table,
     studies_csv,
     studies_of,
-    trap_studies,
     trap_table,
 )
-from synthetic_records import report, write_features, write_run
-
-ROOT = Path(__file__).parents[1]
+from synthetic_records import write_features, write_run
 
 
 def write_measured(
@@ -454,8 +452,7 @@ def write_trap(root: Path, norm: str, lags: Sequence[int]) -> None:
 def test_the_trap_table_says_when_running_statistics_have_caught_up(tmp_path: Path) -> None:
     write_trap(tmp_path, BN, (10, 10, 10))
     write_trap(tmp_path, L2BN, (120, 140, 1000))
-    (study,), problems = trap_studies(read_evidence(tmp_path).records)
-    assert problems == []
+    (study,) = studies_of(read_evidence(tmp_path, statistics=True))
     rows = trap_table(study).rows
     assert [row[:2] for row in rows] == [
         *(("bn", "running"), ("bn", "batch"), ("l2bn", "running"), ("l2bn", "batch")),
@@ -463,12 +460,12 @@ def test_the_trap_table_says_when_running_statistics_have_caught_up(tmp_path: Pa
     assert rows[0][-2:] == ("10", "3")
     record = write_run(tmp_path, norm=BN, seed=3, status="diverged")
     write_lines(record.folder / STATISTICS, read_statistics(write_run(tmp_path, norm=BN, seed=0).folder)[:3])
-    (study,), _ = trap_studies(read_evidence(tmp_path).records)
+    (study,) = studies_of(read_evidence(tmp_path, statistics=True))
     assert trap_table(study).rows[0] == (*rows[0][:-1], "3; 1 diverged")
     assert rows[2][-2:] == ("120 to 140, 1 never", "3")
     assert rows[2][2:8] == ("10.00", "10.00", "10.00", "63.33", "63.33", "63.33")
     write_run(tmp_path, norm=RMS, status="diverged")
-    (study,), _ = trap_studies(read_evidence(tmp_path).records)
+    (study,) = studies_of(read_evidence(tmp_path, statistics=True))
     lost = trap_table(study).rows[4:]
     assert lost == [(RMS, kind, *["–"] * 6, "", "0; 1 diverged") for kind in ("running", "batch")]
     with drawing():
@@ -477,7 +474,7 @@ def test_the_trap_table_says_when_running_statistics_have_caught_up(tmp_path: Pa
 
 def test_a_trap_study_of_another_norm_has_its_figure(tmp_path: Path) -> None:
     write_trap(tmp_path, DETACHED, (10, 20))
-    ((study,), _) = trap_studies(read_evidence(tmp_path).records)
+    (study,) = studies_of(read_evidence(tmp_path, statistics=True))
     with drawing():
         (panel,) = accuracy_over_updates(study).axes
     assert panel.get_title(loc="left") == DETACHED
@@ -575,22 +572,22 @@ def test_long_names_are_cut_and_stay_apart(tmp_path: Path) -> None:
     assert all(f"(figures/{path.name})" in text for path in paths if path.suffix == ".png")
 
 
-def test_the_script_writes_all_of_it(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_script_writes_all_of_it(folders: tuple[Path, Path], tmp_path: Path, issue: Issue) -> None:
     out = tmp_path / "out"
-    printed = report("mechanism", "--runs", folders[0], "--studies", folders[1], "--out", out).stdout
+    printed = issue("report", "mechanism", "--runs", folders[0], "--studies", folders[1], "--out", out).out
     for name in ("mechanism.md", "mechanism/features.csv", "mechanism/studies.csv"):
         assert str(out / name) in printed
         assert (out / name).exists()
     assert len(list((out / "figures").glob("*.svg"))) == 6
 
 
-def test_a_document_of_own_runs_holds_none_of_the_published_studies(tmp_path: Path) -> None:
+def test_a_document_of_own_runs_holds_none_of_the_published_studies(tmp_path: Path, issue: Issue) -> None:
     write_run(tmp_path / "runs")  # without measured features, which the document is about
-    command = ("mechanism", "tables", "--runs", tmp_path / "runs")
-    assert report(*command).returncode == 0
+    command = ("report", "mechanism", "tables", "--runs", tmp_path / "runs")
+    assert issue(*command).code == 0
     text = (tmp_path / "runs/mechanism/mechanism.md").read_text()
     assert "From 0 records " in text
     assert "##" not in text
-    done = report(*command, "--studies", tmp_path)
-    assert done.returncode == 1
-    assert f"{tmp_path} holds no records of studies, in eps_study, lr_study, variance_trap" in done.stderr
+    done = issue(*command, "--studies", tmp_path)
+    assert done.code == 1
+    assert f"{tmp_path} holds no records of studies, in eps_study, lr_study, variance_trap" in done.err

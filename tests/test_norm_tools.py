@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import timm
 import timm.layers
@@ -45,7 +46,7 @@ ROWS = {
     "`torch.jit.trace`, `torch.jit.script`": ["test_jit_trace", "test_jit_script_is_refused"],
     "`torch.compile`": ["test_compiled_with_open_sizes_there_is_one_graph"],
     "`torch.export`; by its graph, pt2e quantization": ["test_an_exported_graph_shows_the_l2_step"],
-    "ONNX": ["test_export.test_onnxruntime_agrees"],
+    "ONNX": ["test_onnxruntime_agrees"],
     "`torch.ao.quantization`": ["test_quantization_leaves_the_layer_in_float"],
     "`torch.func`, `make_fx`, batched and higher derivatives": ["test_transforms_see_operators"],
     "per-sample gradients by `vmap` of `grad`, and so Opacus": [
@@ -389,3 +390,38 @@ def test_synchronising_conversions_are_refused(name: str) -> None:
     for model in stepped_networks():
         with pytest.raises(TypeError, match=r"use l2bn\.norms\.sync\.convert_sync"):
             SYNCHRONISING[name](model)
+
+
+# ---- ONNX: onnxruntime agrees -------------------------------------------------------------------------------
+
+SIZE = 64
+
+
+@pytest.fixture(params=["resnet18", pytest.param("mobilenet_v2", marks=pytest.mark.slow)])
+def exported(request: pytest.FixtureRequest) -> nn.Module:
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(request.param, weights=None, num_classes=10)
+    swap_norm(model, "l2bn")
+    for layer in model.modules():  # running statistics as after training, or the output is all but zero
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = None
+            layer.fused = "off"
+    with torch.no_grad():
+        model.train()(torch.randn(8, 3, SIZE, SIZE))
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.fused = "auto"
+    return model.eval()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the exporter itself
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_onnxruntime_agrees(exported: nn.Module, tmp_path: Path) -> None:
+    x = torch.randn(3, 3, SIZE, SIZE)
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(exported, (x,), path, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    expected = exported.requires_grad_(True)(x).detach()
+    assert expected.std() > 0.1, "an output of zeros would agree with anything"
+    assert (torch.from_numpy(output) - expected).abs().max() < 1e-4

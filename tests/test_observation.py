@@ -2,7 +2,6 @@
 
 import copy
 import json
-import runpy
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import QUIET, ROOT, TINY, Train
+from conftest import EPOCHS, QUIET, ROOT, TINY, Issue, Train, equal, interrupted, results, weights
 from l2bn.analysis.probe import Probe
 from l2bn.errors import UserError
 from l2bn.norms.swap import norm_layers, swap_norm
@@ -27,7 +26,6 @@ from l2bn.training.existing import analyze
 from l2bn.training.journal import Journal
 from l2bn.training.loop import Trainer
 from l2bn.training.observation import AnalysisPolicy, compare_statistics
-from test_training import EPOCHS, equal, results, stop_after, weights
 
 STATISTICS_OFTEN = ("analysis=statistics", "analysis.statistics_every=4")
 
@@ -107,16 +105,11 @@ def test_how_often_follows_from_the_policy() -> None:
 @pytest.mark.parametrize(
     "stop", [pytest.param(5, marks=pytest.mark.slow), 12], ids=["in the first epoch", "in the second epoch"]
 )
-def test_a_resumed_run_has_no_line_twice_and_none_missing(
-    stop: int, train: Train, trained: Train, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_has_no_line_twice_and_none_missing(stop: int, train: Train, trained: Train) -> None:
     options = (EPOCHS, *TINY, "analysis=on", "analysis.statistics_until=14", "analysis.statistics_every=3")
     whole = trained(*options)
     assert [row["step"] for row in read_statistics(whole.folder)] == [3, 6, 9, 12]
-    with monkeypatch.context() as patch:
-        stop_after(patch, stop)
-        with pytest.raises(SystemExit):
-            train(*options)
+    interrupted(stop, train, *options)
     resumed = train(*options)
     for name in (FEATURES, STATISTICS, SAMPLE):
         assert (resumed.folder / name).read_bytes() == (whole.folder / name).read_bytes()
@@ -146,13 +139,8 @@ def test_a_run_cut_off_between_line_and_checkpoint_has_no_line_twice(
     assert (resumed.folder / FEATURES).read_bytes() == (whole.folder / FEATURES).read_bytes()
 
 
-def test_damaged_measurements_are_named_before_a_run_goes_on(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        stop_after(patch, 12)
-        with pytest.raises(SystemExit):
-            train(EPOCHS, *TINY, "analysis=on")
+def test_damaged_measurements_are_named_before_a_run_goes_on(train: Train, tmp_path: Path) -> None:
+    interrupted(12, train, EPOCHS, *TINY, "analysis=on")
     (features,) = (tmp_path / "runs").rglob(FEATURES)
     features.write_text('{"epoch": 1}\n')
     with pytest.raises(UserError, match=r"features\.jsonl, line 1: step is missing.*\nmove this file away"):
@@ -267,22 +255,17 @@ def test_a_finished_run_gives_what_it_would_have_given_in_training(copied: Train
     assert rows == read_features(plain.folder) == read_features(watched.folder)
 
 
-def test_the_script_prints_a_line_for_each_layer(
-    copied: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_the_script_prints_a_line_for_each_layer(copied: Train, issue: Issue, tmp_path: Path) -> None:
     record = copied("recipe.epochs=1", *TINY)
-    monkeypatch.setattr(sys, "argv", ["analyze.py", "--run", str(record.folder), str(tmp_path / "nowhere")])
-    with pytest.raises(SystemExit) as left:
-        runpy.run_path(str(ROOT / "scripts" / "analyze.py"), run_name="__main__")
-    assert left.value.code == 1
-    printed = capsys.readouterr()
-    assert "nowhere is not the folder of a run" in printed.err
+    done = issue("analyze", "--run", record.folder, tmp_path / "nowhere")
+    assert done.code == 1
+    assert "nowhere is not the folder of a run" in done.err
     (row,) = read_features(record.folder)
     for layer in row["layers"]:
-        assert f"\n{layer['name']} " in printed.out
-        assert f" {layer['input']['norm_cv']:.3f} " in printed.out
-    assert f"{row['penultimate']['within_share']:.3f}" in printed.out.split("penultimate")[1]
-    assert max(map(len, printed.out.splitlines())) <= 110
+        assert f"\n{layer['name']} " in done.out
+        assert f" {layer['input']['norm_cv']:.3f} " in done.out
+    assert f"{row['penultimate']['within_share']:.3f}" in done.out.split("penultimate")[1]
+    assert max(map(len, done.out.splitlines())) <= 110
 
 
 def test_an_epoch_that_a_crash_kept_out_of_the_metrics_is_analyzed_too(copied: Train) -> None:

@@ -8,7 +8,8 @@ import pytest
 from conftest import ROOT
 from l2bn.records import SUMMARY, Record
 from l2bn.reporting.evidence import overrides
-from l2bn.training.plan import compose_sweep, composing, hash_identity, plan_sweep
+from l2bn.training.plan import composing, hash_identity
+from l2bn.training.sweep import compose_sweep, plan_sweep
 
 RECORDS = [Record.read(path.parent) for path in sorted((ROOT / "results").rglob(SUMMARY))]
 assert len(RECORDS) > 100

@@ -10,13 +10,12 @@ import pytest
 import torch
 import yaml
 
-from conftest import TINY, Train, train_in
+from conftest import ROOT, TINY, Train, results, same, train_in
 from l2bn.errors import UserError
 from l2bn.records import CONFIG, ENVIRONMENT, SUMMARY, publish
 from l2bn.training.existing import _threads, analyze, evaluate_run, replay
 from l2bn.training.plan import read_config
 from official_formats import write
-from test_training import results
 
 Change = Callable[[dict[str, Any]], Any]
 
@@ -59,11 +58,16 @@ def test_what_another_machine_had_more_of_is_not_replayed(copied: Train, tmp_pat
     }
 
 
-def test_a_run_of_a_gpu_is_evaluated_on_a_cpu(copied: Train) -> None:
+def test_a_run_of_a_gpu_is_evaluated_on_a_cpu_and_not_repeated_there(copied: Train, tmp_path: Path) -> None:
     record = copied(*ONE)
     path = record.folder / CONFIG
     path.write_text(path.read_text().replace("32-true", "tf32-mixed").replace("device: auto", "device: cuda"))
     assert evaluate_run(record.folder, device="cpu")[1] == record.last["test/top1"]
+    with (
+        mock.patch("torch.cuda.is_available", return_value=False),
+        pytest.raises(UserError, match="trained in tf32-mixed, which only a GPU computes"),
+    ):
+        replay(record.folder, str(tmp_path / "again"))
 
 
 def test_weights_that_are_no_result_are_evaluated_with_a_warning(
@@ -110,7 +114,7 @@ def test_other_code_of_the_users_own_is_a_warning(
 def test_a_published_record_is_replayed_to_the_same_numbers(trained: Train, record: Path, tmp_path: Path) -> None:
     run = trained(*ONE)
     again = replay(record, str(tmp_path / "replayed"))
-    assert results(again) == results(run)
+    same(again, run)
     assert again.hash == run.hash
 
 
@@ -139,6 +143,21 @@ def test_the_paths_of_a_replay_are_those_of_the_composed_data_set(
         replay(record, str(tmp_path / "third"), config_dirs=[own])
 
 
+def on(name: str, **values: object) -> Change:
+    """As if a run on this data set had been recorded with these values."""
+
+    def change(config: dict[str, Any]) -> None:
+        node = yaml.safe_load((ROOT / f"configs/dataset/{name}.yaml").read_text())
+        node.pop("defaults", None)
+        config["dataset"] = {**node, "label": "x", **values}
+        config["cell"]["dataset"] = name
+
+    return change
+
+
+# What stands in a place is built before it is known to be of the wrong kind: it may not be a data set.
+DOWNLOAD = {"_target_": "l2bn.data.cifar.cifar10", "root": "elsewhere", "download": True, "label": "x"}
+NOT_HERE = "cifar10, which is at this place in no YAML file of configs"
 MALICE: dict[str, tuple[Change, str]] = {
     "a target outside configs/": (lambda c: c["backbone"].update(_target_="os.system"), "os.system"),
     "a target behind a known prefix": (lambda c: c["norm"].update(_target_="torch.os.system"), "torch.os.system"),
@@ -147,7 +166,20 @@ MALICE: dict[str, tuple[Change, str]] = {
         lambda c: c["dataset"].update(_target_="l2bn.records.write_durably"),
         "write_durably",
     ),
+    "a data set for an augmentation": (lambda c: c["dataset"].update(augmentation=DOWNLOAD), NOT_HERE),
+    "a data set for a norm": (lambda c: c["norm"].update(DOWNLOAD), NOT_HERE),
+    "a data set for a schedule": (lambda c: c["recipe"].update(schedule=DOWNLOAD), NOT_HERE),
     "a folder elsewhere": (lambda c: c["cell"].update(dataset="../../elsewhere"), "plain name"),
+    "files elsewhere": (on("cifar10", root="elsewhere", download=False), "data/cifar10"),
+    "images elsewhere": (
+        on("image_folder", root="elsewhere", cache="elsewhere"),
+        r"dataset\.root has no value; give --root",
+    ),
+    **{
+        f"{key}={value}": (on("image_folder", **{key: value}), rf"dataset\.{key} is .*within its data set's folder")
+        for key in ("train", "test")
+        for value in ("/elsewhere", "..", "train/../../elsewhere")
+    },
     "a seed that is a path": (lambda c: c["cell"].update(seed="../0"), "seed"),
     "an unknown key": (lambda c: c.update(hydra={"run": {"dir": "/"}}), "hydra"),
     "no cell": (lambda c: c.pop("cell"), "not the configuration of a run"),
@@ -155,7 +187,10 @@ MALICE: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("name", MALICE)
-def test_a_malicious_record_runs_nothing(name: str, record: Path, tmp_path: Path) -> None:
+def test_a_malicious_record_runs_nothing(
+    name: str, record: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     change, named = MALICE[name]
     config = yaml.safe_load((record / "config.yaml").read_text())
     change(config)
@@ -163,6 +198,14 @@ def test_a_malicious_record_runs_nothing(name: str, record: Path, tmp_path: Path
     with pytest.raises(UserError, match=named):
         replay(record, str(tmp_path / "replayed"))
     assert not (tmp_path / "replayed").exists()
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_path_in_a_nested_place_is_not_used(record: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load((record / "config.yaml").read_text())
+    config["dataset"]["augmentation"]["root"] = str(tmp_path / "elsewhere")
+    (record / "config.yaml").write_text(yaml.safe_dump(config))
+    replay(record, str(tmp_path / "replayed"))
     assert not (tmp_path / "elsewhere").exists()
 
 

@@ -113,7 +113,7 @@ def trainer(
         optimizer=optimizer,
         recipe=recipe(lr),
         train=loader,
-        test=loader,
+        test=loader.epoch,
         classes=10,
         seed=SEED,
         after_step=after_step,

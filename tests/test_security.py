@@ -1,7 +1,7 @@
 """What a run gives away, and what a foreign record can make it do.
 
 Other files hold the rest: archives (`test_data_archive.py`), pickles of data (`test_data_cifar.py`) and of
-checkpoints (`test_checkpoint.py`), targets and objects in a record's YAML (`test_replay.py`).
+checkpoints (`test_checkpoint.py`), targets, paths and objects in a record's YAML (`test_replay.py`).
 """
 
 import json
@@ -13,13 +13,11 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from conftest import ROOT, TINY, train_in
-from l2bn.errors import UserError
 from l2bn.records import SUMMARY, InvalidRecordError, publish
 from l2bn.training.existing import replay
 from test_records import written
@@ -73,57 +71,6 @@ def test_a_record_cannot_ask_for_the_environment(run: Path, tmp_path: Path) -> N
     record = replay(run, str(tmp_path / "replayed"))
     assert record.label.startswith("${oc.env:L2BN_TOKEN}")
     assert [p for p in record.folder.rglob("*") if p.is_file() and SECRET.encode() in p.read_bytes()] == []
-
-
-def test_a_record_cannot_say_where_to_read_and_write(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its folders are those of the data set's YAML, whatever it says itself."""
-    monkeypatch.chdir(tmp_path)
-    path, elsewhere = run / "config.yaml", tmp_path / "elsewhere"
-    config = yaml.safe_load(path.read_text())
-    for name, told in (("cifar10", "data/cifar10"), ("image_folder", r"dataset\.root has no value; give --root")):
-        node: dict[str, Any] = yaml.safe_load((ROOT / "configs" / "dataset" / f"{name}.yaml").read_text())
-        node.pop("defaults", None)
-        paths = {"root": str(elsewhere), "label": "x"} | ({"cache": str(elsewhere)} if "cache" in node else {})
-        config |= {"dataset": {**node, **paths}, "cell": {**config["cell"], "dataset": name}}
-        config["dataset"] |= {"download": False} if "download" in node else {}
-        path.write_text(yaml.safe_dump(config))
-        with pytest.raises(UserError, match=told):
-            replay(run, str(tmp_path / "replayed"))
-    assert not elsewhere.exists()
-    assert not (tmp_path / "replayed").exists()
-
-
-def test_a_record_cannot_say_so_in_a_nested_place(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What stands there is built before it is known to be of the wrong kind: it may not be a data set."""
-    monkeypatch.chdir(tmp_path)
-    path, elsewhere = run / "config.yaml", tmp_path / "elsewhere"
-    config = yaml.safe_load(path.read_text())
-    node = {"_target_": "l2bn.data.cifar.cifar10", "root": str(elsewhere), "download": True, "label": "x"}
-    for place, nested in (("dataset", {"augmentation": node}), ("norm", node), ("recipe", {"schedule": node})):
-        path.write_text(yaml.safe_dump(config | {place: {**config[place], **nested}}))
-        with pytest.raises(UserError, match="cifar10, which is at this place in no YAML file of configs"):
-            replay(run, str(tmp_path / "replayed"))
-    config["dataset"]["augmentation"]["root"] = str(elsewhere)
-    path.write_text(yaml.safe_dump(config))
-    replay(run, str(tmp_path / "replayed"))  # without it
-    assert not elsewhere.exists()
-
-
-@pytest.mark.parametrize("key", ["train", "test"])
-def test_a_record_cannot_lead_out_of_its_data_sets_folder(key: str, run: Path, tmp_path: Path) -> None:
-    path = run / "config.yaml"
-    config = yaml.safe_load(path.read_text())
-    config["dataset"] = yaml.safe_load((ROOT / "configs/dataset/image_folder.yaml").read_text()) | {"label": "x"}
-    config["cell"]["dataset"] = "image_folder"
-    for value in (str(tmp_path), "..", "train/../../elsewhere"):
-        path.write_text(yaml.safe_dump(config | {"dataset": {**config["dataset"], key: value}}))
-        with pytest.raises(UserError, match=rf"dataset\.{key} is .*within its data set's folder"):
-            replay(run, str(tmp_path / "replayed"), root=str(tmp_path))
-    assert not (tmp_path / "replayed").exists()
 
 
 @pytest.mark.parametrize("name", ["../../elsewhere", "/elsewhere", "a/b", "..", "", "a\0b", "a\ud800b", 256 * "a"])

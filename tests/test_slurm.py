@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 import local_slurm
-from conftest import ROOT, Train, require
+from conftest import ROOT, Train, require, same
 from l2bn.records import ENVIRONMENT, read_records
-from test_training import equal, results, weights
 
 pytestmark = [pytest.mark.services, pytest.mark.slow]
 
@@ -88,9 +87,7 @@ def test_a_sweep_survives_preemption_and_requeueing(slurm: Mapping[str, str], tm
     assert logs.count(" - Requeued job ") == 1  # by submitit; the other is Slurm's doing
     for record in records:
         if record.folder in (first, second):
-            whole = train(*SMALL, "progress=false", f"seed={record.seed}")
-            assert results(record) == results(whole)
-            assert equal(weights(record), weights(whole))
+            same(record, train(*SMALL, "progress=false", f"seed={record.seed}"))
 
     again = subprocess.run([*sweep, *SMALL, *JOBS, "seed=0,1,2,3"], env=slurm, capture_output=True, text=True)
     assert again.returncode == 0

@@ -15,12 +15,12 @@ import pytest
 import yaml
 from rich.console import Console
 
-from conftest import ROOT, planned
+from conftest import ROOT, Issue, planned
 from l2bn.failures import note_failure
 from l2bn.records import CONFIG, METRICS, SUMMARY, Record
 from l2bn.training.interruption import sole_owner
-from l2bn.training.plan import PlannedRun, find_runs
-from l2bn.training.status import duration, look, overview
+from l2bn.training.plan import PlannedRun
+from l2bn.training.status import duration, find_runs, look, overview
 from synthetic_records import write_run
 
 SWEEP = ("backbone=resnet20,vgg11", "norm=bn,l2bn", "seed=0,1,2", "recipe.epochs=10")
@@ -265,36 +265,30 @@ def test_many_runs_that_say_the_same_are_listed_in_part(tmp_path: Path) -> None:
     assert "     and 20 more\n     RuntimeError: the same\n" in text
 
 
-def status(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, str(ROOT / "scripts" / "status.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+def test_the_command_shows_an_experiment(tmp_path: Path, issue: Issue) -> None:
+    done = issue("status", "--experiment", "cifar_table", f"runs_dir={tmp_path}", "backbone=resnet20")
+    assert done.code == 0, done.err
+    assert "recipe cosine_200" in done.out
+    assert "20 missing" in done.out
+    assert max(map(len, done.out.splitlines())) <= 120
 
 
-def test_the_command_shows_an_experiment(tmp_path: Path) -> None:
-    done = status("--experiment", "cifar_table", f"runs_dir={tmp_path}", "backbone=resnet20")
-    assert done.returncode == 0, done.stderr
-    assert "recipe cosine_200" in done.stdout
-    assert "20 missing" in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= 120
-
-
-def test_the_command_takes_what_train_takes(tmp_path: Path) -> None:
+def test_the_command_takes_what_train_takes(tmp_path: Path, issue: Issue) -> None:
     runs = str(tmp_path / 'my "runs" \\ é')
-    done = status("-m", "norm=bn,l2bn", "seed=range(0,3)", "--runs", runs)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{runs}, recipe short")
-    assert "6 missing" in done.stdout
-    assert "No run here yet" in status("--runs", str(tmp_path)).stdout
-    assert "--runs=~nobodyhere/runs: no home folder is known" in status("--runs", "~nobodyhere/runs").stderr
+    done = issue("status", "-m", "norm=bn,l2bn", "seed=range(0,3)", "--runs", runs)
+    assert done.code == 0, done.err
+    assert done.out.startswith(f"{runs}, recipe short")
+    assert "6 missing" in done.out
+    assert "No run here yet" in issue("status", "--runs", tmp_path).out
+    assert "--runs=~nobodyhere/runs: no home folder is known" in issue("status", "--runs", "~nobodyhere/runs").err
 
 
-def test_the_command_tells_a_mistake_without_a_traceback() -> None:
-    done = status("--experiment", "cifar_table", "backbone=resnet21")
-    assert done.returncode == 1
-    assert "resnet20" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_the_command_tells_a_mistake(issue: Issue) -> None:
+    done = issue("status", "--experiment", "cifar_table", "backbone=resnet21")
+    assert done.code == 1
+    assert "resnet20" in done.err
 
 
 def test_a_look_at_a_sweep_does_not_load_torch() -> None:
-    code = "import sys, l2bn.training.status, l2bn.training.plan\n"
+    code = "import sys, l2bn.training.status, l2bn.training.sweep\n"
     assert subprocess.run([sys.executable, "-c", code + "sys.exit('torch' in sys.modules)"]).returncode == 0

@@ -20,6 +20,7 @@ import yaml
 from matplotlib.text import Text
 from rich.console import Console
 
+from conftest import ROOT, Issue
 from l2bn.errors import UserError
 from l2bn.records import ENVIRONMENT, SUMMARY, natural_order
 from l2bn.reporting.claims import claims_markdown
@@ -27,13 +28,14 @@ from l2bn.reporting.comparison import arms_of, by_cell, grid, other_norms, poole
 from l2bn.reporting.evidence import Evidence, read_evidence
 from l2bn.reporting.figures import curves, differences
 from l2bn.reporting.formatting import Table, csv_text, in_words, interval, latex, markdown, probability
+from l2bn.reporting.readme import BEGIN, END, readme_with_block
 from l2bn.reporting.reference import Reference, RunSet, read_reference, read_sets
 from l2bn.reporting.statistics import Estimate
-from l2bn.reporting.tables import BEGIN, END, documents, readme_with_block
+from l2bn.reporting.tables import documents
 from l2bn.reporting.terminal import norms_table
-from synthetic_records import SCRIPT, report, write_pairs, write_run
+from synthetic_records import write_pairs, write_run
 
-ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts/report.py"
 REFERENCE = ROOT / "results/reference/baselines.yaml"
 PUBLISHED = read_reference(REFERENCE)
 
@@ -184,7 +186,7 @@ def test_what_was_overridden_in_a_data_set_is_told_wherever_it_is_named(
     assert f"\n{shown} & resnet20 &" in texts["grid.tex"]
     assert rows_of(tmp_path)[0]["label"] == shown
     assert f"{shown} · resnet20 · " in in_terminal(tmp_path)
-    assert f"{shown}, resnet20, cosine\\_200: +1.00 points" in claims_markdown(evidence, [SET])
+    assert f"{shown}, resnet20, cosine\\_200 (200 epochs): +1.00 points" in claims_markdown(evidence, [SET])
     (row,) = grid(arms_of(evidence))
     titles = [
         text.get_text() for figure in (curves([row], {}), differences([row])) for text in figure.findobj(Text)
@@ -477,6 +479,8 @@ def test_a_spreadsheet_can_tell_the_encoding_of_a_label(tmp_path: Path) -> None:
         ({"dataset": "cifar10,0123456789abcdef"}, "", ""),  # overrides too long for a folder's name
         ({"baseline": None}, "", ""),
         ({"baseline": "imagenet"}, "", ""),
+        ({"baseline": "source"}, "", ""),  # keys of the file that are no data sets
+        ({"baseline": "recipe"}, "", ""),
         ({"recipe": "step_200"}, "", ""),
         ({"recipe": "cosine_200,epochs=100"}, "", ""),
         ({"backbone": "resnet20,shortcut=identity"}, "", ""),
@@ -586,16 +590,16 @@ def test_bad_records_are_named_counted_and_left_out(tmp_path: Path, content: byt
     assert "1 unreadable record left out" in grid_of(tmp_path, Reference())
 
 
-def test_strict_is_for_scripts_that_must_not_miss_a_bad_record(tmp_path: Path) -> None:
+def test_strict_is_for_scripts_that_must_not_miss_a_bad_record(tmp_path: Path, issue: Issue) -> None:
     tmp_path = tmp_path / ("runs" * 25)  # more than a line
     write_pairs(tmp_path, [90, 91, 92], [0.1, 0.2, 0.3])
     bad = tmp_path / "cifar10/resnet20/l2bn/cosine_200/seed1"
     (bad / SUMMARY).write_text("{")
     for options, code in (((), 0), (("--strict",), 1)):
-        result = report("tables", "--runs", tmp_path, "--out", tmp_path / "tables", *options)
-        assert result.returncode == code
-        assert f"left out: {bad}: " in result.stderr
-        assert "1 record left out" in result.stdout
+        done = issue("report", "tables", "--runs", tmp_path, "--out", tmp_path / "tables", *options)
+        assert done.code == code
+        assert f"left out: {bad}: " in done.err
+        assert "1 record left out" in done.out
         assert "91.20 ± 1.56 (2; 1 missing)" in (tmp_path / "tables/grid.md").read_text()
 
 

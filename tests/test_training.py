@@ -15,60 +15,27 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from conftest import QUIET, ROOT, TINIEST, TINY, Train, planned
+from conftest import (
+    EPOCHS,
+    QUIET,
+    ROOT,
+    TINIEST,
+    TINY,
+    Train,
+    drawn,
+    equal,
+    interrupted,
+    planned,
+    results,
+    same,
+    weights,
+)
 from l2bn.backbones.resnet import cifar_resnet
-from l2bn.records import COST_KEYS, METRICS, Record, read_metrics
+from l2bn.records import METRICS, read_metrics
 from l2bn.training import session
 from l2bn.training.checkpoint import Checkpoints, State
-from l2bn.training.interruption import EXIT_CODE, Interruption
 from l2bn.training.loop import Trainer, peak_memory
 from l2bn.training.run import build_run
-
-EPOCHS = "recipe.epochs=2"
-
-
-def results(record: Record) -> list[dict[str, Any]]:
-    """The metrics of a record, without what they cost."""
-    return [{k: v for k, v in row.items() if k not in COST_KEYS} for row in record.metrics()]
-
-
-def weights(record: Record) -> dict[str, torch.Tensor]:
-    newest = sorted((record.folder / "checkpoints").glob("*.pt"))[-1]
-    return torch.load(newest, weights_only=True)["model"]
-
-
-def drawn(record: Record) -> dict[str, list[tuple[int, float]]]:
-    """The curves that TensorBoard shows of a run, without what they cost: tag to (epoch, value)."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(record.folder / "tb"))
-    events.Reload()
-    tags = set(events.Tags()["scalars"]) - set(COST_KEYS)
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
-
-
-def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, updates: int) -> None:
-    """Interrupt the next run after so many updates."""
-
-    class Counting(Interruption):
-        looks = 0
-
-        @property
-        def signal(self) -> Any:
-            self.looks += 1
-            return "told" if self.looks >= updates else None
-
-        @signal.setter
-        def signal(self, _: Any) -> None: ...
-
-        def leave(self) -> None:
-            raise SystemExit(EXIT_CODE)
-
-    monkeypatch.setattr(session, "Interruption", Counting)
 
 
 @pytest.mark.parametrize(
@@ -77,8 +44,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, updates: int) -> None:
 def test_the_same_seed_gives_the_same_bits(norm: str, train: Train, trained: Train) -> None:
     """With the buffers that l2bn_mean_norm has beside BN's."""
     one, other = (run(f"norm={norm}", EPOCHS, *TINY) for run in (trained, train))
-    assert results(one) == results(other)
-    assert equal(weights(one), weights(other))
+    same(one, other)
 
 
 def test_another_seed_gives_another_run(trained: Train) -> None:
@@ -110,47 +76,31 @@ def test_both_arms_start_from_the_same_weights(train: Train, monkeypatch: pytest
     ids=["in the first epoch", "in the second epoch", "before its evaluation", "after an epoch"],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(
-    stop: int,
-    train: Train,
-    trained: Train,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    stop: int, train: Train, trained: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = trained(EPOCHS, *TINY)
-    with monkeypatch.context() as patch:
-        stop_after(patch, stop)
-        with pytest.raises(SystemExit) as left:
-            train(EPOCHS, *TINY)
-    assert left.value.code == EXIT_CODE
+    interrupted(stop, train, EPOCHS, *TINY)
     assert not list(tmp_path.rglob("summary.json"))
     with caplog.at_level("INFO"):
         resumed = train(EPOCHS, *TINY)
     assert "resumed after" in caplog.text
-    assert results(resumed) == results(whole)
-    assert drawn(resumed) == drawn(whole)
-    assert equal(weights(resumed), weights(whole))
+    same(resumed, whole)
 
 
 def test_the_record_of_a_run_that_was_resumed_with_other_kernels_names_both(
     train: Train, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     options = ("norm=l2bn", EPOCHS, *TINY)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 9)
-        with pytest.raises(SystemExit):
-            train(*options)
+    interrupted(9, train, *options)
     monkeypatch.setattr("l2bn.kernels.compiler.UPDATES_TO_REPAY", {})
     assert train(*options).kernels == "plain then fused"
     assert "resumed with other kernels" in caplog.text
 
 
-def test_a_checkpoint_holds_all_that_changes(train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_checkpoint_holds_all_that_changes(train: Train, tmp_path: Path) -> None:
     """Read as plain values. What is derived is not there: the schedule and every random number follow from the
     position, the best epoch from the rows, the hash from the identity."""
-    stop_after(monkeypatch, 12)
-    with pytest.raises(SystemExit):
-        train(EPOCHS, *TINY)
+    interrupted(12, train, EPOCHS, *TINY)
     newest = sorted(tmp_path.rglob("*.pt"))[-1]
     state = torch.load(newest, weights_only=True)
     assert newest.name.startswith("epoch0001-step0000002.")
@@ -286,8 +236,7 @@ def test_whether_progress_is_shown_changes_nothing(
     quiet = trained("recipe.epochs=1", *TINY)
     monkeypatch.setattr(Console, "is_terminal", terminal)
     shown = train("recipe.epochs=1", *TINY, "progress=true")
-    assert results(shown) == results(quiet)
-    assert equal(weights(shown), weights(quiet))
+    same(shown, quiet)
 
 
 @pytest.mark.slow
@@ -342,5 +291,4 @@ def test_dropout_and_mixup_follow_from_seed_and_place(train: Train, tmp_path: Pa
     one = train(*options)
     torch.manual_seed(12345)
     other = train(*options, f"runs_dir={tmp_path / 'again'}")
-    assert results(one) == results(other)
-    assert equal(weights(one), weights(other))
+    same(one, other)
