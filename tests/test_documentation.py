@@ -19,6 +19,7 @@ from PIL import Image
 
 from conftest import ROOT, composed
 from l2bn.reporting.readme import BEGIN, END
+from l2bn.training.environment import OPTIONS
 from l2bn.training.plan import composing, plan_run
 from l2bn.training.sweep import compose_sweep, plan_sweep
 from synthetic_records import write_pairs, write_run
@@ -326,11 +327,11 @@ def imports(part: str, within: Callable[[ast.Module], Iterable[ast.AST]] = ast.w
     return found
 
 
-def needed(script: str) -> set[Path]:
-    """The files of the package that a script needs: by its own imports, and by those at the top of each file."""
+def needed(modules: Iterable[str]) -> set[Path]:
+    """The files of the package that modules of it need, by the imports at the top of each file."""
     source = ROOT / "src" / "l2bn"
     found: set[Path] = set()
-    left = {"__init__", *re.findall(r"from l2bn\.(\S+) import", (ROOT / "scripts" / script).read_text())}
+    left = {"__init__", *(module.removeprefix("l2bn.") for module in modules)}
     while left:
         name = left.pop().replace(".", "/")
         file = next((f for f in (source / f"{name}.py", source / name / "__init__.py") if f.is_file()), None)
@@ -344,12 +345,25 @@ def needed(script: str) -> set[Path]:
     return found
 
 
+OF_TRAIN = re.findall(r"from (l2bn\.\S+) import", (ROOT / "scripts/train.py").read_text())
+
+
 def test_a_plain_run_is_read_in_few_files() -> None:
     """Neither norms beside the swap, nor kernels, measurements, devices and compilation are among them."""
-    files = needed("train.py")
-    assert {path.parent.name for path in files} == {"l2bn", "training", "data", "norms"}
+    files = needed(OF_TRAIN)
     assert len(files) <= 28
     assert sum(len(path.read_text().splitlines()) for path in files) <= 5_500
+    assert {path.parent.name for path in files} == {"l2bn", "training", "data", "norms", "backbones"}
+    stems = {path.stem for path in files if path.parent.name in ("norms", "backbones")}
+    assert stems <= {"swap", "cost", "__init__"}
+
+
+def test_what_a_run_imports_late_is_imported_when_its_code_is_described() -> None:
+    files = needed((*OF_TRAIN, *OPTIONS))
+    for path in files:
+        imports = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        for name in (node.module or "" for node in imports):
+            assert not name.startswith("l2bn.") or needed([name]) <= files, f"{path}: {name}"
 
 
 def test_imports_run_one_way() -> None:

@@ -469,7 +469,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> Compilations:
         return compiler._with_absent(function, tensors, constants)
 
     monkeypatch.setattr(compiler, "_compile", build)
-    monkeypatch.setattr(compiler, "_state", compiler.State())
+    monkeypatch.setattr(compiler, "_kernels", compiler.Kernels())
     return built
 
 
@@ -490,7 +490,7 @@ def test_many_kinds_of_map_all_have_kernels(compilations: Compilations) -> None:
             for size in range(17, 100):
                 layer(torch.ones(2, 41, size, 1))
         assert compilations == []
-        assert len(compiler._state.calls) <= 10, "sizes without end take memory without end"
+        assert len(compiler._kernels.calls) <= 10, "sizes without end take memory without end"
 
 
 def test_a_run_gets_the_kernels_of_a_process_of_its_own(compilations: Compilations) -> None:
@@ -546,7 +546,7 @@ def test_a_later_failure_to_compile_ends_nothing(
         raise OSError("No space left on device")
 
     monkeypatch.setattr(compiler, "_compile", fail)
-    monkeypatch.setattr(compiler, "_state", compiler.State())
+    monkeypatch.setattr(compiler, "_kernels", compiler.Kernels())
     monkeypatch.setattr("l2bn.norms.l2bn.compiler_works", lambda _: True)
     compiler._warn_once.cache_clear()
     x = torch.randn(6, 4, 5, 5)
@@ -597,7 +597,7 @@ def test_threads_that_meet_a_kind_at_once_compile_it_once() -> None:
     x = torch.ones(2, 3)
     with (
         mock.patch.object(compiler, "_compile", count),
-        mock.patch.object(compiler, "_state", compiler.State()),
+        mock.patch.object(compiler, "_kernels", compiler.Kernels()),
         ThreadPoolExecutor(4) as pool,
     ):
         results = list(pool.map(lambda _: compiler.run_kernel(torch.neg, (x,)), range(4)))

@@ -251,3 +251,10 @@ def test_a_layer_of_its_own_kind_is_refused() -> None:
     with pytest.raises(TypeError, match=r"no synchronised form: .*Odd"):
         convert_sync(model)
     assert type(model[0]) is nn.BatchNorm2d
+
+    class Own(L2BatchNorm2d):
+        def _normalized(self, x: torch.Tensor, state: Any) -> torch.Tensor:
+            return x
+
+    with pytest.raises(TypeError, match=r"no synchronised form: .*Own"):
+        convert_sync(nn.Sequential(Own(2)))

@@ -4,7 +4,6 @@ import copy
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -17,6 +16,8 @@ def count_multiply_adds(model: nn.Module, image_size: int) -> int:
 
     Counted on the meta device: nothing is computed, and the model stays as it is.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # here, for a slow import that runs do not need
+
     counted = copy.deepcopy(model).to("meta").eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         counted(torch.empty(1, 3, image_size, image_size, device="meta"))

@@ -131,7 +131,8 @@ def run(arguments: argparse.Namespace) -> Result:
     splits = replace(splits, train=splits.train.select(order[: arguments.images]))
     if len(splits.train) < BATCH:
         raise UserError(
-            f"{len(splits.train)} training images are fewer than one batch of {BATCH}: give more by --images"
+            f"{len(splits.train)} training images are fewer than one batch of {BATCH}: give more by --images, "
+            "or a folder with more by --root"
         )
     workload = Workload(NETWORK, BATCH, splits)
     learning = recipe(BATCH, arguments.epochs, lr=0.1)

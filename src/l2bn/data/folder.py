@@ -134,9 +134,10 @@ def list_parts(folder: Path, train: str, test: str, common: Common, kind: Kind) 
         )
     classes = trees[0].classes
     if len(classes) == 1:
+        inner = scan(folder / train / classes[0])[0]
+        meant = f"; if {_listing(inner)} are the classes, set dataset.train={train}/{classes[0]}" if inner else ""
         raise UserError(
-            f"only one class in {folder / train}, {classes[0]}: every answer would be right; give two, or, if its "
-            f"folders are the classes, set dataset.train={train}/{classes[0]}"
+            f"only one class in {folder / train}, {classes[0]}: every answer would be right; give two{meant}"
         )
     if all(name.lower() in PARTS and scan(folder / train / name)[0] for name in classes):
         raise UserError(
@@ -214,7 +215,7 @@ def list_files(folder: Path, kind: Kind = IMAGES) -> Tree:
             raise UserError(
                 f"{folder / name} is the same folder as {same}: {kind.name} of one class cannot be of another"
             )
-    left_out = Counter(f"{kind_of_file(name)} outside the class folders" for name in loose)
+    left_out = Counter(f"{suffix_of(name)} outside the class folders" for name in loose)
     seen = set(places)
     names: list[str] = []
     labels: list[int] = []
@@ -243,7 +244,7 @@ def _files_below(folder: Path, kind: Kind, seen: set[tuple[int, int]], left_out:
         if kind.fits(name):
             yield str(folder / name)
         else:
-            left_out[kind_of_file(name)] += 1
+            left_out[suffix_of(name)] += 1
     for name in folders:
         place = _place(folder / name)
         if place in seen:
@@ -253,7 +254,8 @@ def _files_below(folder: Path, kind: Kind, seen: set[tuple[int, int]], left_out:
             yield from _files_below(folder / name, kind, seen, left_out)
 
 
-def kind_of_file(name: str) -> str:
+def suffix_of(name: str) -> str:
+    """The suffix of a file's name in lower case, or words for none, for a log line."""
     return Path(name).suffix.lower() or "without a suffix"
 
 
@@ -306,7 +308,8 @@ def decode_tree(
         return [pixels, np.array(contents), np.array(facts)]
 
     state = file_state(tree.folder, tree.names)
-    pixels, contents, facts = cached(cache, folder.name, [str(folder), *key], state, decode)
+    name = f"{folder.parent.name}-{folder.name}".strip("-")
+    pixels, contents, facts = cached(cache, name, [str(folder), *key], state, decode)
     return Images(torch.from_numpy(pixels).permute(0, 3, 1, 2), tree.labels), contents.tolist(), facts
 
 

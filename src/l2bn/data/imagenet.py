@@ -27,7 +27,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, resize
 
 from l2bn.data.cache import cache_file, file_state, making, read_arrays, replacing, write_arrays
 from l2bn.data.decode import read_all, read_rgb
-from l2bn.data.folder import IMAGES, Tree, kind_of_file, list_files, report_left_out, same_classes, scan
+from l2bn.data.folder import IMAGES, Tree, list_files, report_left_out, same_classes, scan, suffix_of
 from l2bn.data.splits import Common, Split, Splits, Transform, check_image_size, digest, make_splits
 from l2bn.errors import UserError, expand
 
@@ -107,7 +107,7 @@ def list_splits(folder: Path, train: str, val: str, devkit: str) -> tuple[Tree, 
             "either all in class folders or all beside each other; move the images, or remove the folders"
         )
     if not subfolders:
-        report_left_out(folder / val, Counter(kind_of_file(name) for name in names if not IMAGES.fits(name)))
+        report_left_out(folder / val, Counter(suffix_of(name) for name in names if not IMAGES.fits(name)))
         return trained, _flat(folder / val, images, folder / devkit, trained.classes)
     tested = list_files(folder / val)
     same_classes(trained, tested)

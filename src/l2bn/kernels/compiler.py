@@ -54,7 +54,7 @@ MOST_CALLS = 4096
 
 
 @dataclass
-class State:
+class Kernels:
     """The kernels of this process."""
 
     built: dict[Any, Kernel] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class State:
     first: dict[Any, Any] = field(default_factory=dict)
 
 
-_state = State()
+_kernels = Kernels()
 _compiling = threading.Lock()
 _compiled_for = 0.0
 """Seconds of compilation in this process."""
@@ -116,15 +116,15 @@ def run_kernel(
         torch.get_num_threads(),
         *[None if t is None else (t.dtype, t.device, t.shape, t.stride()) for t in tensors],
     )
-    kernel = _state.calls.get(kind)
+    kernel = _kernels.calls.get(kind)
     if kernel is None:
         with _compiling:
-            kernel = _state.calls.get(kind)  # another thread may have compiled it in the meantime
+            kernel = _kernels.calls.get(kind)  # another thread may have compiled it in the meantime
             if kernel is None:
                 kernel = _kernel_for(kind, function, tensors, constants, strict, each_size)
-                if len(_state.calls) >= MOST_CALLS:
-                    _state.calls.clear()
-                _state.calls[kind] = kernel
+                if len(_kernels.calls) >= MOST_CALLS:
+                    _kernels.calls.clear()
+                _kernels.calls[kind] = kernel
     return kernel(*[t for t in tensors if t is not None])
 
 
@@ -143,7 +143,7 @@ def _kernel_for(
         torch.get_num_threads(),
         *[None if t is None else (t.dtype, t.device, t.ndim) for t in tensors],
     )
-    own = _state.own[common, x.shape[1]]
+    own = _kernels.own[common, x.shape[1]]
     sizes: Sizes = "symbolic"
     if kind in own or len(own) < (STATIC_KINDS if each_size or x.device.type == "cuda" else 0):
         own.add(kind)
@@ -153,11 +153,11 @@ def _kernel_for(
         # channels' strides for those of the first ones.
         long = max(t.numel() for t in tensors if t is not None) > torch.iinfo(torch.int32).max
         strided = tuple(min(t.stride(0), 2) if t is not None and t.ndim == 1 else 1 for t in tensors)
-        kind = _state.first.setdefault((common, tuple(size == 1 for size in x.shape), long, strided), kind)
+        kind = _kernels.first.setdefault((common, tuple(size == 1 for size in x.shape), long, strided), kind)
     try:
-        if (kind, sizes) not in _state.built:
-            _state.built[kind, sizes] = _compile(function, tensors, constants, sizes)
-        return _state.built[kind, sizes]
+        if (kind, sizes) not in _kernels.built:
+            _kernels.built[kind, sizes] = _compile(function, tensors, constants, sizes)
+        return _kernels.built[kind, sizes]
     except Exception as error:  # whatever a full disk or a missing compiler raises
         if strict:
             raise
@@ -278,7 +278,7 @@ def select_kernels(model: nn.Module, device: torch.device | str, updates: int) -
     the reason. The run gets the kernels that it would get in a process of its own, whatever sizes came before it.
     Layers whose batch statistics are joint compute the definition.
     """
-    for of_this_run in (_state.calls, _state.own, _state.first):
+    for of_this_run in (_kernels.calls, _kernels.own, _kernels.first):
         of_this_run.clear()
     layers: list[Any] = [
         layer for layer in model.modules() if getattr(layer, "fused", None) in ("auto", "on", "off")

@@ -16,7 +16,7 @@ layer, and AttributeError, so that `hasattr` and `inspect.getmembers` go on.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from l2bn.kernels.formulas import Scale, State, batch_norm, check_scale, widened
 from l2bn.norms.swap import in_place_of, stock_name
+
+if TYPE_CHECKING:
+    from l2bn.norms.sync import Joint
 
 Step = Callable[[Tensor, Scale], Tensor]
 """(N, C, ...), float32 at least, and L2BN's scale to the same shape and type. A module may hold buffers."""
@@ -40,7 +43,7 @@ class SteppedBatchNorm(_BatchNorm):
     step: Step
     scale: Scale
     epsilon: float
-    joint: Any = None  # the `Joint` of l2bn.norms.sync, which `convert_sync` sets
+    joint: "Joint | None" = None  # set by l2bn.norms.sync.convert_sync
 
     def _set_eps(self, value: float) -> None:
         self.epsilon = value
@@ -68,9 +71,9 @@ class SteppedBatchNorm(_BatchNorm):
         return self._activated(self._normalized(input, state))
 
     def _normalized(self, x: Tensor, state: State) -> Tensor:
-        """Compute the definition itself."""
+        """Compute the definition itself, by joint statistics where they are on."""
         z = self.step(widened(x), self.scale)
-        if self._shares_batch():
+        if self.joint is not None and self._shares_batch():
             return self.joint.batch_norm(self, z, state, self.epsilon).to(x.dtype)
         share = share_of_batch(self, state)
         momentum = 0.0 if share is None else float(share)
@@ -87,7 +90,7 @@ class SteppedBatchNorm(_BatchNorm):
     def extra_repr(self) -> str:
         return (
             f"{self.num_features}, eps={self.epsilon}, momentum={self.momentum}, affine={self.affine}, "
-            f"track_running_stats={self.track_running_stats}, scale={self.scale}"
+            f"track_running_stats={self.track_running_stats}, scale={self.scale}{', joint' if self.joint else ''}"
         )
 
 

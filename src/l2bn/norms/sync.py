@@ -1,8 +1,9 @@
 """Batch statistics that are joint across the ranks of a data-parallel run, for BN, L2BN and its controls.
 
 Only sums over samples and positions, a few numbers a channel, pass between the ranks, on CPU and CUDA; the step
-before is local to a sample. Ranks may have different numbers of samples, or none. The stock `SyncBatchNorm` refuses
-CPU tensors, and its conversion is refused by L2BN.
+before is local to a sample, but for that of `l2bn_mean_norm`, which sums over all ranks by itself. Ranks may have
+different numbers of samples, or none. The stock `SyncBatchNorm` refuses CPU tensors, and its conversion is refused
+by L2BN.
 
 The sums pass through a differentiable all-reduce, so derivatives of any order are right. Joint layers compute the
 definition in training.
@@ -128,7 +129,8 @@ def convert_sync(model: nn.Module, process_group: Group = None) -> int:
     """Make the batch statistics of each BN layer, L2BN or control joint across a group's ranks (None: all ranks).
 
     In place: the layers keep their identity, parameters, hooks and state-dict keys; stock layers change their
-    class. Layers that are joint already get this group. Returns the number of changed ones.
+    class. Layers that are joint already get this group. The running norm of `l2bn_mean_norm` is that of all ranks,
+    whatever the group. Returns the number of changed layers.
 
     Raises:
         TypeError: a batch norm layer has behaviour of its own. Nothing is changed then.
@@ -146,9 +148,15 @@ def convert_sync(model: nn.Module, process_group: Group = None) -> int:
 
 def counterparts(model: nn.Module) -> dict[_BatchNorm, type[_SyncBatchNorm]]:
     """Return the class that `convert_sync` would give each stock layer. Raises TypeError as it does."""
-    ours = (SteppedBatchNorm, _SyncBatchNorm)
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and not isinstance(m, ours)]
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and not _can_be_joint(m)]
     try:
         return {layer: OF_STOCK[stock_name(layer)] for layer in layers}
     except TypeError as error:
         raise TypeError(f"no synchronised form: {error}") from error
+
+
+def _can_be_joint(layer: nn.Module) -> bool:
+    """Tell whether a layer is one of this package's and computes as these do, as FSDP's subclasses of them do."""
+    methods = [getattr(type(layer), name, None) for name in ("forward", "_normalized")]
+    own = any(method is not None and not method.__module__.startswith("l2bn.norms.") for method in methods)
+    return isinstance(layer, SteppedBatchNorm | _SyncBatchNorm) and not own

@@ -40,13 +40,13 @@ def launch_processes(fabric: Fabric, task: Task, interruption: Interruption, run
 
     interruption: of this process, which passes a request to stop on to the others. run: its name in messages.
     """
-    own = f"{UserError.__module__}.{UserError.__qualname__}: "
+    start = f"{UserError.__module__}.{UserError.__qualname__}: "  # of a UserError's line in the traceback there
     try:
         fabric.launch(partial(_serve, task=task))
     except ProcessRaisedException as error:
-        if own not in error.msg:  # the traceback there
+        if start not in error.msg:
             raise
-        raise UserError(error.msg.rpartition(own)[2].strip()) from error
+        raise UserError(error.msg.rpartition(start)[2].strip()) from error
     except ProcessExitedException as error:
         # A request to stop ends processes that cannot handle it yet.
         if error.exit_code == EXIT_CODE or interruption.signal is not None:

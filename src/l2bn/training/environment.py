@@ -13,6 +13,7 @@ import sysconfig
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
+from importlib import import_module
 from importlib.metadata import version
 from importlib.util import resolve_name
 from itertools import accumulate
@@ -32,6 +33,15 @@ PROJECT = Path(__file__).parents[3]
 STANDARD = Path(sysconfig.get_path("stdlib"))
 INSTALLED = {"site-packages", "dist-packages"}  # names of the folders of installed packages, wherever they lie
 PACKAGES = ("l2bn", "torch", "torchvision", "timm", "lightning-fabric", "hydra-core", "omegaconf", "numpy")
+
+# What a run imports where an option is taken, so that who reads a plain run meets none of it.
+OPTIONS = (
+    "l2bn.analysis.probe",
+    "l2bn.norms.l2bn",
+    "l2bn.norms.sync",
+    "l2bn.training.acceleration",
+    "l2bn.training.devices",
+)
 
 # What two starts of a run must share for their results to agree bit for bit; on a CPU also "processor", because
 # oneDNN chooses kernels and block sizes by its instructions and caches.
@@ -61,12 +71,19 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+def import_options() -> None:
+    """Import what a run imports where an option is taken: what is edited from now on is no code of this process."""
+    for name in OPTIONS:
+        import_module(name)
+
+
 def describe_code(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return commit, source and the user's own source, each of the moment when this process first asked for it.
 
     What runs is what was imported, whatever is written into the files later: to be called right after the imports,
-    and in the process that started the others of a run.
+    and in the process that started the others of a run. Imports what the options of a run need, too.
     """
+    import_options()
     beside_norm = {key: node for key, node in config.items() if key != "norm"}
     return {**_package(), "own_source": own_source(config), "own_source_beside_norm": own_source(beside_norm)}
 

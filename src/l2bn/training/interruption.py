@@ -95,9 +95,13 @@ def refuse_copies() -> None:
             )
 
 
+class OwnedError(UserError):
+    """Another process trains this run."""
+
+
 @contextmanager
 def sole_owner(folder: Path) -> Iterator[None]:
-    """Lock the run in a folder for this process. Raises UserError if another process holds the lock.
+    """Lock the run in a folder for this process. Raises OwnedError if another process holds the lock.
 
     The kernel holds the lock (flock) and drops it when the process ends, for whatever reason. It is on a file,
     because NFS has no locks on folders; there it holds between machines as far as the server's locking does. A file
@@ -108,7 +112,7 @@ def sole_owner(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
+            raise OwnedError(
                 f"another process is training the run in {folder}; wait for it, or stop it first"
             ) from None
         except OSError as error:

@@ -22,7 +22,7 @@ from l2bn.seeding import derive_seed, seed_global
 from l2bn.training.checkpoint import CheckpointPolicy
 from l2bn.training.compute import Compute, quieten
 from l2bn.training.environment import describe_code, warn_of_other_source
-from l2bn.training.interruption import EXIT_CODE, is_owned
+from l2bn.training.interruption import EXIT_CODE, OwnedError, is_owned
 from l2bn.training.observation import AnalysisPolicy, check_observable
 from l2bn.training.optim import Recipe
 from l2bn.training.plan import (
@@ -57,7 +57,7 @@ def run(planned: PlannedRun, *, alone: bool = True, original: Path | None = None
 
     A run that has ended is left alone. Unless it is `alone`, a request to stop that comes when it is all but ended
     ends the process, with `interruption.EXIT_CODE`, so that no other run begins. Raises UserError for what the user
-    can correct; then a run that is `alone` makes no folder, and one of a sweep notes its failure in its own.
+    can correct. A failure is noted in the run's folder; a run that is `alone` has none before it trains.
 
     original: the folder of a record that the run repeats, on the same images; other code of the user's own is a
     warning.
@@ -74,6 +74,8 @@ def run(planned: PlannedRun, *, alone: bool = True, original: Path | None = None
                 note_other_lengths(planned)
             make_folder(planned.folder)
             late = launch(built)
+        except OwnedError:
+            raise
         except Exception as error:
             # In place of the note of an earlier start, but not into a run that another process trains.
             if (planned.folder.is_dir() or not alone) and not is_owned(planned.folder):

@@ -15,6 +15,7 @@ from lightning_fabric import Fabric
 from pydantic import ValidationError
 from torch import nn
 
+from l2bn.backbones.cost import count_parameters
 from l2bn.data.loader import Batch, Loader, evaluation_loader, training_loader
 from l2bn.data.splits import Images, Splits, stratified_order
 from l2bn.errors import UserError
@@ -22,7 +23,7 @@ from l2bn.failures import FAILURE, explained
 from l2bn.records import CONFIG, SUMMARY, FeatureRow, Record, Sample, first_fault, write_durably
 from l2bn.training.checkpoint import CheckpointPolicy, State
 from l2bn.training.compute import Compute
-from l2bn.training.environment import note_start
+from l2bn.training.environment import import_options, note_start
 from l2bn.training.interruption import Interruption, sole_owner
 from l2bn.training.journal import Journal
 from l2bn.training.loop import DelayedMin, DivergedError, Position, Trainer
@@ -88,6 +89,7 @@ class Session:
         self, fabric: Fabric, built: BuiltRun, interruption: Interruption, stack: contextlib.ExitStack
     ) -> None:
         """`stack` closes what the session opens."""
+        import_options()  # in a process of its own, too
         self.fabric, self.built, self.interruption = fabric, built, interruption
         self.leaving = DelayedMin()
         run, lead = built.run, fabric.is_global_zero
@@ -305,7 +307,7 @@ def make_record(built: BuiltRun, position: Position, kernels: str, divergence: s
         updates=int(rows[-1]["step"] or 0) if rows else 0,
         train_images=len(splits.train),
         test_images=len(splits.test),
-        parameters=sum(parameter.numel() for parameter in built.model.parameters()),
+        parameters=count_parameters(built.model),
         norm_layers=len(built.norm_layers),
         last=rows[-1] if rows else {},
         best=max(rows, key=lambda row: row["test/top1"] or 0.0) if rows else {},

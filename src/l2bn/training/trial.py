@@ -62,8 +62,9 @@ def check_fit(model: nn.Module, splits: Splits, stem: object = None) -> dict[nn.
 
 
 def _wrong_shape(logits: object, images: int, classes: int) -> str | None:
-    got = str(tuple(logits.shape)) if isinstance(logits, torch.Tensor) else type(logits).__name__
-    return None if got == str((images, classes)) else f"returns {got}, not ({images}, {classes})"
+    """Return how an output differs from logits (images, classes), None if it does not."""
+    got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    return None if got == (images, classes) else f"returns {got}, not ({images}, {classes})"
 
 
 def check_samples(regrouped: list[str], model: nn.Module, *, measured: bool) -> None:
