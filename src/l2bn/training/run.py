@@ -78,8 +78,9 @@ def run(planned: PlannedRun, *, alone: bool = True, original: Path | None = None
             raise
         except Exception as error:
             # In place of the note of an earlier start, but not into a run that another process trains.
-            if (planned.folder.is_dir() or not alone) and not is_owned(planned.folder):
-                note_failure(planned.folder, error)
+            with contextlib.suppress(OSError):  # a folder out of reach may be the failure itself
+                if (planned.folder.is_dir() or not alone) and not is_owned(planned.folder):
+                    note_failure(planned.folder, error)
             raise
         record = Record.read(planned.folder)
     if record.status == "diverged":
