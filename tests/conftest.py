@@ -1,7 +1,8 @@
-"""What every test shares: the real images, and a way to train a run as the command line does, in process."""
+"""What every test shares: the real images, and ways to train runs, compare them and issue scripts, in process."""
 
 import functools
 import gc
+import logging
 import os
 import runpy
 import shutil
@@ -270,10 +271,15 @@ def issue(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
     def issue(script: str, *arguments: object) -> Done:
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
         code: object = None
+        root = logging.getLogger()
+        level, handlers = root.level, root.handlers[:]
         try:
             runpy.run_path(str(ROOT / "scripts" / f"{script}.py"), run_name="__main__")
         except SystemExit as left:
             code = left.code
+        finally:  # Hydra's logging writes to this test's stdout
+            root.setLevel(level)
+            root.handlers[:] = handlers
         out, err = capfd.readouterr()
         if isinstance(code, str):  # which Python prints at its end
             return Done(1, out, f"{err}{code}\n")

@@ -181,6 +181,7 @@ def test_as_a_command_too_it_leaves_one_message_and_no_folder(
     monkeypatch.chdir(tmp_path)
     done = issue("train", f"runs_dir={tmp_path / 'runs'}", *given.split())
     assert done.code == 1
+    assert "Traceback" not in done.printed
     for word in dict(WRONG)[given]:
         assert word in done.err
     assert list(tmp_path.iterdir()) == []

@@ -116,7 +116,7 @@ def test_evidence_of_claim_5_holds_its_numbers(tmp_path: Path) -> None:
     details = claim.judge(arms_of(read_evidence(tmp_path))).details
     assert len(details) == 4
     assert sum("not counted" in line for line in details) == 1
-    last = "CIFAR-10 (JPEG), resnet20, short (5 epochs): +2.00 points, n too small, n = 1; not counted"
+    last = "CIFAR-10 (JPEG), resnet20, short, float32, 5 epochs: +2.00 points, n too small, n = 1; not counted"
     assert details[-1] == last
     assert f"- {last}\n" in claims_markdown(read_evidence(tmp_path), SETS)
 
@@ -133,8 +133,8 @@ def test_options_of_a_network_make_no_other_network(tmp_path: Path) -> None:
         write_pairs(tmp_path, [90.0] * 3, [shift, shift + 0.1, shift - 0.1], backbone=backbone)
     found, evidence = verdict(tmp_path, 5)
     assert found == "not decided at this n"
-    assert "(1 data set × backbone cell, 1 backbone of at least 3). Pooled" in evidence
-    assert "points, no interval." in evidence
+    assert "(1 pair of data set and backbone, 1 backbone of at least 3). Pooled" in evidence
+    assert "points, no interval: " in evidence
 
 
 def test_models_lost_to_divergence_forbid_support(tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_environmental_sound_is_shown_beside_claim_6_and_decides_nothing(tmp_pat
     found, evidence = verdict(tmp_path, 6)
     assert found == "not measured"
     assert "0 cells of acoustic scenes" in evidence
-    beside = "ESC50, net0, restarts_126 (126 epochs): +0.50 points, 95 % interval [+0.25, +0.75], n = 3"
+    beside = "ESC50, net0, restarts_126, float32, 126 epochs: +0.50 points, 95 % interval [+0.25, +0.75], n = 3"
     assert f"Environmental sound, which is no evidence on scenes, L2BN − BN: {beside}" in evidence
     assert "SOUND_FOLDER" not in evidence
     assert verdict(tmp_path, 5)[0] == "not measured"
@@ -299,7 +299,7 @@ def test_features_of_sound_are_not_pooled_with_those_of_images(number: int, tmp_
         write("cifar10", net, 0.01)
     found = verdict(tmp_path, number)
     assert found[0] == "supported"
-    assert "3 of 3 cells count for other networks (3 data set × backbone cells, 3 backbones)" in found[1]
+    assert "3 of 3 cells count for other networks (3 pairs of data set and backbone, 3 backbones)" in found[1]
     for net in range(3):
         write("tau2020", net, -0.1)
     assert verdict(tmp_path, number)[0] == "supported"

@@ -283,7 +283,7 @@ def test_a_clock_that_jumps(train: Train, trained: Train, monkeypatch: pytest.Mo
 def test_paths_with_spaces_quotes_and_other_alphabets(
     train: Train, issue: Issue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the runs, of the images and of where the command is given: without a command line, and by one."""
+    """Of the runs, of the images and of where the command is given: composed, and as `train.py` reads them."""
     here, runs, images = (tmp_path / f"{name} 'и' 走る \"x\"" for name in ("Ort", "Läufe", "Bilder"))
     here.mkdir()
     for number in range(8):

@@ -115,7 +115,9 @@ def test_statistics_are_float32_under_autocast(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("fused", ["off", "on"])
-@pytest.mark.parametrize(("scale", "dtype"), [("unit", torch.float32), ("rms", torch.float16)])
+@pytest.mark.parametrize(
+    ("scale", "dtype"), [("unit", torch.float32), ("unit", torch.float16), ("rms", torch.float16)]
+)
 def test_zero_samples_are_finite(scale: str, dtype: torch.dtype, fused: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 3, 5, 5).to(dtype)

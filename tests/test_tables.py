@@ -186,7 +186,7 @@ def test_what_was_overridden_in_a_data_set_is_told_wherever_it_is_named(
     assert f"\n{shown} & resnet20 &" in texts["grid.tex"]
     assert rows_of(tmp_path)[0]["label"] == shown
     assert f"{shown} · resnet20 · " in in_terminal(tmp_path)
-    assert f"{shown}, resnet20, cosine\\_200 (200 epochs): +1.00 points" in claims_markdown(evidence, [SET])
+    assert f"{shown}, resnet20, cosine\\_200, float32, 200 epochs: +1.00 points" in claims_markdown(evidence, [SET])
     (row,) = grid(arms_of(evidence))
     titles = [
         text.get_text() for figure in (curves([row], {}), differences([row])) for text in figure.findobj(Text)
@@ -603,7 +603,7 @@ def test_strict_is_for_scripts_that_must_not_miss_a_bad_record(tmp_path: Path, i
         assert "91.20 ± 1.56 (2; 1 missing)" in (tmp_path / "tables/grid.md").read_text()
 
 
-@pytest.mark.parametrize("command", ["tables", "claims"])
+@pytest.mark.parametrize("command", ["tables", "figures", "claims", "mechanism"])
 def test_files_are_written_though_nobody_reads_what_is_printed(command: str, tmp_path: Path) -> None:
     """As when a pager is left before its end."""
     write_run(tmp_path / "runs")

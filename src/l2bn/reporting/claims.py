@@ -52,10 +52,10 @@ from l2bn.reporting.formatting import (
     interval,
     markdown,
     mean_interval,
-    names_of,
     plural,
     probability,
     signed,
+    title,
 )
 from l2bn.reporting.reference import RunSet
 from l2bn.reporting.statistics import LEVEL, MIN_PAIRS, Estimate, fixed_estimate, holm
@@ -193,19 +193,26 @@ def _judge(question: Question, task: Task, arms: Sequence[Arm]) -> Finding:
     pairs = [row for row in rows if row.differences(quantity)]
     what = f"{question.text.partition(',')[0]}, L2BN − {reference}"
     if not pairs:
-        return Finding(f"{what}: 0 cells of {task} hold a pair.", "not measured")
+        return Finding(
+            f"{what}: 0 cells of {task} hold a pair of equal seed in which both runs have this measure.",
+            "not measured",
+        )
     counted = [row for row in pairs if is_counted(row, quantity)]
     pool = pooled(counted, quantity)
     evidence = (
         f"{what}: {len(counted)} of {plural('cell', len(pairs))} count for other networks "
-        f"({plural('data set × backbone cell', pool.n)}, {_enough(counted)})."
+        f"({plural('pair', pool.n)} of data set and backbone, {_enough(counted)})."
     )
     if pool.n:
         tail = f"95 % interval {interval(pool, digits)}, p {probability(pool.p, pool)}"
-        evidence += f" Pooled: {signed(pool.mean, digits)}{unit}, {'no interval' if pool.reason else tail}."
+        evidence += (
+            f" Pooled: {signed(pool.mean, digits)}{unit}, {f'no interval: {pool.reason}' if pool.reason else tail}."
+        )
     if quantity == TOP1:
         bn, l2bn = _diverged(rows)
-        evidence += f" Diverged of that length, with a seed that both have: {bn} of BN, {l2bn} of L2BN."
+        evidence += (
+            f" Diverged, of runs from {FULL_EPOCHS} epochs on whose seed both have: {bn} of BN, {l2bn} of L2BN."
+        )
     cells = []
     for row in pairs:
         result = row.difference(quantity)
@@ -259,7 +266,7 @@ def _enough(rows: Iterable[Comparison]) -> str:
 
 def _named(row: Comparison) -> str:
     """The cell of a row and the length of its runs."""
-    return f"{', '.join(names_of(row.cell))} ({plural('epoch', row.epochs)})"
+    return f"{title(row.cell)}, {plural('epoch', row.epochs)}"
 
 
 def _records(arms: Sequence[Arm]) -> str:
@@ -445,7 +452,7 @@ CLAIMS = (
     Claim(
         5,
         "L2BN improves the accuracy of various models on image classification.",
-        f"Rows of images count with runs of at least {FULL_EPOCHS} epochs and {MIN_PAIRS} paired seeds. With "
+        f"Cells of images count with runs of at least {FULL_EPOCHS} epochs and {MIN_PAIRS} paired seeds. With "
         f"{MIN_BACKBONES} backbones or more among them: supported if the whole 95 % interval of the pooled "
         "paired difference lies above 0 and of the runs of that length whose seed both have L2BN's diverged no "
         "more often than BN's; "
@@ -456,7 +463,7 @@ CLAIMS = (
     Claim(
         6,
         "L2BN improves the accuracy of acoustic scene classification.",
-        "As claim 5, from rows of acoustic scenes alone: tau2020, TAU Urban Acoustic Scenes 2020 Mobile. "
+        "As claim 5, from cells of acoustic scenes alone: tau2020, TAU Urban Acoustic Scenes 2020 Mobile. "
         "Environmental sound (esc50) is shown beside it under its own name and takes no part in the verdict. The "
         "published accuracies in results/reference/baselines.yaml are not records.",
         _better_on_scenes,
@@ -478,8 +485,19 @@ THESE_NETWORKS = (
 
 
 OF_ALL_CELLS = (
-    "L2BN minus the reference in the measure of a claim, cell by cell: the mean, its 95 % interval by the cell's "
-    "own deviation, and the number n of pairs."
+    "L2BN minus BN, for claim 1 minus l2bn\\_mean\\_norm, cell by cell: the mean difference, its 95 % interval by "
+    "the cell's own deviation (n too small: fewer than 3 pairs), and the number n of pairs. Not counted: runs "
+    f"under {FULL_EPOCHS} epochs, or fewer than {MIN_PAIRS} pairs."
+)
+
+TERMS = (
+    "A cell is a data set, backbone, recipe and setting; it counts for other networks from "
+    f"{FULL_EPOCHS} epochs and {MIN_PAIRS} pairs of equal seed on. within\\_share is the share of the features' "
+    "variance that lies within classes (smaller: more compact), angle\\_mean the mean angle between class means "
+    "(larger: more distinct), both of the features before the classifier; l2bn\\_mean\\_norm is a control with "
+    "L2BN's scale and unequal norms; norm cv is the standard deviation over the mean of the samples' norms at the "
+    "inputs of norm layers ([measures](README.md#measures-of-features), "
+    "[rules](README.md#two-rules-for-a-verdict))."
 )
 
 
@@ -504,6 +522,7 @@ def claims_markdown(evidence: Evidence, sets: Sequence[RunSet]) -> str:
         f"{_records(arms)}{left_out}, and of tests where they are named. Each claim has a verdict for other "
         "networks, which asks what to expect of networks and data sets like those measured; claims 1, 2, 3 and 5 "
         f"have one for these networks, which speaks of a named set of runs alone, here {sets[0].label}.",
+        TERMS,
         "\n".join(
             [
                 "| | Claim | Other networks | These networks | Evidence |",

@@ -154,7 +154,8 @@ def write_mechanism_figures(mechanism: Mechanism, folder: Path) -> tuple[list[Pa
         for study in mechanism.studies.rates:
             paths += save_figure(accuracy_over_rates(study), folder, f"rates-{file_name(study.cell)}")
         for trap in mechanism.studies.traps:
-            paths += save_figure(accuracy_over_updates(trap), folder, f"trap-{file_name(trap.cell)}")
+            if any(arm.features for arm in trap.arms):
+                paths += save_figure(accuracy_over_updates(trap), folder, f"trap-{file_name(trap.cell)}")
     return paths, problems
 
 
@@ -333,7 +334,7 @@ def differences_of_set(rows: Sequence[Comparison], run_set: RunSet) -> Figure:
             ("these networks; n: pairs", these.overall),
             ("other networks; n: networks", for_other_networks(rows)),
         )
-        if result and result.mean is not None
+        if result.mean is not None
     ]
     return _dots([*lines, *([Line("Mean over the networks"), *means] if means else [])])
 

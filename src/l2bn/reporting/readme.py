@@ -1,4 +1,4 @@
-"""The block in the README: the answer for the paper's first set of runs, with its grid and figure."""
+"""The block in the README: the answer for the first set of `sets.yaml`, with its grid and figure."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -126,7 +126,7 @@ def read_studies(folder: Path | None) -> tuple[Studies, list[Problem]]:
         for name, place in ((EPS, place_by_eps), (RATES, place_by_rate), (TRAP, BY_NAME))
     ]
     eps, rates, traps = map(studies_of, found)
-    traps = [study for study in traps if any(arm.features for arm in study.arms)]
+    traps = [study for study in traps if any(arm.features or arm.diverged for arm in study.arms)]
     return Studies(eps, rates, traps), [problem for evidence in found for problem in evidence.problems]
 
 
@@ -362,7 +362,8 @@ def _traps(studies: Sequence[Study]) -> Iterator[str]:
     for study in studies:
         yield f"### {title(study.cell)}: statistics"
         yield markdown(trap_table(study))
-        yield f"![Accuracy by running and batch statistics](figures/trap-{file_name(study.cell)}.png)"
+        if any(arm.features for arm in study.arms):
+            yield f"![Accuracy by running and batch statistics](figures/trap-{file_name(study.cell)}.png)"
 
 
 def _rates(studies: Sequence[Study]) -> Iterator[str]:
