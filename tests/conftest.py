@@ -1,4 +1,4 @@
-"""What every test shares: the real images, and ways to train runs, compare them and issue scripts, in process."""
+"""Shared by all tests: the real images, and ways to train runs, compare them and issue scripts, in process."""
 
 import functools
 import gc
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class Done(NamedTuple):
-    """How a command has ended: its exit code, and what it has printed on stdout and stderr."""
+    """The end of a command: its exit code, and its output on stdout and stderr."""
 
     code: int
     out: str
@@ -86,7 +86,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _defaults_composed_once() -> Iterator[None]:
-    """What the choices of a run compose to, beside which it gets its name: 50 ms, and always of the same files."""
+    """Compose the defaults by which a run gets its name once: 50 ms, and always of the same files."""
     compose_anew, composed_before = plan.compose, dict[tuple[str, ...], DictConfig]()
 
     def compose_once(root: str, choices: list[str]) -> DictConfig:

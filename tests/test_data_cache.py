@@ -1,4 +1,4 @@
-"""What is made from files is kept: made once, made again when a file has changed, and never half there."""
+"""The cache of what is made from files: made once, made again when a file has changed, and never half there."""
 
 import errno
 import os

@@ -20,7 +20,7 @@ Scalar = float | Tensor
 """A number; a tensor () in a kernel, which then serves any value of it."""
 
 Scale = Literal["unit", "rms"]
-"""What each sample gets: an l2 norm of 1, or a root mean square of 1."""
+"""The target of each sample: an l2 norm of 1, or a root mean square of 1."""
 
 SCALES: tuple[str, ...] = get_args(Scale)
 
