@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from l2bn.failures import told_plainly
-from l2bn.records import InvalidRecordError, publish
+from l2bn.publication import publish
+from l2bn.records import InvalidRecordError
 
 
 def main() -> None:

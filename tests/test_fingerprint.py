@@ -22,7 +22,8 @@ from l2bn.data.folder import image_folder
 from l2bn.data.imagenet import imagenet
 from l2bn.data.splits import CONTENTS, PUBLISHED, _contents, digest
 from l2bn.errors import UserError
-from l2bn.records import SUMMARY, InvalidRecordError, Record, publish
+from l2bn.publication import publish
+from l2bn.records import SUMMARY, InvalidRecordError, Record
 from l2bn.training.existing import analyze, evaluate_run, replay
 from l2bn.training.plan import PlannedRun, check_images
 from l2bn.training.sweep import compose_sweep, plan_sweep, run_sweep

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from l2bn.publication import publish
 from l2bn.records import (
     FEATURES,
     MEASURES,
@@ -15,7 +16,6 @@ from l2bn.records import (
     InvalidRecordError,
     Sample,
     keep_measurements,
-    publish,
     read_features,
     read_sample,
     read_statistics,

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conftest import ROOT
+from l2bn.publication import publish
 from l2bn.records import (
     CONFIG,
     ENVIRONMENT,
@@ -31,7 +32,6 @@ from l2bn.records import (
     Problem,
     Record,
     load,
-    publish,
     read_features,
     read_metrics,
     read_records,

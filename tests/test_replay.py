@@ -12,7 +12,8 @@ import yaml
 
 from conftest import ROOT, TINY, Train, results, same, train_in
 from l2bn.errors import UserError
-from l2bn.records import CONFIG, ENVIRONMENT, SUMMARY, publish
+from l2bn.publication import publish
+from l2bn.records import CONFIG, ENVIRONMENT, SUMMARY
 from l2bn.training.existing import _threads, analyze, evaluate_run, replay
 from l2bn.training.plan import read_config
 from official_formats import write

@@ -18,7 +18,8 @@ import pytest
 import yaml
 
 from conftest import ROOT, TINY, train_in
-from l2bn.records import SUMMARY, InvalidRecordError, publish
+from l2bn.publication import publish
+from l2bn.records import SUMMARY, InvalidRecordError
 from l2bn.training.existing import replay
 from test_records import written
 
