@@ -445,6 +445,15 @@ def test_the_lock_dies_with_its_process(tmp_path: Path) -> None:
         pass
 
 
+def test_a_look_at_a_run_does_not_refuse_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / LOCK).touch()
+    with (tmp_path / LOCK).open() as look:
+        fcntl.flock(look, fcntl.LOCK_SH)
+        monkeypatch.setattr(time, "sleep", lambda _: fcntl.flock(look, fcntl.LOCK_UN))
+        with sole_owner(tmp_path):
+            assert is_owned(tmp_path)
+
+
 def test_what_is_locked_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of folders NFS has no locks that other machines see, and of files exclusive ones only where they are opened
     for writing."""

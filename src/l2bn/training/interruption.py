@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -95,6 +96,10 @@ def refuse_copies() -> None:
             )
 
 
+LOOK = 0.1
+"""Seconds after which a run that found its lock held tries again: `is_owned` may have looked."""
+
+
 class OwnedError(UserError):
     """Another process trains this run."""
 
@@ -109,14 +114,21 @@ def sole_owner(folder: Path) -> Iterator[None]:
     """
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OwnedError(
-                f"another process is training the run in {folder}; wait for it, or stop it first"
-            ) from None
-        except OSError as error:
-            log.warning("%s: no locks here (%s); make sure that no second process trains this run", folder, error)
+        for attempt in range(2):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if attempt:
+                    raise OwnedError(
+                        f"another process is training the run in {folder}; wait for it, or stop it first"
+                    ) from None
+                time.sleep(LOOK)
+            except OSError as error:
+                log.warning(
+                    "%s: no locks here (%s); see that no second process trains it", folder, error
+                )
+                break
         yield
     finally:
         with suppress(OSError):  # the file system has no locks
@@ -128,7 +140,7 @@ def sole_owner(folder: Path) -> Iterator[None]:
 def is_owned(folder: Path) -> bool:
     """Return whether a process is training the run in a folder, without writing there.
 
-    It holds the lock for an instant, in which a run that starts would be refused.
+    It holds the lock for much less than LOOK.
     """
     try:
         descriptor = os.open(folder / LOCK, os.O_RDONLY)
