@@ -12,7 +12,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from l2bn.records import METRICS, write_lines
-from l2bn.reporting.comparison import Comparison, arms_of, grid, pooled
+from l2bn.reporting.comparison import arms_of, grid, pooled
 from l2bn.reporting.evidence import Evidence, read_evidence
 from l2bn.reporting.figures import (
     STYLES,
@@ -52,10 +52,6 @@ def texts(figure: Figure) -> Iterator[str]:
         yield from (label.get_text() for label in axes.get_yticklabels())
         legend = axes.get_legend()
         yield from (text.get_text() for text in legend.get_texts()) if legend else ()
-
-
-def rows_of_set(root: Path, run_set: RunSet) -> list[Comparison]:
-    return [row for row in grid(arms_of(read_evidence(root))) if run_set.holds(row.cell)]
 
 
 def test_one_page_a_data_set_as_png_and_svg_whose_bytes_the_records_decide(
@@ -147,12 +143,12 @@ def test_a_set_of_runs_has_a_figure_once_it_has_a_pair_and_both_means_once_compl
     write_pairs(root, [60], [9.0], backbone="net7", **options)
     paths, _ = write_figures(read_evidence(root), tmp_path, [run_set])
     assert paths[-1] == tmp_path / "differences-cifar10-cosine_30.svg"
-    shown = list(texts(differences_of_set(rows_of_set(root, run_set), run_set)))
+    shown = list(texts(differences_of_set(grid(arms_of(read_evidence(root))), run_set)))
     assert {"net0", "+0.50"} <= set(shown)
     assert not [text for text in shown if text == "net7" or "networks" in text]
 
     write_pairs(root, [60, 61, 62], [0.5, 0.6, 0.7], backbone="net1", **options)
-    axes = differences_of_set(rows_of_set(root, run_set), run_set).axes[0]
+    axes = differences_of_set(grid(arms_of(read_evidence(root))), run_set).axes[0]
     assert {"Mean over the networks", "these networks; n: pairs"} <= set(texts(axes.figure))
     # s = 0.1 over 4 degrees of freedom: 2.776 * 0.1 * sqrt(2 / 3) / 2 = 0.113 around 0.55.
     drawn = [tuple(line.get_xdata()) for line in axes.lines]
@@ -171,8 +167,8 @@ def test_the_figure_of_a_set_and_the_readme_agree_on_other_networks(
         gains = [0.3 + net / 10, 0.4 + net / 10, 0.5 + net / 10][:seeds]
         write_pairs(tmp_path, [60.0] * seeds, gains, backbone=name, recipe="cosine_30", epochs=30)
     has_mean = networks == seeds == 3
-    shown = list(texts(differences_of_set(rows_of_set(tmp_path, run_set), run_set)))
-    assert ("other networks; n: networks" in shown) is has_mean
+    shown = list(texts(differences_of_set(grid(arms_of(read_evidence(tmp_path))), run_set)))
+    assert ("other networks; n: cells" in shown) is has_mean
     readme = readme_with_block(f"{BEGIN}\n{END}", read_evidence(tmp_path), run_set)
     assert ("For other networks like them, there is no interval yet" in readme) is not has_mean
 

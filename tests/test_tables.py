@@ -23,7 +23,7 @@ from rich.console import Console
 from conftest import ROOT, Issue
 from l2bn.errors import UserError
 from l2bn.records import ENVIRONMENT, SUMMARY, natural_order
-from l2bn.reporting.claims import claims_markdown
+from l2bn.reporting.claims import CLAIMS, claims_markdown
 from l2bn.reporting.comparison import arms_of, by_cell, grid, other_norms, pooled
 from l2bn.reporting.evidence import Evidence, read_evidence
 from l2bn.reporting.figures import curves, differences
@@ -741,7 +741,7 @@ def test_the_readme_answers_from_the_first_set_as_its_runs_end(tmp_path: Path) -
     (tmp_path / "records").mkdir()
     text = readme_of(tmp_path / "records")
     assert "is open** until all 18 runs have ended (0 have)." in text
-    assert "there is no interval yet (0 of at least 3 networks with 3 pairs)" in text
+    assert "there is no interval yet: fewer than 3 networks have 3 pairs" in text
     assert "No record yet." in text
     assert "![" not in text
     cell: dict[str, Any] = {"recipe": "cosine_30", "epochs": 30}
@@ -760,8 +760,23 @@ def test_the_readme_answers_from_the_first_set_as_its_runs_end(tmp_path: Path) -
     pairs = "by a spread pooled over the networks, n = 9 pairs, diverged: 0 of BN, 0 of L2BN"
     assert f"is supported**: {estimate}, {pairs}." in text
     # The means 0.4, 0.5 and 0.6: t(2) * 0.1 / sqrt(3) = 4.303 * 0.0577 = 0.25.
-    beyond = "+0.50 points of test top-1, 95 % interval [+0.25, +0.75], over 3 networks and all their seeds"
-    assert f"For other networks like them, it is supported: {beyond}." in text
+    beyond = "+0.50 points of test top-1, 95 % interval [+0.25, +0.75], over 3 cells of data set and network"
+    assert f"For other networks like them, it is supported: {beyond} and all their seeds." in text
+
+
+def test_the_readme_has_the_verdict_of_claim_5_on_other_networks(
+    tmp_path: Path,
+) -> None:
+    for dataset, gain in (("cifar10", 0.5), ("fashion_mnist", -0.5), ("esc50", 9.0)):
+        for net in range(3):
+            gains = [gain - 0.1, gain + net / 100, gain + 0.1]
+            options: dict[str, Any] = {"backbone": f"net{net}", "recipe": "cosine_30", "epochs": 30}
+            write_pairs(tmp_path, [60.0, 61.0, 62.0], gains, dataset=dataset, label=dataset, **options)
+    arms = arms_of(read_evidence(tmp_path))
+    verdict = next(claim.judge(arms).verdict for claim in CLAIMS if claim.number == 5)
+    assert verdict == "not decided at this n"
+    assert f"For other networks like them, it is {verdict}: 0.00 points" in readme_of(tmp_path)
+    assert "over 6 cells of data set and network" in readme_of(tmp_path)
 
 
 def test_the_readme_gives_each_interval_with_its_own_mean(tmp_path: Path) -> None:
@@ -772,12 +787,12 @@ def test_the_readme_gives_each_interval_with_its_own_mean(tmp_path: Path) -> Non
         write_pairs(tmp_path, [70.0, 71.0, 72.0, 73.0], gains, backbone=net, **cell)
     text = readme_of(tmp_path)
     assert "is supported**: L2BN − BN is +0.50 points of test top-1, 95 % interval [+0.42, +0.58], by" in text
-    assert "it is supported: +1.50 points of test top-1, 95 % interval [+1.25, +1.75], over 3 networks" in text
+    assert "it is supported: +1.50 points of test top-1, 95 % interval [+1.25, +1.75], over 3 cells" in text
     for seed in range(3):
         write_run(tmp_path, norm="l2bn", backbone="net2", seed=seed, status="diverged", **cell)
     text = readme_of(tmp_path)
     assert "not decided**: L2BN − BN is – points of test top-1, no interval: a cell has no pair, n = 6" in text
-    assert "there is no interval yet (2 of at least 3 networks with 3 pairs)" in text
+    assert "there is no interval yet: fewer than 3 networks have 3 pairs" in text
 
 
 def test_every_column_is_defined_in_the_results_readme(tmp_path: Path) -> None:

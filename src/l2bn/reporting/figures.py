@@ -123,9 +123,8 @@ def write_figures(
         if any(comparison.differences() for comparison in comparisons):
             paths += save_figure(differences(comparisons), folder, "differences")
         for run_set in sets:
-            rows = [row for row in comparisons if run_set.holds(row.cell)]
-            if any(row.differences() for row in rows):
-                paths += save_figure(differences_of_set(rows, run_set), folder, run_set.figure)
+            if any(row.differences() for row in comparisons if run_set.holds(row.cell)):
+                paths += save_figure(differences_of_set(comparisons, run_set), folder, run_set.figure)
     return paths, problems
 
 
@@ -325,14 +324,18 @@ def differences(comparisons: Sequence[Comparison]) -> Figure:
 
 
 def differences_of_set(rows: Sequence[Comparison], run_set: RunSet) -> Figure:
-    """A row per network of a set, and below it the means by both rules, as far as they have one."""
-    lines = [Line(run_set.label), *(_line(row) for row in rows if row.differences())]
+    """A row per network of a set, and below it the means by both rules, as far as they have one.
+
+    rows: every cell; the mean for other networks is over those on images.
+    """
+    lines = [Line(run_set.label), *(_line(row) for row in rows if run_set.holds(row.cell) and row.differences())]
     these = judge_set(ACCURATE, run_set, [arm for row in rows for arm in row.arms])
+    images = [row for row in rows if row.cell.task == "images"]
     means = [
         Line(text, result)
         for text, result in (
             ("these networks; n: pairs", these.overall),
-            ("other networks; n: networks", for_other_networks(rows)),
+            ("other networks; n: cells", for_other_networks(images)),
         )
         if result.mean is not None
     ]

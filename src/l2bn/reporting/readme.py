@@ -24,19 +24,20 @@ def readme_with_block(readme: str, evidence: Evidence, run_set: RunSet) -> str:
     _, closed, after = rest.partition(END)
     if not found or not closed or BEGIN in after or END in after:
         raise UserError(f"the README must hold the lines {BEGIN} and {END} once, in this order")
-    rows = [row for row in grid(arms_of(evidence)) if run_set.holds(row.cell)]
+    every = [row for row in grid(arms_of(evidence)) if row.cell.task == "images"]
+    rows = [row for row in every if run_set.holds(row.cell)]
     table = grid_table(rows)
     table = replace(table, notes=[" ".join(table.notes)] if table.notes else [])
-    parts = [BEGIN, _answer(rows, run_set), markdown(table).strip("\n")]
+    parts = [BEGIN, _answer(every, run_set), markdown(table).strip("\n")]
     if any(row.differences() for row in rows):
         parts.append(f"![Paired differences, {run_set.label}](results/figures/{run_set.figure}.png)")
     return before + "\n\n".join(parts) + f"\n\n{END}{after}"
 
 
-def _answer(rows: Sequence[Comparison], run_set: RunSet) -> str:
-    """The estimate for these networks with n, interval and verdict, and that for other networks."""
-    arms = [arm for row in rows for arm in row.arms]
-    these, others = judge_set(ACCURATE, run_set, arms), for_other_networks(rows)
+def _answer(every: Sequence[Comparison], run_set: RunSet) -> str:
+    """The estimate for these networks with n, interval and verdict, and that for other networks from every cell."""
+    arms = [arm for row in every for arm in row.arms]
+    these, others = judge_set(ACCURATE, run_set, arms), for_other_networks(every)
     found = f"open** until all {these.wanted} runs have ended ({these.ended} have)"
     if these.estimates:
         pairs = plural("pair", these.overall.n)
@@ -45,12 +46,10 @@ def _answer(rows: Sequence[Comparison], run_set: RunSet) -> str:
         against = f" ({these.against})" if these.against else ""
         found = f"{these.verdict}**{against}: L2BN − BN is {_points(these.overall)}{spread}, n = {pairs}, {lost}"
     networks = f"{len(run_set.backbones)} networks ({', '.join(run_set.backbones)}) on {run_set.label}"
-    beyond = f"there is no interval yet ({others.n} of at least {MIN_BACKBONES} networks with {MIN_PAIRS} pairs)"
+    beyond = f"there is no interval yet: fewer than {MIN_BACKBONES} networks have {MIN_PAIRS} pairs"
     if others.mean is not None:
-        beyond = (
-            f"it is {judge_others(ACCURATE, rows)}: {_points(others)}, over {plural('network', others.n)} and all "
-            "their seeds"
-        )
+        cells = f"{plural('cell', others.n)} of data set and network"
+        beyond = f"it is {judge_others(ACCURATE, every)}: {_points(others)}, over {cells} and all their seeds"
     return (
         f"- **In {escape_markdown(networks)}, the claim that L2BN improves accuracy is {found}.\n"
         f"- For other networks like them, {beyond}.\n"

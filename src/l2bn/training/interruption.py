@@ -125,9 +125,7 @@ def sole_owner(folder: Path) -> Iterator[None]:
                     ) from None
                 time.sleep(LOOK)
             except OSError as error:
-                log.warning(
-                    "%s: no locks here (%s); see that no second process trains it", folder, error
-                )
+                log.warning("%s: no locks here (%s); see that no second process trains it", folder, error)
                 break
         yield
     finally:
