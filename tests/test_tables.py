@@ -251,6 +251,7 @@ def test_a_compiled_arm_is_compared_with_one_that_was_not(tmp_path: Path) -> Non
     write_run(tmp_path, norm="l2bn", accuracy=91.0, kernels="fused+compiled")
     (row,) = rows_of(tmp_path)
     assert (row["difference"], row["kernels"]) == ("1", "fused, in part compiled")
+    assert "l2bn: kernels fused, in part compiled" in in_terminal(tmp_path)
 
 
 def test_a_changed_default_under_an_old_name_is_an_error(tmp_path: Path) -> None:
@@ -346,7 +347,9 @@ def test_a_pair_made_on_a_cpu_and_on_a_gpu_is_noted(
             (record.folder / ENVIRONMENT).write_text(json.dumps({"starts": starts}))
     table, shown = grid_of(tmp_path), in_terminal(tmp_path)
     assert (f"masks of dropout): {note}." in table) is bool(note)
-    assert ("in part on a GPU: seed 1" in shown) is bool(note)
+    assert ("l2bn: pairs made in part on a CPU and in part on a GPU: seed 1" in shown) is bool(note)
+    write_run(tmp_path, norm="group_norm", seed=1)  # another row's pair
+    assert in_terminal(tmp_path).count("on a GPU") == bool(note)
 
 
 @pytest.mark.parametrize(

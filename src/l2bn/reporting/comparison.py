@@ -109,9 +109,7 @@ class Comparison:
     @property
     def kernels(self) -> str:
         """The norm's kernel paths, and whether the models of both arms were compiled; empty without a run of it."""
-        paths, _, _ = kernels_in_words(self.other.records).partition(", ")
-        _, comma, compiled = kernels_in_words(self.records).partition(", ")
-        return paths + comma + compiled if paths else ""
+        return kernels_in_words(self.other.records, self.reference.records) if self.other.records else ""
 
     @property
     def epochs(self) -> int:

@@ -313,14 +313,17 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, obje
 # ---- Notes on the runs of a comparison ------------------------------------------------------------------------
 
 
-def kernels_in_words(records: Iterable[Record]) -> str:
-    """The norm's kernel paths in these runs, and whether their models were compiled: "fused and plain, compiled".
+def kernels_in_words(runs: Iterable[Record], reference: Iterable[Record]) -> str:
+    """The kernel paths of a norm's runs, and whether these and its reference's were compiled: "fused, compiled".
 
     Kernel paths agree within rounding, so they are a note to a comparison and do not separate runs.
     """
-    used = [kernels.partition("+") for record in records for kernels in record.kernels.split(THEN)]
-    compiled = {suffix == "compiled" for _, _, suffix in used}
-    suffix = {1: ", compiled" if True in compiled else "", 2: ", in part compiled"}.get(len(compiled), "")
+    used, others = (
+        [kernels.partition("+") for record in records for kernels in record.kernels.split(THEN)]
+        for records in (runs, reference)
+    )
+    compiled = {suffix == "compiled" for _, _, suffix in used + others}
+    suffix = "" if compiled == {False} else ", compiled" if compiled == {True} else ", in part compiled"
     return " and ".join(sorted({path for path, _, _ in used})) + suffix
 
 

@@ -18,7 +18,6 @@ from l2bn.reporting.evidence import (
     Cell,
     Evidence,
     images_in_words,
-    kernels_in_words,
     unlike_code,
     unlike_devices,
 )
@@ -62,16 +61,16 @@ def _cell(cell: Cell, arms: Sequence[Arm]) -> list[RenderableType]:
         runs = f"{len(values)}{'; ' + rest if rest else ''}"
         # A plain text would be read as rich's markup, and lose what is in brackets.
         table.add_row(Text(arm.norm), mean_std(values), *(("", "") if arm is bn else shown), runs)
-    for arm in arms:
-        kernels = kernels_in_words(arm.records)
-        if " and " in kernels or "in part" in kernels:
-            notes.append(f"{arm.norm}: kernels {kernels}, which agree within rounding")
     if images := images_in_words(records):
         notes.append(f"images not proven equal: {images}")
-    if unlike := unlike_devices(records):
-        notes.append(f"pairs made in part on a CPU and in part on a GPU: {unlike}")
-    if unlike_code(records):
-        notes.append("your own code was edited between these runs: train them anew by one version")
+    for row in (Comparison(bn, arm) for arm in arms if arm is not bn):
+        if " and " in row.kernels or "in part" in row.kernels:
+            masks = "; a compiled model draws other masks of dropout" if "in part" in row.kernels else ""
+            notes.append(f"{row.norm}: kernels {row.kernels}, which agree within rounding{masks}")
+        if unlike := unlike_devices(row.records):
+            notes.append(f"{row.norm}: pairs made in part on a CPU and in part on a GPU: {unlike}")
+        if unlike_code(row.records):
+            notes.append(f"{row.norm}: your own code was edited between runs: train them anew by one version")
     head = " · ".join((*names_of(cell), setting(cell)))
     return [Text(head, style="bold"), table, *(Text(note, style="dim") for note in notes)]
 
