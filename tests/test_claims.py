@@ -226,7 +226,8 @@ def test_a_set_may_have_a_backbone_in_a_setting_of_its_own(tmp_path: Path) -> No
     mixed = replace(SET, settings={"net2": "tf32-mixed"})
     found = judge_set(ACCURATE, mixed, arms_of(read_evidence(tmp_path)))
     assert (found.ended, found.verdict) == (18, "supported")
-    assert (of_accuracy(tmp_path).ended, of_accuracy(tmp_path).verdict) == (12, "not decided")
+    told = "12 of 18 runs; net2 has runs in tf32-mixed, not in 32-true"
+    assert of_accuracy(tmp_path).text == f"not decided, {told}"
 
 
 def minus(values: tuple[float, ...]) -> tuple[float, ...]:
@@ -410,7 +411,8 @@ def test_later_seeds_give_a_second_estimate_beside_the_first(tmp_path: Path) -> 
 def test_claims_about_features_wait_for_features_and_claim_1_for_its_control(tmp_path: Path) -> None:
     write_set(tmp_path, SMALL, SMALL, SMALL)
     arms = arms_of(read_evidence(tmp_path, features=True))
-    assert judge_set(COMPACT, SET, arms).text == "not decided, 0 of 18 runs"
+    unmeasured = "18 more without measured features (scripts/analyze.py)"
+    assert judge_set(COMPACT, SET, arms).text == f"not decided, 0 of 18 runs; {unmeasured}"
     for record in read_evidence(tmp_path).records:
         better = 0.02 + 0.001 * record.seed if record.norm == "l2bn" else 0.0
         write_features(record, within_share=0.3 - better)
@@ -500,8 +502,9 @@ def test_the_first_set_is_that_of_the_cpu_grid() -> None:
                 "settings: {a: 32}",
                 "more_seeds: [1, 1]",
                 "more_seeds: [0, 1]",
-                "control: {norm: n, backbones: [z]}",
-                "control: {norm: n, backbones: a}",
+                "control: {norm: l2bn_mean_norm, backbones: [z]}",
+                "control: {norm: l2bn_detached, backbones: [a]}",
+                "control: {norm: l2bn_mean_norm, backbones: a}",
                 "more_seeds: '12'",
             )
         ),

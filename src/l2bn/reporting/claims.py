@@ -291,6 +291,7 @@ class SetFinding:
     overall: Estimate = UNKNOWN
     diverged: tuple[int, int] = (0, 0)  # runs of the reference and of L2BN
     pairs: Sequence[Comparison] = ()  # one per cell, of the seeds of the set alone
+    doubts: Sequence[str] = ()  # why ended runs may be missing
 
     @property
     def cells(self) -> list[Cell]:
@@ -334,7 +335,7 @@ class SetFinding:
         if not self.cells:
             return NONE
         if not self.estimates:
-            return f"not decided, {self.ended} of {self.wanted} runs"
+            return f"not decided, {self.ended} of {self.wanted} runs" + "".join(f"; {one}" for one in self.doubts)
         text = f"{self.verdict}, {self.wanted} runs: {' '.join(mean_interval(self.overall, self.question.digits))}"
         side = self.overall.side
         if side:
@@ -355,7 +356,16 @@ def judge_set(question: Question, run_set: RunSet, arms: Sequence[Arm]) -> SetFi
     ended = sum(len(arm.of(question.quantity)) + arm.diverged for arm in needed.values())
     finding = SetFinding(question, run_set, ended, len(needed) * len(run_set.seeds))
     if finding.ended < finding.wanted:
-        return finding
+        unmeasured = sum(len(arm.records) for arm in needed.values()) - ended
+        doubts = [f"{unmeasured} more without measured features (scripts/analyze.py)"] if unmeasured else []
+        for cell, norm in (key for key, arm in needed.items() if not arm.records):
+            alike = (arm.cell for arm in images if arm.norm == norm)
+            settings = {other.setting for other in alike if replace(other, setting=cell.setting) == cell}
+            if settings:
+                doubts.append(
+                    f"{cell.backbone} has runs in {' and '.join(sorted(settings))}, not in {cell.setting}"
+                )
+        return replace(finding, doubts=tuple(dict.fromkeys(doubts)))
     pairs = [Comparison(needed[cell, question.reference], needed[cell, L2BN]) for cell in finding.cells]
     estimates, overall = fixed_estimate([pair.differences(question.quantity) for pair in pairs])
     diverged = sum(pair.reference.diverged for pair in pairs), sum(pair.other.diverged for pair in pairs)

@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from l2bn.errors import UserError
 from l2bn.records import Record, first_fault
 from l2bn.reporting.comparison import Comparison
-from l2bn.reporting.evidence import BN, L2BN, TASKS, Cell, overrides
+from l2bn.reporting.evidence import BN, L2BN, MEAN_NORM, TASKS, Cell, overrides
 from l2bn.reporting.formatting import PRECISIONS
 
 
@@ -65,6 +65,8 @@ class RunSet:
         seeds = (*self.seeds, *self.more_seeds)
         if len({*seeds}) < len(seeds) or len({*self.backbones}) < len(self.backbones):
             raise ValueError("a seed or a backbone is given twice")
+        if self.control and self.control.norm != MEAN_NORM:
+            raise ValueError(f"control names {self.control.norm}; claim 1 compares L2BN with {MEAN_NORM}")
         named = self.settings.keys() | set(self.control.backbones if self.control else ())
         if other := named - {*self.backbones}:
             raise ValueError(f"settings or control name {', '.join(sorted(other))}, which is none of the backbones")
