@@ -175,7 +175,8 @@ def main() -> None:
     arguments = parser().parse_args()
     problems = arguments.command(arguments)
     for problem in problems:
-        print(f"left out: {problem.folder}: {problem.reason}", file=sys.stderr)
+        part = f"only its {problem.part}: " if problem.part else ""
+        print(f"left out: {problem.folder}: {part}{problem.reason}", file=sys.stderr)
     if problems and arguments.strict:
         sys.exit(1)
 

@@ -219,7 +219,7 @@ def test_a_run_without_readable_epochs_lacks_a_curve_and_counts_as_in_the_tables
         before = list(texts(differences([row])))
         paths, problems = write_figures(evidence, tmp_path / "figures")
         assert [problem.folder for problem in problems] == [broken[0]]
-        assert "only from the accuracy curves" in problems[0].reason
+        assert problems[0].part == "curve"
         assert len(paths) == 6
         assert list(texts(differences([row]))) == before
         assert "L2BN  92.90 ± 0.10  (n = 3, curve of 2)" in texts(draw_curves(evidence, "cifar10"))

@@ -38,6 +38,7 @@ from l2bn.reporting.figures import (
     through_training,
     write_mechanism_figures,
 )
+from l2bn.reporting.formatting import left_out
 from l2bn.reporting.mechanism import (
     OF_CONTROLS,
     features_csv,
@@ -132,6 +133,7 @@ def test_unreadable_features_are_named_and_left_out(root: Path) -> None:
     evidence = read_evidence(root, features=True)
     assert [problem.folder for problem in evidence.problems] == [folder]
     assert folder not in evidence.features
+    assert left_out(evidence.problems) == ", measurements of 1 record left out"
 
 
 # ---- Tables -------------------------------------------------------------------------------------------------

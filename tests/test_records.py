@@ -359,8 +359,10 @@ def test_publishing_leaves_the_machine_behind(tmp_path: Path) -> None:
 
 def test_publishing_does_not_replace_another_result(tmp_path: Path) -> None:
     publish(written(tmp_path / "one").folder, tmp_path / "records")
-    with pytest.raises(FileExistsError, match="another result"):
+    with pytest.raises(FileExistsError, match="this result already, of another run"):
         publish(written(tmp_path / "other", seconds=9.0).folder, tmp_path / "records")
+    with pytest.raises(FileExistsError, match="another result"):
+        publish(written(tmp_path / "third", best=row(1)).folder, tmp_path / "records")
 
 
 def test_a_run_in_another_setting_has_its_place_beside_the_published_one(tmp_path: Path) -> None:

@@ -602,7 +602,7 @@ def test_strict_is_for_scripts_that_must_not_miss_a_bad_record(tmp_path: Path, i
         done = issue("report", "tables", "--runs", tmp_path, "--out", tmp_path / "tables", *options)
         assert done.code == code
         assert f"left out: {bad}: " in done.err
-        assert "1 record left out" in done.out
+        assert "1 unreadable record left out" in done.out
         assert "91.20 ± 1.56 (2; 1 missing)" in (tmp_path / "tables/grid.md").read_text()
 
 

@@ -57,9 +57,8 @@ def publish(folder: Path, destination: Path) -> Path:
                 f"publish it to a folder of its own, such as {destination / 'NAME'}: tables hold both"
             )
         if published != record:
-            raise FileExistsError(
-                f"{target} holds another result of this cell and seed; move it away to replace it"
-            )
+            held = "this result already, of another run" if published.result == record.result else "another result"
+            raise FileExistsError(f"{target} holds {held} of this cell and seed; move it away to replace it")
     target.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_durably(target / name, content)

@@ -72,10 +72,11 @@ class InvalidRecordError(ValueError):
 
 
 class Problem(NamedTuple):
-    """A folder that was left out, and the reason."""
+    """A record that was left out, or a part of one that counts in all else, and the reason."""
 
     folder: Path
     reason: str
+    part: str = ""  # "measurements", say; empty for the whole record
 
 
 def is_finite_number(value: object) -> TypeGuard[float]:
@@ -215,6 +216,12 @@ class Record:
             raise ValueError(f"finished, but its last epoch is not epoch {self.epochs}")
         if bool(self.best) != bool(self.last):
             raise ValueError("last and best must both hold an epoch, or both be {}")
+
+    @property
+    def result(self) -> tuple[object, ...]:
+        """Status, last and best epoch, without what the epochs cost."""
+        rows = ({key: row[key] for key in row.keys() - set(COST_KEYS)} for row in (self.last, self.best))
+        return self.status, *rows
 
     @property
     def setting(self) -> str:

@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 from l2bn.errors import UserError
 from l2bn.records import (
-    COST_KEYS,
     ENVIRONMENT,
     MEASURES,
     THEN,
@@ -209,7 +208,7 @@ def read_evidence(
         try:
             rows = read_statistics(record.folder) if statistics else read_features(record.folder)
         except InvalidRecordError as error:
-            problems.append(Problem(record.folder, f"only its measurements: {error}"))
+            problems.append(Problem(record.folder, str(error), "measurements"))
             continue
         if rows and (statistics or rows[-1]["epoch"] == record.epochs):
             measured[record.folder] = rows
@@ -221,7 +220,7 @@ def _distinct(records: Iterable[Record], place: Place) -> list[Record]:
     kept: dict[tuple[Cell, str, int], Record] = {}
     for record in records:
         first = kept.setdefault((*place.of(record), record.seed), record)
-        if _result(first) != _result(record):
+        if first.result != record.result:
             raise UserError(
                 "two records of one cell and seed hold different results: "
                 f"{first.folder} and {record.folder}; keep one of them"
@@ -229,12 +228,6 @@ def _distinct(records: Iterable[Record], place: Place) -> list[Record]:
         if not (first.folder / FEATURES_FILE).exists() and (record.folder / FEATURES_FILE).exists():
             kept[*place.of(record), record.seed] = record
     return list(kept.values())
-
-
-def _result(record: Record) -> tuple[object, ...]:
-    """Status, last and best epoch, without what the epochs cost."""
-    rows = ({key: row[key] for key in row.keys() - set(COST_KEYS)} for row in (record.last, record.best))
-    return record.status, *rows
 
 
 def _check_conditions(records: Iterable[Record], place: Place) -> None:

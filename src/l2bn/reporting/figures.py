@@ -99,7 +99,7 @@ def read_curves(records: Sequence[Record]) -> tuple[Curves, list[Problem]]:
         try:
             found[record.folder] = [row["test/top1"] for row in record.metrics()]
         except InvalidRecordError as error:
-            problems.append(Problem(record.folder, f"only from the accuracy curves: {error}"))
+            problems.append(Problem(record.folder, str(error), "curve"))
     return found, problems
 
 
@@ -145,7 +145,7 @@ def write_mechanism_figures(mechanism: Mechanism, folder: Path) -> tuple[list[Pa
                 try:
                     samples += filter(None, [read_sample(run)])
                 except InvalidRecordError as error:
-                    problems.append(Problem(run, str(error)))
+                    problems.append(Problem(run, str(error), "sample"))
             if len(samples) == 2:
                 paths += save_figure(feature_map(pair, seed, *samples), folder, f"map-{name}")
         for study in mechanism.studies.eps:

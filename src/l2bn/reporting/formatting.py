@@ -1,6 +1,7 @@
 """Texts that tables, figures and claims share: numbers, names, and a table as Markdown, LaTeX or CSV."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -8,6 +9,7 @@ from operator import itemgetter
 
 import pandas as pd
 
+from l2bn.records import Problem
 from l2bn.reporting.comparison import Arm, Comparison
 from l2bn.reporting.evidence import TOP1, Cell, overrides, with_changes
 from l2bn.reporting.statistics import Estimate, estimate
@@ -85,6 +87,15 @@ def lost(arm: Arm, missing: int) -> str:
 def plural(noun: str, count: int) -> str:
     """`1 run`, `2 runs`."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def left_out(problems: Iterable[Problem], before: str = ", ") -> str:
+    """`, 1 unreadable record and measurements of 2 records left out`; empty without a problem."""
+    texts = [
+        plural("unreadable record", count) if not part else f"{part} of {plural('record', count)}"
+        for part, count in sorted(Counter(problem.part for problem in problems).items())
+    ]
+    return f"{before}{' and '.join(texts)} left out" if texts else ""
 
 
 # ---- Names --------------------------------------------------------------------------------------------------

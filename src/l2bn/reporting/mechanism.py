@@ -34,6 +34,7 @@ from l2bn.reporting.formatting import (
     Table,
     csv_text,
     file_name,
+    left_out,
     markdown,
     mean_interval,
     mean_std_n,
@@ -292,12 +293,11 @@ def _summary(mechanism: Mechanism) -> str:
     arms = [*mechanism.arms, *(arm for study in mechanism.studies.eps for arm in study.arms)]
     measured = sum(len(arm.features) for arm in arms)
     unproven = sum(record.images is None for record in mechanism.records)
-    left_out = f", {plural('unreadable record', len(mechanism.problems))} left out" if mechanism.problems else ""
     return (
         f"From {plural('record', len(mechanism.records))} ({measured} with measured features, {unproven} without a "
-        f"fingerprint of their images{left_out}), digest `{mechanism.digest}`. Values are mean ± standard "
-        "deviation over the seeds (n); differences are paired by seed, with Student's 95 % interval. Features are "
-        "those of the test images after the last epoch."
+        f"fingerprint of their images{left_out(mechanism.problems)}), digest `{mechanism.digest}`. Values are "
+        "mean ± standard deviation over the seeds (n); differences are paired by seed, with Student's 95 % "
+        "interval. Features are those of the test images after the last epoch."
     )
 
 

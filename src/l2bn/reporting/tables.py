@@ -17,6 +17,7 @@ from l2bn.reporting.formatting import (
     in_words,
     interval,
     latex,
+    left_out,
     mark,
     markdown,
     mean_std_n,
@@ -165,11 +166,10 @@ def _counts(evidence: Evidence, rows: Sequence[Comparison]) -> list[str]:
     runs = [record for record in evidence.records if record.norm in (BN, L2BN)]
     diverged = sum(record.status == "diverged" for record in runs)
     missing = sum(row.missing(arm) for row in rows for arm in (row.reference, row.other))
-    problems = len(evidence.problems)
     text = f"Runs: {len(runs) - diverged} finished, {diverged} diverged, "
     text += f"{missing} missing whose seed the other arm has"
-    text += f"; {plural('unreadable record', problems)} left out" if problems else ""
-    return [text + "."] if rows or problems else []
+    text += left_out(evidence.problems, "; ")
+    return [text + "."] if rows or evidence.problems else []
 
 
 def _differing(rows: Sequence[Comparison], norm: str) -> list[str]:

@@ -21,7 +21,7 @@ from l2bn.reporting.evidence import (
     unlike_code,
     unlike_devices,
 )
-from l2bn.reporting.formatting import NONE, lost, mean_interval, mean_std, names_of, plural, setting
+from l2bn.reporting.formatting import NONE, left_out, lost, mean_interval, mean_std, names_of, setting
 
 
 def norms_table(evidence: Evidence) -> RenderableType:
@@ -39,8 +39,8 @@ def norms_table(evidence: Evidence) -> RenderableType:
         )
     else:
         parts.append(Text("No ended run here yet: nothing to compare."))
-    if evidence.problems:
-        parts.append(Text(f"{plural('record', len(evidence.problems))} left out", style="bold red"))
+    if problems := left_out(evidence.problems, ""):
+        parts.append(Text(problems, style="bold red"))
     return Group(*parts)
 
 
