@@ -7,6 +7,7 @@ The measures are defined in src/l2bn/analysis/features.py.
 """
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ def main() -> None:
     parser.add_argument("--config-dir", type=Path, action="append", default=[], help="your folder of YAML files")
     parser.add_argument("--root", help="folder of the data set, if it has moved since training")
     arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     from rich.console import Console  # imported here: --help need not wait for torch
 
     from l2bn.reporting.terminal import layers_table

@@ -4,6 +4,7 @@ python scripts/evaluate.py RUN
 """
 
 import argparse
+import logging
 from pathlib import Path
 
 from l2bn.failures import told_plainly
@@ -16,6 +17,7 @@ def main() -> None:
     parser.add_argument("--config-dir", type=Path, action="append", default=[], help="your folder of YAML files")
     parser.add_argument("--root", help="folder of the data set, if it has moved since training")
     arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     from l2bn.training.existing import evaluate_run  # imported here: --help need not wait for torch
 
     loss, top1, top5 = evaluate_run(arguments.run, arguments.device, arguments.root, arguments.config_dir)

@@ -4,6 +4,7 @@ python scripts/replay.py RECORD
 """
 
 import argparse
+import logging
 from pathlib import Path
 
 from l2bn.errors import optional_output
@@ -17,6 +18,7 @@ def main() -> None:
     parser.add_argument("--config-dir", type=Path, action="append", default=[], help="your folder of YAML files")
     parser.add_argument("--root", help="folder of the data set, if it is not the one of its YAML file")
     arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     from l2bn.training.existing import replay  # imported here: --help need not wait for torch
     from l2bn.training.interruption import refuse_copies
 

@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from l2bn.errors import optional_output
+from l2bn.errors import UserError, optional_output
 from l2bn.failures import told_plainly
 
 OURS = {"overrides", "run", "multirun", "config_dir"}
@@ -32,6 +32,8 @@ def main() -> None:
     parser.add_argument("--config-dir", "-cd", type=Path, action="append", default=[])
     arguments = vars(parser.parse_intermixed_args())
     if any(value for key, value in arguments.items() if key not in OURS):  # --help, --cfg and the like
+        if len(arguments["config_dir"]) > 1:
+            raise UserError("with --help, --cfg and the like Hydra takes one --config-dir: give only one")
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=ROOT)(train)()
         return
     with composing(arguments["overrides"], arguments["config_dir"]) as (composer, overrides):

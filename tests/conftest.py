@@ -273,6 +273,7 @@ def issue(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
         code: object = None
         root = logging.getLogger()
         level, handlers = root.level, root.handlers[:]
+        root.handlers[:] = []  # as a new process has it
         try:
             runpy.run_path(str(ROOT / "scripts" / f"{script}.py"), run_name="__main__")
         except SystemExit as left:

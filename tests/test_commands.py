@@ -90,6 +90,7 @@ WRONG: list[tuple[list[str], dict[str, str], list[str]]] = [
     (["benchmark.py", "step", "--batch", "0"], {}, ["--batch", "number from 1", "0"]),
     (["benchmark.py", "waiting", "--batches", "128", "-8"], {}, ["--batches", "number from 1", "-8"]),
     (["benchmark.py", "train", "--callers", "lazy"], {}, ["--callers", "lazy", "compiled"]),
+    (["train.py", "--config-dir", ".", "--config-dir", "..", "--cfg", "job"], {}, ["--config-dir", "only one"]),
     (["benchmark.py", "nets"], {}, ["nets", "norm"]),
 ]
 

@@ -19,7 +19,16 @@ from conftest import EPOCHS, QUIET, ROOT, TINY, Issue, Train, equal, interrupted
 from l2bn.analysis.probe import Probe
 from l2bn.errors import UserError
 from l2bn.norms.swap import norm_layers, swap_norm
-from l2bn.records import FEATURES, METRICS, SAMPLE, STATISTICS, read_features, read_sample, read_statistics
+from l2bn.records import (
+    FEATURES,
+    METRICS,
+    SAMPLE,
+    STATISTICS,
+    read_features,
+    read_sample,
+    read_statistics,
+    write_lines,
+)
 from l2bn.training import session
 from l2bn.training.checkpoint import Checkpoints
 from l2bn.training.existing import analyze
@@ -42,7 +51,11 @@ def test_a_run_that_is_looked_into_is_the_same_run(analysis: tuple[str, ...], tr
 @pytest.mark.parametrize(
     ("analysis", "said"),
     [
-        ("on", "has ended without features, and is not trained again: measure them by python scripts/analyze.py"),
+        (
+            "on",
+            "has ended without features of its last epoch, and is not trained again: measure them by "
+            "python scripts/analyze.py",
+        ),
         ("statistics", "has ended without statistics of its first updates: only a new run"),
     ],
 )
@@ -52,6 +65,18 @@ def test_measurements_that_an_ended_run_lacks_are_told(
     record = copied(EPOCHS, *TINY)
     assert train(EPOCHS, *TINY, f"analysis={analysis}") == record
     assert [said in message for message in caplog.messages if "has ended" in message] == [True]
+
+
+def test_features_of_earlier_epochs_alone_are_told(
+    copied: Train, train: Train, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = copied(EPOCHS, *TINY, "analysis=on")
+    rows = read_features(record.folder)
+    for kept, told in ((rows, False), (rows[:1], True)):
+        write_lines(record.folder / FEATURES, kept)
+        caplog.clear()
+        train(EPOCHS, *TINY, "analysis=on")
+        assert ("without features of its last epoch" in caplog.text) is told
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from conftest import ROOT, TINY, Train, results, same, train_in
+from conftest import ROOT, TINY, Issue, Train, results, same, train_in
 from l2bn.errors import UserError
 from l2bn.publication import publish
 from l2bn.records import CONFIG, ENVIRONMENT, SUMMARY
@@ -117,6 +117,11 @@ def test_a_published_record_is_replayed_to_the_same_numbers(trained: Train, reco
     again = replay(record, str(tmp_path / "replayed"))
     same(again, run)
     assert again.hash == run.hash
+
+
+def test_a_second_replay_says_that_the_run_has_ended(record: Path, tmp_path: Path, issue: Issue) -> None:
+    for said in ("finished, test accuracy", "ended before: "):
+        assert said in issue("replay", record, "--runs-dir", tmp_path / "replayed").err
 
 
 def test_the_paths_of_a_replay_are_those_of_the_composed_data_set(

@@ -113,6 +113,27 @@ def test_runs_that_have_begun_are_found_without_their_sweep(runs: dict[str, Plan
     assert "2 interrupted" in shown(found)
 
 
+def test_runs_are_found_from_within_their_folder(
+    runs: dict[str, PlannedRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = runs["resnet20/bn/0"]
+    begin(run, 1)
+    for depth in range(len(run.cell.path.parts) + 1):
+        monkeypatch.chdir((run.folder / "x").parents[depth])
+        assert [found.folder.resolve() for found in find_runs(Path())] == [run.folder]
+
+
+def test_a_run_is_the_same_with_whole_numbers_in_a_list(runs: dict[str, PlannedRun], tmp_path: Path) -> None:
+    run = runs["resnet20/bn/0"]
+    end(tmp_path, run, identity="another")
+    record = Record.read(run.folder)
+    asked = replace(run, config={**run.config, "dataset": {**run.config["dataset"], "std": [1.0, 1.0, 1.0]}})
+    for std, same in (([1, 1, 1], True), ([2, 1, 1], False)):
+        own = {**run.identity, "dataset": {**run.identity["dataset"], "std": std}}
+        Record(**{**vars(record), "identity": own}).write()
+        assert (look(asked).standing == "finished") is same
+
+
 def test_a_link_to_a_run_does_not_hide_it(runs: dict[str, PlannedRun], tmp_path: Path) -> None:
     run = runs["resnet20/bn/0"]
     begin(run, 3)

@@ -40,7 +40,7 @@ class CheckpointPolicy:
     """The schedule of checkpoints: one after every epoch, and one every `every_steps` steps within an epoch.
 
     every_steps: 0 for none within an epoch.
-    keep_epochs: the epochs, counted from 1, whose checkpoints are never deleted.
+    keep_epochs: the epochs, counted from 1, whose checkpoints stay; a resumed run keeps those that it is given.
     """
 
     every_steps: Annotated[int, Field(ge=0)] = 1000

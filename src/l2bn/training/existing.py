@@ -125,7 +125,7 @@ def analyze(
     `read_run`. Returns the measured lines. Raises UserError if the folder is not a run, if it has no readable
     checkpoint after an epoch, and if another process works on the run.
     """
-    opened = OpenedRun.open(folder, device, root, config_dirs)
+    opened = OpenedRun.open(folder, device, root, config_dirs, measured=True)
     with sole_owner(folder):
         found = []
         epochs: list[Metrics] = []
@@ -155,8 +155,10 @@ class OpenedRun:
     checkpoints: Checkpoints
 
     @classmethod
-    def open(cls, folder: Path, device: str, root: str | None, config_dirs: Sequence[Path]) -> "OpenedRun":
-        """Return the run in a folder, on one device. Raises UserError."""
+    def open(
+        cls, folder: Path, device: str, root: str | None, config_dirs: Sequence[Path], *, measured: bool = False
+    ) -> "OpenedRun":
+        """Return the run in a folder, on one device. Raises UserError, also if it is to be measured and cannot."""
         quieten()
         planned = read_run(folder, root, config_dirs)
         # Only training is worth compiling for.
@@ -166,7 +168,10 @@ class OpenedRun:
             log.warning("%s was trained in %s, which needs a GPU; it is computed in float32", folder, precision)
             own["precision"] = "32-true"
         compute = {**planned.config["compute"], **own}
-        built = build_run(replace(planned, config={**planned.config, "compute": compute}))
+        analysis = planned.config["analysis"]
+        if measured:
+            analysis = {**analysis, "every": analysis.get("every") or None}
+        built = build_run(replace(planned, config={**planned.config, "compute": compute, "analysis": analysis}))
         warn_of_other_source(folder, planned.config)
         built.compute.set_up()
         fabric = built.compute.fabric()

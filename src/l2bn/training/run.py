@@ -17,7 +17,7 @@ from l2bn.data.splits import Splits
 from l2bn.errors import UserError
 from l2bn.failures import explained, note_failure
 from l2bn.norms.swap import norm_layers, replacements, swap_norm
-from l2bn.records import CONFIG, FEATURES, STATISTICS, SUMMARY, Fingerprint, InvalidRecordError, Record
+from l2bn.records import CONFIG, STATISTICS, SUMMARY, Fingerprint, InvalidRecordError, Record, read_features
 from l2bn.seeding import derive_seed, seed_global
 from l2bn.training.checkpoint import CheckpointPolicy
 from l2bn.training.compute import Compute, quieten
@@ -255,10 +255,14 @@ def warn_if_unmeasured(record: Record, planned: PlannedRun) -> None:
     policy: AnalysisPolicy = planned.builder.call(AnalysisPolicy, planned.config["analysis"], "analysis")
     if record.status == "diverged":  # it may have ended before the first one
         return
-    if policy.every != 0 and not (record.folder / FEATURES).exists():
+    try:
+        measured = [row["epoch"] for row in read_features(record.folder)]
+    except InvalidRecordError:
+        measured = []
+    if policy.every != 0 and record.epochs not in measured:
         log.warning(
-            "%s has ended without features, and is not trained again: measure them by python scripts/analyze.py "
-            "--run RUN",
+            "%s has ended without features of its last epoch, and is not trained again: measure them by python "
+            "scripts/analyze.py --run RUN",
             record.folder,
         )
     due = min(policy.statistics_until, record.updates) >= policy.statistics_every

@@ -59,8 +59,10 @@ def find_runs(root: Path) -> list[PlannedRun]:
         with contextlib.suppress(OSError, ValueError):
             run = read_config(path.parent)
             parts = run.cell.path.parts
-            if path.parent.parts[-len(parts) :] == parts:
-                place = path.parents[len(parts)]
+            folder = path.parent.absolute()
+            if folder.parts[-len(parts) :] == parts:
+                short = len(path.parents) <= len(parts)  # `root` is a folder within the runs' folder
+                place = folder.parents[len(parts) - 1] if short else path.parents[len(parts)]
                 runs.append(replace(run, config={**run.config, "runs_dir": str(place)}))
     return runs
 
@@ -76,7 +78,7 @@ def look(run: PlannedRun) -> Status:
             record = Record.read(folder)
         except InvalidRecordError as error:
             return Status(run, "failed", epoch, pace, str(error))
-        if record.hash == run.hash:
+        if record.hash == run.hash or not differences(record.identity, run.identity):
             return Status(run, record.status, epoch, pace, record.divergence or "")
     begun = (folder / CONFIG).exists()
     if begun and (other := _another(run)):
