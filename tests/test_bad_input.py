@@ -119,6 +119,7 @@ WRONG = [
     ("norm.momentum=7", ["norm", "momentum", "7", "[0, 1]"]),
     ("norm.scale=max", ["norm.scale", "'max'", "rms"]),
     ("norm.fused=maybe", ["norm.fused", "'maybe'", "auto"]),
+    ("norm.fused=false", ["norm.fused", "auto or on or off", 'in YAML write "off" with its quotes']),
     ("compute.device=tpu", ["compute.device", "'tpu'", "cuda"]),
     ("compute.devices=0", ["devices", "0", "at least 1"]),
     ("compute.device=cpu compute.devices=2 recipe.batch_size=33", ["batch_size", "33", "2 devices"]),

@@ -240,6 +240,7 @@ def test_conversion_keeps_layers_and_names_and_changes_nothing_alone() -> None:
     assert isinstance(model[0][3], L2BatchNormAct2d)
     torch.testing.assert_close(model(x), plain(x))
     torch.testing.assert_close(copy.deepcopy(model).eval()(x), plain.eval()(x))
+    torch.testing.assert_close(torch.fx.symbolic_trace(model.eval())(x), plain(x))
 
 
 def test_a_layer_of_its_own_kind_is_refused() -> None:

@@ -22,7 +22,16 @@ import torch
 import torch.utils.mkldnn
 import torchvision
 from torch import Tensor, nn
-from torch.ao.quantization import fuse_modules, get_default_qconfig_mapping, quantize_dynamic
+from torch.ao.quantization import (
+    DeQuantStub,
+    QuantStub,
+    fuse_modules,
+    get_default_qconfig,
+    get_default_qconfig_mapping,
+    prepare,
+    quantize_dynamic,
+)
+from torch.ao.quantization import convert as quantized
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
@@ -199,6 +208,12 @@ def test_quantization_leaves_the_layer_in_float() -> None:
     static = convert_fx(prepared)
     assert sum(isinstance(m, L2BatchNorm2d) for m in static.modules()) == 1
     assert (static(images()) - expected).abs().max() < 0.1 * expected.abs().max()
+    eager = nn.Sequential(QuantStub(), nn.Conv2d(3, 4, 3), L2BatchNorm2d(4), DeQuantStub())
+    eager.qconfig = get_default_qconfig("x86")  # type: ignore[assignment]
+    prepared = prepare(eager.eval())
+    prepared(images())
+    with pytest.raises(NotImplementedError, match="put a DeQuantStub before the layer"):
+        quantized(prepared)(images())
     with pytest.raises(AssertionError, match="did not find fuser method"):
         fuse_modules(model, [["0", "1"]])
 

@@ -22,6 +22,7 @@ from l2bn.backbones.resnet import cifar_resnet
 from l2bn.backbones.vgg import vgg
 from l2bn.norms import l2bn_but_last
 from l2bn.norms.l2bn import convert
+from l2bn.norms.stepped import _warn_of_batch_norms_estimates
 from l2bn.norms.swap import norm_layers
 
 NORMS = sorted(path for path in (Path(__file__).parents[1] / "configs" / "norm").glob("*.yaml"))
@@ -315,3 +316,32 @@ def test_running_statistics_of_another_layer_are_a_warning(caplog: pytest.LogCap
     model[1].num_batches_tracked.zero_()  # as of weights that were saved without it
     swap_norm(model, "l2bn")
     assert "estimated by other layers" in caplog.text
+
+
+def test_weights_of_batch_norm_are_loaded_with_the_same_warning(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    _warn_of_batch_norms_estimates.cache_clear()
+
+    def network(norm: str) -> nn.Sequential:
+        model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+        swap_norm(model, norm)
+        return model
+
+    fresh, bn, l2bn = network("bn"), network("bn"), network("l2bn")
+    for trained in (bn, l2bn):
+        trained(torch.randn(4, 3))
+    for source in (fresh, l2bn, bn):
+        caplog.clear()
+        torch.save(source.state_dict(), tmp_path / "weights.pt")
+        model = network("l2bn")
+        model.load_state_dict(torch.load(tmp_path / "weights.pt"))
+        warned = [text for text in caplog.messages if "estimated by other layers" in text]
+        assert len(warned) == (source is bn)
+        assert model[1].running_var.equal(source[1].running_var)
+    network("bn").load_state_dict(l2bn.state_dict())
+
+
+def test_a_class_of_layers_is_no_norm() -> None:
+    with pytest.raises(TypeError, match="L2BatchNorm1d is the class of a layer: give the name of a norm"):
+        swap_norm(nn.Sequential(nn.BatchNorm1d(3)), L2BatchNorm1d)

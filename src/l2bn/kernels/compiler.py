@@ -20,8 +20,9 @@ from torch.autograd import forward_ad
 logger = logging.getLogger(__name__)
 
 Fused = Literal["auto", "on", "off"]
-"""A layer's kernels: "auto", where a compiler works; "on", always, or the call fails; "off", the definition. With a
-torch before 2.15 a compiled model takes the definition in any case (`TRACED`)."""
+"""A layer's kernels: "auto", where a compiler works; "on", the same, but a failed compilation is an error; "off",
+the definition. Calls that have no kernel take the definition in any case: evaluation with gradients, joint
+statistics, devices but CPU and CUDA, and with a torch before 2.15 a compiled model (`TRACED`)."""
 
 TRACED = torch.__version__ >= "2.15"
 """True if a compiled model takes the kernels' formulas into its graph. In torch 2.11 their gradients

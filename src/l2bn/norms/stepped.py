@@ -15,6 +15,8 @@ layer keeps it as `epsilon`, and reading `eps` raises an error that says why. It
 layer, and AttributeError, so that `hasattr` and `inspect.getmembers` go on.
 """
 
+import functools
+import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +26,12 @@ from torch.fx.proxy import Proxy, TraceError
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from l2bn.kernels.formulas import Scale, State, batch_norm, check_scale, widened
-from l2bn.norms.swap import in_place_of, stock_name
+from l2bn.norms.swap import ESTIMATED_ELSEWHERE, in_place_of, stock_name
 
 if TYPE_CHECKING:
     from l2bn.norms.sync import Joint
+
+logger = logging.getLogger(__name__)
 
 Step = Callable[[Tensor, Scale], Tensor]
 """(N, C, ...), float32 at least, and L2BN's scale to the same shape and type. A module may hold buffers."""
@@ -44,6 +48,7 @@ class SteppedBatchNorm(_BatchNorm):
     scale: Scale
     epsilon: float
     joint: "Joint | None" = None  # set by l2bn.norms.sync.convert_sync
+    _version = 3  # of the state dict, which has BN's keys and shapes; BN's is 2
 
     def _set_eps(self, value: float) -> None:
         self.epsilon = value
@@ -61,10 +66,23 @@ class SteppedBatchNorm(_BatchNorm):
             )
         return nn.Module.__getattr__(self, name)  # each weight of each call passes here; super() would cost more
 
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        """Load BN's keys; warn where they were saved by BN and its running variance is an estimate.
+
+        A file without torch's metadata, as of safetensors, does not tell.
+        """
+        var = state_dict.get(f"{prefix}running_var")
+        saved_by_it = local_metadata.get("version", self._version) >= self._version
+        if not saved_by_it and isinstance(var, Tensor) and not var.is_meta and var.ne(1).any():
+            _warn_of_batch_norms_estimates()
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)  # type: ignore[no-untyped-call]
+
     def forward(self, input: Any) -> Any:  # noqa: A002 - BN's own name
         """(N, C, ...) to the same shape, type and memory format; statistics are float32 at least."""
         if isinstance(input, Proxy):
-            return _as_leaf(self, input)
+            return as_leaf(self, input)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         state = state_of(self)
         check_call(input, state, self.epsilon, training=self.training, joint=self._shares_batch())
@@ -104,6 +122,11 @@ class Activated:
         return self.act(self.drop(y))
 
 
+@functools.cache  # once for all layers
+def _warn_of_batch_norms_estimates() -> None:
+    logger.warning("saved by batch norm, or by an older version of these layers: %s", ESTIMATED_ELSEWHERE)
+
+
 def state_of(layer: _BatchNorm) -> State:
     """Return the tensors that a call uses. It reads them once, because a module's attributes are slow."""
     if layer.training and not layer.track_running_stats:
@@ -132,7 +155,8 @@ def check_call(x: Tensor, state: State, eps: float, *, training: bool, joint: bo
     With `joint` other ranks have values too, so that one value a channel is enough here.
     """
     if not x.is_floating_point() or x.layout is not torch.strided:
-        raise NotImplementedError(f'"batch_norm" not implemented for {x.dtype} in layout {x.layout}')
+        advice = "; put a DeQuantStub before the layer and a QuantStub behind it" if x.is_quantized else ""
+        raise NotImplementedError(f'"batch_norm" not implemented for {x.dtype} in layout {x.layout}{advice}')
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return  # sizes are tensors there; batch norm itself checks them
     channels = x.shape[1]
@@ -161,7 +185,7 @@ def check_call(x: Tensor, state: State, eps: float, *, training: bool, joint: bo
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
 
 
-def _as_leaf(layer: nn.Module, x: Proxy) -> Any:
+def as_leaf(layer: nn.Module, x: Proxy) -> Any:
     """Record the layer in a graph of torch.fx as one node, as its tracer does with torch's own layers."""
     path = x.tracer.path_of_module(layer)  # type: ignore[attr-defined]
     if not path:

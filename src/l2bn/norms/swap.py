@@ -24,6 +24,10 @@ Norm = Callable[..., nn.Module]
 Layer = TypeVar("Layer", bound=nn.Module)
 logger = logging.getLogger(__name__)
 
+ESTIMATED_ELSEWHERE = (
+    "running statistics were estimated by other layers than those that use them now: train, or call "
+    "torch.optim.swa_utils.update_bn, before you evaluate"
+)
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # attributes, hooks among them
 STOCK = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -34,7 +38,8 @@ def swap_norm(model: nn.Module, norm: str | Norm) -> int:
     `norm` is a name such as "l2bn", resolved to `l2bn.norms.<name>.convert`, or a callable that takes the layer and
     returns its replacement. If the callable has a parameter `last`, it gets `last=True` for the last of the layers
     in the order of `model.modules()`, which is the order of construction, and `last=False` for the others. A layer
-    used in several places stays one layer.
+    used in several places stays one layer. A row of a layer's input is a sample to it: where a network hands it
+    tokens as rows (LeViT), each token is normalized, not each image.
 
     Raises:
         ValueError: no norm has this name, the model has no batch norm layer to replace, or `last` is already bound.
@@ -54,10 +59,7 @@ def swap_norm(model: nn.Module, norm: str | Norm) -> int:
         ", ".join(sorted({type(layer).__name__ for layer in layers.values()})),
     )
     if any(_keeps_estimate(layer, other) for layer, other in layers.items()):
-        logger.warning(
-            "running statistics were estimated by other layers than those that use them now: train, or call "
-            "torch.optim.swa_utils.update_bn, before you evaluate"
-        )
+        logger.warning(ESTIMATED_ELSEWHERE)
     return len(layers)
 
 
@@ -74,6 +76,11 @@ def _keeps_estimate(layer: nn.Module, other: nn.Module) -> bool:
 def replacements(model: nn.Module, norm: str | Norm) -> dict[nn.Module, nn.Module]:
     """Return what `swap_norm` would put in the place of each batch norm layer; raises as it does."""
     convert = _named(norm) if isinstance(norm, str) else norm
+    if inspect.isclass(convert) and issubclass(convert, nn.Module):
+        raise TypeError(
+            f"{convert.__name__} is the class of a layer: give the name of a norm, such as 'l2bn', or a function "
+            "of the layer to replace, such as l2bn.norms.l2bn.convert"
+        )
     layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
     if not layers:
         raise ValueError(

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.fx.proxy import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from l2bn.kernels.formulas import State, update_running, widened
-from l2bn.norms.stepped import Activated, SteppedBatchNorm, check_call, share_of_batch, state_of
+from l2bn.norms.stepped import Activated, SteppedBatchNorm, as_leaf, check_call, share_of_batch, state_of
 from l2bn.norms.swap import stock_name
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,9 @@ class _SyncBatchNorm(_BatchNorm):
 
     joint: Joint
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - BN's own name
+    def forward(self, input: Any) -> Any:  # noqa: A002 - BN's own name
+        if isinstance(input, Proxy):
+            return as_leaf(self, input)
         if not self.joint.is_active(self):
             return self._activated(super().forward(input))
         self._check_input_dim(input)  # type: ignore[no-untyped-call]

@@ -191,7 +191,9 @@ def check_mapping(node: object, path: str) -> None:
 def check_type(value: object, hint: Any, path: str) -> None:
     """Raise UserError unless a value, or the object built in its place, is of the type of a hint."""
     if not _fits(value, hint):
-        raise UserError(f"{path} must be {_describe(hint)}, not {value!r}")
+        word = {True: "on", False: "off"}.get(value) if isinstance(value, bool) else None
+        advice = f'; in YAML write "{word}" with its quotes' if word and _fits(word, hint) else ""
+        raise UserError(f"{path} must be {_describe(hint)}, not {value!r}{advice}")
 
 
 # YAML files.
