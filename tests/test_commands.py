@@ -86,6 +86,7 @@ WRONG: list[tuple[list[str], dict[str, str], list[str]]] = [
         ["/data/none-*.tar", "dataset.root="],
     ),
     (["fetch_data.py", "imagenet_wds", "--pack", "~nobodyhere/x"], {}, ["--pack=~nobodyhere/x", "no home folder"]),
+    (["fetch_data.py", "imagenet_wds", "--pack", "nowhere"], {}, ["nowhere", "by --pack FOLDER"]),
     (["benchmark.py", "norm", "--json", "/proc/x.json"], {}, ["/proc/x.json"]),
     (["benchmark.py", "step", "--batch", "0"], {}, ["--batch", "number from 1", "0"]),
     (["benchmark.py", "waiting", "--batches", "128", "-8"], {}, ["--batches", "number from 1", "-8"]),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from l2bn.data import cache
-from l2bn.data.cache import Arrays, cached, file_state, replacing
+from l2bn.data.cache import Arrays, cached, file_state, replacing, temporary_folder
 
 ARRAYS = [np.arange(12, dtype=np.uint8).reshape(3, 4), np.array("a text")]
 
@@ -189,3 +189,18 @@ def test_what_a_killed_process_left_is_removed_an_hour_later(tmp_path: Path) -> 
     with replacing(file):
         pass
     assert sorted(tmp_path.iterdir()) == [file, new, lock]
+
+
+def test_what_a_killed_process_left_goes_after_an_hour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = tmp_path / ".packing-abc"
+    (left / "train").mkdir(parents=True)
+    (left / "train/0.tar").touch()
+    os.utime(left / "train/0.tar", (0, 0))  # as an archive's file that was unpacked
+    for late, there in ((0, True), (cache.HOUR + 60, False)):
+        now = time.time() + late
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", lambda now=now: now)
+            with temporary_folder(tmp_path, ".packing-") as place:
+                (place / "1.tar").touch()
+        assert left.exists() is there
+        assert not place.exists()

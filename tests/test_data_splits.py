@@ -116,6 +116,14 @@ def test_a_choice_that_cannot_be_fulfilled_is_named(choice: dict[str, Any], word
         splits(**choice)
 
 
+def test_classes_of_which_nothing_is_held_out_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    labels = [0] * 80 + [1] * 80 + [2, 2]
+    options: dict[str, Any] = {"label": "Data", "mean": [0.5] * 3, "std": [0.5] * 3, "validation": 0.1}
+    found = make_splits(numbered(labels), numbered([0, 1, 2], first=200), 3, 4, classes=("a", "b", "c"), **options)
+    assert found.label == "Data, validation 0.1, 1 of 3 classes untested"
+    assert "c among them, no image is held out" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("common", "whole"),
     [({"label": "Set"}, None), ({"label": "Mine", "baseline": "set"}, None), ({"label": "Mine"}, (4, 200, 4))],
@@ -140,6 +148,9 @@ def test_a_published_set_that_is_not_whole_says_so_in_its_label_and_has_no_basel
     assert outcome(train, [0, 1, 2, 2]) == (f"{label}, other files", None)  # one class missing
     assert outcome(train, test, intact=False) == (f"{label}, other files", None)
     assert outcome(train[:-1], test, intact=False) == (f"{label}, 199 and 4 images", None)
+    coarse = [one // 2 for one in train], [one // 2 for one in test]
+    fewer = make_splits(numbered(coarse[0]), numbered(coarse[1], 200), 2, 4, whole=whole, **common)
+    assert (fewer.label, fewer.baseline) == (f"{label}, 2 classes", None)
     assert outcome(train, test, variant="coarse") == (f"{label}, coarse", None)
     assert outcome(train, test[:3], variant="coarse", subset=8) == (
         f"{label}, 200 and 3 images, coarse, 8 images",

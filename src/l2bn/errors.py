@@ -19,6 +19,10 @@ class UserError(CompactHydraException):
     """A mistake that the user can correct: the message says what was given, what is accepted and what to do."""
 
 
+DECODED_AS_READ = "dataset=imagenet dataset.val=test dataset.label=NAME dataset.baseline=null"
+"""The options that train on images in class folders without holding them in memory."""
+
+
 def expand(path: str, key: str = "dataset.root") -> Path:
     """The path with `~` replaced. Raises `UserError`, naming the key, for the home of a user who does not exist."""
     try:

@@ -15,7 +15,7 @@ import yaml
 from hydra.errors import CompactHydraException, HydraException, InstantiationException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
-from l2bn.errors import UserError
+from l2bn.errors import DECODED_AS_READ, UserError
 from l2bn.records import write_durably
 
 FAILURE = "failure.txt"
@@ -86,8 +86,8 @@ def explain(error: Exception) -> str | None:
         return f"{error}\n{cause}" if isinstance(cause, OmegaConfBaseException) else str(error)
     if is_out_of_memory(error):
         return (
-            f"out of memory: {_first_sentence(error)}; take smaller images or fewer, a data set whose images are "
-            "decoded as they are read (dataset=imagenet), or another device"
+            f"out of memory: {_first_sentence(error)}; take smaller images or fewer, decode images in folders as "
+            f"they are read ({DECODED_AS_READ}), or take another device"
         )
     if isinstance(error, OSError) and error.filename is not None:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -2,7 +2,6 @@
 
 import logging
 import tarfile
-import tempfile
 import zlib
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from torchvision.datasets.utils import calculate_md5, download_url
 
+from l2bn.data.cache import temporary_folder
 from l2bn.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -40,9 +40,9 @@ def fetch(archive: Archive, root: Path, download: bool, remedy: str) -> Path:
         log.info("downloading %s to %s", archive.url, root)
         try:
             root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=root, prefix=".downloading-") as place:
-                download_url(archive.url, place, archive.file, archive.md5)
-                Path(place, archive.file).replace(path)
+            with temporary_folder(root, ".downloading-") as place:
+                download_url(archive.url, str(place), archive.file, archive.md5)
+                (place / archive.file).replace(path)
         except (OSError, HTTPException, RuntimeError) as error:  # unreachable, broken off, or another checksum
             raise UserError(
                 f"no {path.absolute()}, and {archive.url} cannot be downloaded ({error}). {remedy}"
@@ -63,10 +63,10 @@ def unpack(path: Path, root: Path, folder: str) -> None:
     device, or what would lead out of the folder.
     """
     try:
-        with tempfile.TemporaryDirectory(dir=root, prefix=".unpacking-") as place, tarfile.open(path) as tar:
+        with temporary_folder(root, ".unpacking-") as place, tarfile.open(path) as tar:
             tar.extractall(place, filter="data")
             if not (root / folder).is_dir():  # another process may have been faster
-                Path(place, folder).rename(root / folder)
+                (place / folder).rename(root / folder)
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         if not (root / folder).is_dir():
             raise UserError(f"{path} cannot be unpacked into {root}: {error}") from error

@@ -6,6 +6,8 @@ import hashlib
 import logging
 import os
 import secrets
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -173,6 +175,18 @@ def replacing(file: Path, made: Callable[[], bool] = lambda: False) -> Iterator[
             temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A new folder that is gone at the end, and with it those that a killed process left an hour ago or before."""
+    for remains in parent.glob(f"{prefix}*"):
+        with suppress(OSError):
+            # Of an unpacked file the archive gives the time of its content, so the change of the entry counts.
+            if time.time() - max(path.stat().st_ctime for path in (remains, *remains.rglob("*"))) > HOUR:
+                shutil.rmtree(remains)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=prefix) as place:
+        yield Path(place)
 
 
 def tracked(items: Iterable[T], text: str, total: int | None = None) -> Iterable[T]:

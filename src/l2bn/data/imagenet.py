@@ -89,12 +89,17 @@ def imagenet(
     )
 
 
-def list_splits(folder: Path, train: str, val: str, devkit: str) -> tuple[Tree, Tree]:
-    """The training and the validation files of ImageNet; the arguments are those of `imagenet`."""
+def list_splits(
+    folder: Path, train: str, val: str, devkit: str, option: str = "dataset.root=FOLDER"
+) -> tuple[Tree, Tree]:
+    """The training and the validation files of ImageNet; the arguments are those of `imagenet`.
+
+    option: the one that names the folder, for a message.
+    """
     if not (folder / train).is_dir() or not (folder / val).is_dir():
         raise UserError(
             f"no ImageNet in {folder.absolute()}: the folders {train} and {val} are looked for. {LICENCE}. "
-            "Name the folder that holds both by dataset.root=FOLDER"
+            f"Name the folder that holds both by {option}"
         )
     if train != val and (folder / train).samefile(folder / val):
         raise UserError(f"{folder / train} and {folder / val} are one folder: no accuracy can be measured on it")
@@ -294,7 +299,7 @@ def _validation_wnids(devkit: Path) -> list[str]:
         if not file.is_file():
             raise UserError(
                 f"no {file.absolute()}: validation images that are not sorted into val/<wnid>/ need the devkit; "
-                "unpack ILSVRC2012_devkit_t12.tar.gz there, or set dataset.devkit=FOLDER"
+                "unpack ILSVRC2012_devkit_t12.tar.gz there (a run can also take dataset.devkit=FOLDER)"
             )
     try:
         synsets = loadmat(meta, squeeze_me=True)["synsets"]

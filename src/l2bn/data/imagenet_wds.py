@@ -11,7 +11,6 @@ import glob
 import logging
 import math
 import tarfile
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Unpack
@@ -23,7 +22,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 from webdataset import ShardWriter
 
-from l2bn.data.cache import Arrays, cached, file_state, status, tracked
+from l2bn.data.cache import Arrays, cached, file_state, status, temporary_folder, tracked
 from l2bn.data.decode import read_rgb
 from l2bn.data.folder import IMAGES, Tree, scan
 from l2bn.data.imagenet import (
@@ -151,8 +150,8 @@ def pack(tree: Tree, folder: Path, prefix: str, samples: int = 1000) -> int:
     order = torch.randperm(len(tree.names), generator=generator(0, "pack")).tolist()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".packing-") as place:
-            pattern = str(Path(place, prefix)).replace("%", "%%") + "-%06d.tar"
+        with temporary_folder(folder, ".packing-") as place:
+            pattern = str(place / prefix).replace("%", "%%") + "-%06d.tar"
             with ShardWriter(pattern, maxcount=samples, verbose=0) as writer:
                 for index in tracked(order, f"packing {tree.folder}"):
                     path = tree.folder / tree.names[index]
@@ -161,7 +160,7 @@ def pack(tree: Tree, folder: Path, prefix: str, samples: int = 1000) -> int:
                     writer.write({"__key__": key, suffix: path.read_bytes(), "cls": int(tree.labels[index])})
             names = "".join(f"{name}\n" for name in tree.classes)
             (folder / "classes.txt").write_text(names, encoding="utf-8", errors="surrogateescape")
-            shards = sorted(Path(place).iterdir())
+            shards = sorted(place.iterdir())
             for shard in shards:
                 shard.replace(folder / shard.name)
     except OSError as error:
@@ -184,7 +183,7 @@ def pack_imagenet(source: Path, folder: Path) -> None:
     """
     for prefix in ("val", "train"):
         _refuse_packed(folder, prefix)
-    trained, tested = list_splits(source, "train", "val", DEVKIT)
+    trained, tested = list_splits(source, "train", "val", DEVKIT, "--pack FOLDER")
     pack(tested, folder, "val")
     pack(trained, folder, "train")
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 from torch.utils.data._utils import signal_handling
 
 from l2bn.data.splits import Augmentation, Images, Split, Splits, kind_of
-from l2bn.errors import UserError
+from l2bn.errors import DECODED_AS_READ, UserError
 from l2bn.processes import end_with_parent, leave_signals_to_parent
 from l2bn.seeding import derive_seed, generator, seed_global
 
@@ -204,8 +204,8 @@ class _MemoryLoader(Loader):
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"{self.splits.label}: {pixels.nbytes / 1e9:.3g} GB of images do not fit on {self.device}; take a "
-                "smaller dataset.image_size or dataset.subset, or, for images in folders, dataset=imagenet with "
-                "dataset.val=test, which decodes as it reads"
+                "smaller dataset.image_size or dataset.subset, or, for images in folders, decode them as they are "
+                f"read: {DECODED_AS_READ}"
             ) from error
 
     def _fetch(self, epoch: int, steps: list[Tensor]) -> Iterator[tuple[Batch, list[int]]]:

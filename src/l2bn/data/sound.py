@@ -52,7 +52,7 @@ class LogMel:
     A clip is cut to `bands` x `hop` samples, or padded with silence, so that it has as many frames as bands. A
     frame is a Hann window of `fft` samples around the middle of its hop. The bands are triangles of height 1 on
     HTK's mel scale, 2595 log10(1 + f / 700), from 0 to half the rate; row 0 is the highest. A pixel is 255 at the
-    clip's loudest value and 0 at `decibels` below it; a silent clip is 0 everywhere.
+    clip's loudest value and 0 at `decibels` below it; a silent clip is 0 everywhere, and has no slopes.
 
     rate: in Hz; clips of another rate are resampled. deltas: the second and third channel are the slopes in time
     of the channel before them, by least squares over five frames, where 127.5 is no slope; else all are equal.

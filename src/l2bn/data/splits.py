@@ -237,7 +237,7 @@ def make_splits(
     if not label.strip():
         raise UserError("dataset.label is empty: give the name that tables call the data by")
     _check_labels(label, train, test)
-    if untrained := _untrained(train, test, classes):
+    if untrained := _only_in(test, train, classes):
         raise UserError(
             f"classes differ: the class {untrained[0]} has test images and no training images; "
             "add some, or remove it"
@@ -261,13 +261,20 @@ def make_splits(
     choices += [f"validation {validation:g}"] if validation else []
     choices += [f"{subset:,} images"] if subset is not None else []
     label = ", ".join([label, *filter(None, choices)])
-    if untrained := _untrained(train, test, classes):
+    if untrained := _only_in(test, train, classes):
         log.warning(
             "%s: %s of %s classes have test images and no training images, %s among them, and are always answered "
             "wrong. The label says so; take a larger dataset.subset or a smaller dataset.validation",
             *(label, len(untrained), num_classes, untrained[0]),
         )
         label += f", {len(untrained)} of {num_classes} classes untrained"
+    if validation and (untested := _only_in(train, test, classes)):
+        log.warning(
+            "%s: of %s of %s classes, %s among them, no image is held out, and accuracy says nothing of them. The "
+            "label says so; take a larger dataset.validation",
+            *(label, len(untested), num_classes, untested[0]),
+        )
+        label += f", {len(untested)} of {num_classes} classes untested"
     if (change or whole is None) and (known := _known(train, test)):
         log.warning(
             "%s: %s of %s test images are training images too, pixel for pixel, and accuracy counts them as if "
@@ -291,9 +298,9 @@ def make_splits(
     )
 
 
-def _untrained(train: Split, test: Split, classes: Sequence[str]) -> list[str]:
-    """Return the classes, by name or number, that have test images and no training images."""
-    numbers = sorted(set(test.labels.tolist()) - set(train.labels.tolist()))
+def _only_in(one: Split, other: Split, classes: Sequence[str]) -> list[str]:
+    """Return the classes, by name or number, that one split has images of and the other has not."""
+    numbers = sorted(set(one.labels.tolist()) - set(other.labels.tolist()))
     return [classes[number] if 0 <= number < len(classes) else str(number) for number in numbers]
 
 
@@ -302,7 +309,8 @@ def _unlike_published(
 ) -> tuple[str, str]:
     """Return what tells the data from the published set, for the label and for a warning, or two empty texts."""
     if whole is not None and whole != (num_classes, len(train), len(test)):
-        return f"{len(train):,} and {len(test):,} images", (
+        counts = f"{len(train):,} and {len(test):,} images"
+        return f"{num_classes:,} classes" if whole[1:] == (len(train), len(test)) else counts, (
             f"is not the whole published data set, which has {whole[1]:,} training and {whole[2]:,} test images in "
             f"{whole[0]:,} classes; here are {len(train):,} and {len(test):,} in {num_classes:,}"
         )
