@@ -43,7 +43,7 @@ def main() -> None:
             message = explain(error)
             if message is None:
                 raise
-            print(message, file=sys.stderr)
+            print(message if str(run) in message else f"{run}: {message}", file=sys.stderr)
             failures += 1
             continue
         for row in rows:

@@ -6,6 +6,8 @@ import pytest
 from hydra.errors import CompactHydraException
 
 from conftest import ROOT, Issue, Train, train_in
+from l2bn.errors import UserError
+from l2bn.training.instantiate import check_type
 
 # What is given, and what the message must name. Hydra prints these exceptions without a traceback.
 WRONG = [
@@ -169,6 +171,11 @@ def test_a_wrong_configuration_is_named(given: str, named: list[str], train: Tra
     for word in named:
         assert word in str(error.value)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_free_text_that_yaml_took_for_a_truth_value_gets_no_advice_on_words() -> None:
+    with pytest.raises(UserError, match=r"dataset\.cache must be a text or null, not False$"):
+        check_type(False, str | None, "dataset.cache")
 
 
 # Refused by Hydra, as a sweep that lacks -m, and by us as late as the data.

@@ -228,6 +228,8 @@ def test_a_set_may_have_a_backbone_in_a_setting_of_its_own(tmp_path: Path) -> No
     assert (found.ended, found.verdict) == (18, "supported")
     told = "12 of 18 runs; net2 has runs in tf32-mixed, not in 32-true"
     assert of_accuracy(tmp_path).text == f"not decided, {told}"
+    other_seeds = judge_set(ACCURATE, replace(mixed, seeds=(3, 4), more_seeds=()), arms_of(read_evidence(tmp_path)))
+    assert other_seeds.text == "not decided, 0 of 12 runs"
 
 
 def minus(values: tuple[float, ...]) -> tuple[float, ...]:
@@ -411,7 +413,7 @@ def test_later_seeds_give_a_second_estimate_beside_the_first(tmp_path: Path) -> 
 def test_claims_about_features_wait_for_features_and_claim_1_for_its_control(tmp_path: Path) -> None:
     write_set(tmp_path, SMALL, SMALL, SMALL)
     arms = arms_of(read_evidence(tmp_path, features=True))
-    unmeasured = "18 more without measured features (scripts/analyze.py)"
+    unmeasured = "18 ended without measured features (scripts/analyze.py)"
     assert judge_set(COMPACT, SET, arms).text == f"not decided, 0 of 18 runs; {unmeasured}"
     for record in read_evidence(tmp_path).records:
         better = 0.02 + 0.001 * record.seed if record.norm == "l2bn" else 0.0

@@ -37,8 +37,8 @@ def test_a_run_is_evaluated_to_the_same_numbers(trained: Train) -> None:
 def test_a_network_without_a_classifier_is_evaluated_and_not_measured(copied: Train) -> None:
     run = copied(*ONE).folder
     with (
-        mock.patch("l2bn.training.existing.Probe", side_effect=ValueError("it has no linear layer")),
-        pytest.raises(UserError, match=r"seed0: its features cannot be measured: it has no linear layer"),
+        mock.patch("l2bn.analysis.probe.classifier", side_effect=ValueError("it has no linear layer")),
+        pytest.raises(UserError, match="analysis: it has no linear layer; leave its features unmeasured"),
     ):
         analyze(run)
 

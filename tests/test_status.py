@@ -49,7 +49,7 @@ def begin(run: PlannedRun, epochs: int, seconds: float = 6.0) -> None:
 def end(root: Path, run: PlannedRun, status: str = "finished", identity: str | None = None) -> None:
     cell = run.cell
     names = {"dataset": cell.dataset, "backbone": cell.backbone, "norm": cell.norm, "recipe": cell.recipe}
-    record = write_run(root, **names, seed=cell.seed, epochs=10, status=status)
+    record = write_run(root, **names, seed=cell.seed, epochs=10, status=status, identity=run.identity)
     Record(**{**vars(record), "hash": identity or run.hash}).write()
 
 
@@ -119,8 +119,10 @@ def test_runs_are_found_from_within_their_folder(
     run = runs["resnet20/bn/0"]
     begin(run, 1)
     for depth in range(len(run.cell.path.parts) + 1):
-        monkeypatch.chdir((run.folder / "x").parents[depth])
-        assert [found.folder.resolve() for found in find_runs(Path())] == [run.folder]
+        place = (run.folder / "x").parents[depth]
+        monkeypatch.chdir(place)
+        for root in (Path(), Path(".."))[: 2 if place != tmp_path else 1]:
+            assert [found.folder.resolve() for found in find_runs(root)] == [run.folder]
 
 
 def test_a_run_is_the_same_with_whole_numbers_in_a_list(runs: dict[str, PlannedRun], tmp_path: Path) -> None:

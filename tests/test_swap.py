@@ -342,6 +342,7 @@ def test_weights_of_batch_norm_are_loaded_with_the_same_warning(
     network("bn").load_state_dict(l2bn.state_dict())
 
 
-def test_a_class_of_layers_is_no_norm() -> None:
+def test_a_class_of_batch_norm_is_no_norm() -> None:
     with pytest.raises(TypeError, match="L2BatchNorm1d is the class of a layer: give the name of a norm"):
         swap_norm(nn.Sequential(nn.BatchNorm1d(3)), L2BatchNorm1d)
+    assert swap_norm(nn.Sequential(nn.BatchNorm1d(3)), nn.Identity) == 1  # a class may take the layer

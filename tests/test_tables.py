@@ -744,7 +744,7 @@ def test_the_readme_answers_from_the_first_set_as_its_runs_end(tmp_path: Path) -
     (tmp_path / "records").mkdir()
     text = readme_of(tmp_path / "records")
     assert "is open** until all 18 runs have ended (0 have)." in text
-    assert "there is no interval yet: fewer than 3 networks have 3 pairs" in text
+    assert "there is no interval yet: fewer than 3 networks have 3 pairs of 30 epochs or more" in text
     assert "No record yet." in text
     assert "![" not in text
     cell: dict[str, Any] = {"recipe": "cosine_30", "epochs": 30}
@@ -764,7 +764,7 @@ def test_the_readme_answers_from_the_first_set_as_its_runs_end(tmp_path: Path) -
     assert f"is supported**: {estimate}, {pairs}." in text
     # The means 0.4, 0.5 and 0.6: t(2) * 0.1 / sqrt(3) = 4.303 * 0.0577 = 0.25.
     beyond = "+0.50 points of test top-1, 95 % interval [+0.25, +0.75], over 3 cells of data set and network"
-    assert f"For other networks like them, it is supported: {beyond} and all their seeds." in text
+    assert f"like those measured, it is supported: {beyond} and all their seeds." in text
 
 
 def test_the_readme_has_the_verdict_of_claim_5_on_other_networks(
@@ -778,7 +778,7 @@ def test_the_readme_has_the_verdict_of_claim_5_on_other_networks(
     arms = arms_of(read_evidence(tmp_path))
     verdict = next(claim.judge(arms).verdict for claim in CLAIMS if claim.number == 5)
     assert verdict == "not decided at this n"
-    assert f"For other networks like them, it is {verdict}: 0.00 points" in readme_of(tmp_path)
+    assert f"like those measured, it is {verdict}: 0.00 points" in readme_of(tmp_path)
     assert "over 6 cells of data set and network" in readme_of(tmp_path)
 
 
@@ -795,7 +795,7 @@ def test_the_readme_gives_each_interval_with_its_own_mean(tmp_path: Path) -> Non
         write_run(tmp_path, norm="l2bn", backbone="net2", seed=seed, status="diverged", **cell)
     text = readme_of(tmp_path)
     assert "not decided**: L2BN − BN is – points of test top-1, no interval: a cell has no pair, n = 6" in text
-    assert "there is no interval yet: fewer than 3 networks have 3 pairs" in text
+    assert "there is no interval yet: fewer than 3 networks have 3 pairs of 30 epochs or more" in text
 
 
 def test_every_column_is_defined_in_the_results_readme(tmp_path: Path) -> None:

@@ -228,8 +228,8 @@ def make_splits(
     With `validation`, the held-out share is taken first and `subset` from what remains, so that it is the same for
     every subset. These choices, a variant, and a data set that is not the published one are added to the label and
     drop the baseline: no published accuracy belongs beside theirs. So are the number of classes that they leave
-    without training images, and of test images that are training images too in a data set that is not a published
-    one.
+    without training or without test images, and of test images that are training images too in a data set that is
+    not a published one.
 
     Raises `UserError` for a choice that the data cannot fulfil.
     """

@@ -124,7 +124,11 @@ class Activated:
 
 @functools.cache  # once for all layers
 def _warn_of_batch_norms_estimates() -> None:
-    logger.warning("saved by batch norm, or by an older version of these layers: %s", ESTIMATED_ELSEWHERE)
+    logger.warning(
+        "the weights are those of batch norm, or of an older version of these layers, and then all is well. Of "
+        "batch norm, their %s",
+        ESTIMATED_ELSEWHERE,
+    )
 
 
 def state_of(layer: _BatchNorm) -> State:

@@ -358,9 +358,9 @@ def judge_set(question: Question, run_set: RunSet, arms: Sequence[Arm]) -> SetFi
     finding = SetFinding(question, run_set, ended, len(needed) * len(run_set.seeds))
     if finding.ended < finding.wanted:
         unmeasured = sum(len(arm.records) for arm in needed.values()) - ended
-        doubts = [f"{unmeasured} more without measured features (scripts/analyze.py)"] if unmeasured else []
+        doubts = [f"{unmeasured} ended without measured features (scripts/analyze.py)"] if unmeasured else []
         for cell, norm in (key for key, arm in needed.items() if not arm.records):
-            alike = (arm.cell for arm in images if arm.norm == norm)
+            alike = (arm.cell for arm in images if arm.norm == norm and arm.only(run_set.seeds).records)
             settings = {other.setting for other in alike if replace(other, setting=cell.setting) == cell}
             if settings:
                 doubts.append(

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from l2bn.errors import UserError
 from l2bn.reporting.claims import ACCURATE, MIN_BACKBONES, for_other_networks, judge_others, judge_set
-from l2bn.reporting.comparison import Comparison, arms_of, grid
+from l2bn.reporting.comparison import FULL_EPOCHS, Comparison, arms_of, grid
 from l2bn.reporting.evidence import Evidence
 from l2bn.reporting.formatting import escape_markdown, interval, markdown, plural, signed
 from l2bn.reporting.reference import RunSet
@@ -46,13 +46,16 @@ def _answer(every: Sequence[Comparison], run_set: RunSet) -> str:
         against = f" ({these.against})" if these.against else ""
         found = f"{these.verdict}**{against}: L2BN − BN is {_points(these.overall)}{spread}, n = {pairs}, {lost}"
     networks = f"{len(run_set.backbones)} networks ({', '.join(run_set.backbones)}) on {run_set.label}"
-    beyond = f"there is no interval yet: fewer than {MIN_BACKBONES} networks have {MIN_PAIRS} pairs"
+    beyond = (
+        f"there is no interval yet: fewer than {MIN_BACKBONES} networks have {MIN_PAIRS} pairs of {FULL_EPOCHS} "
+        "epochs or more"
+    )
     if others.mean is not None:
         cells = f"{plural('cell', others.n)} of data set and network"
         beyond = f"it is {judge_others(ACCURATE, every)}: {_points(others)}, over {cells} and all their seeds"
     return (
         f"- **In {escape_markdown(networks)}, the claim that L2BN improves accuracy is {found}.\n"
-        f"- For other networks like them, {beyond}.\n"
+        f"- For other networks and data sets like those measured, {beyond}.\n"
         "- Contradicted: the whole interval of these networks lies below 0, no network is significantly above, and "
         "L2BN diverged no less often; supported: the mirror case; else not decided. The interval goes by the "
         "spread pooled over the networks, those of the table by each network's own, so that each may contain 0. "

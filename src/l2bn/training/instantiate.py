@@ -192,7 +192,8 @@ def check_type(value: object, hint: Any, path: str) -> None:
     """Raise UserError unless a value, or the object built in its place, is of the type of a hint."""
     if not _fits(value, hint):
         word = {True: "on", False: "off"}.get(value) if isinstance(value, bool) else None
-        advice = f'; in YAML write "{word}" with its quotes' if word and _fits(word, hint) else ""
+        meant = word and _fits(word, hint) and not _fits("", hint)  # a word of a list, not a free text
+        advice = f'; in YAML write "{word}" with its quotes' if meant else ""
         raise UserError(f"{path} must be {_describe(hint)}, not {value!r}{advice}")
 
 

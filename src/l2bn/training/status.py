@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -59,10 +60,10 @@ def find_runs(root: Path) -> list[PlannedRun]:
         with contextlib.suppress(OSError, ValueError):
             run = read_config(path.parent)
             parts = run.cell.path.parts
-            folder = path.parent.absolute()
+            folder = Path(os.path.abspath(path.parent))  # noqa: PTH100 - `..` within it ends
             if folder.parts[-len(parts) :] == parts:
-                short = len(path.parents) <= len(parts)  # `root` is a folder within the runs' folder
-                place = folder.parents[len(parts) - 1] if short else path.parents[len(parts)]
+                below = path.parent.parts[-len(parts) :] == parts  # else `root` lies within the runs' folder
+                place = path.parents[len(parts)] if below else folder.parents[len(parts) - 1]
                 runs.append(replace(run, config={**run.config, "runs_dir": str(place)}))
     return runs
 
@@ -78,7 +79,7 @@ def look(run: PlannedRun) -> Status:
             record = Record.read(folder)
         except InvalidRecordError as error:
             return Status(run, "failed", epoch, pace, str(error))
-        if record.hash == run.hash or not differences(record.identity, run.identity):
+        if not differences(record.identity, run.identity):
             return Status(run, record.status, epoch, pace, record.divergence or "")
     begun = (folder / CONFIG).exists()
     if begun and (other := _another(run)):

@@ -75,7 +75,8 @@ def check_samples(regrouped: list[str], model: nn.Module, *, measured: bool) -> 
 
     stepped = any(isinstance(model.get_submodule(name), SteppedBatchNorm) for name in regrouped)
     if stepped or measured:
-        key, remedy = ("norm", "take norm=bn") if stepped else ("analysis", "take analysis=off")
+        unmeasured = "leave its features unmeasured (analysis=off)"
+        key, remedy = ("norm", "take norm=bn") if stepped else ("analysis", unmeasured)
         raise UserError(
             f"{key}: norm layers of this network see a batch of tokens or windows ({regrouped[0]} and "
             f"{len(regrouped) - 1} more): an image is not one sample there; {remedy}, or another backbone"
