@@ -77,7 +77,7 @@ class SteppedBatchNorm(_BatchNorm):
         saved_by_it = local_metadata.get("version", self._version) >= self._version
         if not saved_by_it and isinstance(var, Tensor) and not var.is_meta and var.ne(1).any():
             _warn_of_batch_norms_estimates()
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def forward(self, input: Any) -> Any:  # noqa: A002 - BN's own name
         """(N, C, ...) to the same shape, type and memory format; statistics are float32 at least."""

@@ -76,7 +76,7 @@ def _keeps_estimate(layer: nn.Module, other: nn.Module) -> bool:
 def replacements(model: nn.Module, norm: str | Norm) -> dict[nn.Module, nn.Module]:
     """Return what `swap_norm` would put in the place of each batch norm layer; raises as it does."""
     convert = _named(norm) if isinstance(norm, str) else norm
-    if inspect.isclass(convert) and issubclass(convert, _BatchNorm):
+    if isinstance(convert, type) and issubclass(convert, _BatchNorm):
         raise TypeError(
             f"{convert.__name__} is the class of a layer: give the name of a norm, such as 'l2bn', or a function "
             "of the layer to replace, such as l2bn.norms.l2bn.convert"
