@@ -76,9 +76,10 @@ def _keeps_estimate(layer: nn.Module, other: nn.Module) -> bool:
 def replacements(model: nn.Module, norm: str | Norm) -> dict[nn.Module, nn.Module]:
     """Return what `swap_norm` would put in the place of each batch norm layer; raises as it does."""
     convert = _named(norm) if isinstance(norm, str) else norm
-    if isinstance(convert, type) and issubclass(convert, _BatchNorm):
+    given: object = convert
+    if isinstance(given, type) and issubclass(given, _BatchNorm):
         raise TypeError(
-            f"{convert.__name__} is the class of a layer: give the name of a norm, such as 'l2bn', or a function "
+            f"{given.__name__} is the class of a layer: give the name of a norm, such as 'l2bn', or a function "
             "of the layer to replace, such as l2bn.norms.l2bn.convert"
         )
     layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
