@@ -46,11 +46,11 @@ def begin(run: PlannedRun, epochs: int, seconds: float = 6.0) -> None:
     (run.folder / METRICS).write_text("\n".join([*rows, '{"epoch": 99, "sec']))  # the next is just being written
 
 
-def end(root: Path, run: PlannedRun, status: str = "finished", identity: str | None = None) -> None:
+def end(root: Path, run: PlannedRun, status: str = "finished", as_of: PlannedRun | None = None) -> None:
     cell = run.cell
     names = {"dataset": cell.dataset, "backbone": cell.backbone, "norm": cell.norm, "recipe": cell.recipe}
-    record = write_run(root, **names, seed=cell.seed, epochs=10, status=status, identity=run.identity)
-    Record(**{**vars(record), "hash": identity or run.hash}).write()
+    record = write_run(root, **names, seed=cell.seed, epochs=10, status=status, identity=(as_of or run).identity)
+    Record(**{**vars(record), "hash": (as_of or run).hash}).write()
 
 
 def shown(runs: Sequence[PlannedRun], width: int = 120) -> str:
@@ -127,7 +127,7 @@ def test_runs_are_found_from_within_their_folder(
 
 def test_a_run_is_the_same_with_whole_numbers_in_a_list(runs: dict[str, PlannedRun], tmp_path: Path) -> None:
     run = runs["resnet20/bn/0"]
-    end(tmp_path, run, identity="another")
+    end(tmp_path, run)
     record = Record.read(run.folder)
     asked = replace(run, config={**run.config, "dataset": {**run.config["dataset"], "std": [1.0, 1.0, 1.0]}})
     for std, same in (([1, 1, 1], True), ([2, 1, 1], False)):
@@ -205,7 +205,7 @@ def test_a_folder_with_another_run_in_it_is_no_result(
     run.folder.parent.mkdir(parents=True)
     other.folder.rename(run.folder)
     if ended:
-        end(tmp_path, run, identity=other.hash)
+        end(tmp_path, run, as_of=other)
         (run.folder / CONFIG).write_text(yaml.safe_dump({**other.config, "cell": vars(other.cell)}))
     outcome = look(run)
     assert outcome.standing == "failed"
