@@ -320,6 +320,16 @@ def kernels_in_words(runs: Iterable[Record], reference: Iterable[Record]) -> str
     return " and ".join(sorted({path for path, _, _ in used})) + suffix
 
 
+def is_mixed(kernels: str) -> bool:
+    """Tell whether kernels, in words, are of several paths or in part compiled."""
+    return " and " in kernels or "in part" in kernels
+
+
+def agreement(kernels: str) -> str:
+    """How far mixed kernels agree, in words: "within rounding"."""
+    return "within rounding" + "; a compiled model draws other masks of dropout" * ("in part" in kernels)
+
+
 def images_in_words(records: Sequence[Record]) -> str:
     """Doubts that the fingerprints of the images leave in a comparison of these runs; empty where they are equal.
 

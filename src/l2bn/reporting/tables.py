@@ -8,7 +8,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from l2bn.reporting.comparison import FULL_EPOCHS, Arm, Comparison, arms_of, grid, holm_over, other_norms, pooled
-from l2bn.reporting.evidence import BEST, BN, L2BN, Evidence, images_in_words, unlike_code, unlike_devices
+from l2bn.reporting.evidence import (
+    BEST,
+    BN,
+    L2BN,
+    Evidence,
+    agreement,
+    images_in_words,
+    is_mixed,
+    unlike_code,
+    unlike_devices,
+)
 from l2bn.reporting.formatting import (
     NONE,
     Table,
@@ -175,10 +185,9 @@ def _counts(evidence: Evidence, rows: Sequence[Comparison]) -> list[str]:
 def _differing(rows: Sequence[Comparison], norm: str) -> list[str]:
     """Notes on what runs of one row may differ in: the norm's kernels, pixels of the images, kinds of device."""
     mixed = "Pairs made in part on a CPU and in part on a GPU"
-    kernels = _grouped(rows, lambda row: row.kernels, lambda text: " and " in text or "in part" in text)
-    dropout = "; a compiled model draws other masks of dropout" if "in part" in kernels else ""
+    kernels = _grouped(rows, lambda row: row.kernels, is_mixed)
     found = {
-        f"Kernels of {norm} (they agree within rounding{dropout})": kernels,
+        f"Kernels of {norm} (they agree {agreement(kernels)})": kernels,
         "Images not proven equal by their fingerprints": _grouped(
             rows, lambda row: images_in_words(row.records), lambda text: text != "no fingerprint"
         ),

@@ -17,7 +17,9 @@ from l2bn.reporting.evidence import (
     SHRINK,
     Cell,
     Evidence,
+    agreement,
     images_in_words,
+    is_mixed,
     unlike_code,
     unlike_devices,
 )
@@ -64,9 +66,8 @@ def _cell(cell: Cell, arms: Sequence[Arm]) -> list[RenderableType]:
     if images := images_in_words(records):
         notes.append(f"images not proven equal: {images}")
     for row in (Comparison(bn, arm) for arm in arms if arm is not bn):
-        if " and " in row.kernels or "in part" in row.kernels:
-            masks = "; a compiled model draws other masks of dropout" if "in part" in row.kernels else ""
-            notes.append(f"{row.norm}: kernels {row.kernels}, which agree within rounding{masks}")
+        if is_mixed(row.kernels):
+            notes.append(f"{row.norm}: kernels {row.kernels}, which agree {agreement(row.kernels)}")
         if unlike := unlike_devices(row.records):
             notes.append(f"{row.norm}: pairs made in part on a CPU and in part on a GPU: {unlike}")
         if unlike_code(row.records):
