@@ -2,7 +2,9 @@
 
 import csv
 import io
+import re
 from collections.abc import Sequence
+from decimal import ROUND_HALF_DOWN, ROUND_HALF_UP, Decimal
 from pathlib import Path
 from typing import Any
 
@@ -559,6 +561,30 @@ def test_the_committed_documents_are_what_the_records_give() -> None:
     text = reading.read_text(encoding="utf-8") if reading.exists() else ""
     for name, content in mechanism_documents(mechanism, text).items():
         assert (ROOT / "results" / name).read_text(encoding="utf-8") == content, name
+
+
+def rounds_to(found: str, written: str) -> bool:
+    """Of a tie, which an earlier rounding may have made, either neighbour will do."""
+    modes = (ROUND_HALF_UP, ROUND_HALF_DOWN)
+    return Decimal(written) in {Decimal(found).quantize(Decimal(written), rounding=mode) for mode in modes}
+
+
+def test_each_interval_of_the_reading_is_one_of_the_results() -> None:
+    results = ROOT / "results"
+    bounds = re.compile(r"\[([+-][\d.]+),\s([+-][\d.]+)\]")
+    reading, claims, mechanism = (
+        (results / name).read_text(encoding="utf-8").replace("−", "-")
+        for name in ("reference/mechanism.md", "claims.md", "mechanism.md")
+    )
+    found = bounds.findall(claims + mechanism.partition("## Overview")[2])
+    for path in [*results.glob("mechanism/*.csv"), *results.glob("tables/*.csv")]:
+        rows = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))
+        found += [(row["low"], row["high"]) for row in rows if row.get("low")]
+    written = bounds.findall(reading)
+    assert len(written) > 40
+    for low, high in written:
+        same = any(rounds_to(a, low) and rounds_to(b, high) for a, b in found)
+        assert same, f"[{low}, {high}] is no interval of the results"
 
 
 def test_long_names_are_cut_and_stay_apart(tmp_path: Path) -> None:
