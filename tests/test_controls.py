@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from l2bn import L2BatchNorm2d, l2_normalize
 from l2bn.kernels.formulas import Scale
@@ -122,6 +123,14 @@ def test_the_mean_norm_is_cumulative_first_and_then_by_momentum(momentum: float 
     step.eval()(some_maps(99))
     assert torch.equal(step.running_norm, before)
     assert step.num_batches_tracked == 30
+
+
+def test_update_bn_estimates_the_mean_norm_anew() -> None:
+    model = nn.Sequential(l2bn_mean_norm.convert(nn.BatchNorm2d(4)))
+    for _ in range(20):
+        model(100 * some_maps().float())
+    update_bn([some_maps().float()], model)
+    assert float(model[0].step.running_norm) == pytest.approx(float(norms(some_maps()).mean()), rel=1e-5)
 
 
 def test_the_mean_norm_of_a_model_in_evaluation_stays() -> None:

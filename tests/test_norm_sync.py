@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,9 @@ def test_conversion_keeps_layers_and_names_and_changes_nothing_alone() -> None:
     torch.testing.assert_close(model(x), plain(x))
     torch.testing.assert_close(copy.deepcopy(model).eval()(x), plain.eval()(x))
     torch.testing.assert_close(torch.fx.symbolic_trace(model.eval())(x), plain(x))
+    torch.testing.assert_close(pickle.loads(pickle.dumps(model[0][2]))(x.flatten(3)), act(x.flatten(3)))
+    frozen = timm.layers.freeze_batch_norm_2d(nn.Sequential(act.eval()))
+    torch.testing.assert_close(frozen(x.flatten(3)), act(x.flatten(3)))
 
 
 def test_a_layer_of_its_own_kind_is_refused() -> None:

@@ -155,6 +155,11 @@ def test_jit_trace(scale: str) -> None:
     model[1].scale = scale
     traced = torch.jit.trace(model, images())
     torch.testing.assert_close(traced(images(7)), model(images(7)))
+    x = torch.randn(5, 3, 9, 6)
+    for control in CONTROLS:
+        options = {"scale": scale} if "scale" in inspect.signature(control.convert).parameters else {}
+        layer = control.convert(nn.BatchNorm2d(3), **options).eval()
+        torch.testing.assert_close(torch.jit.trace(layer, images())(x), layer(x))
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.*. is deprecated")
@@ -346,6 +351,17 @@ def test_ema_leaves_buffers_out() -> None:
     found = [float(average.eval()(features).detach().std()) for average in averages]
     assert found[:2] == pytest.approx([expected] * 2)
     assert max(found[2:]) < expected / 10
+
+
+def test_ema_of_features_of_root_mean_square_1_may_average_buffers() -> None:
+    layer = L2BatchNorm2d(8, scale="rms", fused="off")
+    average = timm.utils.ModelEmaV3(layer)
+    features = torch.randn(8, 8, 16, 16, generator=torch.Generator().manual_seed(0))
+    for _ in range(200):
+        layer.train()(features)
+        average.update(layer)
+    expected = float(layer.eval()(features).detach().std())
+    assert float(average.eval()(features).detach().std()) == pytest.approx(expected, rel=0.05)
 
 
 def test_flops_are_counted_as_with_batch_norm() -> None:

@@ -3,6 +3,7 @@
 import copy
 import functools
 import importlib
+import itertools
 import logging
 import pickle
 import sys
@@ -22,7 +23,7 @@ from l2bn.backbones.resnet import cifar_resnet
 from l2bn.backbones.vgg import vgg
 from l2bn.norms import l2bn_but_last
 from l2bn.norms.l2bn import convert
-from l2bn.norms.stepped import _warn_of_batch_norms_estimates
+from l2bn.norms.stepped import _warn_of_foreign_estimates
 from l2bn.norms.swap import norm_layers
 
 NORMS = sorted(path for path in (Path(__file__).parents[1] / "configs" / "norm").glob("*.yaml"))
@@ -321,7 +322,7 @@ def test_running_statistics_of_another_layer_are_a_warning(caplog: pytest.LogCap
 def test_weights_of_batch_norm_are_loaded_with_the_same_warning(
     caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    _warn_of_batch_norms_estimates.cache_clear()
+    _warn_of_foreign_estimates.cache_clear()
 
     def network(norm: str) -> nn.Sequential:
         model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.BatchNorm1d(3))
@@ -340,6 +341,28 @@ def test_weights_of_batch_norm_are_loaded_with_the_same_warning(
         assert len(warned) == (source is bn)
         assert model[1].running_var.equal(source[1].running_var)
     network("bn").load_state_dict(l2bn.state_dict())
+
+
+SCALES = {"unit": convert, "rms": functools.partial(convert, scale="rms"), "bn": lambda bn: bn}
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [*itertools.product(SCALES, ["unit", "rms"])])
+@pytest.mark.parametrize("batches", [1, 100])
+def test_statistics_of_another_layer_are_told_by_their_values(
+    saved: str, loaded: str, batches: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A plain dictionary, as that of timm's loader, has no metadata; of few batches the start may still stand."""
+    _warn_of_foreign_estimates.cache_clear()
+    layer, other = (nn.Sequential(SCALES[name](nn.BatchNorm2d(16))) for name in (saved, loaded))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for _ in range(batches):
+            layer(3 * torch.randn(8, 16, 5, 5) + 1)
+    caplog.clear()
+    other.load_state_dict(dict(layer.state_dict()))
+    warned = any("estimated by other layers" in text for text in caplog.messages)
+    assert not warned or saved != loaded
+    assert warned or saved == loaded or batches == 1
 
 
 def test_a_class_of_batch_norm_is_no_norm() -> None:

@@ -12,7 +12,6 @@ then by momentum. The processes of a distributed training update it by the mean 
 """
 
 import itertools
-import math
 
 import torch
 import torch.distributed as dist
@@ -53,11 +52,16 @@ class DivideByMeanNorm(nn.Module):
         self.register_buffer("running_norm", torch.ones(()))
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long))
 
+    def reset_running_stats(self) -> None:
+        """Forget the mean; the next batch begins it."""
+        self.running_norm.fill_(1)
+        self.num_batches_tracked.zero_()
+
     def forward(self, x: Tensor, scale: Scale = "unit") -> Tensor:
         """(N, ...) to the same."""
         if self.training:
             self._track(x.detach())
-        return x * (math.sqrt(squared_target(x, scale)) / self.running_norm.clamp_min(TINY))
+        return x * (squared_target(x, scale) ** 0.5 / self.running_norm.clamp_min(TINY))
 
     def _track(self, x: Tensor) -> None:
         norms = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)))

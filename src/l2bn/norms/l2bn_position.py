@@ -7,6 +7,8 @@ others. `b` gives each sample the norm that L2BN gives it, so that eps weighs th
 ("unit"), or sqrt(C) ("rms"). On features without positions it is L2BN itself.
 """
 
+import math
+
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -26,4 +28,4 @@ def convert(
 
 def normalize_positions(x: Tensor, scale: Scale = "unit") -> Tensor:
     """Divide (N, C, ...) at each position by its l2 norm over the channels; one factor more for all."""
-    return x * factors(x, (1,), squared_target(x, scale) / x.shape[2:].numel())
+    return x * factors(x, (1,), squared_target(x, scale) / math.prod(x.shape[2:]))

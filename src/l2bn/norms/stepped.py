@@ -7,8 +7,9 @@ They subclass batch norm. Three designs were weighed by what they break silently
 - A subclass of torch's `_NormBase` alone, which no `isinstance(..., _BatchNorm)` matches: `update_bn` would leave
   the running statistics stale, `SyncBatchNorm.convert_sync_batchnorm` would leave the batch statistics local, and a
   check that refuses layers which mix samples would accept it, each without a word.
-- A subclass of batch norm, as here: these work or refuse, and so do weight-decay groups, state dicts, averages of
-  weights and swaps. Code that takes the layer for batch norm alone and rebuilds or folds it would drop the step.
+- A subclass of batch norm, as here: these work or refuse, and so do state dicts, averages of weights, swaps and
+  weight-decay groups (beside `l2bn_mean_norm` not those that take modules without children alone for norms). Code
+  that takes the layer for batch norm alone and rebuilds or folds it would drop the step.
 
 What all such code needs, and code that moves, saves, averages or re-estimates a layer does not, is eps. So the
 layer keeps it as `epsilon`, and reading `eps` raises an error that says why. Its type is TypeError, as for a wrong
@@ -69,15 +70,38 @@ class SteppedBatchNorm(_BatchNorm):
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
-        """Load BN's keys; warn where they were saved by BN and its running variance is an estimate.
+        """Load BN's keys; warn where the running statistics among them are estimates of another layer.
 
-        A file without torch's metadata, as of safetensors, does not tell.
+        torch's metadata tell it of BN's weights, which loaders like timm's drop; the values themselves often do.
         """
-        var = state_dict.get(f"{prefix}running_var")
-        saved_by_it = local_metadata.get("version", self._version) >= self._version
-        if not saved_by_it and isinstance(var, Tensor) and not var.is_meta and var.ne(1).any():
-            _warn_of_batch_norms_estimates()
+        mean, var = (state_dict.get(f"{prefix}running_{name}") for name in ("mean", "var"))
+        if isinstance(mean, Tensor) and isinstance(var, Tensor) and not var.is_meta and var.ne(1).any():
+            saved_by_another = local_metadata.get("version", self._version) < self._version
+            batches = state_dict.get(f"{prefix}num_batches_tracked", torch.zeros(()))
+            if saved_by_another or not self._can_have(mean, var, int(batches)):
+                _warn_of_foreign_estimates()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+    def _can_have(self, mean: Tensor, var: Tensor, batches: int) -> bool:
+        """Tell whether statistics (C,) may be this layer's after that many batches; 0: their number is unknown.
+
+        The step fixes the sum of the channels' mean squares, at most 1 ("unit") or C ("rms"), besides what is left
+        of the variances' start at 1. Two values a channel estimate a variance at twice its size.
+        """
+        if isinstance(self.step, nn.Module) or mean.shape != var.shape:  # the mean norm bounds no norm
+            return True
+        squares = float((var.double() + mean.double().square()).sum())
+        if self.scale == "rms":
+            return 0.5 < squares / len(var) < 2.5
+        start = (1 - (self.momentum or 1)) ** batches if batches else 0.0
+        return squares < 2.5 + start * len(var)
+
+    def reset_running_stats(self) -> None:
+        """Forget them, as `update_bn` does before it estimates them anew; those of the step, too."""
+        super().reset_running_stats()
+        reset = getattr(getattr(self, "step", None), "reset_running_stats", None)  # no step yet in the constructor
+        if reset is not None:
+            reset()
 
     def forward(self, input: Any) -> Any:  # noqa: A002 - BN's own name
         """(N, C, ...) to the same shape, type and memory format; statistics are float32 at least."""
@@ -123,10 +147,10 @@ class Activated:
 
 
 @functools.cache  # once for all layers
-def _warn_of_batch_norms_estimates() -> None:
+def _warn_of_foreign_estimates() -> None:
     logger.warning(
-        "the weights are those of batch norm, or of an older version of these layers, and then all is well. Of "
-        "batch norm, their %s",
+        "the weights are those of batch norm, of this layer at another scale, or of an older version of these "
+        "layers, and in the last case all is well; else their %s",
         ESTIMATED_ELSEWHERE,
     )
 

@@ -45,7 +45,7 @@ def swap_norm(model: nn.Module, norm: str | Norm) -> int:
         ValueError: no norm has this name, the model has no batch norm layer to replace, or `last` is already bound.
         TypeError: the norm can't stand for one of the layers, or the model also reaches it by an attribute that is
             no registered module, such as a list, where the old layer would stay.
-        In both cases nothing is changed.
+        In both cases nothing is replaced.
     """
     layers = replacements(model, norm)
     for parent in list(model.modules()):

@@ -9,7 +9,9 @@ The sums pass through a differentiable all-reduce, so derivatives of any order a
 definition in training.
 """
 
+import functools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +100,7 @@ class _SyncBatchNorm(_BatchNorm):
         if isinstance(input, Proxy):
             return as_leaf(self, input)
         if not self.joint.is_active(self):
-            return self._activated(super().forward(input))
+            return super().forward(input)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         state = state_of(self)
         check_call(input, state, self.eps, training=True, joint=True)
@@ -117,14 +119,29 @@ class SyncBatchNorm2d(_SyncBatchNorm, nn.BatchNorm2d): ...
 class SyncBatchNorm3d(_SyncBatchNorm, nn.BatchNorm3d): ...
 
 
-class SyncBatchNormAct2d(Activated, SyncBatchNorm2d): ...
+@functools.cache
+def _with_activation() -> type[_SyncBatchNorm]:
+    """Return the form of timm's `BatchNormAct2d`, as which timm's own conversions have to know it."""
+    from timm.layers.norm_act import BatchNormAct2d  # imported already where a model has one
+
+    class SyncBatchNormAct2d(Activated, _SyncBatchNorm, BatchNormAct2d): ...
+
+    SyncBatchNormAct2d.__qualname__ = SyncBatchNormAct2d.__name__
+    return SyncBatchNormAct2d
 
 
-OF_STOCK: dict[str, type[_SyncBatchNorm]] = {
-    "BatchNorm1d": SyncBatchNorm1d,
-    "BatchNorm2d": SyncBatchNorm2d,
-    "BatchNorm3d": SyncBatchNorm3d,
-    "BatchNormAct2d": SyncBatchNormAct2d,
+def __getattr__(name: str) -> type[_SyncBatchNorm]:
+    """Give pickle the class that is made where it is needed."""
+    if name == "SyncBatchNormAct2d":
+        return _with_activation()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+OF_STOCK: dict[str, Callable[[], type[_SyncBatchNorm]]] = {
+    "BatchNorm1d": lambda: SyncBatchNorm1d,
+    "BatchNorm2d": lambda: SyncBatchNorm2d,
+    "BatchNorm3d": lambda: SyncBatchNorm3d,
+    "BatchNormAct2d": _with_activation,
 }
 
 
@@ -153,7 +170,7 @@ def counterparts(model: nn.Module) -> dict[_BatchNorm, type[_SyncBatchNorm]]:
     """Return the class that `convert_sync` would give each stock layer. Raises TypeError as it does."""
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and not _can_be_joint(m)]
     try:
-        return {layer: OF_STOCK[stock_name(layer)] for layer in layers}
+        return {layer: OF_STOCK[stock_name(layer)]() for layer in layers}
     except TypeError as error:
         raise TypeError(f"no synchronised form: {error}") from error
 
