@@ -172,6 +172,18 @@ def test_a_diverged_run_cuts_no_curve_and_is_named(tmp_path: Path) -> None:
         assert text in drawn(tmp_path / "runs/arms" / norm)[1][tag]
 
 
+def test_records_that_contradict_each_other_close_no_board(tmp_path: Path) -> None:
+    """A replay on another processor, within the folder, may differ by rounding."""
+    pairs(tmp_path / "runs")
+    before = curves_of(find_runs(tmp_path / "runs"))
+    write_run(tmp_path / "runs/replay", recipe="short", accuracy=11.0, epochs=5, curve=2)
+    assert curves_of(find_runs(tmp_path / "runs")) == before
+    assert Board(tmp_path / "runs").update()
+    scalars, texts = drawn(tmp_path / "runs/arms/bn")
+    assert len(scalars[TAG]) == 5
+    assert "two records of one cell and seed hold different results" in texts["no differences/text_summary"]
+
+
 def test_what_changes_is_written_anew_and_runs_that_have_not_ended_count(tmp_path: Path) -> None:
     pairs(tmp_path / "runs")
     board = Board(tmp_path / "runs")

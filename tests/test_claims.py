@@ -137,6 +137,28 @@ def test_options_of_a_network_make_no_other_network(tmp_path: Path) -> None:
     assert "points, no interval: " in evidence
 
 
+def test_runs_to_tune_by_are_no_further_data_sets(tmp_path: Path) -> None:
+    """Images held out for validation, or another augmentation, are those of the same data set."""
+    write_grid(tmp_path, [-0.2, -0.5, -0.9])
+    assert verdict(tmp_path, 5)[0] == "not decided at this n"
+    for backbone, shift in enumerate((-0.2, -0.5, -0.9)):
+        for change, label in (("validation=0.1", "CIFAR-10, validation 0.1"), ("augmentation=null", "CIFAR-10")):
+            options = {"dataset": f"cifar10,{change}", "label": label, "backbone": f"net{backbone}"}
+            write_pairs(tmp_path, [90.0] * 3, [shift, shift + 0.1, shift - 0.1], **options)
+    found, evidence = verdict(tmp_path, 5)
+    assert found == "not decided at this n"
+    assert "9 of 9 cells count for other networks (3 pairs of data set and backbone" in evidence
+
+
+def test_where_every_run_of_l2bn_diverged_that_is_said(tmp_path: Path) -> None:
+    for backbone, seed in product(("a", "b", "c"), range(3)):
+        write_run(tmp_path, backbone=backbone, norm="bn", seed=seed)
+        write_run(tmp_path, backbone=backbone, norm="l2bn", seed=seed, status="diverged")
+    found, evidence = verdict(tmp_path, 5)
+    assert found == "not decided at this n"
+    assert "0 of BN, 9 of L2BN" in evidence
+
+
 def test_models_lost_to_divergence_forbid_support(tmp_path: Path) -> None:
     write_grid(tmp_path, [0.2, 0.3, 0.4])
     write_run(tmp_path, backbone="net9", norm="l2bn", status="diverged")
@@ -476,6 +498,7 @@ def test_the_first_set_is_that_of_the_cpu_grid() -> None:
     assert list(first.backbones) == params["backbone"].split(",")
     assert list(first.seeds) == [int(seed) for seed in params["seed"].split(",")]
     assert params["norm"] == "bn,l2bn"
+    assert len({one.figure for one in SETS}) == len(SETS)
     assert [judge_set(question, first, []).wanted for question in (ACCURATE, COMPACT, EQUAL_NORMS)] == [24, 24, 33]
     assert [judge_set(ACCURATE, one, []).wanted for one in SETS] == [24, 18, 24]
     for one in SETS:
@@ -532,3 +555,8 @@ def test_a_set_of_ones_own_is_judged_by_the_same_rule(tmp_path: Path, issue: Iss
     printed = issue("report", "claims", "--runs", tmp_path / "runs", "--sets", tmp_path / "sets.yaml").out
     found = "supported, 6 runs: +1.00 [+0.75, +1.25], 1 of 1 network above 0, 1 significantly"
     assert rf"| My \| set: {found} |" in printed
+    entry = f"{names}, backbones: [mine], seeds: [0, 1, 2]"
+    other = entry.replace("My | set", "Half").replace("32-true", "bf16-mixed")
+    (tmp_path / "sets.yaml").write_text(f"sets: [{{{entry}}}, {{{other}}}]")
+    printed = issue("report", "claims", "--runs", tmp_path / "runs", "--sets", tmp_path / "sets.yaml").out
+    assert "| Half | – | not decided, 0 of 6 runs; mine has runs in 32-true, not in bf16-mixed | " in printed

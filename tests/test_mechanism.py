@@ -547,6 +547,14 @@ def test_the_overview_has_a_row_for_each_cell(folders: tuple[Path, Path]) -> Non
     assert f"{row} [−2.97, +6.97] | 3 |" in text.partition("##")[0]
 
 
+def test_runs_without_features_have_their_accuracy_beside_those_with(root: Path) -> None:
+    for seed in range(3):
+        write_run(root, norm="l2bn_rms", seed=seed, accuracy=91.0 + seed)
+    text = mechanism_documents(read_mechanism(root, None), "")["mechanism.md"]
+    assert "| l2bn_rms | 92.00 ± 1.00 (3) | +1.00 |" in text
+    assert "| l2bn_rms | – | – |" in text
+
+
 def test_without_records_there_is_a_document_and_no_section(tmp_path: Path) -> None:
     (tmp_path / "records").mkdir()
     mechanism = read_mechanism(tmp_path / "records", tmp_path / "studies")

@@ -421,6 +421,25 @@ def test_other_norms_stand_in_a_table_of_their_own(tmp_path: Path) -> None:
     assert len(other_norms(arms_of(evidence))) == 3
 
 
+def test_a_value_that_both_norms_have_is_compared(tmp_path: Path) -> None:
+    """Where there is no plain BN in the cell, BN with the same value stands for it, and is named."""
+    for seed, difference in enumerate((0.1, 0.2, 0.3)):
+        for norm, accuracy in (("bn", 90.0), ("l2bn", 90.0 + difference)):
+            write_run(tmp_path, norm=f"{norm},momentum=0.01", seed=seed, accuracy=accuracy)
+    write_run(tmp_path, norm="l2bn,eps=0.001", accuracy=91.0)
+    (eps, row) = rows_of(tmp_path, "norms.csv")
+    assert (row["norm"], row["reference"], row["pairs"]) == ("l2bn,momentum=0.01", "bn,momentum=0.01", "3")
+    assert float(row["difference"]) == pytest.approx(0.2)
+    assert (eps["reference"], eps["pairs"]) == ("bn", "0")
+    page = documents(read_evidence(tmp_path), PUBLISHED)["norms.md"]
+    assert "| l2bn (momentum 0.01) | bn (momentum 0.01): 90.00 ± 0.00 (3) | 90.20 ± 0.10 (3) |" in page
+    assert "No record for this table yet." in grid_of(tmp_path)
+    lines = [re.split(r"  +", line.strip()) for line in in_terminal(tmp_path).splitlines()]
+    assert ["bn,momentum=0.01", "90.00 ± 0.00", "3"] in lines
+    assert ["l2bn,momentum=0.01", "90.20 ± 0.10", "+0.20", "[−0.05, +0.45]", "3"] in lines
+    assert ["l2bn,eps=0.001", "91.00", "no BN run", "1; 2 missing"] in lines
+
+
 # ---- What is not there -----------------------------------------------------------------------------------
 
 
@@ -443,7 +462,7 @@ def test_missing_arms_and_seeds_and_diverged_runs_are_counted(tmp_path: Path) ->
 def test_no_records_make_tables_that_say_so(tmp_path: Path) -> None:
     texts = documents(read_evidence(tmp_path), PUBLISHED)
     assert set(texts) == {f"{name}.{kind}" for name in ("grid", "norms") for kind in ("md", "csv", "tex")}
-    assert all("No record yet." in text for name, text in texts.items() if not name.endswith("csv"))
+    assert all("No record for this table yet." in text for name, text in texts.items() if not name.endswith("csv"))
     assert rows_of(tmp_path) == []
     assert "No ended run here yet" in in_terminal(tmp_path)
     assert texts["grid.csv"].startswith("dataset,label,backbone,")
@@ -570,6 +589,21 @@ def test_two_results_of_one_cell_and_seed_are_an_error_naming_both(kernels: str,
     write_run(tmp_path / "here", norm="l2bn", accuracy=92.0)
     write_run(tmp_path / "there", norm="l2bn", accuracy=92.1, kernels=kernels)
     with pytest.raises(UserError, match=r"here/.*seed0 and .*there/.*seed0"):
+        read_evidence(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"identity": {"recipe": {"lr": 0.2}}}, r"recipe\.lr: 0\.1 and 0\.2.*give the changed config a name"),
+        ({"identity": {"recipe": {"lr": 0.1}}, "test_images": 9}, r"test_images: 10000 and 9.*dataset\.label"),
+    ],
+    ids=str,
+)
+def test_why_two_results_of_one_seed_differ_is_said(other: dict[str, Any], named: str, tmp_path: Path) -> None:
+    write_run(tmp_path / "here", identity={"recipe": {"lr": 0.1}})
+    write_run(tmp_path / "there", accuracy=91.0, **other)
+    with pytest.raises(UserError, match=named):
         read_evidence(tmp_path)
 
 
@@ -745,7 +779,7 @@ def test_the_readme_answers_from_the_first_set_as_its_runs_end(tmp_path: Path) -
     text = readme_of(tmp_path / "records")
     assert "is open** until all 18 runs have ended (0 have)." in text
     assert "there is no interval yet: fewer than 3 networks have 3 pairs of 30 epochs or more" in text
-    assert "No record yet." in text
+    assert "No record for this table yet." in text
     assert "![" not in text
     cell: dict[str, Any] = {"recipe": "cosine_30", "epochs": 30}
     write_pairs(tmp_path / "records", [70.0, 71.0, 72.0], [0.4, 0.5, 0.6], backbone="net0", **cell)

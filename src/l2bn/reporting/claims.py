@@ -193,11 +193,11 @@ def _judge(question: Question, task: Task, arms: Sequence[Arm]) -> Finding:
     rows = [row for row in compare(arms, [L2BN], question.reference) if row.cell.task == task]
     pairs = [row for row in rows if row.differences(quantity)]
     what = f"{question.text.partition(',')[0]}, L2BN − {reference}"
+    bn, l2bn = _diverged(rows) if quantity == TOP1 else (0, 0)
+    lost = f" Diverged, of runs from {FULL_EPOCHS} epochs on whose seed both have: {bn} of BN, {l2bn} of L2BN."
     if not pairs:
-        return Finding(
-            f"{what}: 0 cells of {task} hold a pair of equal seed in which both runs have this measure.",
-            "not measured",
-        )
+        text = f"{what}: 0 cells of {task} hold a pair of equal seed in which both runs have this measure."
+        return Finding(text + lost, "not decided at this n") if bn or l2bn else Finding(text, "not measured")
     counted = [row for row in pairs if is_counted(row, quantity)]
     pool = pooled(counted, quantity)
     evidence = (
@@ -209,11 +209,7 @@ def _judge(question: Question, task: Task, arms: Sequence[Arm]) -> Finding:
         evidence += (
             f" Pooled: {signed(pool.mean, digits)}{unit}, {f'no interval: {pool.reason}' if pool.reason else tail}."
         )
-    if quantity == TOP1:
-        bn, l2bn = _diverged(rows)
-        evidence += (
-            f" Diverged, of runs from {FULL_EPOCHS} epochs on whose seed both have: {bn} of BN, {l2bn} of L2BN."
-        )
+    evidence += lost if quantity == TOP1 else ""
     cells = []
     for row in pairs:
         result = row.difference(quantity)

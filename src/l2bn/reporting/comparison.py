@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Self
 
 from l2bn.records import SAMPLE, FeatureRow, Record
-from l2bn.reporting.evidence import BN, L2BN, TOP1, Cell, Evidence, kernels_in_words, label_of, value_of
+from l2bn.reporting.evidence import (
+    BN,
+    L2BN,
+    TOP1,
+    Cell,
+    Evidence,
+    kernels_in_words,
+    label_of,
+    source_of,
+    value_of,
+)
 from l2bn.reporting.statistics import Estimate, estimate, holm, paired_differences, pooled_estimate
 
 FULL_EPOCHS = 30
@@ -55,17 +65,20 @@ def arms_of(evidence: Evidence) -> list[Arm]:
     """The runs grouped by cell and norm, sorted; their cells have the labels of the data sets."""
     groups: dict[Cell, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
     labels: dict[Cell, set[str]] = defaultdict(set)
+    sources: dict[Cell, set[str]] = defaultdict(set)
     for record in sorted(evidence.records, key=lambda record: record.seed):
         cell, norm = evidence.place.of(record)
         groups[cell][norm].append(record)
         labels[cell].add(label_of(record))
+        sources[cell].add(source_of(record))
     data = {cell: " / ".join(sorted(found)) for cell, found in labels.items()}
     folders: dict[str, set[str]] = defaultdict(set)
     for cell, label in data.items():
         folders[label].add(cell.dataset)
     arms = []
     for cell, norms in groups.items():
-        named = replace(cell, data=data[cell], shared=len(folders[data[cell]]) > 1)
+        source = " / ".join(sorted(sources[cell]))
+        named = replace(cell, data=data[cell], source=source, shared=len(folders[data[cell]]) > 1)
         for norm, runs in norms.items():
             rows = {run.seed: evidence.features[run.folder] for run in runs if run.folder in evidence.features}
             arms.append(Arm(named, norm, tuple(runs), rows))
@@ -161,6 +174,7 @@ class Comparison:
             **{key: getattr(self.cell, key) for key in ("dataset", "backbone", "recipe", "setting")},
             "label": self.cell.label,
             "norm": self.norm,
+            "reference": self.reference.norm,
             "epochs": self.epochs,
             "kernels": self.kernels,
         }
@@ -172,13 +186,20 @@ class Comparison:
         return row | {"low": difference.low, "high": difference.high, "p": difference.p}
 
 
-def compare(arms: Sequence[Arm], norms: Iterable[str], reference: str = BN) -> list[Comparison]:
-    """Each arm of these norms with the reference of its cell."""
-    references = {arm.cell: arm for arm in arms if arm.norm == reference}
-    chosen = set(norms)
-    return [
-        Comparison(references.get(arm.cell, Arm(arm.cell, reference)), arm) for arm in arms if arm.norm in chosen
-    ]
+def compare(arms: Iterable[Arm], norms: Iterable[str], reference: str = BN) -> list[Comparison]:
+    """Each arm of these norms with the reference in its cell.
+
+    Where a cell has no run of the plain reference, as in a sweep of `norm=bn,l2bn norm.momentum=0.01`, it is the
+    reference with the arm's own overridden values.
+    """
+    known, chosen = {(arm.cell, arm.norm): arm for arm in arms}, set(norms)
+    found = []
+    for (cell, norm), arm in known.items():
+        if norm in chosen:
+            _, *changes = norm.partition(",")
+            alike = known.get((cell, "".join([reference, *changes])), Arm(cell, reference))
+            found.append(Comparison(known.get((cell, reference), alike), arm))
+    return found
 
 
 def grid(arms: Iterable[Arm]) -> list[Comparison]:
@@ -190,7 +211,8 @@ def grid(arms: Iterable[Arm]) -> list[Comparison]:
 
 def other_norms(arms: Sequence[Arm]) -> list[Comparison]:
     """Every norm but L2BN, variants of BN and L2BN among them, against plain BN in its cell."""
-    return compare(arms, {arm.norm for arm in arms} - {BN, L2BN})
+    rows = compare(arms, {arm.norm for arm in arms} - {BN, L2BN})
+    return [row for row in rows if row.other is not row.reference]
 
 
 def holm_over(comparisons: Iterable[Comparison]) -> list[float | None]:
@@ -208,12 +230,12 @@ def backbone_of(cell: Cell) -> str:
 def pooled(comparisons: Iterable[Comparison], quantity: str = TOP1) -> Estimate:
     """The pooled paired estimate (`statistics.pooled_estimate`) over data set x backbone.
 
-    A pair that was run under several recipes, settings or options of its backbone, or from several folders of one
-    label, is one observation, not several: the mean differences of its rows stand in one cell.
+    A pair that was run under several recipes, settings or options of its backbone or data set, or from several
+    folders of one label, is one observation, not several: the mean differences of its rows stand in one cell.
     """
     cells: dict[tuple[str, str], list[float]] = defaultdict(list)
     for comparison in comparisons:
         mean = comparison.difference(quantity).mean
         if mean is not None:
-            cells[comparison.cell.data, backbone_of(comparison.cell)].append(mean)
+            cells[comparison.cell.source, backbone_of(comparison.cell)].append(mean)
     return pooled_estimate(list(cells.values()))

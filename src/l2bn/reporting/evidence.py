@@ -69,6 +69,7 @@ class Cell:
     value: tuple[float, ...] = ()  # what a study varies: eps, or batch size and learning rate
     task: Task = field(default="images", compare=False)  # the contents of the data set
     data: str = field(default="", compare=False)  # the label of the data set; folders of one label are one data set
+    source: str = field(default="", compare=False)  # where its images are from: cells of one are pooled as one
     shared: bool = field(default=False, compare=False)  # whether a data set in another folder has this label
 
     @property
@@ -120,6 +121,11 @@ def label_of(record: Record) -> str:
     contained = ("label", "baseline", "subset", "validation", "fold", "leave_out", "esc10")
     changes = {key: value for key, value in overrides(record.dataset).items() if key not in contained}
     return with_changes(record.label, changes)
+
+
+def source_of(record: Record) -> str:
+    """The data set that a record's images are from: its label, whatever part of them is held out for validation."""
+    return re.sub(r", validation [^,]+", "", record.label)
 
 
 # ---- Reading and checking -----------------------------------------------------------------------------------
@@ -199,8 +205,8 @@ def read_evidence(
             records.append(record)
         except InvalidRecordError as error:
             problems.append(Problem(record.folder, str(error)))
-    records = _distinct(records, place)
     _check_conditions(records, place)
+    records = _distinct(records, place)
     measured: dict[Path, Sequence[FeatureRow]] = {}
     for record in records if features or statistics else ():
         if record.status != "finished":

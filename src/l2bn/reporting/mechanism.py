@@ -175,7 +175,7 @@ def features_csv(arms: Sequence[Arm]) -> str:
 class Mechanism:
     """All that the document is made from."""
 
-    arms: Sequence[Arm]  # with measured features
+    arms: Sequence[Arm]  # of the cells in which features were measured
     studies: Studies
     problems: Sequence[Problem]
 
@@ -199,7 +199,7 @@ def read_mechanism(runs: Path, studies: Path | None) -> Mechanism:
     """The records under a folder, and those of studies under another, if any. Raises UserError."""
     evidence = read_evidence(runs, features=True)
     found, problems = read_studies(studies)
-    arms = [arm for arm in arms_of(evidence) if arm.features]
+    arms = [arm for _, group in by_cell(arms_of(evidence)) if any(arm.features for arm in group) for arm in group]
     return Mechanism(arms, found, [*evidence.problems, *problems])
 
 

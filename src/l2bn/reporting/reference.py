@@ -99,8 +99,8 @@ def read_sets(path: Path) -> list[RunSet]:
         sets = [RunSet(**entry) for entry in yaml.safe_load(path.read_text(encoding="utf-8"))["sets"]]
         if not sets:
             raise ValueError("there is no set")
-        if len({one.figure for one in sets}) < len(sets):
-            raise ValueError("two sets have one data set and recipe, and would share a figure")
+        if len({one.label for one in sets}) < len(sets):
+            raise ValueError("two sets have one label")
         return sets
 
 

@@ -142,7 +142,10 @@ def _accuracies(rows: Sequence[Comparison], norm: str) -> Columns:
 
 
 def _accuracy(row: Comparison, arm: Arm) -> str:
-    return mean_std_n(arm, missing=row.missing(arm)) if arm.records else "missing"
+    if not arm.records:
+        return "missing"
+    name = f"{in_words(arm.norm)}: " if arm is row.reference and arm.norm != BN else ""
+    return name + mean_std_n(arm, missing=row.missing(arm))
 
 
 def _best(arm: Arm) -> str:
@@ -255,7 +258,7 @@ def grid_csv(rows: Sequence[Comparison], reference: Reference, norm: str) -> str
     """A line per comparison; `norm` begins the columns of the norm's arm."""
     own = ("n", "mean", "std", "best_epoch_mean", "diverged", "missing")
     columns = (
-        *("dataset", "label", "backbone", "recipe", "setting", "norm", "kernels", "epochs"),
+        *("dataset", "label", "backbone", "recipe", "setting", "norm", "reference", "kernels", "epochs"),
         *(f"{name}_{column}" for name in ("bn", norm) for column in own),
         *("pairs", "difference", "difference_std", "low", "high", "p", "p_holm", "seeds_needed"),
         *("published_bn", "published_kind", "published_source", "distance"),

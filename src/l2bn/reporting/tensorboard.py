@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from l2bn.errors import UserError
 from l2bn.records import (
     CONFIG,
     METRICS,
@@ -156,7 +157,11 @@ class Board:
     def update(self) -> bool:
         """Write all arms if they have changed; whether they had. Raises UserError for contradicting records."""
         runs = find_runs(self._root)
-        curves, texts = curves_of(runs), texts_of(read_evidence(self._root)) | cut_off(runs)
+        curves, texts = curves_of(runs), cut_off(runs)
+        try:
+            texts |= texts_of(read_evidence(self._root))
+        except UserError as error:  # records contradict each other: the curves can be seen all the same
+            texts |= {(BN, "no differences"): str(error)}
         if self._written == (curves, texts):
             return False
         norms = dict.fromkeys(norm for norm, *_ in (*curves, *texts))

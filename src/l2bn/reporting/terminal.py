@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from l2bn.records import FeatureRow
-from l2bn.reporting.comparison import Arm, Comparison, arms_of, by_cell, find_arm
+from l2bn.reporting.comparison import Arm, arms_of, by_cell, compare
 from l2bn.reporting.evidence import (
     BN,
     INPUT,
@@ -55,17 +55,18 @@ def _cell(cell: Cell, arms: Sequence[Arm]) -> list[RenderableType]:
     table.add_column("runs", overflow="fold")
     records = [record for arm in arms for record in arm.records]
     seeds = {record.seed for record in records}
-    bn = find_arm(arms, cell, BN)
+    rows = compare(arms, {arm.norm for arm in arms})
     notes = []
-    for arm in sorted(arms, key=lambda arm: (arm.norm != BN, arm.norm != L2BN)):
-        values, rest = arm.of().values(), lost(arm, len(seeds - arm.seeds))
-        shown = mean_interval(Comparison(bn, arm).difference()) if bn.records else ("", "no BN run")
+    for row in sorted(rows, key=lambda row: (row.norm != BN, row.norm != L2BN)):
+        values, rest = row.other.of().values(), lost(row.other, len(seeds - row.other.seeds))
+        shown = mean_interval(row.difference()) if row.reference.records else ("", "no BN run")
         runs = f"{len(values)}{'; ' + rest if rest else ''}"
         # A plain text would be read as rich's markup, and lose what is in brackets.
-        table.add_row(Text(arm.norm), mean_std(values), *(("", "") if arm is bn else shown), runs)
+        own = row.other is row.reference
+        table.add_row(Text(row.norm), mean_std(values), *(("", "") if own else shown), runs)
     if images := images_in_words(records):
         notes.append(f"images not proven equal: {images}")
-    for row in (Comparison(bn, arm) for arm in arms if arm is not bn):
+    for row in (row for row in rows if row.other is not row.reference):
         if is_mixed(row.kernels):
             notes.append(f"{row.norm}: kernels {row.kernels}, which agree {agreement(row.kernels)}")
         if unlike := unlike_devices(row.records):
