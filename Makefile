@@ -4,6 +4,9 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 export PATH := $(abspath $(BIN)):$(PATH)
+# make 3.81, which is macOS's, starts simple lines without a shell and looks for programs in the PATH from before;
+# not with another shell than /bin/sh.
+SHELL  := /bin/bash
 
 .PHONY: help setup demo list tensorboard tables figures claims test test-all test-services lint bench bench-norm bench-step bench-train bench-data
 
@@ -15,6 +18,9 @@ setup: $(STAMP) ## make .venv and install; does nothing when it is up to date
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11, 4))' || { \
+	  echo 'make: $(VENV) needs pip and Python 3.11.4 or newer; make it anew with another Python:'; \
+	  echo '      rm -r $(VENV); make setup PYTHON=python3.12'; exit 1; }
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 

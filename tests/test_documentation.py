@@ -59,6 +59,19 @@ def test_make_alone_prints_every_target_with_a_line() -> None:
     assert all(shown.values())
 
 
+@pytest.mark.parametrize("found", ["sys.exit(1)", "sys.modules['pip'] = None", "sys.version_info = (3, 11, 2)"])
+def test_an_environment_that_cannot_be_used_is_told(found: str, tmp_path: Path) -> None:
+    """As one that was made by a Python too old, or without pip."""
+    python = tmp_path / "venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!{sys.executable} -S\nimport sys\n{found}\nexec(sys.argv[2])\n")
+    python.chmod(0o755)
+    done = subprocess.run(["make", "setup", f"VENV={tmp_path / 'venv'}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "venv needs pip and Python 3.11.4 or newer" in done.stdout
+    assert f"rm -r {tmp_path / 'venv'}; make setup PYTHON=python3.12" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("target", "command"),
     [
