@@ -124,6 +124,9 @@ def test_a_missing_imagenet_is_said_with_what_to_do(tree: Path, folder: str) -> 
         read(tree)
     for part in (str(tree), "https://image-net.org", "ILSVRC2012_img_train.tar", "dataset.root="):
         assert part in str(caught.value)
+    with pytest.raises(UserError, match="no Imagenette in") as caught:
+        read(tree, label="Imagenette")
+    assert "ILSVRC" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,9 @@ class ByFour(Unused):
 def convert(bn: nn.Module, limit: float) -> nn.Module:
     return nn.Sequential(nn.Hardtanh(-limit, limit), bn)
 
+def misnamed(classes: int) -> nn.Module:
+    return network(classes)
+
 def forgetful(bn: nn.Module) -> nn.Module:
     bn.eps = 0.1
 """
@@ -130,6 +133,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     files = {
         "norm/clipped": {"defaults": ["_base"], "limit": 3.0},
         "norm/forgetful": {"_target_": "own_parts.forgetful", "_partial_": True},
+        "norm/whole": {"_target_": "own_parts.forgetful"},
         "norm/_base": {"_target_": "own_parts.convert", "_partial_": True},
         "backbone/tiny": {"_target_": "own_parts.network", "width": 4},
         "dataset/mine": yaml.safe_load((ROOT / "configs/dataset/digits.yaml").read_text())
@@ -347,6 +351,8 @@ def test_own_parts_are_trained_and_opened_again(launcher: str, mine: Path, tmp_p
         ("ByFour", ["norm=bn"], ""),
         ("ByFour", ["norm=bn", "recipe.batch_size=18"], "a ghost batch has 4 images; correct the network"),
         ("network", ["norm=forgetful"], "norm: it returned NoneType for a batch norm layer"),
+        ("network", ["norm=whole"], "norm: add _partial_: true to its YAML file"),
+        ("misnamed", ["norm=bn"], r"backbone: own_parts\.misnamed needs a parameter num_classes"),
     ],
 )
 def test_what_cannot_be_trained_is_one_message(

@@ -208,6 +208,21 @@ def test_hidden_and_unfinished_files_stop_no_run_that_does_not_use_them(
             planned("norm=wip")
 
 
+@pytest.mark.parametrize("experiment", ["cpu_grid", "eps_study", "controls"])
+def test_the_command_line_decides_whether_features_are_measured(experiment: str) -> None:
+    assert {run.config["analysis"]["every"] for run in planned(f"experiment={experiment}")} <= {1000, None}
+    off = planned(f"experiment={experiment}", "analysis=off")
+    assert {run.config["analysis"]["every"] for run in off} == {0}
+
+
+def test_no_experiment_has_its_runs_within_those_of_another() -> None:
+    """They may have the same cells: reports on runs/ would find two results of one seed."""
+    files = (ROOT / "configs/experiment").glob("*.yaml")
+    folders = {Path(yaml.safe_load(path.read_text()).get("runs_dir", "runs")) for path in files}
+    assert len(folders) > 4
+    assert not [(one, other) for one in folders for other in folders if one in other.parents]
+
+
 @pytest.mark.parametrize(
     "given", ["analysis=off,on", "norm.fused=off,on", "dataset=image_folder dataset.root=one,other dataset.label=x"]
 )

@@ -139,6 +139,12 @@ def test_the_paths_of_a_replay_are_those_of_the_composed_data_set(
     run = train_in(tmp_path / "runs", *options, "recipe.batch_size=8", "progress=false", folders=[own])
     record = publish(run.folder, tmp_path / "records")
     assert results(replay(record, str(tmp_path / "again"), config_dirs=[own])) == results(run)
+    monkeypatch.setenv("IMAGES", str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"nowhere.*by --root FOLDER"):
+        replay(record, str(tmp_path / "third"), config_dirs=[own])
+    with pytest.raises(UserError, match=r"nowhere.*by --root FOLDER"):
+        evaluate_run(run.folder, root=str(tmp_path / "nowhere"), config_dirs=[own])
+    monkeypatch.setenv("IMAGES", str(tmp_path / "images"))
     text = (own / "dataset" / "mine.yaml").read_text()
     (own / "dataset" / "mine.yaml").write_text(text.partition("root")[0])
     with pytest.raises(UserError, match=r"dataset\.root has no value; give --root"):

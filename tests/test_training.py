@@ -285,6 +285,20 @@ def test_without_a_posix_system_the_layer_works_and_training_says_what_it_needs(
     assert not list(tmp_path.iterdir())
 
 
+def test_under_mixup_training_accuracy_is_of_the_images_with_the_larger_share() -> None:
+    """A network that names the stronger image of every mixture has 100 percent."""
+    settings = SimpleNamespace(
+        recipe=SimpleNamespace(label_smoothing=0.0, mixup=0.4), model=torch.nn.Identity(), seed=0
+    )
+    images, labels = torch.eye(8), torch.arange(8)
+    counted = []
+    for step in range(20):
+        _, logits, named = Trainer.forward(settings, images, labels, 0, step)  # type: ignore[arg-type]
+        assert torch.equal(logits.argmax(1), named)
+        counted.append(torch.equal(named, labels))
+    assert 0 < sum(counted) < 20
+
+
 def test_dropout_and_mixup_follow_from_seed_and_place(train: Train, tmp_path: Path) -> None:
     """What is drawn from the global generators before an update must not reach it."""
     options = ("backbone=mobilenetv2_x0_5", "norm=bn", "recipe.mixup=0.2", "recipe.epochs=1", *TINIEST, *QUIET)

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 DEVKIT = "ILSVRC2012_devkit_t12"
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
+IMAGENET = "ImageNet"  # the label of the whole data set
 LICENCE = (
     "ImageNet may not be passed on, so it is not downloaded for you: register at https://image-net.org, accept "
     "the terms, download ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, and "
@@ -66,7 +67,7 @@ def imagenet(
     holds out come from the cache too.
     """
     check_image_size(image_size)
-    trained, tested = list_splits(expand(root), train, val, devkit)
+    trained, tested = list_splits(expand(root), train, val, devkit, common["label"] or "")
     variants = [f"decoded at {cache_side} pixels"] if cache_side is not None else []
     if train == val and not common.get("validation"):
         log.warning("dataset.train and dataset.val are %s: accuracy is measured on training images", train)
@@ -90,7 +91,7 @@ def imagenet(
 
 
 def list_splits(
-    folder: Path, train: str, val: str, devkit: str, option: str = "dataset.root=FOLDER"
+    folder: Path, train: str, val: str, devkit: str, label: str = IMAGENET, option: str = "dataset.root=FOLDER"
 ) -> tuple[Tree, Tree]:
     """The training and the validation files of ImageNet; the arguments are those of `imagenet`.
 
@@ -98,8 +99,8 @@ def list_splits(
     """
     if not (folder / train).is_dir() or not (folder / val).is_dir():
         raise UserError(
-            f"no ImageNet in {folder.absolute()}: the folders {train} and {val} are looked for. {LICENCE}. "
-            f"Name the folder that holds both by {option}"
+            f"no {label} in {folder.absolute()}: the folders {train} and {val} are looked for. "
+            f"{f'{LICENCE}. ' if label == IMAGENET else ''}Name the folder that holds both by {option}"
         )
     if train != val and (folder / train).samefile(folder / val):
         raise UserError(f"{folder / train} and {folder / val} are one folder: no accuracy can be measured on it")

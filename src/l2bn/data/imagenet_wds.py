@@ -183,7 +183,7 @@ def pack_imagenet(source: Path, folder: Path) -> None:
     """
     for prefix in ("val", "train"):
         _refuse_packed(folder, prefix)
-    trained, tested = list_splits(source, "train", "val", DEVKIT, "--pack FOLDER")
+    trained, tested = list_splits(source, "train", "val", DEVKIT, option="--pack FOLDER")
     pack(tested, folder, "val")
     pack(trained, folder, "train")
 

@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,8 @@ from l2bn.training.session import BuiltRun, make_loaders
 
 log = logging.getLogger(__name__)
 
+DATASET_ROOT = "dataset.root=FOLDER"  # in messages of data sets
+
 
 def replay(folder: Path, runs_dir: str, root: str | None = None, config_dirs: Sequence[Path] = ()) -> Record:
     """Train the run of a record again, under `runs_dir`. Raises UserError, also for other images than the record's.
@@ -73,7 +76,20 @@ def replay(folder: Path, runs_dir: str, root: str | None = None, config_dirs: Se
     if compute.get("compile") == "graphs" and not torch.cuda.is_available():
         compute["compile"] = "auto"
     own = {"runs_dir": str(expand(runs_dir, "runs_dir")), "compute": compute}
-    return run(replace(planned, config={**planned.config, **own}), original=folder)
+    with _naming_root():
+        return run(replace(planned, config={**planned.config, **own}), original=folder)
+
+
+@contextmanager
+def _naming_root() -> Iterator[None]:
+    """Messages about missing images name the option of the scripts that open runs, which have no overrides."""
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+        if DATASET_ROOT not in message:
+            raise
+        raise UserError(message.replace(DATASET_ROOT, "--root FOLDER")) from error
 
 
 def _threads(planned: PlannedRun) -> int | None:
@@ -171,7 +187,8 @@ class OpenedRun:
         analysis = planned.config["analysis"]
         if measured:
             analysis = {**analysis, "every": analysis.get("every") or None}
-        built = build_run(replace(planned, config={**planned.config, "compute": compute, "analysis": analysis}))
+        with _naming_root():
+            built = build_run(replace(planned, config={**planned.config, "compute": compute, "analysis": analysis}))
         warn_of_other_source(folder, planned.config)
         built.compute.set_up()
         fabric = built.compute.fabric()

@@ -73,6 +73,8 @@ class Builder:
         object is not of the `kind` that is needed.
         """
         target, partial, arguments = self._split(node, path)
+        if kind is functools.partial and not partial:
+            raise UserError(f"{path}: add _partial_: true to its YAML file, since its first argument comes later")
         if partial:
             built = functools.partial(target, **self.fit(target, arguments, path, partial=True))
         else:
@@ -97,6 +99,11 @@ class Builder:
         """Check a node's names and types against its `_target_`, without calling it. Raises UserError."""
         target, partial, arguments = self._split(node, path)
         self.fit(target, arguments, path, partial=partial)
+
+    def accepts(self, node: Node, path: str, key: str) -> bool:
+        """Return whether a node's `_target_` has a parameter of this name. Raises UserError."""
+        accepted, open_ended = _parameters(self._split(node, path)[0])
+        return open_ended or key in accepted
 
     def check_keys(self, given: Node, accepted: Collection[str], path: str) -> None:
         """Raise UserError for a key that is not accepted, with its file and the nearest key that is accepted."""

@@ -190,7 +190,7 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.recipe.learning_rate(epoch + step / steps)
             self.optimizer.zero_grad()
-            loss, logits = self.forward(images, labels, epoch, step)
+            loss, logits, labels = self.forward(images, labels, epoch, step)
             self.fabric.backward(loss)
             self.optimizer.step()
             totals.add(step, loss.detach(), logits.detach(), labels)
@@ -206,19 +206,23 @@ class Trainer:
         position.seconds += time.perf_counter() - clock
         return totals
 
-    def forward(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        """Return cross-entropy () and logits (N, K), with the recipe's mixup and label smoothing."""
+    def forward(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return cross-entropy (), with the recipe's mixup and label smoothing, logits (N, K) and labels (N,).
+
+        Training accuracy counts these labels: under mixup, those of the images with the larger share.
+        """
         smoothing, alpha = self.recipe.label_smoothing, self.recipe.mixup
         if alpha == 0:
             logits = self.model(images)
-            return F.cross_entropy(logits, labels, label_smoothing=smoothing), logits
+            return F.cross_entropy(logits, labels, label_smoothing=smoothing), logits, labels
         # Mixup (Zhang et al. 2018, arXiv:1710.09412) with one share per batch. The partners are the batch in
         # reverse, which is as random as any other order, because the batch is drawn at random.
         share = random.Random(derive_seed(self.seed, "mixup", epoch, step)).betavariate(alpha, alpha)
         logits = self.model(share * images + (1 - share) * images.flip(0))
+        partners = labels.flip(0)
         own = F.cross_entropy(logits, labels, label_smoothing=smoothing)
-        partner = F.cross_entropy(logits, labels.flip(0), label_smoothing=smoothing)
-        return share * own + (1 - share) * partner, logits
+        partner = F.cross_entropy(logits, partners, label_smoothing=smoothing)
+        return share * own + (1 - share) * partner, logits, labels if share >= 0.5 else partners
 
 
 @torch.inference_mode()

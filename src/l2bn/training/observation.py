@@ -62,20 +62,20 @@ def check_observable(
     try:
         found = classifier(model, classes)
     except ValueError as error:
-        raise UserError(f"analysis: {error}; leave its features unmeasured (analysis=off)") from error
+        raise UserError(f"analysis: {error}; leave its features unmeasured (analysis.every=0)") from error
     width: int = found.in_features if isinstance(found, nn.Linear) else getattr(found, "in_channels", 0)
     if width > WIDEST:
         raise UserError(
             f"analysis: the classifier has {width:,} inputs, whose covariance would take gigabytes and minutes; at "
             f"most {WIDEST:,} are measured: pool the features before it, or leave its "
-            "features unmeasured (analysis=off)"
+            "features unmeasured (analysis.every=0)"
         )
     fault = "does not run in evaluation" if found not in batches else "gets several rows for an image"
     if batches.get(found) != {1}:
         name = next(name for name, layer in model.named_modules() if layer is found)
         raise UserError(
             f"analysis: {name} would be the classifier, whose input is measured, but {fault}; make it the last "
-            "linear layer that runs once for an image, or leave its features unmeasured (analysis=off)"
+            "linear layer that runs once for an image, or leave its features unmeasured (analysis.every=0)"
         )
 
 

@@ -121,12 +121,7 @@ def build_run(planned: PlannedRun) -> BuiltRun:
     splits: Splits = builder.build(config["dataset"], "dataset", Splits)
     check_batch_size(parts["recipe"].batch_size, len(splits.train), parts["compute"].devices)
     seed_global(derive_seed(planned.cell.seed, "weights"), torch.device("cpu"))
-    if "num_classes" in config["backbone"]:
-        raise UserError(
-            f"backbone.num_classes follows from the data set, which has {splits.num_classes}: leave it out"
-        )
-    backbone = {**config["backbone"], "num_classes": splits.num_classes}
-    model: nn.Module = builder.build(backbone, "backbone", nn.Module)
+    model: nn.Module = builder.build(_with_classes(planned, splits.num_classes), "backbone", nn.Module)
     layers = norm_layers(model)
     batches = check_fit(model, splits, config["backbone"].get("stem"))
     # Norm layers that see another batch than the images, as of tokens or windows.
@@ -145,6 +140,18 @@ def build_run(planned: PlannedRun) -> BuiltRun:
     return BuiltRun(run=planned, splits=splits, model=model, norm_layers=layers, code=code, **parts)
 
 
+def _with_classes(planned: PlannedRun, classes: int) -> dict[str, Any]:
+    """Return the backbone's node with a number of classes. Raises UserError where it cannot take one."""
+    node = planned.config["backbone"]
+    if "num_classes" in node:
+        raise UserError("backbone.num_classes follows from the data set: leave it out")
+    if not planned.builder.accepts(node, "backbone", "num_classes"):
+        raise UserError(
+            f"backbone: {node['_target_']} needs a parameter num_classes, the number of the data set's classes"
+        )
+    return {**node, "num_classes": classes}
+
+
 def check(planned: PlannedRun, tried: set[str] | None = None) -> None:
     """Check a run's configuration without its data and its machine. Raises UserError.
 
@@ -158,7 +165,7 @@ def check(planned: PlannedRun, tried: set[str] | None = None) -> None:
             builder.call(kind, config[name], name)
     norm = builder.build(config["norm"], "norm", functools.partial)
     builder.check(config["dataset"], "dataset")
-    backbone = {**config["backbone"], "num_classes": 2}
+    backbone = _with_classes(planned, 2)
     builder.check(backbone, "backbone")
     network = yaml.safe_dump([backbone, config["norm"]])
     # A network of the user's own or of a library may need its files, or no device but a real one.

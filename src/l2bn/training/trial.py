@@ -75,7 +75,7 @@ def check_samples(regrouped: list[str], model: nn.Module, *, measured: bool) -> 
 
     stepped = any(isinstance(model.get_submodule(name), SteppedBatchNorm) for name in regrouped)
     if stepped or measured:
-        unmeasured = "leave its features unmeasured (analysis=off)"
+        unmeasured = "leave its features unmeasured (analysis.every=0)"
         key, remedy = ("norm", "take norm=bn") if stepped else ("analysis", unmeasured)
         raise UserError(
             f"{key}: norm layers of this network see a batch of tokens or windows ({regrouped[0]} and "
