@@ -11,11 +11,13 @@ from l2bn.failures import told_plainly
 from l2bn.publication import publish
 from l2bn.records import InvalidRecordError
 
+RECORDS = Path(__file__).resolve().parents[1] / "results/records"  # where scripts/report.py looks
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of an ended run")
-    parser.add_argument("--to", type=Path, default=Path("results/records"), help="default: results/records")
+    parser.add_argument("--to", type=Path, default=RECORDS, help="default: results/records, of this suite")
     arguments = parser.parse_args()
     failures = 0
     for run in arguments.runs:

@@ -20,7 +20,7 @@ from l2bn.records import CHECKED
 log = logging.getLogger(__name__)
 
 LARGEST = 1_000_000  # of a learning rate and a weight decay, far above any that trains
-NEARLY_0 = 0.1  # an exponential decay has taken its course below this factor
+NEARLY_0 = 0.1  # a decay has taken its course below this factor
 LARGEST_MIXUP = 1000  # from this alpha on, the share drawn from the beta distribution is 1/2 to two digits
 
 Schedule = Callable[[float, int], float]
@@ -198,6 +198,8 @@ def _cut_off(schedule: Schedule, epochs: int) -> str:
         before, last = [0, 0, *(restart for restart in schedule.restarts if restart < epochs)][-2:]
         if epochs - last < last - before:
             return f"from its restart at epoch {last} on it decays in fewer epochs than before"
-    if isinstance(schedule, Exponential) and NEARLY_0 < (factor := schedule(epochs - 1, epochs)) < 1:
-        return f"in the last epoch it is {factor:.2g} of recipe.lr"
+    if isinstance(schedule, Exponential | Cosine):
+        factor = schedule(epochs - 1e-6, epochs)
+        if factor > NEARLY_0 and (factor < 1 or isinstance(schedule, Cosine)):
+            return f"in the last epoch it is {factor:.2g} of recipe.lr"
     return ""
