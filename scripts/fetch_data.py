@@ -1,4 +1,4 @@
-"""Prepare a data set: download and check its files, decode its images, print their numbers.
+"""Prepare a data set: download and check its files, decode images that are kept decoded, print their numbers.
 
 python scripts/fetch_data.py cifar10
 python scripts/fetch_data.py esc50 dataset.root=FOLDER --figure spectrograms.png --classes dog,rain

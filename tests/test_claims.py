@@ -23,8 +23,17 @@ from l2bn.reporting.claims import (
     claims_markdown,
     judge_set,
 )
-from l2bn.reporting.comparison import arms_of
-from l2bn.reporting.evidence import Evidence, read_evidence
+from l2bn.reporting.comparison import Comparison, arms_of
+from l2bn.reporting.evidence import (
+    ANGLE_MEAN,
+    BN,
+    L2BN,
+    MEAN_NORM,
+    TOP1,
+    WITHIN_SHARE,
+    Evidence,
+    read_evidence,
+)
 from l2bn.reporting.reference import RunSet, read_sets
 from l2bn.reporting.statistics import fixed_estimate
 from synthetic_records import write_features, write_pairs, write_run
@@ -133,8 +142,11 @@ def test_options_of_a_network_make_no_other_network(tmp_path: Path) -> None:
         write_pairs(tmp_path, [90.0] * 3, [shift, shift + 0.1, shift - 0.1], backbone=backbone)
     found, evidence = verdict(tmp_path, 5)
     assert found == "not decided at this n"
-    assert "(1 pair of data set and backbone, 1 backbone of at least 3). Pooled" in evidence
+    assert "(1 combination of data set and backbone, 1 backbone of at least 3, all on CIFAR-10). Pooled" in evidence
     assert "points, no interval: " in evidence
+
+
+TUNED = "CIFAR-10, validation 0.1, 2 of 10 classes untested, 1,000 of 5,000 test images known from training"
 
 
 def test_runs_to_tune_by_are_no_further_data_sets(tmp_path: Path) -> None:
@@ -142,12 +154,12 @@ def test_runs_to_tune_by_are_no_further_data_sets(tmp_path: Path) -> None:
     write_grid(tmp_path, [-0.2, -0.5, -0.9])
     assert verdict(tmp_path, 5)[0] == "not decided at this n"
     for backbone, shift in enumerate((-0.2, -0.5, -0.9)):
-        for change, label in (("validation=0.1", "CIFAR-10, validation 0.1"), ("augmentation=null", "CIFAR-10")):
+        for change, label in (("validation=0.1", TUNED), ("augmentation=null", "CIFAR-10")):
             options = {"dataset": f"cifar10,{change}", "label": label, "backbone": f"net{backbone}"}
             write_pairs(tmp_path, [90.0] * 3, [shift, shift + 0.1, shift - 0.1], **options)
     found, evidence = verdict(tmp_path, 5)
     assert found == "not decided at this n"
-    assert "9 of 9 cells count for other networks (3 pairs of data set and backbone" in evidence
+    assert "9 of 9 cells count for other networks (3 combinations of data set and backbone" in evidence
 
 
 def test_where_every_run_of_l2bn_diverged_that_is_said(tmp_path: Path) -> None:
@@ -324,7 +336,10 @@ def test_features_of_sound_are_not_pooled_with_those_of_images(number: int, tmp_
         write("cifar10", net, 0.01)
     found = verdict(tmp_path, number)
     assert found[0] == "supported"
-    assert "3 of 3 cells count for other networks (3 pairs of data set and backbone, 3 backbones)" in found[1]
+    assert (
+        "3 of 3 cells count for other networks (3 combinations of data set and backbone, 3 backbones, all on"
+        in found[1]
+    )
     for net in range(3):
         write("tau2020", net, -0.1)
     assert verdict(tmp_path, number)[0] == "supported"
@@ -546,6 +561,30 @@ def test_the_committed_claims_are_what_the_records_give() -> None:
     folder = ROOT / "results/records"
     evidence = read_evidence(folder, features=True) if folder.is_dir() else Evidence([])
     assert (ROOT / "results/claims.md").read_text(encoding="utf-8") == claims_markdown(evidence, SETS)
+
+
+def test_what_was_computed_afterwards_follows_from_the_records() -> None:
+    """The table in results/README.md of estimates by the rule for these networks, which decide nothing."""
+    text = (ROOT / "results/README.md").read_text(encoding="utf-8").replace("−", "-")
+    rows = re.findall(
+        r"^  \| ([a-z ]+) \| (\S+) - (\S+) \| ([^|]+) \| (\S+) \[(\S+), (\S+)\] \|$", text, re.MULTILINE
+    )
+    assert len(rows) >= 6
+    evidence = read_evidence(ROOT / "results/records", features=True)
+    cells = {SETS[0].cells(BN)[place]: name for place, name in enumerate(SETS[0].backbones)}
+    known = {(cells[arm.cell], arm.norm): arm for arm in arms_of(evidence) if arm.cell in cells}
+    quantities = {"within share": WITHIN_SHARE, "mean angle": ANGLE_MEAN, "accuracy": TOP1}
+    norms = {"BN": BN, "L2BN": L2BN, "`l2bn_mean_norm`": MEAN_NORM}
+    for quantity, norm, reference, networks, *numbers in rows:
+        left_out = {"without VGG-11": {"vgg11"}, "without ShuffleNetV2": {"shufflenetv2_x0_5"}}.get(networks, set())
+        pairs = [
+            Comparison(known[name, norms[reference]], known[name, norms[norm]])
+            for name in SETS[0].backbones
+            if name not in left_out and (name, norms[norm]) in known and (name, norms[reference]) in known
+        ]
+        _, found = fixed_estimate([pair.differences(quantities[quantity]) for pair in pairs])
+        digits = len(numbers[0].partition(".")[2])
+        assert numbers == [f"{value:+.{digits}f}" for value in (found.mean, found.low, found.high)]
 
 
 def test_a_set_of_ones_own_is_judged_by_the_same_rule(tmp_path: Path, issue: Issue) -> None:

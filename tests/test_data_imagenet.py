@@ -117,6 +117,26 @@ def test_normalisation_must_be_given(tree: Path) -> None:
         read(tree, mean=None, std=None)
 
 
+def test_photographs_are_turned_where_asked(tree: Path, tmp_path: Path) -> None:
+    """As a camera writes them: wide, with a note that the left side is up."""
+    image = Image.fromarray(np.arange(24 * 48 * 3, dtype=np.uint8).reshape(24, 48, 3))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for path in tree.glob("*/*/*.JPEG"):
+        image.save(path, exif=exif)
+    for options in ({}, {"cache_side": 24, "cache": str(tmp_path / "cache")}):
+        lying, turned = (read(tree, upright=upright, **options).train for upright in (False, True))
+        for split in (lying, turned):
+            object.__setattr__(split, "transform", lambda pixels: pixels)
+        assert lying[0][0].shape == (3, 24, 48)
+        assert turned[0][0].shape == (3, 48, 24)
+
+
+def test_a_label_is_needed(tree: Path) -> None:
+    with pytest.raises(UserError, match=r"dataset\.label is empty"):
+        imagenet(str(tree), devkit="devkit", image_size=16, mean=[0.5] * 3, std=[0.25] * 3)
+
+
 @pytest.mark.parametrize("folder", ["train", "val"])
 def test_a_missing_imagenet_is_said_with_what_to_do(tree: Path, folder: str) -> None:
     (tree / folder).rename(tree / "elsewhere")

@@ -109,6 +109,11 @@ def test_label_says_so_and_the_baseline_goes(choice: dict[str, Any], label: str)
         ({"std": None}, "go together"),
         ({"mean": [0.5]}, "three numbers each"),
         ({"std": [0.5, 0.0, 0.5]}, "std above 0"),
+        ({"validaton": 0.2}, "unknown key dataset.validaton; accepted by every data set: label"),
+        ({"mean": 0.5}, "dataset.mean is 0.5, but must be of type list or tuple"),
+        ({"subset": 20.0}, "dataset.subset is 20.0, but must be of type int"),
+        ({"validation": "0.2"}, "dataset.validation is '0.2', but must be of type float or int"),
+        ({"augmentation": "flip"}, "must be of type Augmentation"),
     ],
 )
 def test_a_choice_that_cannot_be_fulfilled_is_named(choice: dict[str, Any], words: str) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import re
 from collections.abc import Sequence
 from decimal import ROUND_HALF_DOWN, ROUND_HALF_UP, Decimal
@@ -51,6 +52,7 @@ from l2bn.reporting.mechanism import (
     read_mechanism,
     steps_table,
 )
+from l2bn.reporting.statistics import estimate, paired_differences
 from l2bn.reporting.studies import (
     EPS,
     RATES,
@@ -230,12 +232,13 @@ def test_the_map_shows_the_same_images_of_both_arms(evidence: Evidence) -> None:
     with drawing():
         left, right = feature_map(pair, seed, bn, l2bn).axes
     assert len(left.collections) == len(right.collections) == 3
-    for panel, sample in ((left, bn), (right, l2bn)):
+    unit = [one.features / np.sqrt(one.features.var(0).sum()) for one in (bn, l2bn)]
+    for panel, sample, features in ((left, bn, unit[0]), (right, l2bn, unit[1])):
         drawn = np.concatenate([np.asarray(points.get_offsets()) for points in panel.collections])
-        both = np.concatenate([bn.features, l2bn.features]).astype(float)
+        both = np.concatenate(unit).astype(float)
         centred, order = both - both.mean(0), np.argsort(sample.labels, kind="stable")
         axes = np.linalg.eigh(centred.T @ centred)[1][:, :-3:-1]  # of the covariance of both
-        expected = (sample.features[order] - both.mean(0)) @ axes
+        expected = (features[order] - both.mean(0)) @ axes
         assert np.abs(drawn) == pytest.approx(np.abs(expected), abs=1e-3)
     (pair.reference.records[0].folder / SAMPLE).unlink()
     assert pair.sampled[0] == 1
@@ -250,7 +253,8 @@ def test_a_map_is_of_the_classes_that_it_shows(evidence: Evidence) -> None:
     with drawing():
         whole, part = (feature_map(pair_of(evidence), 0, one, one) for one in (sample, ten))
     for figure in (whole, part):
-        assert "seed 0, 20 test images of 10 classes" in [text.get_text() for text in figure.axes[0].texts]
+        (text,) = figure.axes[0].texts
+        assert text.get_text().startswith("seed 0, 20 test images of 10 classes; ")
     assert whole.axes[0].get_xlabel() == part.axes[0].get_xlabel()
 
 
@@ -588,6 +592,12 @@ def test_each_interval_of_the_reading_is_one_of_the_results() -> None:
     for path in [*results.glob("mechanism/*.csv"), *results.glob("tables/*.csv")]:
         rows = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))
         found += [(row["low"], row["high"]) for row in rows if row.get("low")]
+    trained = [
+        json.loads((results / f"benchmarks/amx/accuracy_{norm}.json").read_text())["runs"] for norm in (BN, L2BN)
+    ]
+    values = [{run["seed"]: run["accuracy"] for run in runs if run["path"] in ("ours", L2BN)} for runs in trained]
+    of_benchmark = estimate(paired_differences(*values))
+    found.append((str(of_benchmark.low), str(of_benchmark.high)))
     written = bounds.findall(reading)
     assert len(written) > 40
     for low, high in written:

@@ -764,7 +764,7 @@ def test_the_readmes_block_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     write_run(tmp_path)
     evidence = read_evidence(tmp_path)
     text = readme_with_block(f"before\n\n{BEGIN}\nold\n{END}\n\nafter\n", evidence, SET)
-    claim = "In 3 networks (net0, net1, net2) on Data at 30 epochs, the claim that L2BN improves accuracy is"
+    claim = "On average over 3 networks (net0, net1, net2) on Data at 30 epochs, the claim that L2BN improves"
     assert text.startswith(f"before\n\n{BEGIN}\n\n- **{claim} open")
     assert text.endswith(f"\n{END}\n\nafter\n")
     assert "old" not in text
@@ -798,7 +798,7 @@ def test_the_readme_answers_from_the_first_set_as_its_runs_end(tmp_path: Path) -
     assert f"is supported**: {estimate}, {pairs}." in text
     # The means 0.4, 0.5 and 0.6: t(2) * 0.1 / sqrt(3) = 4.303 * 0.0577 = 0.25.
     beyond = "+0.50 points of test top-1, 95 % interval [+0.25, +0.75], over 3 cells of data set and network"
-    assert f"like those measured, it is supported: {beyond} and all their seeds." in text
+    assert f"(one data set tells nothing of others), it is supported: {beyond} and all their seeds." in text
 
 
 def test_the_readme_has_the_verdict_of_claim_5_on_other_networks(
@@ -812,7 +812,7 @@ def test_the_readme_has_the_verdict_of_claim_5_on_other_networks(
     arms = arms_of(read_evidence(tmp_path))
     verdict = next(claim.judge(arms).verdict for claim in CLAIMS if claim.number == 5)
     assert verdict == "not decided at this n"
-    assert f"like those measured, it is {verdict}: 0.00 points" in readme_of(tmp_path)
+    assert f"(one data set tells nothing of others), it is {verdict}: 0.00 points" in readme_of(tmp_path)
     assert "over 6 cells of data set and network" in readme_of(tmp_path)
 
 

@@ -19,7 +19,10 @@ class UserError(CompactHydraException):
     """A mistake that the user can correct: the message says what was given, what is accepted and what to do."""
 
 
-DECODED_AS_READ = "dataset=imagenet dataset.val=test dataset.label=NAME dataset.baseline=null"
+DECODED_AS_READ = (
+    "dataset=imagenet +dataset.upright=true dataset.val=test dataset.label=NAME dataset.baseline=null, with random "
+    "crops and a recipe of its own"
+)
 """The options that train on images in class folders without holding them in memory."""
 
 

@@ -53,6 +53,7 @@ def imagenet(
     image_size: int = 224,
     cache_side: int | None = None,
     cache: str | None = None,
+    upright: bool = False,
     **common: Unpack[Common],
 ) -> Splits:
     """`root`/`train`/<wnid>/*.JPEG and either `root`/`val`/<wnid>/*.JPEG or all validation images in `root`/`val`.
@@ -65,22 +66,25 @@ def imagenet(
     their shorter side resized to that many pixels. Random crops of these smaller images have other pixels: the
     label states it, and there is no baseline. Test images are still read from their files; those that `validation`
     holds out come from the cache too.
+
+    upright: turn photographs as their EXIF orientation says. ImageNet's are taken as they lie in their files, as
+    other trainers take them.
     """
     check_image_size(image_size)
-    trained, tested = list_splits(expand(root), train, val, devkit, common["label"] or "")
+    trained, tested = list_splits(expand(root), train, val, devkit, common.get("label") or "images")
     variants = [f"decoded at {cache_side} pixels"] if cache_side is not None else []
     if train == val and not common.get("validation"):
         log.warning("dataset.train and dataset.val are %s: accuracy is measured on training images", train)
         variants.append("tested on its training images")
     if cache_side is None:
-        images: Split = ImageFiles.of(trained, training_transform(image_size))
+        images: Split = ImageFiles.of(trained, training_transform(image_size), upright)
     elif cache_side < 1:
         raise UserError(f"dataset.cache_side={cache_side}: give a number of pixels, or null to decode each time")
     else:
-        images = decode_once(trained, cache_side, cache, training_transform(image_size))
+        images = decode_once(trained, cache_side, cache, training_transform(image_size), upright)
     return make_splits(
         images,
-        ImageFiles.of(tested, evaluation_transform(image_size)),
+        ImageFiles.of(tested, evaluation_transform(image_size), upright),
         len(trained.classes),
         image_size,
         trained.classes,
@@ -154,14 +158,17 @@ class ImageFiles(OnDisk):
     names: npt.NDArray[np.bytes_]  # (N,) relative to folder; one array, which worker processes share
     labels: Tensor  # (N,) int64
     transform: Transform
+    upright: bool
 
     @classmethod
-    def of(cls, tree: Tree, transform: Transform) -> "ImageFiles":
-        return cls(tree.folder, np.array([os.fsencode(name) for name in tree.names]), tree.labels, transform)
+    def of(cls, tree: Tree, transform: Transform, upright: bool = False) -> "ImageFiles":
+        names = np.array([os.fsencode(name) for name in tree.names])
+        return cls(tree.folder, names, tree.labels, transform, upright)
 
     def __getitem__(self, index: int, /) -> tuple[Tensor, int]:
         path = self.folder / os.fsdecode(self.names[index])
-        return self.transform(pil_to_tensor(read_rgb(path, str(path)))), int(self.labels[index])
+        image = read_rgb(path, str(path), upright=self.upright)
+        return self.transform(pil_to_tensor(image)), int(self.labels[index])
 
 
 @dataclass(frozen=True)
@@ -210,7 +217,9 @@ def read_bytes(file: Path, at_start: Version, offset: int, size: int) -> bytearr
     return content
 
 
-def decode_once(tree: Tree, side: int, cache: str | None, transform: Transform) -> DecodedImages:
+def decode_once(
+    tree: Tree, side: int, cache: str | None, transform: Transform, upright: bool = False
+) -> DecodedImages:
     """The images of a tree, their shorter side resized to `side` pixels, from the cache if they are there.
 
     One file holds the pixels of all images, one after the other, then their sizes and the state of the source
@@ -219,12 +228,14 @@ def decode_once(tree: Tree, side: int, cache: str | None, transform: Transform) 
     """
     state = file_state(tree.folder, tree.names)
     try:
-        file = cache_file(cache, f"{tree.folder.name}-{side}", str(tree.folder.resolve()), str(side))
+        file = cache_file(
+            cache, f"{tree.folder.name}-{side}", str(tree.folder.resolve()), str(side), *["upright"] * upright
+        )
         index = _read_index(file, state)
         if index is None:
             with making(file):
                 if _read_index(file, state) is None:
-                    _write_decoded(tree, side, file, state)
+                    _write_decoded(tree, side, file, state, upright)
             index = _read_index(file, state)
         if index is None:
             raise OSError(f"{file} was replaced as soon as it was written: its images change")
@@ -252,11 +263,11 @@ def _read_index(file: Path, state: str) -> tuple[Version, npt.NDArray[np.int32]]
     return (found, arrays[0]) if arrays else None
 
 
-def _write_decoded(tree: Tree, side: int, file: Path, state: str) -> None:
+def _write_decoded(tree: Tree, side: int, file: Path, state: str, upright: bool) -> None:
     """Write the file of the decoded images."""
     paths = tree.paths()
     sizes = np.empty((len(paths), 2), np.int32)
-    decoded = read_all(paths, partial(_read_resized, side=side), f"decoding {tree.folder}")
+    decoded = read_all(paths, partial(_read_resized, side=side, upright=upright), f"decoding {tree.folder}")
     with closing(decoded), replacing(file, lambda: _read_index(file, state) is not None) as stream:
         for number, image in enumerate(decoded):
             sizes[number] = image.shape[:2]
@@ -266,9 +277,9 @@ def _write_decoded(tree: Tree, side: int, file: Path, state: str) -> None:
         stream.write(end.to_bytes(8, "little"))
 
 
-def _read_resized(path: Path, side: int) -> npt.NDArray[np.uint8]:
+def _read_resized(path: Path, side: int, upright: bool) -> npt.NDArray[np.uint8]:
     """(height, width, 3), the shorter of both `side`."""
-    image = resize(pil_to_tensor(read_rgb(path, str(path))), [side], antialias=True)
+    image = resize(pil_to_tensor(read_rgb(path, str(path), upright=upright)), [side], antialias=True)
     return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
 
 

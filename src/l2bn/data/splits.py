@@ -8,8 +8,9 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import NoneType
 from typing import Any, Protocol, Self, TypedDict, Unpack
 
 import torch
@@ -203,6 +204,28 @@ class Common(TypedDict, total=False):
     augmentation: Augmentation | None
 
 
+KINDS: Mapping[str, tuple[type, ...]] = {
+    "label": (str,),
+    "baseline": (str,),
+    "subset": (int,),
+    "validation": (float, int),
+    "mean": (list, tuple),
+    "std": (list, tuple),
+    "augmentation": (Augmentation,),
+}
+"""Of the values of `Common`; a data set of the user's own may pass on whatever its YAML holds."""
+
+
+def _check_common(common: Mapping[str, object]) -> None:
+    """Raise UserError for a key that no data set has, and for a value of another kind."""
+    for key, value in common.items():
+        if key not in KINDS:
+            raise UserError(f"unknown key dataset.{key}; accepted by every data set: {', '.join(KINDS)}")
+        if isinstance(value, bool) or not isinstance(value, (*KINDS[key], NoneType)):
+            kinds = " or ".join(kind.__name__ for kind in KINDS[key])
+            raise UserError(f"dataset.{key} is {value!r}, but must be of type {kinds}")
+
+
 def make_splits(
     train: Split,
     test: Split,
@@ -233,6 +256,7 @@ def make_splits(
 
     Raises `UserError` for a choice that the data cannot fulfil.
     """
+    _check_common(common)
     label, baseline = common.get("label") or "", common.get("baseline")
     if not label.strip():
         raise UserError("dataset.label is empty: give the name that tables call the data by")

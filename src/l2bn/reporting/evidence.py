@@ -123,9 +123,16 @@ def label_of(record: Record) -> str:
     return with_changes(record.label, changes)
 
 
+_OF_SOURCE = (
+    r"validation [^,]+|coarse|decoded at \d+ pixels|"
+    r"[\d,]+ of [\d,]+ (?:classes untrained|classes untested|test images known from training)"
+)
+"""What the label of a data set says of how its images were used."""
+
+
 def source_of(record: Record) -> str:
-    """The data set that a record's images are from: its label, whatever part of them is held out for validation."""
-    return re.sub(r", validation [^,]+", "", record.label)
+    """The data set that a record's images are from: its label, without how they were used or held out."""
+    return re.sub(rf", (?:{_OF_SOURCE})(?=,|$)", "", record.label)
 
 
 # ---- Reading and checking -----------------------------------------------------------------------------------

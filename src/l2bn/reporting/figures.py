@@ -43,7 +43,17 @@ from l2bn.reporting.evidence import (
     by_layer,
     measure,
 )
-from l2bn.reporting.formatting import as_file_name, conditions, file_name, in_words, mean_std, plural, signed, title
+from l2bn.reporting.formatting import (
+    as_file_name,
+    conditions,
+    file_name,
+    in_words,
+    mean_std,
+    plural,
+    setting,
+    signed,
+    title,
+)
 from l2bn.reporting.mechanism import Mechanism, measured_pairs
 from l2bn.reporting.reference import RunSet
 from l2bn.reporting.statistics import Estimate, estimate
@@ -328,14 +338,18 @@ def differences_of_set(rows: Sequence[Comparison], run_set: RunSet) -> Figure:
 
     rows: every cell; the mean for other networks is over those on images.
     """
-    lines = [Line(run_set.label), *(_line(row) for row in rows if run_set.holds(row.cell) and row.differences())]
+    lines = [Line(run_set.label), Line("of each network: by its own spread", note=True)]
+    for row in rows:
+        if run_set.holds(row.cell) and row.differences():
+            lines.append(_line(row))
+            lines += [Line(f"    {setting(row.cell)}", note=True)] * (row.cell.setting != run_set.setting)
     these = judge_set(ACCURATE, run_set, [arm for row in rows for arm in row.arms])
     images = [row for row in rows if row.cell.task == "images"]
     means = [
         Line(text, result)
         for text, result in (
-            ("these networks; n: pairs", these.overall),
-            ("other networks; n: cells", for_other_networks(images)),
+            ("these networks, by the spread of pairs", these.overall),
+            ("other networks, by the spread of networks", for_other_networks(images)),
         )
         if result.mean is not None
     ]
@@ -362,7 +376,8 @@ def _dots(lines: Sequence[Line]) -> Figure:
         if result is None or result.mean is None:
             continue
         if len(line.values) > 1:
-            axes.plot(line.values, [place] * len(line.values), "|", color=GREY, markersize=7, markeredgewidth=0.9)
+            ticks: Any = {"color": GREY, "markersize": 9, "markeredgewidth": 0.9}
+            axes.plot(line.values, [place] * len(line.values), "|", **ticks)
         if result.low is not None and result.high is not None:
             axes.plot([result.low, result.high], [place, place], color=line.color, linewidth=1.4)
         face = "white" if result.low is None else line.color
@@ -374,9 +389,10 @@ def _dots(lines: Sequence[Line]) -> Figure:
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
+    hollow = any(line.result and line.result.mean is not None and line.result.low is None for line in lines)
     axes.set_xlabel(
         "L2BN − BN, test top-1 after the last epoch (points)\n"
-        "line: 95 % interval; hollow: none (n too small or no spread); ticks: single seeds"
+        f"line: 95 % interval;{' hollow: none (n too small or no spread);' * hollow} ticks: single seeds"
     )
     return figure
 
@@ -424,7 +440,7 @@ def _by_layer(arm: Arm, quantity: str) -> list[Estimate]:
 
 OVER_EPOCHS = (
     (WITHIN_SHARE, "within-class share of the variance\n(small: compact)"),
-    (f"{PENULTIMATE}/class_cosine", "mean cosine to the class mean\n(near 1: compact)"),
+    (f"{PENULTIMATE}/class_cosine", "mean cosine to the class mean\n(near 1: compact, or all classes alike)"),
     (ANGLE_MEAN, "mean angle of class means (°)\n(large: separated)"),
     (f"{PENULTIMATE}/distance", "distance of class means / spread\n(large: separated)"),
 )
@@ -450,6 +466,7 @@ def through_training(pair: Comparison) -> Figure:
 # ---- A map of the penultimate features --------------------------------------------------------------------------
 
 Floats = NDArray[np.float64]
+TINIEST = 1e-30  # of a spread, where all features are equal
 
 CLASSES = (
     *("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE"),
@@ -471,11 +488,20 @@ def principal_plane(features: Floats) -> tuple[Floats, Floats, Floats]:
     return mean, plane * np.sign(largest), (sigma**2 / (sigma**2).sum())[:2]
 
 
+def _scaled(features: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Features (N, d) whose variances sum to 1."""
+    return features / np.float32(max(np.sqrt(features.var(0, dtype=float).sum()), TINIEST))
+
+
 def feature_map(pair: Comparison, seed: int, bn: Sample, l2bn: Sample) -> Figure:
-    """The penultimate features of the same test images in both networks, on the plane of their joint PCA."""
+    """The penultimate features of the same test images in both networks, on the plane of their joint PCA.
+
+    Each network's features are divided by their total standard deviation, since their scale is arbitrary: so a
+    network with smaller features does not look more compact.
+    """
     kinds = sorted(set(bn.labels.tolist()))[: len(CLASSES)]  # as many as there are colours
     bn, l2bn = (
-        Sample(one.features[shown], one.labels[shown])
+        Sample(_scaled(one.features[shown]), one.labels[shown])
         for one in (bn, l2bn)
         for shown in [np.isin(one.labels, kinds)]
     )
@@ -493,7 +519,7 @@ def feature_map(pair: Comparison, seed: int, bn: Sample, l2bn: Sample) -> Figure
     key = panels[0].get_legend_handles_labels()
     figure.legend(*key, loc="outside right center", title="class", markerscale=1.3)
     figure.suptitle(title(pair.cell), x=0.01, ha="left", fontsize=10)
-    images = f"{plural('test image', len(bn.labels))} of {len(kinds)} classes"
+    images = f"{plural('test image', len(bn.labels))} of {len(kinds)} classes; unit: each network's total std"
     panels[0].text(0, 1.13, f"seed {seed}, {images}", transform=panels[0].transAxes, color=GREY, fontsize=7)
     return figure
 
@@ -508,6 +534,8 @@ def _points(panel: Axes, runs: Mapping[float, Arm], style: Mapping[str, Any], sh
         panel.plot([x] * len(values), values, "_", color=style["color"], markersize=5, markeredgewidth=0.9)
     if known:
         means = [(x, sum(values) / len(values)) for x, values in known]
+        if all(len(values) == 1 for _, values in known):
+            style = {**style, "linestyle": "none"}  # a line through single runs would look like a trend
         panel.plot(*zip(*means, strict=True), **style, linewidth=1.2, markersize=4)
 
 

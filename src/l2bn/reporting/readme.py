@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from l2bn.errors import UserError
-from l2bn.reporting.claims import ACCURATE, MIN_BACKBONES, for_other_networks, judge_others, judge_set
+from l2bn.reporting.claims import ACCURATE, MIN_BACKBONES, for_other_networks, is_counted, judge_others, judge_set
 from l2bn.reporting.comparison import FULL_EPOCHS, Comparison, arms_of, grid
 from l2bn.reporting.evidence import Evidence
 from l2bn.reporting.formatting import escape_markdown, interval, markdown, plural, signed
@@ -44,7 +44,10 @@ def _answer(every: Sequence[Comparison], run_set: RunSet) -> str:
         lost = f"diverged: {these.diverged[0]} of BN, {these.diverged[1]} of L2BN"
         spread = "" if these.overall.reason else ", by a spread pooled over the networks"
         against = f" ({these.against})" if these.against else ""
-        found = f"{these.verdict}**{against}: L2BN − BN is {_points(these.overall)}{spread}, n = {pairs}, {lost}"
+        sides = f"{these.sides}, " if these.sides else ""
+        found = (
+            f"{these.verdict}**{against}: L2BN − BN is {_points(these.overall)}{spread}, {sides}n = {pairs}, {lost}"
+        )
     networks = f"{len(run_set.backbones)} networks ({', '.join(run_set.backbones)}) on {run_set.label}"
     beyond = (
         f"there is no interval yet: fewer than {MIN_BACKBONES} networks have {MIN_PAIRS} pairs of {FULL_EPOCHS} "
@@ -53,15 +56,19 @@ def _answer(every: Sequence[Comparison], run_set: RunSet) -> str:
     if others.mean is not None:
         cells = f"{plural('cell', others.n)} of data set and network"
         beyond = f"it is {judge_others(ACCURATE, every)}: {_points(others)}, over {cells} and all their seeds"
+    sources = {row.cell.source for row in every if is_counted(row)}
+    where = "and data sets like those measured"
+    if len(sources) == 1:
+        where = f"on {escape_markdown(sources.pop())} (one data set tells nothing of others)"
     return (
-        f"- **In {escape_markdown(networks)}, the claim that L2BN improves accuracy is {found}.\n"
-        f"- For other networks and data sets like those measured, {beyond}.\n"
+        f"- **On average over {escape_markdown(networks)}, the claim that L2BN improves accuracy is {found}.\n"
+        f"- For other networks {where}, {beyond}.\n"
         "- Contradicted: the whole interval of these networks lies below 0, no network is significantly above, and "
         "L2BN diverged no less often; supported: the mirror case; else not decided. The interval goes by the "
         "spread pooled over the networks, those of the table by each network's own, so that each may contain 0. "
         "[claims.md](results/claims.md) has both rules and the verdicts on the paper's other claims. "
-        "The rule for these networks was fixed before their first run was published; "
-        "[results/README.md](results/README.md#two-rules-for-a-verdict) says what was changed later."
+        "[results/README.md](results/README.md#two-rules-for-a-verdict) says when the rules were fixed and what "
+        "was changed later."
     )
 
 

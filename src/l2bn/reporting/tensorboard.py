@@ -155,12 +155,15 @@ class Board:
         self._written: object = None
 
     def update(self) -> bool:
-        """Write all arms if they have changed; whether they had. Raises UserError for contradicting records."""
+        """Write all arms if they have changed; whether they had. Raises UserError where there is no such folder."""
         runs = find_runs(self._root)
         curves, texts = curves_of(runs), cut_off(runs)
         try:
             texts |= texts_of(read_evidence(self._root))
-        except UserError as error:  # records contradict each other: the curves can be seen all the same
+        except UserError as error:
+            if not self._root.is_dir():
+                raise
+            # Records contradict each other: their curves can be seen all the same.
             texts |= {(BN, "no differences"): str(error)}
         if self._written == (curves, texts):
             return False

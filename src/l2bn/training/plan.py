@@ -185,7 +185,8 @@ def check_images(stored: Mapping[str, Any] | None, present: Mapping[str, Any], p
         log.info("%s has no fingerprint of its images: they are not compared with those present", place)
     elif not same_images(stored, present):
         raise UserError(
-            f"{place} was made on other images than those present: files, their labels or their contents differ\n"
+            f"{place} was made on other images than those present: files, their labels or their contents differ "
+            "(of images that are decoded as they are read, their sizes: a repaired file may count as another)\n"
             "bring its images back, give these a name of their own by dataset.label=NAME, or move the folder away"
         )
     elif stored["pixels"] != present["pixels"]:
