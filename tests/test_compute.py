@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,23 @@ def test_a_run_in_a_container_has_the_threads_that_its_limit_allows(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
-    compute(device="cpu", devices=devices).set_up()
+    settings = compute(device="cpu", devices=devices).for_processes()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # of a new process, which may have a share already
+    if devices == 1:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    settings.set_up()
     assert taken == own
+
+
+def test_a_gpu_without_tf32_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would compute in float32 what the record calls TF32."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for capability in ((7, 5), (8, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)
+        expected = pytest.raises(ValueError, match="compute capability") if capability == (7, 5) else nullcontext()
+        with expected:
+            compute(device="cuda", precision="tf32-mixed")
 
 
 @pytest.fixture(params=[True, False], ids=["a compiler", "no compiler"])

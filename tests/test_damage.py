@@ -114,6 +114,17 @@ def test_another_identity_in_the_same_folder_is_refused(train: Train, copied: Tr
         train(*ONE, "compute.precision=bf16-mixed")
 
 
+def test_a_configuration_alone_is_no_run(train: Train, copied: Train) -> None:
+    """As one that ran out of memory in its first step, and is then started in another precision."""
+    folder = copied(*ONE).folder
+    for path in (folder / "summary.json", folder / "metrics.jsonl", *folder.glob("checkpoints/*")):
+        path.unlink()
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("32-true", "bf16-mixed"))
+    assert train(*ONE).status == "finished"
+    assert "bf16-mixed" not in config.read_text()
+
+
 def test_a_damaged_configuration_is_named(stopped: Path, train: Train) -> None:
     path = stopped / "config.yaml"
     for content in ("", "{", "- 1", "compute: 5"):

@@ -137,6 +137,17 @@ def test_a_run_that_goes_on_with_another_processor_is_warned_of(
     assert "resumed with other processor: equal to an uninterrupted run up to rounding\n" in caplog.text
 
 
+def test_a_run_that_goes_on_in_another_memory_format_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    code = describe_code({})
+    for facts in ({}, {"channels_last": True}, {"channels_last": True}):  # older starts do not say it
+        note_start(tmp_path, torch.device("cpu"), "plain", {**code, **facts}, resumed=True)
+    assert not caplog.text
+    note_start(tmp_path, torch.device("cpu"), "plain", {**code, "channels_last": False}, resumed=True)
+    assert "resumed with other channels_last: equal to an uninterrupted run up to rounding\n" in caplog.text
+
+
 def test_a_run_that_goes_on_with_other_kernels_may_have_other_masks(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -149,7 +149,7 @@ def test_a_set_of_runs_has_a_figure_once_it_has_a_pair_and_both_means_once_compl
 
     write_pairs(root, [60, 61, 62], [0.5, 0.6, 0.7], backbone="net1", **options)
     axes = differences_of_set(grid(arms_of(read_evidence(root))), run_set).axes[0]
-    assert {"Mean over the networks", "these networks, by the spread of pairs"} <= set(texts(axes.figure))
+    assert {"Mean over the networks", "these networks: spread and n of pairs"} <= set(texts(axes.figure))
     # s = 0.1 over 4 degrees of freedom: 2.776 * 0.1 * sqrt(2 / 3) / 2 = 0.113 around 0.55.
     drawn = [tuple(line.get_xdata()) for line in axes.lines]
     assert any(span == pytest.approx((0.437, 0.663), abs=1e-3) for span in drawn if len(span) == 2)

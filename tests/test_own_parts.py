@@ -95,6 +95,12 @@ class Temperature(nn.Module):
     def forward(self):
         return self.value
 
+class Local(Unused):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.spare = nn.Identity()
+        self.act = lambda x: x
+
 class Rows(nn.Module):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -343,6 +349,7 @@ def test_own_parts_are_trained_and_opened_again(launcher: str, mine: Path, tmp_p
         ("Auxiliary", ["norm=bn"], r"in training the network returns tuple, not \(\d+, 10\)"),
         ("Unused", ["norm=bn", "compute.devices=2"], "no gradient reaches spare.weight, spare.bias"),
         ("Unused", ["norm=bn"], ""),
+        ("Local", ["norm=bn", "compute.devices=2"], "the run cannot be sent .*lambda.*or take compute.devices=1"),
         ("Tempered", ["norm=bn", "analysis=on"], ""),
         ("Rows", ["norm=bn", "analysis=on"], "analysis: head would be the classifier.*several rows for an image"),
         ("Rows", ["norm=l2bn"], ""),

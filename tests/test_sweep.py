@@ -9,13 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra.core.config_store import ConfigStore
 from joblib import cpu_count
+from omegaconf import OmegaConf
 
 from conftest import ROOT, TINIEST, TINY, Issue, planned, stop_after
 from l2bn.errors import UserError
@@ -142,6 +145,23 @@ def test_a_failing_run_stops_no_other_and_is_reported(
     assert "sweep: 1 finished, 1 skipped (ended before)\n" in printed
     assert not note.exists()
     assert {name: time for name, time in ended(tmp_path / "runs").items() if name != "seed0"} == before
+
+
+def test_a_failure_keeps_nothing_of_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hydra keeps it until the sweep ends; a network and images that it held would take the room of later runs."""
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def fails(*_: object, **options: object) -> None:
+        network = torch.zeros(3)
+        held.append(weakref.ref(network))
+        raise RuntimeError(f"no room for {len(network)} values")
+
+    monkeypatch.setattr("l2bn.training.run.run", fails)
+    monkeypatch.setattr(sweep, "read_planned", lambda _: planned("norm=bn")[0])
+    with pytest.raises(UserError, match="no room for 3 values") as caught:
+        sweep.train_job(OmegaConf.create({}))
+    assert caught.value.__context__ is None
+    assert [one() for one in held] == [None]
 
 
 def test_what_fails_without_a_folder_is_noted_too(multirun: Sweep, tmp_path: Path) -> None:

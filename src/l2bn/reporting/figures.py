@@ -338,7 +338,7 @@ def differences_of_set(rows: Sequence[Comparison], run_set: RunSet) -> Figure:
 
     rows: every cell; the mean for other networks is over those on images.
     """
-    lines = [Line(run_set.label), Line("of each network: by its own spread", note=True)]
+    lines = [Line(run_set.label), Line("each network by its own spread", note=True)]
     for row in rows:
         if run_set.holds(row.cell) and row.differences():
             lines.append(_line(row))
@@ -348,8 +348,8 @@ def differences_of_set(rows: Sequence[Comparison], run_set: RunSet) -> Figure:
     means = [
         Line(text, result)
         for text, result in (
-            ("these networks, by the spread of pairs", these.overall),
-            ("other networks, by the spread of networks", for_other_networks(images)),
+            ("these networks: spread and n of pairs", these.overall),
+            ("other networks: spread and n of networks", for_other_networks(images)),
         )
         if result.mean is not None
     ]
@@ -513,9 +513,9 @@ def feature_map(pair: Comparison, seed: int, bn: Sample, l2bn: Sample) -> Figure
         for kind, color, marker in zip(kinds, CLASSES, MARKERS, strict=False):
             at = points[sample.labels == kind]
             panel.scatter(*at.T, s=11, color=color, marker=marker, linewidths=0, alpha=0.8, label=str(kind))
-        panel.set_xlabel(f"first principal component ({100 * shares[0]:.0f} % of the variance)")
+        panel.set_xlabel(f"first principal component ({100 * shares[0]:.0f} %)")
         panel.set_aspect("equal", adjustable="box")
-    panels[0].set_ylabel(f"second ({100 * shares[1]:.0f} %)")
+    panels[0].set_ylabel(f"second component ({100 * shares[1]:.0f} %)")
     key = panels[0].get_legend_handles_labels()
     figure.legend(*key, loc="outside right center", title="class", markerscale=1.3)
     figure.suptitle(title(pair.cell), x=0.01, ha="left", fontsize=10)
@@ -567,7 +567,8 @@ def accuracy_over_eps(study: Study) -> Figure:
     right.set_ylim(0, 1.05)
     _depth_axis(right)
     right.legend(title="eps", loc="center right", bbox_to_anchor=(1, 0.62), ncols=2)
-    _finish(figure, f"{title(study.cell)}; a dash for each seed")
+    several = any(len(arm.of()) > 1 for arm in study.arms)
+    _finish(figure, f"{title(study.cell)}{'; a dash for each seed' * several}")
     return figure
 
 

@@ -27,11 +27,10 @@ from l2bn.errors import UserError
 from l2bn.failures import fitting, is_out_of_memory
 from l2bn.records import CHECKED, METRICS, Fingerprint, write_durably
 from l2bn.training.loop import Position, Totals
-from l2bn.training.plan import PlannedRun, check_identity, check_images
+from l2bn.training.plan import CHECKPOINTS, PlannedRun, check_identity, check_images
 
 log = logging.getLogger(__name__)
 
-CHECKPOINTS = "checkpoints"  # the folder in that of a run
 _NAME = re.compile(r"epoch(\d+)-step(\d+)\.([0-9a-f]{16})\.pt")
 
 

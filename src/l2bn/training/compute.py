@@ -8,8 +8,8 @@ import ctypes
 import logging
 import os
 import warnings
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from lightning_fabric import Fabric
@@ -22,6 +22,7 @@ Compile = Literal["auto", "graphs"] | bool
 Precision = Literal["32-true", "tf32-mixed", "bf16-mixed", "16-mixed"]
 OF_GPUS = ("16-mixed", "tf32-mixed")  # precisions that a CPU lacks
 
+AMPERE = (8, 0)  # the compute capability from which on GPUs have TF32
 MOST = 1024  # threads or workers: far above what a machine has, far below what brings one down
 
 
@@ -99,6 +100,8 @@ class Compute:
             if getattr(self, key) == value and not self._is_cuda:
                 other = "compile=true or auto" if key == "compile" else "precision=bf16-mixed or 32-true"
                 raise ValueError(f"{key} {value} needs a CUDA device; take {other}")
+        if self._is_cuda and self.precision == "tf32-mixed" and torch.cuda.get_device_capability() < AMPERE:
+            raise ValueError("precision tf32-mixed needs a GPU of compute capability 8.0 or more; take 32-true")
         if self.compile == "graphs" and self.devices > 1:
             raise ValueError(f"compile graphs serves one device, not {self.devices}; take compile=true or auto")
 
@@ -106,13 +109,17 @@ class Compute:
     def _is_cuda(self) -> bool:
         return self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
 
+    def for_processes(self) -> Self:
+        """Return these settings with the threads of this process, which those of several devices share."""
+        if self.devices == 1 or self.threads is not None:
+            return self
+        return replace(self, threads=min(torch.get_num_threads(), available_cores()))
+
     def set_up(self) -> None:
         """Set memory, threads and kernels of this process."""
         keep_freed_memory()
         if self.threads is not None:
             torch.set_num_threads(max(1, self.threads // self.devices))
-        elif self.devices > 1:
-            torch.set_num_threads(max(1, min(torch.get_num_threads(), available_cores()) // self.devices))
         elif "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > available_cores():
             torch.set_num_threads(available_cores())  # torch does not see the limit of a container
         if self.deterministic:  # cuBLAS is deterministic only with such a workspace

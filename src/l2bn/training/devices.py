@@ -2,12 +2,14 @@
 
 import inspect
 import os
+import pickle
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from lightning_fabric import Fabric
 from lightning_fabric.strategies.ddp import DDPStrategy
+from torch.multiprocessing.reductions import ForkingPickler
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,6 +19,18 @@ from l2bn.training.compute import quieten
 from l2bn.training.interruption import EXIT_CODE, Interruption, follow_parent
 
 Task = Callable[[Fabric, Interruption], None]
+
+
+def check_sendable(built: object) -> None:
+    """Raise UserError unless what is trained can be sent to other processes."""
+    try:
+        ForkingPickler.dumps(built)  # torch's, by which tensors are shared
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"several devices are processes, to which the run cannot be sent ({error}): name a function of a "
+            "module or functools.partial, not one within a function, open files when first read, or take "
+            "compute.devices=1"
+        ) from error
 
 
 class Processes(DDPStrategy):

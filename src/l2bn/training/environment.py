@@ -45,7 +45,10 @@ OPTIONS = (
 
 # What two starts of a run must share for their results to agree bit for bit; on a CPU also "processor", because
 # oneDNN chooses kernels and block sizes by its instructions and caches.
-FACTS_BEHIND_BITS = ("packages", "device", "cuda", "cudnn", "cpu_capability", "threads", "deterministic", "kernels")
+FACTS_BEHIND_BITS = (
+    *("packages", "device", "cuda", "cudnn", "cpu_capability", "threads", "deterministic", "kernels"),
+    "channels_last",
+)
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
@@ -93,7 +96,7 @@ def note_start(folder: Path, device: torch.device, kernels: str, code: Mapping[s
 
     Returns the kernels of all starts of the run, as in `Record.kernels`.
 
-    code: that of `describe_code`.
+    code: that of `describe_code`, with other facts of this start.
     resumed: whether it goes on from a checkpoint. Otherwise nothing of the starts before is in the result, and they
     are left out.
     """
@@ -103,7 +106,7 @@ def note_start(folder: Path, device: torch.device, kernels: str, code: Mapping[s
     if starts:
         before = starts[-1]
         decisive = FACTS_BEHIND_BITS if device.type == "cuda" else (*FACTS_BEHIND_BITS, "processor")
-        changed = [key for key in decisive if before.get(key) != facts[key]]
+        changed = [key for key in decisive if before.get(key, facts.get(key)) != facts.get(key)]
         if changed:
             masks = " and, with dropout, other masks" if {"device", "kernels"}.intersection(changed) else ""
             log.warning(

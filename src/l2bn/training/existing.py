@@ -34,7 +34,7 @@ from l2bn.records import (
     without_machine_paths,
     write_lines,
 )
-from l2bn.training.checkpoint import CHECKPOINTS, Checkpoints
+from l2bn.training.checkpoint import Checkpoints
 from l2bn.training.compute import OF_GPUS, quieten
 from l2bn.training.environment import warn_of_other_source
 from l2bn.training.instantiate import flatten
@@ -43,6 +43,7 @@ from l2bn.training.journal import Journal
 from l2bn.training.loop import evaluate
 from l2bn.training.observation import collect, watched
 from l2bn.training.plan import (
+    CHECKPOINTS,
     ROOT,
     PlannedRun,
     check_images,

@@ -34,7 +34,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from l2bn.errors import UserError, expand
 from l2bn.failures import explained_overrides
-from l2bn.records import CONFIG, is_plain_name, same_images
+from l2bn.records import CONFIG, METRICS, is_plain_name, same_images
 from l2bn.training.instantiate import CONFIGS, Builder, check_mapping, check_type, flatten, is_hidden
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ ROOT = "train"  # the YAML file that every run is composed from
 GROUPS = ("dataset", "backbone", "norm", "recipe")
 NODES = (*GROUPS, "compute", "checkpoint", "analysis")
 SETTINGS = {"seed": int, "runs_dir": str, "progress": bool}  # the keys of a configuration besides its nodes
+CHECKPOINTS = "checkpoints"  # the folder in that of a run
 COMPUTE_KEYS = ("precision", "devices", "sync_bn")  # the keys of `compute` that are part of a run's identity
 
 Config = Mapping[str, Any]
@@ -172,6 +173,12 @@ def check_identity(stored: Config, own: Config, place: Path) -> None:
             + "".join(f"  {line}\n" for line in changed)
             + "give this one another runs_dir, or move the old folder away"
         )
+
+
+def has_begun(folder: Path) -> bool:
+    """Tell whether a run's folder holds anything of its training; a configuration alone is no run yet."""
+    metrics = folder / METRICS
+    return any((folder / CHECKPOINTS).glob("*.pt")) or (metrics.is_file() and metrics.stat().st_size > 0)
 
 
 def check_images(stored: Mapping[str, Any] | None, present: Mapping[str, Any], place: Path) -> None:

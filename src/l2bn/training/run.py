@@ -31,6 +31,7 @@ from l2bn.training.plan import (
     check_identity,
     check_images,
     differences,
+    has_begun,
     make_folder,
     plan_run,
     read_config,
@@ -106,6 +107,10 @@ def _prepare(planned: PlannedRun, original: Path | None) -> BuiltRun:
             check_images(repeated.images, built.splits.fingerprint, original)
     with explained(planned.cell, planned.folder):
         check_step(built)
+    if built.compute.devices > 1:
+        from l2bn.training.devices import check_sendable  # here: most runs have one device
+
+        check_sendable(built)
     check_record(built)
     built.recipe.warn_if_cut_off()
     warn_if_few_updates(built.model, built.recipe.epochs * (len(built.splits.train) // built.recipe.batch_size))
@@ -195,7 +200,7 @@ def find_record(planned: PlannedRun) -> Record | None:
     stored: Config | None = None
     if record is not None:
         stored = record.identity
-    elif (folder / CONFIG).exists():
+    elif (folder / CONFIG).exists() and has_begun(folder):
         try:
             stored = read_config(folder).identity
         except (OSError, ValueError) as error:

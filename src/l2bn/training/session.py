@@ -7,7 +7,7 @@ import gc
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ def launch(built: BuiltRun) -> bool:
             return False
         (run.folder / FAILURE).unlink(missing_ok=True)  # of an earlier start
         write_durably(run.folder / CONFIG, run.as_yaml())
+        built = replace(built, compute=built.compute.for_processes())
         task = functools.partial(train, built=built)
         if built.compute.devices == 1:
             fabric.launch(task, interruption)
@@ -121,7 +122,8 @@ class Session:
         self.journal: Journal | None = None
         if lead:
             step = self.position.epoch * self.steps + self.position.step
-            self.kernels = note_start(run.folder, fabric.device, kernels, built.code, resumed=step > 0)
+            facts = {**built.code, "channels_last": built.compute.channels_last}
+            self.kernels = note_start(run.folder, fabric.device, kernels, facts, resumed=step > 0)
             self.journal = Journal(run.folder, self.position.rows, step)
             stack.callback(self.journal.close)
         self.display = ProgressDisplay(

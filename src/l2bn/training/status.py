@@ -18,7 +18,7 @@ from rich.text import Text
 from l2bn.failures import read_failure
 from l2bn.records import CONFIG, METRICS, SUMMARY, InvalidRecordError, Record, files_under
 from l2bn.training.interruption import is_owned
-from l2bn.training.plan import PlannedRun, differences, read_config
+from l2bn.training.plan import PlannedRun, differences, has_begun, read_config
 
 Standing = Literal["finished", "diverged", "running", "interrupted", "failed", "missing"]
 
@@ -82,7 +82,7 @@ def look(run: PlannedRun) -> Status:
         if not differences(record.identity, run.identity):
             return Status(run, record.status, epoch, pace, record.divergence or "")
     begun = (folder / CONFIG).exists()
-    if begun and (other := _another(run)):
+    if begun and has_begun(folder) and (other := _another(run)):
         return Status(run, "failed", message=f"the folder holds another run, with another {other}")
     if is_owned(folder):
         return Status(run, "running", epoch, pace)

@@ -76,7 +76,10 @@ def plan_sweep(sweep: DictConfig) -> list[PlannedRun]:
             raise UserError(
                 f"two runs of this sweep would have one folder, {run.folder}; they differ in\n"
                 + "".join(f"  {line}\n" for line in changed)
-                + "sweep over values that are part of a run's name, or give each its own runs_dir"
+                + "sweep over values that are part of a run's name, or give each its own runs_dir, as in "
+                + "'runs_dir=runs/${"
+                + changed[0].partition(":")[0]
+                + "}'"
             )
     return list(runs.values())
 
@@ -201,9 +204,12 @@ def train_job(config: DictConfig) -> None:
     planned = read_planned(config)
     try:
         run(planned, alone=False)
+        return
     except Exception as error:
-        log.error("%s failed: %s", planned.cell, describe(error))
-        raise
+        message = describe(error)
+        log.error("%s failed: %s", planned.cell, message)
+    # A new error: Hydra keeps it until the sweep ends, and the caught one holds the run's network and images.
+    raise UserError(message)
 
 
 # The launch.
