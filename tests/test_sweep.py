@@ -119,6 +119,25 @@ def test_issued_again_a_sweep_has_nothing_to_do(multirun: Sweep, tmp_path: Path)
     assert "sweep: 1 finished, 1 skipped (ended before)\n" in printed
 
 
+@pytest.mark.parametrize(
+    ("jobs", "cores", "gpus", "said"),
+    [(2, 2, [], True), (1, 2, [], False), (2, 1, [], False), (2, 2, ["0"], False)],
+)
+def test_runs_side_by_side_are_hinted_at_where_they_are_faster(
+    jobs: int,
+    cores: int,
+    gpus: list[str],
+    said: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(sweep, "available_cores", lambda: cores)
+    monkeypatch.setattr(sweep, "visible_gpus", lambda: gpus)
+    with caplog.at_level("INFO"):
+        sweep.hint_at_processes(jobs)
+    assert ("launcher=joblib trains them side by side" in caplog.text) is said
+
+
 def test_a_failing_run_stops_no_other_and_is_reported(
     multirun: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
@@ -46,7 +47,11 @@ class ResumingSweeper(BasicSweeper):
             raise SystemExit(code)
 
     def _launch(self, jobs: Sequence[Sequence[str]]) -> list[JobReturn]:
+        from l2bn.training.sweep import hint_at_processes
+
         assert self.launcher is not None
+        if isinstance(self.launcher, BasicLauncher):
+            hint_at_processes(len(jobs))
         returns: list[JobReturn] = []
         for batch in self.split_overrides_to_chunks([list(job) for job in jobs], self.max_batch_size):
             returns += self.launcher.launch(batch, initial_job_idx=len(returns))

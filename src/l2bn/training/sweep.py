@@ -264,6 +264,14 @@ def _judge(run: PlannedRun, error: str | None) -> Status:
 # Runs side by side on this machine.
 
 
+def hint_at_processes(jobs: int) -> None:
+    """Say that runs side by side would take less time, where they would: on a CPU of several cores."""
+    if jobs > 1 and available_cores() > 1 and not visible_gpus():
+        log.info(
+            "%d runs, one after the other; launcher=joblib trains them side by side, which on a CPU is faster", jobs
+        )
+
+
 def run_processes(jobs: Sequence[Callable[[], bool]], n_jobs: int, devices: int = 1) -> list[str | None]:
     """Call each job in a process of its own, `n_jobs` at a time; return how each failed, None for success.
 
