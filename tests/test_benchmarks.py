@@ -138,6 +138,11 @@ def test_the_readmes_speeds_in_bfloat16_are_those_of_the_committed_results() -> 
     ) in README
 
 
+def span(values: list[float], digits: int = 1) -> str:
+    """The least and the largest of some numbers, as a text has them."""
+    return " to ".join(sorted({f"{value:.{digits}f}" for value in (min(values), max(values))}))
+
+
 def test_the_readmes_speeds_beside_others_are_those_of_the_committed_results() -> None:
     """Of several runs at once, and of a run beside a busy process."""
     speeds = {(row["network"], row["runs"]): together.together(row) for row in committed("together")}
@@ -145,7 +150,11 @@ def test_the_readmes_speeds_beside_others_are_those_of_the_committed_results() -
     assert f"does {min(gains):.1f} to {max(gains):.1f} times as much as with all cores for one run" in README
     times = [row["seconds"] for row in committed("waiting") if row["batch"] == 128]
     slower = [time["busy"][waiting.SPINS_OF_A_RUN] / time["alone"][waiting.SPINS_OF_A_RUN] for time in times]
-    assert f"takes {min(slower):.1f} to {max(slower):.1f} times as long" in README
+    assert f"128 images takes {span(slower)} times as long" in README
+    longest = [time["busy"]["300000"] / time["alone"]["300000"] for time in times]
+    assert f"a long spin, {span(longest)} times" in README
+    quiet = [time["alone"][waiting.SPINS_OF_A_RUN] / time["alone"]["300000"] for time in times]
+    assert f"On a quiet machine it takes {span(quiet, 2)} times as long" in README
 
 
 Measured = Callable[..., dict[str, Any]]

@@ -74,6 +74,8 @@ def test_overridden_values_are_in_the_names_and_equal_runs_are_planned_once() ->
         ("experiment=cifar_table backbone=resnet21", "resnet110"),
         ("recipe.epochs=2,0", "epochs=0/seed0: recipe: epochs: must be greater than or equal to 1, not 0"),
         ("backbone.depth=20,21", "backbone: depth"),
+        ("compute.devices=0", "compute: devices must be at least 1, not 0"),
+        ("launcher=joblib compute.workers=-2", "compute: workers must be from 0 to"),
         ("+backbone.width=1,2", "unknown key backbone.width"),
         ("launcher=slurm hydra.launcher.nodes=2", "Key 'nodes' not in 'SlurmConfig'"),
         ("compute.precision=32-true,bf16-mixed", "precision: 32-true against bf16-mixed"),

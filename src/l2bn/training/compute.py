@@ -58,6 +58,16 @@ class Placed(NamedTuple):
     kernels: str  # the kernels it runs on, as in `Record.kernels`
 
 
+def check_numbers(devices: int, threads: int | None, workers: int) -> None:
+    """Raise ValueError for numbers that no machine allows."""
+    if devices < 1:
+        raise ValueError(f"devices must be at least 1, not {devices}")
+    if threads is not None and not 1 <= threads <= MOST:
+        raise ValueError(f"threads must be at least 1 and at most {MOST}, or null for all cores, not {threads}")
+    if not 0 <= workers <= MOST:
+        raise ValueError(f"workers must be from 0 to {MOST}, not {workers}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Compute:
     """Devices, precision and speed of a run.
@@ -81,14 +91,7 @@ class Compute:
     workers: int
 
     def __post_init__(self) -> None:
-        if self.devices < 1:
-            raise ValueError(f"devices must be at least 1, not {self.devices}")
-        if self.threads is not None and not 1 <= self.threads <= MOST:
-            raise ValueError(
-                f"threads must be at least 1 and at most {MOST}, or null for all cores, not {self.threads}"
-            )
-        if not 0 <= self.workers <= MOST:
-            raise ValueError(f"workers must be from 0 to {MOST}, not {self.workers}")
+        check_numbers(self.devices, self.threads, self.workers)
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device is cuda, but torch finds no CUDA device; take device=cpu or device=auto")
         cores = available_cores()

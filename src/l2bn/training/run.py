@@ -20,7 +20,7 @@ from l2bn.norms.swap import norm_layers, replacements, swap_norm
 from l2bn.records import CONFIG, STATISTICS, SUMMARY, Fingerprint, InvalidRecordError, Record, read_features
 from l2bn.seeding import derive_seed, seed_global
 from l2bn.training.checkpoint import CheckpointPolicy
-from l2bn.training.compute import Compute, quieten
+from l2bn.training.compute import Compute, check_numbers, quieten
 from l2bn.training.environment import describe_code, warn_of_other_source
 from l2bn.training.interruption import EXIT_CODE, OwnedError, is_owned
 from l2bn.training.observation import AnalysisPolicy, check_observable
@@ -165,7 +165,11 @@ def check(planned: PlannedRun, tried: set[str] | None = None) -> None:
     config, builder = planned.config, planned.builder
     for name, kind in PARTS.items():
         if kind is Compute:  # this machine may lack the devices of the job's
-            builder.fit(kind, config[name], name)
+            given = builder.fit(kind, config[name], name)
+            try:
+                check_numbers(given["devices"], given["threads"], given["workers"])
+            except ValueError as error:
+                raise UserError(f"{name}: {error}") from error
         else:
             builder.call(kind, config[name], name)
     norm = builder.build(config["norm"], "norm", functools.partial)
