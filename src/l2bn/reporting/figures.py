@@ -518,9 +518,10 @@ def feature_map(pair: Comparison, seed: int, bn: Sample, l2bn: Sample) -> Figure
     panels[0].set_ylabel(f"second component ({100 * shares[1]:.0f} %)")
     key = panels[0].get_legend_handles_labels()
     figure.legend(*key, loc="outside right center", title="class", markerscale=1.3)
-    figure.suptitle(title(pair.cell), x=0.01, ha="left", fontsize=10)
+    figure.suptitle(f"{title(pair.cell)}\n", x=0.01, ha="left", fontsize=10)
     images = f"{plural('test image', len(bn.labels))} of {len(kinds)} classes; unit: each network's total std"
-    panels[0].text(0, 1.13, f"seed {seed}, {images}", transform=panels[0].transAxes, color=GREY, fontsize=7)
+    note = f"seed {seed}, {images}"
+    panels[0].text(0, 1.12, note, transform=panels[0].transAxes, color=GREY, fontsize=7, in_layout=False)
     return figure
 
 
