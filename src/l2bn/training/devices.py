@@ -5,11 +5,11 @@ import os
 import pickle
 from collections.abc import Callable
 from functools import partial
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from lightning_fabric import Fabric
 from lightning_fabric.strategies.ddp import DDPStrategy
-from torch.multiprocessing.reductions import ForkingPickler
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,7 +24,7 @@ Task = Callable[[Fabric, Interruption], None]
 def check_sendable(built: object) -> None:
     """Raise UserError unless what is trained can be sent to other processes."""
     try:
-        ForkingPickler.dumps(built)  # torch's, by which tensors are shared
+        ForkingPickler.dumps(built)  # with torch's way to share tensors
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise UserError(
             f"several devices are processes, to which the run cannot be sent ({error}): name a function of a "
