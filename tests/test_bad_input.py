@@ -49,7 +49,7 @@ WRONG = [
     ("recipe.lr=[1", ["[1"]),
     ("recipe.lr='${recipe.rate}'", ["recipe.lr", "recipe.rate", "not found"]),
     ("seed='${seed}'", ["seed", "Recursive"]),
-    ("+backbone.num_classes=3", ["backbone.num_classes", "10", "leave it out"]),
+    ("+backbone.num_classes=3", ["backbone.num_classes", "the data set", "leave it out"]),
     # wrong types
     ("seed=null", ["seed", "None", "whole number"]),
     ("seed=one", ["seed", "'one'", "whole number"]),
@@ -156,7 +156,7 @@ WRONG = [
         "backbone._target_=l2bn.data.digits.digits",
         ["backbone._target_", "digits", "is at this place in no YAML file"],
     ),
-    ("norm=bn norm._partial_=false", ["missing norm.bn"]),
+    ("norm=bn norm._partial_=false", ["norm: add _partial_: true"]),
     # folders
     ("runs_dir=/proc/runs", ["runs_dir", "/proc/runs", "runs_dir=FOLDER"]),
     ("runs_dir=''", ["runs_dir", "empty"]),

@@ -61,6 +61,7 @@ def test_float32_is_not_rounded_behind_the_users_back(monkeypatch: pytest.Monkey
     assert not torch.backends.cuda.matmul.allow_tf32
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     compute(threads=1, precision="tf32-mixed").set_up()
     assert torch.backends.cudnn.allow_tf32
     assert torch.backends.cuda.matmul.allow_tf32

@@ -168,9 +168,9 @@ def test_the_figure_of_a_set_and_the_readme_agree_on_other_networks(
         write_pairs(tmp_path, [60.0] * seeds, gains, backbone=name, recipe="cosine_30", epochs=30)
     has_mean = networks == seeds == 3
     shown = list(texts(differences_of_set(grid(arms_of(read_evidence(tmp_path))), run_set)))
-    assert ("other networks; n: cells" in shown) is has_mean
+    assert ("other networks: spread and n of networks" in shown) is has_mean
     readme = readme_with_block(f"{BEGIN}\n{END}", read_evidence(tmp_path), run_set)
-    assert ("like those measured, there is no interval yet" in readme) is not has_mean
+    assert ("there is no interval yet" in readme) is not has_mean
 
 
 def test_nothing_of_the_dot_plot_is_cut_off_or_stands_on_another(tmp_path: Path) -> None:

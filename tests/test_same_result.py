@@ -80,10 +80,10 @@ class Losses(Trainer):
 
     seen: list[Tensor]
 
-    def forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        loss, logits = super().forward(*arguments)
+    def forward(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        loss, *others = super().forward(*arguments)
         self.seen.append(loss.detach().double())
-        return loss, logits
+        return loss, *others
 
 
 def trainer(

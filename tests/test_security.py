@@ -27,6 +27,7 @@ SECRET = "correct-horse-battery-staple"
 FACTS = {
     *("time", "commit", "dirty", "source", "python", "packages", "system", "processor", "device", "cuda", "cudnn"),
     *("cpu_capability", "threads", "deterministic", "kernels", "own_source", "own_source_beside_norm"),
+    "channels_last",
 }
 
 

@@ -765,7 +765,7 @@ def test_the_readmes_block_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     evidence = read_evidence(tmp_path)
     text = readme_with_block(f"before\n\n{BEGIN}\nold\n{END}\n\nafter\n", evidence, SET)
     claim = "On average over 3 networks (net0, net1, net2) on Data at 30 epochs, the claim that L2BN improves"
-    assert text.startswith(f"before\n\n{BEGIN}\n\n- **{claim} open")
+    assert text.startswith(f"before\n\n{BEGIN}\n\n- **{claim} accuracy is open")
     assert text.endswith(f"\n{END}\n\nafter\n")
     assert "old" not in text
     assert readme_with_block(text, evidence, SET) == text
@@ -794,7 +794,8 @@ def test_the_readme_answers_from_the_first_set_as_its_runs_end(tmp_path: Path) -
     text = readme_of(tmp_path / "records")
     # s = 0.1 over 6 degrees of freedom: 2.447 * 0.1 / 3 = 0.08.
     estimate = "L2BN − BN is +0.50 points of test top-1, 95 % interval [+0.42, +0.58]"
-    pairs = "by a spread pooled over the networks, n = 9 pairs, diverged: 0 of BN, 0 of L2BN"
+    sides = "by a spread pooled over the networks, 3 of 3 networks above 0, 3 significantly"
+    pairs = f"{sides}, n = 9 pairs, diverged: 0 of BN, 0 of L2BN"
     assert f"is supported**: {estimate}, {pairs}." in text
     # The means 0.4, 0.5 and 0.6: t(2) * 0.1 / sqrt(3) = 4.303 * 0.0577 = 0.25.
     beyond = "+0.50 points of test top-1, 95 % interval [+0.25, +0.75], over 3 cells of data set and network"
@@ -812,7 +813,8 @@ def test_the_readme_has_the_verdict_of_claim_5_on_other_networks(
     arms = arms_of(read_evidence(tmp_path))
     verdict = next(claim.judge(arms).verdict for claim in CLAIMS if claim.number == 5)
     assert verdict == "not decided at this n"
-    assert f"(one data set tells nothing of others), it is {verdict}: 0.00 points" in readme_of(tmp_path)
+    said = f"For other networks and data sets like those measured, it is {verdict}: 0.00 points"
+    assert said in readme_of(tmp_path)
     assert "over 6 cells of data set and network" in readme_of(tmp_path)
 
 
