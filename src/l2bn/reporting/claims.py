@@ -334,7 +334,7 @@ class SetFinding:
 
     @property
     def sides(self) -> str:
-        """How many networks lie on the side of the interval, and how many significantly; empty without one."""
+        """Count the networks on the side of the interval, and those significantly; empty where it has no side."""
         side = self.overall.side
         if not side:
             return ""

@@ -127,7 +127,7 @@ _OF_SOURCE = (
     r"validation [^,]+|coarse|decoded at \d+ pixels|"
     r"[\d,]+ of [\d,]+ (?:classes untrained|classes untested|test images known from training)"
 )
-"""What the label of a data set says of how its images were used."""
+"""The parts of a data set's label that say how its images were used."""
 
 
 def source_of(record: Record) -> str:
@@ -339,7 +339,7 @@ def is_mixed(kernels: str) -> bool:
 
 
 def agreement(kernels: str) -> str:
-    """How far mixed kernels agree, in words: "within rounding"."""
+    """Say in words how far mixed kernels agree: "within rounding"."""
     return "within rounding" + "; a compiled model draws other masks of dropout" * ("in part" in kernels)
 
 

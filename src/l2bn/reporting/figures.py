@@ -376,8 +376,7 @@ def _dots(lines: Sequence[Line]) -> Figure:
         if result is None or result.mean is None:
             continue
         if len(line.values) > 1:
-            ticks: Any = {"color": GREY, "markersize": 9, "markeredgewidth": 0.9}
-            axes.plot(line.values, [place] * len(line.values), "|", **ticks)
+            axes.plot(line.values, [place] * len(line.values), "|", color=GREY, markersize=9, markeredgewidth=0.9)
         if result.low is not None and result.high is not None:
             axes.plot([result.low, result.high], [place, place], color=line.color, linewidth=1.4)
         face = "white" if result.low is None else line.color
