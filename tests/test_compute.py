@@ -129,6 +129,18 @@ def test_a_gpu_without_tf32_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
             compute(device="cuda", precision="tf32-mixed")
 
 
+@pytest.mark.usefixtures("_flags")
+@pytest.mark.parametrize(("capability", "told"), [((7, 5), True), ((8, 0), False)])
+def test_a_gpu_on_which_bfloat16_is_slow_is_told(
+    capability: tuple[int, int], told: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    compute(device="cuda", precision="bf16-mixed", threads=1).set_up()
+    assert ("16-mixed is fast" in caplog.text) == told
+
+
 @pytest.fixture(params=[True, False], ids=["a compiler", "no compiler"])
 def works(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether a compiler works, here as on a machine with CUDA."""

@@ -39,7 +39,7 @@ class CheckpointPolicy:
     """The schedule of checkpoints: one after every epoch, and one every `every_steps` steps within an epoch.
 
     every_steps: 0 for none within an epoch.
-    keep_epochs: the epochs, counted from 1, whose checkpoints stay; a resumed run keeps those that it is given.
+    keep_epochs: the epochs, counted from 1, whose checkpoints stay, also once a run is resumed without them.
     """
 
     every_steps: Annotated[int, Field(ge=0)] = 1000
@@ -55,7 +55,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep_epochs: list[int]) -> None:
         self.folder = folder
-        self.keep_epochs = keep_epochs
+        self.keep_epochs = set(keep_epochs)
         self._last: Path | None = None  # the last one written or loaded by this process, and therefore intact
 
     def save(self, epoch: int, step: int, state: dict[str, Any]) -> None:
@@ -88,6 +88,8 @@ class Checkpoints:
         """
         for path, state in self.intact(device):
             self._last = path
+            earlier = [_parse(other) for other in self.paths() if _parse(other) < _parse(path)]
+            self.keep_epochs |= {epoch for epoch, step, _ in earlier[:-1] if step == 0}  # kept by the run so far
             return state
         if damaged := self.paths():
             names = "\n".join(f"  {path}" for path in reversed(damaged))

@@ -18,11 +18,13 @@ from torch import nn
 
 from l2bn.processes import available_cores
 
+log = logging.getLogger(__name__)
+
 Compile = Literal["auto", "graphs"] | bool
 Precision = Literal["32-true", "tf32-mixed", "bf16-mixed", "16-mixed"]
 OF_GPUS = ("16-mixed", "tf32-mixed")  # precisions that a CPU lacks
 
-AMPERE = (8, 0)  # the compute capability from which on GPUs have TF32
+AMPERE = (8, 0)  # the compute capability from which on GPUs have TF32 and bfloat16
 MOST = 1024  # threads or workers: far above what a machine has, far below what brings one down
 
 
@@ -103,7 +105,7 @@ class Compute:
             if getattr(self, key) == value and not self._is_cuda:
                 other = "compile=true or auto" if key == "compile" else "precision=bf16-mixed or 32-true"
                 raise ValueError(f"{key} {value} needs a CUDA device; take {other}")
-        if self._is_cuda and self.precision == "tf32-mixed" and torch.cuda.get_device_capability() < AMPERE:
+        if self.precision == "tf32-mixed" and self._is_before_ampere:
             raise ValueError("precision tf32-mixed needs a GPU of compute capability 8.0 or more; take 32-true")
         if self.compile == "graphs" and self.devices > 1:
             raise ValueError(f"compile graphs serves one device, not {self.devices}; take compile=true or auto")
@@ -111,6 +113,10 @@ class Compute:
     @property
     def _is_cuda(self) -> bool:
         return self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
+
+    @property
+    def _is_before_ampere(self) -> bool:
+        return self._is_cuda and torch.cuda.get_device_capability() < AMPERE
 
     def for_processes(self) -> Self:
         """Return these settings with the threads of this process, which those of several devices share."""
@@ -121,6 +127,8 @@ class Compute:
     def set_up(self) -> None:
         """Set memory, threads and kernels of this process."""
         keep_freed_memory()
+        if self.precision == "bf16-mixed" and self._is_before_ampere:
+            log.warning("this GPU has no units for bfloat16, slower on it than float32; 16-mixed is fast here")
         if self.threads is not None:
             torch.set_num_threads(max(1, self.threads // self.devices))
         elif "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > available_cores():
