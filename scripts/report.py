@@ -59,7 +59,7 @@ def figures(arguments: argparse.Namespace) -> Sequence[Problem]:
     from l2bn.reporting.reference import read_sets
 
     out = arguments.out or (RESULTS if arguments.runs.resolve() == RECORDS else arguments.runs) / "figures"
-    evidence = read_evidence(arguments.runs)
+    evidence = read_evidence(arguments.runs, features=True)
     paths, broken = write_figures(evidence, out, read_sets(SETS))
     _print_paths(paths, "nothing to draw: no finished run of bn or l2bn here yet")
     return [*evidence.problems, *broken]

@@ -13,19 +13,23 @@ from matplotlib.figure import Figure
 
 from l2bn.records import METRICS, write_lines
 from l2bn.reporting.comparison import arms_of, grid, pooled
-from l2bn.reporting.evidence import Evidence, read_evidence
+from l2bn.reporting.evidence import BN, L2BN, MEAN_NORM, Evidence, read_evidence
 from l2bn.reporting.figures import (
+    IN_ACCURACY,
+    IN_COMPACTNESS,
+    OF_SETS,
     STYLES,
     curves,
     differences,
-    differences_of_set,
+    dots,
     drawing,
+    lines_of_set,
     read_curves,
     write_figures,
 )
 from l2bn.reporting.readme import BEGIN, END, readme_with_block
-from l2bn.reporting.reference import RunSet
-from synthetic_records import write_pairs, write_run
+from l2bn.reporting.reference import Control, RunSet
+from synthetic_records import write_features, write_pairs, write_run
 
 
 @pytest.fixture
@@ -112,6 +116,15 @@ def test_the_last_epochs_are_inside_the_panel(evidence: Evidence) -> None:
             assert low < line.get_ydata()[-1] < high
 
 
+def test_the_last_epochs_of_long_runs_have_an_inset(tmp_path: Path) -> None:
+    write_pairs(tmp_path, [60, 61], [0.5, 0.6], epochs=30, curve=30)
+    (panel,) = draw_curves(read_evidence(tmp_path), "cifar10").axes
+    (inset,) = panel.child_axes
+    for line, whole in zip(inset.lines, panel.lines, strict=True):
+        assert list(line.get_xdata()) == list(range(23, 31))
+        assert list(line.get_ydata()) == list(whole.get_ydata())[-8:]
+
+
 def test_dots_stand_at_the_differences_and_lines_span_the_intervals(evidence: Evidence) -> None:
     rows = grid(arms_of(evidence))
     axes = differences(rows).axes[0]
@@ -131,6 +144,10 @@ def test_dots_stand_at_the_differences_and_lines_span_the_intervals(evidence: Ev
     assert "+1.50" in shown
 
 
+def figure_of_set(root: Path, run_set: RunSet) -> Figure:
+    return dots(lines_of_set(arms_of(read_evidence(root)), run_set, OF_SETS[IN_ACCURACY]), IN_ACCURACY)
+
+
 def test_a_set_of_runs_has_a_figure_once_it_has_a_pair_and_both_means_once_complete(tmp_path: Path) -> None:
     run_set = RunSet("A set", "cifar10", "cosine_30", "32-true", ("net0", "net1"), (0, 1, 2))
     root, options = tmp_path / "runs", {"recipe": "cosine_30", "epochs": 30, "curve": 30}
@@ -143,16 +160,39 @@ def test_a_set_of_runs_has_a_figure_once_it_has_a_pair_and_both_means_once_compl
     write_pairs(root, [60], [9.0], backbone="net7", **options)
     paths, _ = write_figures(read_evidence(root), tmp_path, [run_set])
     assert paths[-1] == tmp_path / "differences-cifar10-cosine_30.svg"
-    shown = list(texts(differences_of_set(grid(arms_of(read_evidence(root))), run_set)))
+    shown = list(texts(figure_of_set(root, run_set)))
     assert {"net0", "+0.50"} <= set(shown)
     assert not [text for text in shown if text == "net7" or "networks" in text]
 
     write_pairs(root, [60, 61, 62], [0.5, 0.6, 0.7], backbone="net1", **options)
-    axes = differences_of_set(grid(arms_of(read_evidence(root))), run_set).axes[0]
-    assert {"Mean over the networks", "these networks: spread and n of pairs"} <= set(texts(axes.figure))
-    # s = 0.1 over 4 degrees of freedom: 2.776 * 0.1 * sqrt(2 / 3) / 2 = 0.113 around 0.55.
-    drawn = [tuple(line.get_xdata()) for line in axes.lines]
-    assert any(span == pytest.approx((0.437, 0.663), abs=1e-3) for span in drawn if len(span) == 2)
+    axes = figure_of_set(root, run_set).axes[0]
+    assert "mean over these networks, n pairs" in set(texts(axes.figure))
+    # s = 0.1 over 4 degrees of freedom: 2.776 * 0.1 * sqrt(2 / 3) / 2 = 0.113 around 0.55, and of a network
+    # 2.776 * 0.1 / sqrt(3) = 0.160 around 0.5, thick; by its own 2 degrees of freedom 4.303 / 2.776 times that.
+    drawn = {tuple(line.get_xdata()): line.get_linewidth() for line in axes.lines}
+    widths = [
+        next(width for span, width in drawn.items() if span == pytest.approx(expected, abs=1e-3))
+        for expected in ((0.437, 0.663), (0.340, 0.660), (0.252, 0.748))
+    ]
+    assert widths[1] > widths[0] > widths[2]
+
+
+def test_a_set_with_measured_features_has_a_figure_of_compactness(tmp_path: Path) -> None:
+    """L2BN against BN above L2BN against its control, in the share of the variance within classes."""
+    control = Control(MEAN_NORM, ("net0",))
+    run_set = RunSet("A set", "cifar10", "cosine_30", "32-true", ("net0",), (0, 1), control=control)
+    for norm, share in ((BN, 0.5), (L2BN, 0.4), (MEAN_NORM, 0.37)):
+        for seed in run_set.seeds:
+            run = write_run(tmp_path, norm=norm, seed=seed, backbone="net0", recipe="cosine_30", epochs=30)
+            write_features(run, within_share=share + seed / 100)
+    evidence = read_evidence(tmp_path, features=True)
+    names = [path.stem for path in write_figures(evidence, tmp_path / "figures", [run_set])[0][::2]]
+    assert names == ["curves-cifar10", "differences", *run_set.figures]
+    lines = lines_of_set(arms_of(evidence), run_set, OF_SETS[IN_COMPACTNESS])
+    assert [(line.text, line.result and round(line.result.mean or 0, 9)) for line in lines if line.values] == [
+        ("net0", -0.1),
+        ("net0", 0.03),
+    ]
 
 
 @pytest.mark.parametrize("seeds", [2, 3])
@@ -167,8 +207,8 @@ def test_the_figure_of_a_set_and_the_readme_agree_on_other_networks(
         gains = [0.3 + net / 10, 0.4 + net / 10, 0.5 + net / 10][:seeds]
         write_pairs(tmp_path, [60.0] * seeds, gains, backbone=name, recipe="cosine_30", epochs=30)
     has_mean = networks == seeds == 3
-    shown = list(texts(differences_of_set(grid(arms_of(read_evidence(tmp_path))), run_set)))
-    assert ("other networks: spread and n of networks" in shown) is has_mean
+    shown = list(texts(figure_of_set(tmp_path, run_set)))
+    assert ("mean over other networks like these, n networks" in shown) is has_mean
     readme = readme_with_block(f"{BEGIN}\n{END}", read_evidence(tmp_path), run_set)
     assert ("there is no interval yet" in readme) is not has_mean
 

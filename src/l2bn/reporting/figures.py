@@ -8,7 +8,7 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from math import nan
 from pathlib import Path
@@ -21,15 +21,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
-from matplotlib.lines import Line2D
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import FixedLocator, MaxNLocator
 from matplotlib.transforms import blended_transform_factory
 from numpy.typing import NDArray
 
 from l2bn.records import InvalidRecordError, Problem, Record, Sample, read_sample
-from l2bn.reporting.claims import ACCURATE, for_other_networks, judge_set
-from l2bn.reporting.comparison import FULL_EPOCHS, Arm, Comparison, arms_of, grid, pooled
+from l2bn.reporting.claims import ACCURATE, COMPACT, EQUAL_NORMS, UNKNOWN, Question, for_other_networks, judge_set
+from l2bn.reporting.comparison import FULL_EPOCHS, Arm, Comparison, arms_of, compare, grid, pooled
 from l2bn.reporting.evidence import (
     ANGLE_MEAN,
     BN,
@@ -38,6 +37,7 @@ from l2bn.reporting.evidence import (
     OUTPUT,
     PENULTIMATE,
     RMS,
+    TOP1,
     WITHIN_SHARE,
     Evidence,
     by_layer,
@@ -69,7 +69,6 @@ OF_EPS: Mapping[str, Mapping[str, Any]] = {
     L2BN: {**STYLES[L2BN], "label": "L2BN, norm 1"},
     RMS: {"color": "#0072B2", "linestyle": (0, (1, 1)), "marker": "^", "label": "L2BN, rms 1"},
 }
-HOLLOW: Mapping[str, Any] = {"linestyle": "", "markerfacecolor": "white", "markersize": 3}
 GREY = "#777777"
 
 RC: Any = {
@@ -82,7 +81,9 @@ RC: Any = {
     "font.family": "DejaVu Sans",  # part of matplotlib, hence the same on every machine
     "font.size": 8,
     "legend.fontsize": 7.5,
-    "legend.frameon": False,
+    "lines.solid_capstyle": "butt",  # an interval ends where it ends
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.85,  # above grid lines
     "savefig.dpi": 200,
     "figure.constrained_layout.w_pad": 0.08,
     "svg.hashsalt": "l2bn",
@@ -133,8 +134,10 @@ def write_figures(
         if any(comparison.differences() for comparison in comparisons):
             paths += save_figure(differences(comparisons), folder, "differences")
         for run_set in sets:
-            if any(row.differences() for row in comparisons if run_set.holds(row.cell)):
-                paths += save_figure(differences_of_set(comparisons, run_set), folder, run_set.figure)
+            for (what, questions), name in zip(OF_SETS.items(), run_set.figures, strict=True):
+                lines = lines_of_set(arms_of(evidence), run_set, questions)
+                if lines:
+                    paths += save_figure(dots(lines, what), folder, name)
     return paths, problems
 
 
@@ -226,8 +229,14 @@ def _depth_axis(panel: Axes) -> None:
 # ---- Accuracy curves --------------------------------------------------------------------------------------
 
 
+LONG, LAST = 20, 8  # epochs from which a curve's last ones have an inset, and their number
+
+
 def curves(comparisons: Sequence[Comparison], found: Curves) -> Figure:
-    """A panel per pair: test top-1 over the epochs, mean over the seeds with a band of ± 1 std."""
+    """A panel per pair: test top-1 over the epochs, mean over the seeds with a band of ± 1 std.
+
+    Long runs have an inset of their last epochs, whose differences are small beside the rise before them.
+    """
     columns = min(len(comparisons), 2 if len(comparisons) == 4 else 3)
     rows = -(-len(comparisons) // columns)
     shared = {conditions(comparison) for comparison in comparisons}
@@ -254,6 +263,8 @@ def curves(comparisons: Sequence[Comparison], found: Curves) -> Figure:
 
 def _draw_pair(panel: Axes, comparison: Comparison, found: Curves) -> None:
     visible: list[float] = []
+    is_long = comparison.epochs >= LONG
+    inset = panel.inset_axes((0.56, 0.1, 0.42, 0.34)) if is_long else None
     for arm in comparison.arms:
         n = len(arm.of())
         if n == 0:
@@ -266,12 +277,21 @@ def _draw_pair(panel: Axes, comparison: Comparison, found: Curves) -> None:
         # About eight markers a line, those of one arm between those of the other, so that both stay visible.
         step = max(1, len(curve) // 8)
         marks = (step // 2 if arm.norm == L2BN else 0), step
-        _plot_band(panel, range(1, len(curve) + 1), curve, {**style, "label": label, "markevery": marks})
+        epochs = range(1, len(curve) + 1)
+        _plot_band(panel, epochs, curve, {**style, "label": label, "markevery": marks})
+        if inset:
+            _plot_band(inset, epochs[-LAST:], curve[-LAST:], {**style, "markersize": 2.5})
         visible += [point.mean for point in curve if point.mean is not None]
-    if visible:
+    if visible and not is_long:
         panel.set_ylim(*_limits(visible))
+    if inset:
+        inset.tick_params(labelsize=6.5, length=2)
+        inset.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        inset.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        inset.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+        panel.set_ylim(0, 1.3 * max(visible, default=1.0))  # room for the legend above the curves
     if panel.lines:
-        panel.legend(loc="lower right", handlelength=2.6, borderaxespad=0.2)
+        panel.legend(loc="upper left" if is_long else "lower right", handlelength=2.6, borderaxespad=0.2)
     panel.xaxis.set_major_locator(
         MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]) if comparison.epochs > 1 else FixedLocator([1])
     )
@@ -281,7 +301,7 @@ def _draw_pair(panel: Axes, comparison: Comparison, found: Curves) -> None:
 
 
 def _limits(values: Sequence[float]) -> tuple[float, float]:
-    """The range of the curve without its steep beginning, which would flatten the rest."""
+    """The range of a short curve but for its lowest eighth, with room below it for the legend."""
     ordered = sorted(values)
     low, high = ordered[len(ordered) // 8], ordered[-1]
     reach = max(high - low, 1.0)
@@ -301,6 +321,8 @@ class Line:
     color: str = "#222222"
     marker: str = "D"
     note: bool = False
+    common: Estimate = UNKNOWN  # by a spread pooled over several lines
+    digits: int = 2
 
     @property
     def style(self) -> dict[str, Any]:
@@ -309,10 +331,10 @@ class Line:
         return {"color": GREY, "fontsize": 7} if self.note else {"fontweight": "bold"}
 
 
-def _line(row: Comparison) -> Line:
+def _line(row: Comparison, quantity: str = TOP1) -> Line:
     style = STYLES[L2BN]
     name = in_words(row.cell.backbone)
-    return Line(name, row.difference(), row.differences(), style["color"], style["marker"])
+    return Line(name, row.difference(quantity), row.differences(quantity), style["color"], style["marker"])
 
 
 def differences(comparisons: Sequence[Comparison]) -> Figure:
@@ -325,42 +347,52 @@ def differences(comparisons: Sequence[Comparison]) -> Figure:
         lines += [Line(part, note=True) for part in textwrap.wrap(made_by, 60)]
         lines += map(_line, group)
         label = dataset
-    lines.append(Line("Pooled, n cells"))
+    lines.append(Line("Mean over cells, n cells"))
     for full, text in ((True, f"{FULL_EPOCHS} epochs and more"), (False, f"under {FULL_EPOCHS} epochs")):
         chosen = [row for row in rows if row.full_length is full and row.cell.task == "images"]
         if chosen:
             lines.append(Line(text, pooled(chosen)))
-    return _dots(lines)
+    return dots(lines, IN_ACCURACY)
 
 
-def differences_of_set(rows: Sequence[Comparison], run_set: RunSet) -> Figure:
-    """A row per network of a set, and below it the means by both rules, as far as they have one.
+IN_ACCURACY = "BN better  ←   L2BN − BN, test top-1 after the last epoch (points)   →  L2BN better"
+IN_COMPACTNESS = "more compact  ←   L2BN − reference, within share of the penultimate features   →  less"
+OF_SETS = {IN_ACCURACY: (ACCURATE,), IN_COMPACTNESS: (COMPACT, EQUAL_NORMS)}
+"""What the figures of a set show, and the questions that each puts below another."""
 
-    rows: every cell; the mean for other networks is over those on images.
+
+def lines_of_set(arms: Sequence[Arm], run_set: RunSet, questions: Iterable[Question]) -> list[Line]:
+    """A row per network of a set and question, and below it the means by both rules, as far as they have one.
+
+    arms: of every cell; the mean for other networks is over those on images.
     """
-    lines = [Line(run_set.label), Line("each network by its own spread", note=True)]
-    for row in rows:
-        if run_set.holds(row.cell) and row.differences():
-            lines.append(_line(row))
-            lines += [Line(f"    {setting(row.cell)}", note=True)] * (row.cell.setting != run_set.setting)
-    these = judge_set(ACCURATE, run_set, [arm for row in rows for arm in row.arms])
-    images = [row for row in rows if row.cell.task == "images"]
-    means = [
-        Line(text, result)
-        for text, result in (
-            ("these networks: spread and n of pairs", these.overall),
-            ("other networks: spread and n of networks", for_other_networks(images)),
+    lines: list[Line] = []
+    for question in questions:
+        every = [row for row in compare(arms, [L2BN], question.reference) if row.cell.task == "images"]
+        these = judge_set(question, run_set, arms)
+        common = dict(zip(these.cells, these.estimates, strict=False))
+        reference = STYLES.get(question.reference, {}).get("label", question.reference)
+        rows = []
+        for row in every:
+            if row.cell in these.cells and row.differences(question.quantity):
+                rows.append(replace(_line(row, question.quantity), common=common.get(row.cell, UNKNOWN)))
+                rows += [Line(f"    {setting(row.cell)}", note=True)] * (row.cell.setting != run_set.setting)
+        means = (
+            ("mean over these networks, n pairs", these.overall),
+            ("mean over other networks like these, n networks", for_other_networks(every, question.quantity)),
         )
-        if result.mean is not None
-    ]
-    return _dots([*lines, *([Line("Mean over the networks"), *means] if means else [])])
+        if rows:
+            rows += [Line(text, result) for text, result in means if result.mean is not None]
+            lines.append(Line(f"{run_set.label}, L2BN − {reference}"))
+            lines += [replace(row, digits=question.digits) for row in rows]
+    return lines
 
 
 PLOT, BESIDE, ROW, ABOVE, BELOW = 3.6, 0.95, 0.21, 0.3, 0.72  # inches
 
 
-def _dots(lines: Sequence[Line]) -> Figure:
-    """Names to the left of the plot, means and n to its right, so that no text overlaps it."""
+def dots(lines: Sequence[Line], what: str) -> Figure:
+    """Names to the left of the plot, means and n to its right, so that no text overlaps it; `what` is its axis."""
     names = max(_width(line) for line in lines) + 0.3
     width, height = names + PLOT + BESIDE, ABOVE + ROW * len(lines) + BELOW
     figure = Figure(figsize=(width, height))
@@ -378,10 +410,15 @@ def _dots(lines: Sequence[Line]) -> Figure:
         if len(line.values) > 1:
             axes.plot(line.values, [place] * len(line.values), "|", color=GREY, markersize=9, markeredgewidth=0.9)
         if result.low is not None and result.high is not None:
-            axes.plot([result.low, result.high], [place, place], color=line.color, linewidth=1.4)
+            thin = 1.4 if line.common.low is None else 0.9
+            axes.plot([result.low, result.high], [place, place], color=line.color, linewidth=thin)
+        if line.common.low is not None and line.common.high is not None:
+            axes.plot([line.common.low, line.common.high], [place, place], color=line.color, linewidth=3)
         face = "white" if result.low is None else line.color
-        axes.plot(result.mean, place, line.marker, color=line.color, markerfacecolor=face, markersize=5.5, zorder=3)
-        axes.text(mean, place, signed(result.mean), ha="right", **row)
+        edge = line.color if result.low is None else "white"
+        style: Any = {"color": line.color, "markerfacecolor": face, "markeredgecolor": edge, "markersize": 6}
+        axes.plot(result.mean, place, line.marker, **style, zorder=3)
+        axes.text(mean, place, signed(result.mean, line.digits), ha="right", **row)
         axes.text(n, place, str(result.n), ha="right", **row)
     axes.set_ylim(len(lines) - 0.5, -0.5)
     axes.set_yticks([])
@@ -389,9 +426,10 @@ def _dots(lines: Sequence[Line]) -> Figure:
     axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
     hollow = any(line.result and line.result.mean is not None and line.result.low is None for line in lines)
+    common = any(line.common.low is not None for line in lines)
     axes.set_xlabel(
-        "L2BN − BN, test top-1 after the last epoch (points)\n"
-        f"line: 95 % interval;{' hollow: none (n too small or no spread);' * hollow} ticks: single seeds"
+        f"{what}\nline: 95 % interval{' by own spread, thick: by the pooled one' * common};"
+        f"{' hollow: none (n too small or no spread);' * hollow} ticks: single seeds"
     )
     return figure
 
@@ -409,7 +447,7 @@ def _width(line: Line) -> float:
 def norms_by_depth(pair: Comparison) -> Figure:
     """The norms' coefficient of variation at each norm layer, in order of execution: input and output.
 
-    Mean over the seeds with a band of ± 1 std; hollow markers, without a line: between classes.
+    Mean over the seeds with a band of ± 1 std.
     """
     figure, panels = _panels(6.6, 2.9, sharey=True)
     for panel, side in zip(panels, (INPUT, OUTPUT), strict=True):
@@ -417,17 +455,14 @@ def norms_by_depth(pair: Comparison) -> Figure:
         for arm in pair.arms:
             style = _counted(STYLES[arm.norm], len(arm.features))
             points = _by_layer(arm, f"{side}/norm_cv")
+            if len(points) > 30:  # markers of one arm between those of the other
+                style |= {"markevery": (3 if arm.norm == L2BN else 0, 6)}
             _plot_band(panel, range(1, len(points) + 1), points, style)
-            between = [point.mean for point in _by_layer(arm, f"{side}/norm_cv_between")]
-            marks = {**style, **HOLLOW, "label": None}
-            panel.plot(range(1, len(between) + 1), between, **marks, markeredgewidth=0.7)
         panel.set_xlim(left=0.2)
         _depth_axis(panel)
     panels[0].set_ylim(bottom=0)  # the axis of both: it follows the values no longer
     panels[0].set_ylabel("std / mean of the samples' l2 norms")
-    handles, _ = panels[0].get_legend_handles_labels()
-    key = Line2D([], [], color=GREY, marker="o", label="between classes", **HOLLOW)
-    panels[0].legend(handles=[*handles, key], handlelength=2.6)
+    panels[0].legend(handlelength=2.6)
     _finish(figure, title(pair.cell), "± std", (len(arm.features) for arm in pair.arms))
     return figure
 
@@ -439,7 +474,6 @@ def _by_layer(arm: Arm, quantity: str) -> list[Estimate]:
 
 OVER_EPOCHS = (
     (WITHIN_SHARE, "within-class share of the variance\n(small: compact)"),
-    (f"{PENULTIMATE}/class_cosine", "mean cosine to the class mean\n(near 1: compact, or all classes alike)"),
     (ANGLE_MEAN, "mean angle of class means (°)\n(large: separated)"),
     (f"{PENULTIMATE}/distance", "distance of class means / spread\n(large: separated)"),
 )
@@ -447,7 +481,7 @@ OVER_EPOCHS = (
 
 def through_training(pair: Comparison) -> Figure:
     """Compactness and separation of the penultimate features over the epochs: mean ± 1 std over the seeds."""
-    figure, panels = _panels(6.6, 4.6, 2, sharex=True)
+    figure, panels = _panels(9.0, 2.7, columns=len(OVER_EPOCHS))
     for panel, (quantity, text) in zip(panels, OVER_EPOCHS, strict=True):
         panel.set_title(text)
         for arm in pair.arms:
@@ -455,7 +489,6 @@ def through_training(pair: Comparison) -> Figure:
             style = _counted(STYLES[arm.norm], len(arm.features))
             _plot_band(panel, pair.measured_epochs, points, style)
         panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    for panel in panels[2:]:
         panel.set_xlabel("epoch")
     panels[0].legend(handlelength=2.6)
     _finish(figure, title(pair.cell), "± std", (len(arm.features) for arm in pair.arms))
@@ -531,7 +564,8 @@ def _points(panel: Axes, runs: Mapping[float, Arm], style: Mapping[str, Any], sh
     """Mean and every seed at each value of a logarithmic axis; a value at which no run finished has none."""
     known = [(x * shift, list(arm.of().values())) for x, arm in runs.items() if arm.of()]
     for x, values in known:
-        panel.plot([x] * len(values), values, "_", color=style["color"], markersize=5, markeredgewidth=0.9)
+        if len(values) > 1:
+            panel.plot([x] * len(values), values, "_", color=style["color"], markersize=5, markeredgewidth=0.9)
     if known:
         means = [(x, sum(values) / len(values)) for x, values in known]
         if all(len(values) == 1 for _, values in known):
@@ -554,7 +588,7 @@ def accuracy_over_eps(study: Study) -> Figure:
     for index, (norm, style) in enumerate(OF_EPS.items()):
         runs = {eps: study.at(norm, eps) for eps in values}
         counts = (len(arm.of()) for arm in runs.values())
-        _points(left, runs, _counted(style, *counts), 1.25 ** (index - 1))
+        _points(left, runs, _counted(style, *counts), 1.8 ** (index - 1))
     _log_axis(left, "eps", list(values), list(values.values()))
     left.legend(handlelength=2.6)
     right.set_title("shrink factor, L2BN at norm 1")
@@ -563,7 +597,9 @@ def accuracy_over_eps(study: Study) -> Figure:
         layers = shrink_factors(study.at(L2BN, eps))
         if layers:
             style = {"color": f"{0.15 + apart * index:.2f}", "marker": "osD^v"[index % 5], "label": text}
-            right.plot(range(1, len(layers) + 1), layers, **style, markersize=3.5, linewidth=1.2)
+            # The earlier the larger, and below the later: so equal ones are all seen.
+            size: Any = {"markersize": 2.5 + 0.8 * (len(values) - index), "zorder": 2 + index / 10}
+            right.plot(range(1, len(layers) + 1), layers, **style, **size, linewidth=1.2)
     right.set_ylim(0, 1.05)
     _depth_axis(right)
     right.legend(title="eps", loc="center right", bbox_to_anchor=(1, 0.62), ncols=2)

@@ -30,7 +30,7 @@ def readme_with_block(readme: str, evidence: Evidence, run_set: RunSet) -> str:
     table = replace(table, notes=[" ".join(table.notes)] if table.notes else [])
     parts = [BEGIN, _answer(every, run_set), markdown(table).strip("\n")]
     if any(row.differences() for row in rows):
-        parts.append(f"![Paired differences, {run_set.label}](results/figures/{run_set.figure}.png)")
+        parts.append(f"![Paired differences, {run_set.label}](results/figures/{run_set.figures[0]}.png)")
     return before + "\n\n".join(parts) + f"\n\n{END}{after}"
 
 

@@ -77,9 +77,10 @@ class RunSet:
             raise ValueError(f"no precision is {', '.join(sorted(unknown))}; take one of {', '.join(PRECISIONS)}")
 
     @property
-    def figure(self) -> str:
-        """The file name of its figure of paired differences."""
-        return f"differences-{self.dataset}-{self.recipe}"
+    def figures(self) -> tuple[str, str]:
+        """The file names of its figures: paired differences in accuracy and in compactness."""
+        name = f"{self.dataset}-{self.recipe}"
+        return f"differences-{name}", f"compactness-{name}"
 
     def holds(self, cell: Cell) -> bool:
         return cell in self.cells(BN)
