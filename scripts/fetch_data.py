@@ -21,7 +21,7 @@ from l2bn.training.instantiate import Builder
 from l2bn.training.plan import ROOT, composing, own_folders, resolve
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help="a name in configs/dataset")
     parser.add_argument("overrides", nargs="*", help="as for train.py: dataset.root=FOLDER")
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pack", metavar="FOLDER", help="first pack ImageNet's files in FOLDER into shards")
     parser.add_argument("--figure", metavar="FILE", type=Path, help="draw a training image of each of some classes")
     parser.add_argument("--classes", metavar="A,B", help="the classes of --figure (default: the first two)")
-    options = parser.parse_intermixed_args(arguments)
+    options = parser.parse_intermixed_args()
     if options.classes and options.figure is None:
         parser.error(f"--classes={options.classes} chooses what --figure draws: give --figure FILE too")
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -16,9 +16,10 @@ OURS = {"overrides", "run", "multirun", "config_dir"}
 
 
 def train(config: DictConfig) -> None:
-    from l2bn.training.run import train_composed  # imported here: --help need not wait for torch
+    from l2bn.training.plan import plan_run  # imported here: --help need not wait for torch
+    from l2bn.training.run import run
 
-    train_composed(config, HydraConfig.get())
+    run(plan_run(config, HydraConfig.get()))
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from l2bn.data import folder
 from l2bn.records import COST_KEYS, Record
 from l2bn.training import plan
 from l2bn.training.instantiate import CONFIGS
-from l2bn.training.plan import PlannedRun, composing
+from l2bn.training.plan import PlannedRun, composing, plan_run
 from l2bn.training.sweep import compose_sweep, plan_sweep
 
 ROOT = Path(__file__).parents[1]
@@ -155,10 +155,10 @@ def planned(*overrides: str, folders: Sequence[Path] = ()) -> list[PlannedRun]:
 
 def train_in(runs: Path, *overrides: str, folders: Sequence[Path] = ()) -> Record:
     """Compose a configuration from overrides, as the command line does, train it in a folder, return its record."""
-    from l2bn.training.run import train_composed  # seconds of imports that few tests need
+    from l2bn.training.run import run  # seconds of imports that few tests need
 
     with composing([f"runs_dir={runs}", *overrides], folders) as (_, rest):
-        return train_composed(*composed(rest))
+        return run(plan_run(*composed(rest)))
 
 
 def results(record: Record) -> list[dict[str, Any]]:

@@ -513,7 +513,7 @@ def test_the_first_set_is_that_of_the_cpu_grid() -> None:
     assert list(first.backbones) == params["backbone"].split(",")
     assert list(first.seeds) == [int(seed) for seed in params["seed"].split(",")]
     assert params["norm"] == "bn,l2bn"
-    assert len({one.figure for one in SETS}) == len(SETS)
+    assert len({one.figures[0] for one in SETS}) == len(SETS)
     assert [judge_set(question, first, []).wanted for question in (ACCURATE, COMPACT, EQUAL_NORMS)] == [24, 24, 33]
     assert [judge_set(ACCURATE, one, []).wanted for one in SETS] == [24, 18, 24]
     for one in SETS:

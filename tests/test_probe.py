@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,18 @@ def test_layers_that_stand_in_the_place_of_batch_norm_are_found_by_its_names() -
     assert all(layer["shrink"] is None for layer in row["layers"])
     order = [layer["name"] for layer in row["layers"]]
     assert order.index("layer2.0.bn2") < order.index("layer2.0.downsample.1")
+
+
+def test_a_layer_by_the_name_of_a_measure_is_a_layer() -> None:
+    """Its sums are its own, not part of those before the classifier."""
+    layers = {"penultimate": nn.BatchNorm2d(3), "flatten": nn.Flatten(), "fc": nn.Linear(3 * 16 * 16, K)}
+    model = nn.Sequential(OrderedDict(layers)).eval()
+    x, labels = torch.randn(8, 3, 16, 16), torch.arange(8) % K
+    row = look_at(model, ("penultimate",), x, labels)
+    other = look_at(nn.Sequential(*model), ("0",), x, labels)
+    assert [layer["name"] for layer in row["layers"]] == ["penultimate"]
+    assert row["penultimate"] == other["penultimate"]
+    assert row["layers"][0]["input"] == other["layers"][0]["input"]
 
 
 def look_at(model: nn.Module, names: tuple[str, ...], x: Tensor, labels: Tensor) -> FeatureRow:

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 SAMPLED_CLASSES = 20
 SAMPLED_IMAGES = 50  # of each of them
 
+_PENULTIMATE = "", SIDES[0]  # the name of the network itself, so that of no layer
+
 _Piece = tuple[int, int, Tensor, Tensor]  # batch, rank, features (n, d), labels (n,)
 
 
@@ -83,7 +85,7 @@ class Probe:
     def _see_penultimate(self, _: nn.Module, given: tuple[Tensor, ...], __: Tensor) -> None:
         # (N, d), or (N, ..., d) where the layer runs at several places of an image.
         features = given[0].movedim(-1, 1) if isinstance(self._classifier, nn.Linear) else given[0]
-        self._add(("penultimate", SIDES[0]), features)
+        self._add(_PENULTIMATE, features)
         if min(self._sampled[:SAMPLED_CLASSES]) < SAMPLED_IMAGES:
             self._take_sample(pooled(features), self._labels)
 
@@ -114,10 +116,10 @@ class Probe:
 
     def row(self, epoch: int, step: int) -> FeatureRow:
         """The measures so far, as a line of `features.jsonl`. Raises ValueError if the classifier has not run."""
-        if ("penultimate", SIDES[0]) not in self._sums:
+        if _PENULTIMATE not in self._sums:
             raise ValueError("the layer that would be the classifier does not run in evaluation")
-        last = self._sums["penultimate", SIDES[0]]
-        names = [name for name, side in self._sums if side == SIDES[0] and name in self._layers]
+        last = self._sums[_PENULTIMATE]
+        names = [name for name, side in self._sums if side == SIDES[0] and name]
         return {
             "epoch": epoch,
             "step": step,

@@ -4,15 +4,16 @@ import argparse
 import multiprocessing
 import os
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from unittest import mock
 
 import torch
+from torch import Tensor
 
 from l2bn import swap_norm
 from l2bn.backbones.library import timm_model
-from l2bn.benchmarks.measure import DEVICE, Result, Row, count, page, synchronise, table
+from l2bn.benchmarks.measure import DEVICE, Result, Row, count, page, seconds_of, table
 from l2bn.errors import UserError
 from l2bn.failures import describe
 
@@ -32,22 +33,21 @@ def seconds_of_calls(network: str, norm: str, batch: int, pixels: int) -> dict[s
     if norm == "l2bn":
         swap_norm(model, "l2bn")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def step(images: Tensor) -> None:
+        optimizer.zero_grad()
+        torch.autograd.backward(model(images).square().mean())
+        optimizer.step()
+
     seconds = {}
     for call, (of_batch, of_pixels) in CALLS.items():
         side = round(pixels * of_pixels)
         images = torch.randn(round(batch * of_batch), 3, side, side, device=DEVICE)
-        start = time.perf_counter()
-        optimizer.zero_grad()
-        torch.autograd.backward(model(images).square().mean())
-        optimizer.step()
-        synchronise()
-        seconds[call] = time.perf_counter() - start
+        seconds[call] = seconds_of(partial(step, images))
     model.eval()
     with torch.no_grad():
-        start = time.perf_counter()
-        model(torch.randn(batch, 3, pixels, pixels, device=DEVICE))
-        synchronise()
-        seconds["first evaluation"] = time.perf_counter() - start
+        images = torch.randn(batch, 3, pixels, pixels, device=DEVICE)
+        seconds["first evaluation"] = seconds_of(partial(model, images))
     return seconds
 
 

@@ -79,17 +79,18 @@ def interleaved(actions: dict[Key, Action], seconds: float, fewest: int = 20, wa
         for _ in range(warm_up):
             action()
         synchronise()
-        repeats = max(repeats, round(5e-4 / max(_time(action), 1e-6)))
+        repeats = max(repeats, round(5e-4 / max(seconds_of(action), 1e-6)))
     times: dict[Key, list[float]] = {name: [] for name in actions}
     order = random.Random(0)
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[next(iter(times))]) < fewest:
         for name in order.sample(list(actions), len(actions)):
-            times[name].append(_time(actions[name], repeats))
+            times[name].append(seconds_of(actions[name], repeats))
     return {name: sorted(values)[len(values) // 10] for name, values in times.items()}
 
 
-def _time(action: Action, repeats: int = 1) -> float:
+def seconds_of(action: Action, repeats: int = 1) -> float:
+    """Seconds of an action, or of several."""
     start = time.perf_counter()
     for _ in range(repeats):
         action()

@@ -5,13 +5,12 @@ On a CPU the cores are divided among the runs; on a GPU all runs share it.
 
 import argparse
 import multiprocessing
-import time
 from typing import Any
 
 import torch
 from torch.multiprocessing.spawn import spawn
 
-from l2bn.benchmarks.measure import Result, Row, add_batch, count, page, synchronise, table
+from l2bn.benchmarks.measure import Result, Row, add_batch, count, page, seconds_of, synchronise, table
 from l2bn.benchmarks.workload import NETWORKS, make_workload, ours
 from l2bn.processes import available_cores
 
@@ -26,11 +25,7 @@ def one_of_several(index: int, network: str, batch: int, runs: int, started: Any
     action()
     synchronise()
     started.wait()
-    start = time.perf_counter()
-    for _ in range(EPOCHS):
-        action()
-    synchronise()
-    times[index] = time.perf_counter() - start
+    times[index] = seconds_of(action, EPOCHS)
 
 
 def together(row: Row) -> float:
@@ -71,7 +66,7 @@ def run(arguments: argparse.Namespace) -> Result:
             context = multiprocessing.get_context("spawn")
             times, started = context.Array("d", runs), context.Barrier(runs)
             spawn(one_of_several, (network, batch, runs, started, times), nprocs=runs)  # type: ignore[no-untyped-call]
-            speeds = [EPOCHS * STEPS * batch / seconds for seconds in times[:]]
+            speeds = [STEPS * batch / seconds for seconds in times[:]]
             row = {"network": network, "batch": batch, "runs": runs, "images_per_second": speeds}
             rows.append(row)
             print(network, f"{runs} at once: {together(row):,.0f} images/s", flush=True)

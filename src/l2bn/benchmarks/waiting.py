@@ -16,7 +16,17 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from statistics import median
 from unittest import mock
 
-from l2bn.benchmarks.measure import DEVICE, Action, Result, Row, add_common_arguments, count, page, table
+from l2bn.benchmarks.measure import (
+    DEVICE,
+    Action,
+    Result,
+    Row,
+    add_common_arguments,
+    count,
+    page,
+    seconds_of,
+    table,
+)
 from l2bn.benchmarks.workload import NETWORKS, make_workload, ours
 from l2bn.errors import UserError
 from l2bn.training import SPINS, SPINS_OF_A_RUN
@@ -35,9 +45,7 @@ def _prepare(network: str, batch: int) -> None:
 
 
 def _take_turn() -> float:
-    start = time.perf_counter()
-    _turn()
-    return time.perf_counter() - start
+    return seconds_of(_turn)
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def read_all(paths: list[Path], read: Callable[[Path], T], text: str) -> Generat
     By processes, because most of the time spent on a small image is spent in Python. Close it to cancel the rest.
     """
     count = min(available_cores(), len(paths) // WORTH_A_PROCESS + 1)
-    with ProcessPoolExecutor(count, initializer=_serve) as workers:
+    with ProcessPoolExecutor(count, initializer=_set_up_worker) as workers:
         try:
             yield from tracked(_read_ahead(workers, paths, read, 2 * count), text, len(paths))
         except BrokenProcessPool as error:
@@ -106,7 +106,7 @@ def read_all(paths: list[Path], read: Callable[[Path], T], text: str) -> Generat
             raise
 
 
-def _serve() -> None:
+def _set_up_worker() -> None:
     """Set up a process: it ends with its parent, leaves Ctrl-C to it, and has one thread.
 
     More would wait forever for those of the parent, which a fork leaves behind.

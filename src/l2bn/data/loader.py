@@ -245,7 +245,7 @@ class _WorkerLoader(Loader):
                 batch_size=None,  # a key is already a whole batch
                 sampler=self._keys,
                 num_workers=self.workers,
-                worker_init_fn=_serve,
+                worker_init_fn=_set_up_worker,
                 persistent_workers=self.workers > 0,
                 pin_memory=self.device.type == "cuda",
                 generator=torch.Generator(),  # without one it would draw from the global generator
@@ -333,7 +333,7 @@ class _Reader(Dataset[Tensor | UserError]):
         return image
 
 
-def _serve(_: int) -> None:
+def _set_up_worker(_: int) -> None:
     """Set up a worker: it ends with its parent and leaves the signals that end a job to it.
 
     The parent still needs the batches in progress for the step that it finishes then.

@@ -22,7 +22,6 @@ from l2bn.kernels.formulas import (
     as_rows,
     batch_norm,
     dense,
-    line_of_running,
     normalized,
     position_axis,
     positions_of,
@@ -77,7 +76,9 @@ def evaluation_kernel(
     scale: Scale,
     axis: int,
 ) -> Tensor:
-    slope, shift = line_of_running(weight, bias, mean, var, eps)
+    inv = 1 / (widened(var) + eps).sqrt()
+    slope = inv if weight is None else inv * weight
+    shift = -widened(mean) * slope if bias is None else bias - widened(mean) * slope
     return as_map(rows.evaluate(as_rows(x, axis), slope, shift, scale, axis), x, axis)
 
 

@@ -174,7 +174,8 @@ def _with_absent(function: Function, tensors: tuple[Tensor | None, ...], constan
 
     def of_present(*present: Tensor) -> list[Tensor]:
         rest = iter(present)
-        return listed(function(*(next(rest) if is_given else None for is_given in given), *constants))
+        result = function(*(next(rest) if is_given else None for is_given in given), *constants)
+        return [result] if isinstance(result, Tensor) else list(result)
 
     return of_present
 
@@ -238,10 +239,6 @@ def _vectors(tensors: Iterable[Tensor]) -> list[Tensor]:
 def _of_vectors(kernel: Kernel, scalars: list[bool]) -> Kernel:
     """Return the kernel for arguments as `_vectors` makes them; `scalars` says which of them were tensors ()."""
     return lambda *tensors: kernel(*(t.view(()) if s else t for t, s in zip(tensors, scalars, strict=True)))
-
-
-def listed(result: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
-    return [result] if isinstance(result, Tensor) else list(result)
 
 
 @cache

@@ -65,20 +65,16 @@ def sample_scale(norm2: Tensor, a2: float) -> Tensor:
     return torch.where(norm2 == 0, 0.0, torch.where(norm2 < math.inf, s, math.nan))
 
 
-def differentiable_scale(norm2: Tensor, a2: float) -> Tensor:
-    """Return `sample_scale` in a form for autograd.
+def factors(x: Tensor, axes: tuple[int, ...], a2: float) -> Tensor:
+    """Return the factors that give x the squared norm a2 over `axes`: `sample_scale`, in a form for autograd.
 
     An all-zero sample passes no gradient: the slope a/tiny of the definition would overflow float16. The square
     root never sees a number below tiny^2, so that derivatives of any order are finite.
     """
+    norm2 = x.square().sum(axes, keepdim=True) if axes else x.square()
     tiny = norm2 < TINY**2
     s = (torch.where(tiny, 1.0, norm2) / a2).rsqrt() * torch.where(tiny, 1 / TINY, 1.0)
     return torch.where(norm2 == 0, 0.0, torch.where(norm2 < math.inf, s, math.nan))
-
-
-def factors(x: Tensor, axes: tuple[int, ...], a2: float) -> Tensor:
-    """Return the factors that give x the squared norm a2 over `axes`."""
-    return differentiable_scale(x.square().sum(axes, keepdim=True) if axes else x.square(), a2)
 
 
 def normalized(x: Tensor, scale: Scale) -> Tensor:
@@ -99,15 +95,6 @@ def batch_norm(
     """Return batch norm of z, in the type of its parameters or statistics where it has any."""
     own = next((t.dtype for t in (weight, mean) if t is not None), z.dtype)
     return F.batch_norm(z.to(own), mean, var, weight, bias, training, momentum, eps)
-
-
-def line_of_running(
-    weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: Scalar
-) -> tuple[Tensor, Tensor]:
-    """Return slope and shift (C,) of y = slope z + shift by the running statistics."""
-    inv = 1 / (widened(var) + eps).sqrt()
-    k = inv if weight is None else inv * weight
-    return k, -widened(mean) * k if bias is None else bias - widened(mean) * k
 
 
 def update_running(

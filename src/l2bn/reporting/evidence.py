@@ -363,17 +363,14 @@ def unlike_devices(records: Iterable[Record]) -> str:
 
     A record that does not say its device is passed over.
     """
-    kinds: dict[int, list[frozenset[str]]] = defaultdict(list)
+    kinds: dict[int, list[set[str]]] = defaultdict(list)
     for record in records:
-        devices = [start["device"] for start in _starts(record) if "device" in start]
+        devices = {"CPU" if start["device"] == "cpu" else "GPU" for start in _starts(record) if "device" in start}
         if devices:
-            kinds[record.seed].append(frozenset("CPU" if device == "cpu" else "GPU" for device in devices))
+            kinds[record.seed].append(devices)
     # Two runs that both changed the device may have done so at different epochs.
-    seeds = [
-        str(seed)
-        for seed, found in sorted(kinds.items())
-        if len(found) > 1 and (len({*found}) > 1 or len(found[0]) > 1)
-    ]
+    several = ((seed, found) for seed, found in sorted(kinds.items()) if len(found) > 1)
+    seeds = [str(seed) for seed, found in several if len(set.union(*found)) > 1]
     return f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}" if seeds else ""
 
 

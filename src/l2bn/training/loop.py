@@ -28,10 +28,11 @@ CHECK_EVERY = 100  # steps between two checks that the loss is finite
 class DivergedError(Exception):
     """The loss or a weight is not finite; the message names epoch and step, counted from 1."""
 
-    @classmethod
-    def at(cls, epoch: int, step: float) -> "DivergedError":
-        """Return the error of an epoch and step, both counted from 0."""
-        return cls(f"the loss is not finite in epoch {epoch + 1}, step {step + 1:.0f}")
+
+def raise_if_diverged(epoch: int, bad_step: float | None) -> None:
+    """Raise DivergedError for a step whose loss was not finite, counted from 0; infinity and None are none."""
+    if bad_step is not None and math.isfinite(bad_step):
+        raise DivergedError(f"the loss is not finite in epoch {epoch + 1}, step {bad_step + 1:.0f}")
 
 
 class DelayedMin:
@@ -94,12 +95,6 @@ class Totals:
         dist.all_reduce(sums)
         dist.all_reduce(bad, dist.ReduceOp.MIN)
         return Totals(sums, bad)
-
-    def raise_if_diverged(self, epoch: int) -> None:
-        """Raise DivergedError if a loss was not finite."""
-        step = float(self.bad_step)
-        if math.isfinite(step):
-            raise DivergedError.at(epoch, step)
 
     def means(self, classes: int) -> tuple[float, float, float | None]:
         """Return loss, top-1 and top-5 accuracy in percent (None for fewer than 5 classes)."""
@@ -197,12 +192,10 @@ class Trainer:
             now = time.perf_counter()
             position.step, position.seconds, clock = step + 1, position.seconds + now - clock, now
             if position.step % CHECK_EVERY == 0:
-                bad_step = first_bad_step(totals.bad_step)
-                if bad_step is not None and math.isfinite(bad_step):
-                    raise DivergedError.at(epoch, bad_step)
+                raise_if_diverged(epoch, first_bad_step(totals.bad_step))
             clock += self.after_step(position)
         totals = totals.joined(self.fabric)
-        totals.raise_if_diverged(epoch)
+        raise_if_diverged(epoch, float(totals.bad_step))
         position.seconds += time.perf_counter() - clock
         return totals
 

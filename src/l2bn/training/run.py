@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import yaml
-from omegaconf import DictConfig
 from torch import nn
 
 from l2bn.data.loader import check_batch_size
@@ -33,7 +32,6 @@ from l2bn.training.plan import (
     differences,
     has_begun,
     make_folder,
-    plan_run,
     read_config,
 )
 from l2bn.training.session import BuiltRun, check_record, launch
@@ -46,11 +44,6 @@ OURS = ("l2bn.norms.", *(f"l2bn.backbones.{name}." for name in ("resnet", "vgg",
 
 PARTS = {"recipe": Recipe, "compute": Compute, "checkpoint": CheckpointPolicy, "analysis": AnalysisPolicy}
 """The nodes without a `_target_`, and what each describes."""
-
-
-def train_composed(config: DictConfig, hydra: Any) -> Record:
-    """Train the run that Hydra composed; `hydra` is the configuration's `hydra` node."""
-    return run(plan_run(config, hydra))
 
 
 def run(planned: PlannedRun, *, alone: bool = True, original: Path | None = None) -> Record:
