@@ -40,7 +40,7 @@ def tables(arguments: argparse.Namespace) -> Sequence[Problem]:
 
     published = arguments.runs.resolve() == RECORDS and arguments.out is None
     out = RESULTS / "tables" if published else arguments.out
-    evidence, reference = read_evidence(arguments.runs), read_reference(REFERENCE)
+    evidence, reference = read_evidence(arguments.runs, features=published), read_reference(REFERENCE)
     if published:
         text = README.read_text(encoding="utf-8")
         write_durably(README, readme_with_block(text, evidence, read_sets(SETS)[0]))

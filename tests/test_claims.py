@@ -349,26 +349,31 @@ def test_features_of_sound_are_not_pooled_with_those_of_images(number: int, tmp_
 @pytest.mark.parametrize(
     ("differences", "expected", "text"),
     [
-        ((SMALL, SMALL, SMALL), "supported", "+0.50 [+0.42, +0.58], 3 of 3 networks above 0, 3 significantly"),
+        (
+            (SMALL, SMALL, SMALL),
+            "supported",
+            "+0.50 [+0.42, +0.58], 3 of 3 networks above 0, 3 significantly (net0, net1, net2)",
+        ),
         (
             (minus(SMALL), minus(SMALL), minus(SMALL)),
-            *("contradicted", "−0.50 [−0.58, −0.42], 3 of 3 networks below 0, 3 significantly"),
+            *("contradicted", "−0.50 [−0.58, −0.42], 3 of 3 networks below 0, 3 significantly (net0, net1, net2)"),
         ),
         (((0.5, -0.6, 0.1), SMALL, minus(SMALL)), "not decided", "0.00 [−0.27, +0.27]"),
         (
             ((9.0, 9.1, 8.9), SMALL, minus(SMALL)),
             "not decided",
-            "+3.00 [+2.92, +3.08], 2 of 3 networks above 0, 2 significantly (significant on the other side: net2)",
+            "+3.00 [+2.92, +3.08], 2 of 3 networks above 0, 2 significantly (net0, net1) "
+            "(significant on the other side: net2)",
         ),
         (
             (minus((9.0, 9.1, 8.9)), SMALL, SMALL),
             "not decided",
-            "−2.67 [−2.75, −2.59], 1 of 3 networks below 0, 1 significantly "
+            "−2.67 [−2.75, −2.59], 1 of 3 networks below 0, 1 significantly (net0) "
             "(significant on the other side: net1, net2)",
         ),
         (  # a cell that is not significant may lie there
             ((9.0, 9.1, 8.9), SMALL, (-0.01, 0.1, -0.1)),
-            *("supported", "+3.17 [+3.08, +3.25], 2 of 3 networks above 0, 2 significantly"),
+            *("supported", "+3.17 [+3.08, +3.25], 2 of 3 networks above 0, 2 significantly (net0, net1)"),
         ),
         (((0.5, 0.5, 0.5),) * 3, "not decided", "+0.50 no spread"),
     ],
@@ -396,7 +401,10 @@ def test_divergence_counts_for_accuracy_and_is_not_replaced(gain: int, diverged:
     side = "supported" if gain > 0 else "contradicted"
     lost = (gain > 0) is (diverged == "l2bn")
     assert finding.verdict == ("not decided" if lost else side)
-    assert finding.text.endswith(")" if lost else " significantly")
+    assert (
+        finding.text.endswith(f"diverged: {int(diverged == 'l2bn')} of L2BN, {int(diverged == 'bn')} of BN)")
+        is lost
+    )
 
 
 def test_a_cell_without_any_pair_leaves_the_set_undecided(tmp_path: Path) -> None:
@@ -441,7 +449,8 @@ def test_later_seeds_give_a_second_estimate_beside_the_first(tmp_path: Path) -> 
     text = claims_markdown(read_evidence(tmp_path), [SET])
     assert of_accuracy(tmp_path).overall == first.overall
     assert "| 5 | L2BN improves the accuracy of various models on image classification. | not decided" in text
-    assert "| a set: supported, 18 runs: +0.50 [+0.42, +0.58], 3 of 3 networks above 0, 3 significantly |" in text
+    networks = "3 of 3 networks above 0, 3 significantly (net0, net1, net2)"
+    assert f"| a set: supported, 18 runs: +0.50 [+0.42, +0.58], {networks} |" in text
     _, overall = fixed_estimate([[*SMALL, -3.0, -3.1]] * 3)
     shown = f"{overall.mean:+.2f} [{overall.low:+.2f}, {overall.high:+.2f}], 15 pairs".replace("-", "−")
     assert f"Second estimate, with seeds 3, 4, which does not replace the first: {shown}." in text
@@ -592,7 +601,7 @@ def test_a_set_of_ones_own_is_judged_by_the_same_rule(tmp_path: Path, issue: Iss
     names = "label: My | set, dataset: cifar10, recipe: short, setting: 32-true"
     (tmp_path / "sets.yaml").write_text(f"sets: [{{{names}, backbones: [mine], seeds: [0, 1, 2]}}]")
     printed = issue("report", "claims", "--runs", tmp_path / "runs", "--sets", tmp_path / "sets.yaml").out
-    found = "supported, 6 runs: +1.00 [+0.75, +1.25], 1 of 1 network above 0, 1 significantly"
+    found = "supported, 6 runs: +1.00 [+0.75, +1.25], 1 of 1 network above 0, 1 significantly (mine)"
     assert rf"| My \| set: {found} |" in printed
     entry = f"{names}, backbones: [mine], seeds: [0, 1, 2]"
     other = entry.replace("My | set", "Half").replace("32-true", "bf16-mixed")

@@ -1,4 +1,4 @@
-"""The layer under the tools that know batch norm: the tests behind the README's table "Which tools work".
+"""The layer under the tools that know batch norm: the tests behind "Which tools work" in src/l2bn/norms/README.md.
 
 Compared is with the layer's own call. Where a tool would take the layer for batch norm alone, it must refuse.
 """
@@ -46,7 +46,7 @@ from l2bn import L2BatchNorm1d, L2BatchNorm2d, swap_norm
 from l2bn.norms import l2bn, l2bn_detached, l2bn_mean_norm, l2bn_position
 from l2bn.norms.stepped import NotBatchNormError
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[1] / "src/l2bn/norms/README.md"
 ROWS = {
     "`torch.fx`, feature extractors of torchvision and timm": [
         "test_fx_sees_one_node",

@@ -10,6 +10,7 @@ import re
 import runpy
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -25,7 +26,7 @@ from l2bn.errors import UserError
 from l2bn.records import ENVIRONMENT, SUMMARY, natural_order
 from l2bn.reporting.claims import CLAIMS, claims_markdown
 from l2bn.reporting.comparison import arms_of, by_cell, grid, other_norms, pooled
-from l2bn.reporting.evidence import Evidence, read_evidence
+from l2bn.reporting.evidence import BN, L2BN, Evidence, read_evidence
 from l2bn.reporting.figures import curves, differences
 from l2bn.reporting.formatting import Table, csv_text, in_words, interval, latex, markdown, probability
 from l2bn.reporting.readme import BEGIN, END, readme_with_block
@@ -33,7 +34,7 @@ from l2bn.reporting.reference import Reference, RunSet, read_reference, read_set
 from l2bn.reporting.statistics import Estimate
 from l2bn.reporting.tables import documents
 from l2bn.reporting.terminal import norms_table
-from synthetic_records import write_pairs, write_run
+from synthetic_records import write_features, write_pairs, write_run
 
 SCRIPT = ROOT / "scripts/report.py"
 REFERENCE = ROOT / "results/reference/baselines.yaml"
@@ -794,7 +795,7 @@ def test_the_readme_answers_from_the_first_set_as_its_runs_end(tmp_path: Path) -
     text = readme_of(tmp_path / "records")
     # s = 0.1 over 6 degrees of freedom: 2.447 * 0.1 / 3 = 0.08.
     estimate = "L2BN − BN is +0.50 points of test top-1, 95 % interval [+0.42, +0.58]"
-    sides = "by a spread pooled over the networks, 3 of 3 networks above 0, 3 significantly"
+    sides = "by a spread pooled over the networks, 3 of 3 networks above 0, 3 significantly (net0, net1, net2)"
     pairs = f"{sides}, n = 9 pairs, diverged: 0 of BN, 0 of L2BN"
     assert f"is supported**: {estimate}, {pairs}." in text
     # The means 0.4, 0.5 and 0.6: t(2) * 0.1 / sqrt(3) = 4.303 * 0.0577 = 0.25.
@@ -834,6 +835,22 @@ def test_the_readme_gives_each_interval_with_its_own_mean(tmp_path: Path) -> Non
     assert "there is no interval yet: fewer than 3 networks have 3 pairs of 30 epochs or more" in text
 
 
+def test_the_readme_has_the_verdicts_on_features_of_the_set(tmp_path: Path) -> None:
+    """The lines are those of claims.md, and wait for the runs as they do."""
+    for norm, shift in ((BN, 0.0), (L2BN, -0.02)):
+        for net, seed in product(SET.backbones, SET.seeds):
+            run = write_run(tmp_path, norm=norm, backbone=net, seed=seed, recipe="cosine_30", epochs=30)
+            write_features(run, within_share=0.3 + shift + seed / 100 + (norm == L2BN) * seed / 1000)
+    text = readme_with_block(f"{BEGIN}\n{END}", read_evidence(tmp_path, features=True), SET)
+    more_compact = (
+        "\n  - L2BN makes the features of a class more compact. within\\_share, L2BN − BN: supported, 18 runs: "
+    )
+    assert f"{more_compact}−0.0190 [" in text
+    assert "3 of 3 networks below 0, 3 significantly (net0, net1, net2)." in text
+    without = readme_of(tmp_path)  # as if the features had not been measured
+    assert "more compact. within\\_share, L2BN − BN: not decided, 0 of 18 runs; 18 ended without" in without
+
+
 def test_every_column_is_defined_in_the_results_readme(tmp_path: Path) -> None:
     text = (ROOT / "results/README.md").read_text()
     defined = set(re.findall(r"`([a-z0-9_*]+)`", text))
@@ -850,7 +867,7 @@ def test_every_column_is_defined_in_the_results_readme(tmp_path: Path) -> None:
 def test_the_committed_tables_and_the_readme_are_what_the_records_give() -> None:
     """`make tables` brings them up to date."""
     folder = ROOT / "results/records"
-    evidence = read_evidence(folder) if folder.is_dir() else Evidence([])
+    evidence = read_evidence(folder, features=True) if folder.is_dir() else Evidence([])
     assert evidence.problems == []
     expected = documents(evidence, PUBLISHED)
     committed = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "results/tables").iterdir()}

@@ -330,13 +330,14 @@ class SetFinding:
 
     @property
     def sides(self) -> str:
-        """Count the networks on the side of the interval, and those significantly; empty where it has no side."""
+        """Count the networks on the side of the interval, and name those significantly; empty without a side."""
         side = self.overall.side
         if not side:
             return ""
         alike = sum(side * (one.mean or 0.0) > 0 for one in self.estimates)
         networks = f"{alike} of {plural('network', len(self.cells))} {'above' if side > 0 else 'below'} 0"
-        return f"{networks}, {len(self.significant(side))} significantly"
+        found = self.significant(side)
+        return f"{networks}, {len(found)} significantly" + (f" ({', '.join(found)})" if found else "")
 
     @property
     def text(self) -> str:
@@ -378,24 +379,29 @@ def judge_set(question: Question, run_set: RunSet, arms: Sequence[Arm]) -> SetFi
 
 OF_ALL_SETS = (
     "Significantly: p (Holm) below 0.05. All intervals and p of the following tables go by s, the deviation pooled "
-    "within the cells, which the last row of a table gives; other tables and figures go by each cell's own "
-    "deviation, so their intervals differ. The last p is not corrected."
+    "within the cells, which the last row of a table gives; other tables go by each cell's own deviation, so their "
+    "intervals differ. The last p is not corrected."
 )
 
 
 def sets_section(arms: Sequence[Arm], sets: Sequence[RunSet]) -> list[str]:
-    """The verdicts of all sets as a table, and the estimates of the complete ones, as Markdown."""
+    """The verdicts of the sets that have runs as a table, and the estimates of complete ones, as Markdown."""
     asked = {claim.number: claim.question for claim in CLAIMS if claim.question}
-    rows, estimates = [], []
+    rows, estimates, absent = [], [], []
     for run_set in sets:
         findings = {number: judge_set(question, run_set, arms) for number, question in asked.items()}
-        rows.append((run_set.label, *(finding.text for finding in findings.values())))
+        if any(finding.ended or finding.doubts for finding in findings.values()):
+            rows.append((run_set.label, *(finding.text for finding in findings.values())))
+        else:
+            absent.append(f"{run_set.label} ({max(finding.wanted for finding in findings.values())} runs)")
         for number, finding in findings.items():
             if finding.estimates:
                 table = markdown(_set_table(finding))
                 estimates += [f"### Claim {number} on {run_set.label}", table, *_second(finding, arms)]
     columns = ("Set", *(f"Claim {number}" for number in asked))
-    return [markdown(Table(columns, rows, names=len(columns))), *([OF_ALL_SETS] if estimates else []), *estimates]
+    parts = [markdown(Table(columns, rows, names=len(columns)))] if rows else []
+    parts += [f"Without runs yet, so not decided: {', '.join(absent)}."] if absent else []
+    return [*parts, *([OF_ALL_SETS] if estimates else []), *estimates]
 
 
 def _second(first: SetFinding, arms: Sequence[Arm]) -> list[str]:
@@ -509,8 +515,9 @@ TERMS = (
     f"{FULL_EPOCHS} epochs and {MIN_PAIRS} pairs of equal seed on. within\\_share is the share of the features' "
     "variance that lies within classes (smaller: more compact), angle\\_mean the mean angle between class means "
     "(larger: more distinct), both of the features before the classifier; l2bn\\_mean\\_norm is a control with "
-    "L2BN's scale and unequal norms; norm cv is the standard deviation over the mean of the samples' norms at the "
-    "inputs of norm layers ([measures](README.md#measures-of-features), "
+    "L2BN's scale and unequal norms. Claim 1 is judged by within\\_share, not by angle\\_mean; on which network a "
+    "verdict rests is [computed apart](README.md#two-rules-for-a-verdict). Norm cv is the standard deviation over "
+    "the mean of the samples' norms at the inputs of norm layers ([measures](README.md#measures-of-features), "
     "[rules](README.md#two-rules-for-a-verdict))."
 )
 

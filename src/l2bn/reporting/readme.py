@@ -4,9 +4,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from l2bn.errors import UserError
-from l2bn.reporting.claims import ACCURATE, MIN_BACKBONES, for_other_networks, is_counted, judge_others, judge_set
-from l2bn.reporting.comparison import FULL_EPOCHS, Comparison, arms_of, grid
-from l2bn.reporting.evidence import Evidence
+from l2bn.reporting.claims import (
+    ACCURATE,
+    CLAIMS,
+    MIN_BACKBONES,
+    for_other_networks,
+    is_counted,
+    judge_others,
+    judge_set,
+)
+from l2bn.reporting.comparison import FULL_EPOCHS, Arm, Comparison, arms_of, grid
+from l2bn.reporting.evidence import BN, Evidence
 from l2bn.reporting.formatting import escape_markdown, interval, markdown, plural, signed
 from l2bn.reporting.reference import RunSet
 from l2bn.reporting.statistics import MIN_PAIRS, Estimate
@@ -24,19 +32,19 @@ def readme_with_block(readme: str, evidence: Evidence, run_set: RunSet) -> str:
     _, closed, after = rest.partition(END)
     if not found or not closed or BEGIN in after or END in after:
         raise UserError(f"the README must hold the lines {BEGIN} and {END} once, in this order")
-    every = [row for row in grid(arms_of(evidence)) if row.cell.task == "images"]
+    arms = arms_of(evidence)
+    every = [row for row in grid(arms) if row.cell.task == "images"]
     rows = [row for row in every if run_set.holds(row.cell)]
     table = grid_table(rows)
     table = replace(table, notes=[" ".join(table.notes)] if table.notes else [])
-    parts = [BEGIN, _answer(every, run_set), markdown(table).strip("\n")]
+    parts = [BEGIN, _answer(every, run_set, arms), markdown(table).strip("\n")]
     if any(row.differences() for row in rows):
         parts.append(f"![Paired differences, {run_set.label}](results/figures/{run_set.figures[0]}.png)")
     return before + "\n\n".join(parts) + f"\n\n{END}{after}"
 
 
-def _answer(every: Sequence[Comparison], run_set: RunSet) -> str:
+def _answer(every: Sequence[Comparison], run_set: RunSet, arms: Sequence[Arm]) -> str:
     """The estimate for these networks with n, interval and verdict, and that for other networks from every cell."""
-    arms = [arm for row in every for arm in row.arms]
     these, others = judge_set(ACCURATE, run_set, arms), for_other_networks(every)
     found = f"open** until all {these.wanted} runs have ended ({these.ended} have)"
     if these.estimates:
@@ -44,7 +52,7 @@ def _answer(every: Sequence[Comparison], run_set: RunSet) -> str:
         lost = f"diverged: {these.diverged[0]} of BN, {these.diverged[1]} of L2BN"
         spread = "" if these.overall.reason else ", by a spread pooled over the networks"
         against = f" ({these.against})" if these.against else ""
-        sides = f"{these.sides}, " if these.sides else ""
+        sides = f"{escape_markdown(these.sides)}, " if these.sides else ""
         found = (
             f"{these.verdict}**{against}: L2BN − BN is {_points(these.overall)}{spread}, {sides}n = {pairs}, {lost}"
         )
@@ -64,12 +72,27 @@ def _answer(every: Sequence[Comparison], run_set: RunSet) -> str:
         f"- **On average over {escape_markdown(networks)}, the claim that L2BN improves accuracy is {found}.\n"
         f"- For other networks {where}, {beyond}.\n"
         "- Contradicted: the whole interval of these networks lies below 0, no network is significantly above, and "
-        "L2BN diverged no less often; supported: the mirror case; else not decided. The interval goes by the "
-        "spread pooled over the networks, those of the table by each network's own, so that each may contain 0. "
-        "[claims.md](results/claims.md) has both rules and the verdicts on the paper's other claims. "
-        "[results/README.md](results/README.md#two-rules-for-a-verdict) says when the rules were fixed and what "
-        "was changed later."
+        "L2BN diverged no less often; supported: the mirror case; else not decided. The interval and what is "
+        "significant go by the spread pooled over the networks (thick in the figure), intervals and p of the table "
+        "by each network's own. [claims.md](results/claims.md) has both rules; "
+        "[results/README.md](results/README.md#two-rules-for-a-verdict) says when they were fixed and what was "
+        "changed later.\n"
+        "- The paper's claims about features, for the same networks (within\\_share: share of the variance within "
+        "classes, smaller is more compact; angle\\_mean: angle between class means, degrees):\n"
+        f"{_about_features(run_set, arms)}"
     )
+
+
+def _about_features(run_set: RunSet, arms: Sequence[Arm]) -> str:
+    """A line for each claim about features: its verdict for a set, in its primary measure against its reference."""
+    lines = []
+    for claim in CLAIMS:
+        if claim.question and claim.question != ACCURATE:
+            measure = claim.question.quantity.rpartition("/")[2]
+            reference = "BN" if claim.question.reference == BN else claim.question.reference
+            found = judge_set(claim.question, run_set, arms).text
+            lines.append(f"  - {escape_markdown(f'{claim.text} {measure}, L2BN − {reference}: {found}.')}")
+    return "\n".join(lines)
 
 
 def _points(result: Estimate) -> str:
