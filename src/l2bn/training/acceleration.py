@@ -2,7 +2,7 @@
 
 A CUDA graph is the kernels of a training step, recorded once and replayed at every later step. The host needs
 longer to launch the kernels of a small network one by one than the GPU to run them; it launches a graph at once.
-Figures are in results/README.md.
+Figures are in results/benchmarks/README.md.
 """
 
 import gc
@@ -228,8 +228,8 @@ def keep_in_float32(network: nn.Module) -> None:
     """Make autocast leave in float32 the convolutions whose gradients are slow in bfloat16 on a CPU.
 
     Those with fewer than eight channels a group and a stride or a kernel above 3 x 3, such as the strided depthwise
-    convolutions of MobileNetV2 and ShuffleNetV2; results/README.md has the times. In place: the layers change their
-    class. Subclasses of `nn.Conv2d` stay as they are. Warns if the processor has no bfloat16 at all.
+    convolutions of MobileNetV2 and ShuffleNetV2; results/benchmarks/README.md has the times. In place: the layers
+    change their class. Subclasses of `nn.Conv2d` stay as they are. Warns if the processor has no bfloat16 at all.
     """
     if not computes_bfloat16():
         log.warning("this processor has no bfloat16 instructions; compute.precision=32-true is faster")
