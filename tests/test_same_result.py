@@ -7,6 +7,7 @@ has to keep it small there.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,9 +30,9 @@ from l2bn.records import Fingerprint
 from l2bn.seeding import generator
 from l2bn.training.compute import Compute
 from l2bn.training.loop import DelayedMin, Position, Trainer
-from l2bn.training.optim import MultiStep, Recipe
+from l2bn.training.optim import Cosine, Recipe
 
-STEPS, BATCH, SIZE, SEED, EPOCH = 20, 8, 12, 0, 1
+STEPS, BATCH, SIZE, SEED, EPOCH, EPOCHS = 20, 8, 12, 0, 1, 3
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 
@@ -68,7 +69,7 @@ class Net(nn.Module):
 
 
 def recipe(lr: float) -> Recipe:
-    return replace(workload.recipe(BATCH, epochs=1, lr=lr), schedule=MultiStep(milestones=[2]))
+    return replace(workload.recipe(BATCH, EPOCHS, lr), schedule=Cosine())
 
 
 def compute(device: str = "cpu", **options: Any) -> Compute:
@@ -154,7 +155,9 @@ def of_the_plain_loop(net: Net, lr: float) -> Tensor:
     net.train()
     optimizer = torch.optim.SGD(net.parameters(), lr, 0.9, weight_decay=5e-4, nesterov=True, foreach=False)
     losses = []
-    for images, labels in plain_batches():
+    for step, (images, labels) in enumerate(plain_batches()):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * (EPOCH + step / STEPS) / EPOCHS))
         loss = F.cross_entropy(net(images), labels)
         optimizer.zero_grad()
         loss.backward()
