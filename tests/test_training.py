@@ -60,14 +60,21 @@ def test_a_run_that_is_short_for_its_norm_and_its_schedule_says_so(
     assert "milestones 100, 150" in caplog.text
 
 
-def test_both_arms_start_from_the_same_weights(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_arms_start_from_the_same_weights_and_see_the_same_batches(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a seed that both have, from which dropout and mixup follow too."""
     starts = []
-    monkeypatch.setattr(Trainer, "fit", lambda self, position: starts.append(self.network.state_dict()))
+
+    def noted(self: Trainer, _: Any) -> None:
+        starts.append((self.seed, self.network.state_dict(), list(self.train.epoch(0)), list(self.train.epoch(1))))
+
+    monkeypatch.setattr(Trainer, "fit", noted)
     monkeypatch.setattr(State, "save_weights", lambda *_: pytest.fail("far enough"))
     for norm in ("bn", "l2bn"):
         with pytest.raises(pytest.fail.Exception):
             train(f"norm={norm}", *TINY)
-    assert equal(*starts)
+    torch.testing.assert_close(*starts, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -217,6 +224,8 @@ def test_the_record_holds_what_the_run_was(train: Train) -> None:
     assert record.train_images == 256
     assert record.updates == 16
     assert record.metrics()[-1] == record.last
+    # Of an epoch's last step: 7/16 and 15/16 of the run, of which the last three quarters fall linearly to 0.
+    assert [row["lr"] for row in record.metrics()] == pytest.approx([0.1 * 3 / 4, 0.1 / 12])
     assert len(read_metrics(record.folder / METRICS)) == 2
     facts = json.loads((record.folder / "env.json").read_text())["starts"]
     assert len(facts) == 1
@@ -299,10 +308,19 @@ def test_under_mixup_training_accuracy_is_of_the_images_with_the_larger_share() 
     assert 0 < sum(counted) < 20
 
 
-def test_dropout_and_mixup_follow_from_seed_and_place(train: Train, tmp_path: Path) -> None:
-    """What is drawn from the global generators before an update must not reach it."""
-    options = ("backbone=mobilenetv2_x0_5", "norm=bn", "recipe.mixup=0.2", "recipe.epochs=1", *TINIEST, *QUIET)
-    one = train(*options)
-    torch.manual_seed(12345)
-    other = train(*options, f"runs_dir={tmp_path / 'again'}")
-    same(one, other)
+def test_dropout_and_mixup_follow_from_seed_and_place(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed run draws what the whole run draws there, and no two updates draw alike."""
+    options = ("backbone=mobilenetv2_x0_5", "norm=bn", "recipe.mixup=0.2", EPOCHS, *TINIEST, *QUIET)
+    interrupted(3, train, *options)
+    resumed = train(*options)
+    seeds, forward = [], Trainer.forward
+
+    def noted(self: Trainer, *arguments: Any) -> Any:
+        seeds.append(torch.initial_seed())
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "forward", noted)
+    same(resumed, train(*options, f"runs_dir={tmp_path / 'whole'}"))
+    assert len(set(seeds)) == 4
