@@ -93,14 +93,21 @@ def test_exponential_falls_by_its_factor_each_epoch() -> None:
     assert Exponential(gamma=0.98)(17.5, 300) == pytest.approx(0.98**17)
 
 
-def test_one_cycle_peaks_at_its_share_and_ends_at_zero() -> None:
-    schedule = OneCycle(peak=0.25)
-    values = [schedule(i / 100, 1) for i in range(101)]
-    assert values[0] == pytest.approx(1 / 25)
-    assert max(values) == values[25] == 1
-    assert values[100] == 0
-    assert values[:26] == sorted(values[:26])
-    assert values[25:] == sorted(values[25:], reverse=True)
+@pytest.mark.parametrize("peak", [0.25, 0.5])
+def test_one_cycle_is_two_lines_that_meet_at_its_peak(peak: float) -> None:
+    places = np.linspace(0, 1, 101)
+    factors = [OneCycle(peak=peak)(8 * place, 8) for place in places]
+    np.testing.assert_allclose(factors, np.interp(places, [0, peak, 1], [1 / 25, 1, 0]), atol=1e-12)
+
+
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.7, False), (0.8, True)])
+def test_the_optimizer_has_the_values_of_the_recipe(momentum: float, nesterov: bool) -> None:
+    recipe = Recipe(
+        **SETTINGS | {"lr": 0.3, "momentum": momentum, "nesterov": nesterov, "decay_norm_and_bias": False}
+    )
+    groups = recipe.optimizer(nn.Linear(4, 2)).param_groups
+    values = [(group["lr"], group["momentum"], group["nesterov"], group["weight_decay"]) for group in groups]
+    assert values == [(0.3, momentum, nesterov, 5e-4), (0.3, momentum, nesterov, 0)]
 
 
 def test_weight_decay_may_spare_norms_and_biases() -> None:
