@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
+from scipy.stats import beta, kstest
 
 from conftest import (
     EPOCHS,
@@ -294,18 +295,30 @@ def test_without_a_posix_system_the_layer_works_and_training_says_what_it_needs(
     assert not list(tmp_path.iterdir())
 
 
-def test_under_mixup_training_accuracy_is_of_the_images_with_the_larger_share() -> None:
-    """A network that names the stronger image of every mixture has 100 percent."""
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("mixup", [0.0, 0.4])
+def test_the_loss_is_cross_entropy_with_mixed_and_smoothed_labels(mixup: float, smoothing: float) -> None:
+    """Each image is the indicator of its own label, so that a mixture of images is that of their labels.
+
+    A network that names the stronger image of every mixture has 100 percent.
+    """
     settings = SimpleNamespace(
-        recipe=SimpleNamespace(label_smoothing=0.0, mixup=0.4), model=torch.nn.Identity(), seed=0
+        recipe=SimpleNamespace(label_smoothing=smoothing, mixup=mixup), model=torch.nn.Identity(), seed=0
     )
-    images, labels = torch.eye(8), torch.arange(8)
-    counted = []
-    for step in range(20):
-        _, logits, named = Trainer.forward(settings, images, labels, 0, step)  # type: ignore[arg-type]
-        assert torch.equal(logits.argmax(1), named)
-        counted.append(torch.equal(named, labels))
-    assert 0 < sum(counted) < 20
+    images, labels = torch.eye(8, dtype=torch.float64), torch.arange(8)
+    shares = []
+    for place in itertools.product(range(2), range(100)):
+        loss, mixed, named = Trainer.forward(settings, images, labels, *place)  # type: ignore[arg-type]
+        assert torch.equal(mixed.argmax(1), named)
+        shares.append(mixed[0, 0].item())
+        torch.testing.assert_close(mixed, shares[-1] * images + (1 - shares[-1]) * images.flip(0))
+        targets = (1 - smoothing) * mixed + smoothing / 8
+        torch.testing.assert_close(loss, -(targets * mixed.log_softmax(1)).sum(1).mean())
+    if mixup == 0:
+        assert set(shares) == {1.0}
+    else:
+        assert len(set(shares)) == 200, "two places have one share"
+        assert kstest(shares, beta(mixup, mixup).cdf).pvalue > 0.01
 
 
 def test_dropout_and_mixup_follow_from_seed_and_place(
