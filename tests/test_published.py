@@ -1,13 +1,16 @@
-"""Published records stay those of today's configurations: identities, hashes and cells."""
+"""Published records stay those of today's configurations: identities, hashes and cells; published recipes too."""
 
+import math
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import yaml
 
-from conftest import ROOT
+from conftest import ROOT, planned
 from l2bn.records import SUMMARY, Record
 from l2bn.reporting.evidence import overrides
+from l2bn.training.optim import Recipe
 from l2bn.training.plan import composing, hash_identity
 from l2bn.training.sweep import compose_sweep, plan_sweep
 
@@ -43,3 +46,57 @@ def test_todays_configurations_give_the_published_hashes(cell: Path) -> None:
         f"{r.dataset}/{r.backbone}/{r.norm}/{r.recipe}/seed{r.seed}" for r in records
     ]
     assert [run.hash for run in runs] == [record.hash for record in records]
+
+
+# What the sources of results/reference/baselines.yaml state of each recipe, by the comments there and in its
+# YAML: values, and the learning rate after so many epochs. None of them names label smoothing or mixup.
+STATED = {
+    "cosine_200": (
+        {"epochs": 200, "batch_size": 256, "momentum": 0.9, "nesterov": True}
+        | {"weight_decay": 5e-4, "decay_norm_and_bias": True},
+        {epoch + 0.9: 0.1 * (1 + math.cos(math.pi * epoch / 200)) / 2 for epoch in range(200)},
+    ),
+    "step_200": (
+        {"epochs": 200, "batch_size": 128, "momentum": 0.9, "nesterov": False}
+        | {"weight_decay": 1e-4, "decay_norm_and_bias": True},
+        {0: 0.1, 99.9: 0.1, 100: 0.01, 149.9: 0.01, 150: 0.001, 199.9: 0.001},
+    ),
+    "imagenet_90": (
+        {"epochs": 90, "batch_size": 8 * 32, "momentum": 0.9, "weight_decay": 1e-4},
+        {0: 0.1, 29.9: 0.1, 30: 0.01, 59.9: 0.01, 60: 0.001, 89.9: 0.001},
+    ),
+    "imagenet_mobilenet_300": (
+        {"epochs": 300, "batch_size": 8 * 32, "momentum": 0.9, "weight_decay": 4e-5},
+        {epoch + 0.9: 0.045 * 0.98**epoch for epoch in range(300)},
+    ),
+}
+
+
+def test_the_recipes_behind_published_accuracies_are_all_compared() -> None:
+    sources = yaml.safe_load((ROOT / "results/reference/baselines.yaml").read_text())["bn"]
+    assert {source["recipe"] for source in sources} - {None} == STATED.keys()
+
+
+@pytest.mark.parametrize("name", STATED)
+def test_a_recipe_is_what_its_source_states(name: str) -> None:
+    (run,) = planned(f"recipe={name}")
+    stated, rates = STATED[name]
+    stated = stated | {"label_smoothing": 0.0, "mixup": 0.0}
+    assert {key: run.config["recipe"][key] for key in stated} == stated
+    recipe = run.builder.call(Recipe, run.config["recipe"], "recipe")
+    assert {epoch: recipe.learning_rate(epoch) for epoch in rates} == pytest.approx(rates)
+
+
+def test_resnet110_begins_at_a_tenth_of_its_learning_rate() -> None:
+    """For an epoch, as He et al. 2016 state (0.01 for about 400 updates)."""
+    (run,) = planned("recipe=step_200", "backbone=resnet110")
+    recipe = run.builder.call(Recipe, run.config["recipe"], "recipe")
+    rates = {0: 0.01, 0.99: 0.01, 1: 0.1, 99.9: 0.1, 100: 0.01}
+    assert {epoch: recipe.learning_rate(epoch) for epoch in rates} == pytest.approx(rates)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_the_published_augmentation_of_cifar_is_a_crop_padded_by_4_and_a_flip(name: str) -> None:
+    (run,) = planned(f"dataset={name}")
+    augmentation = {"_target_": "l2bn.data.augment.CropFlip", "padding": 4, "flip": True}
+    assert run.config["dataset"]["augmentation"] == augmentation
