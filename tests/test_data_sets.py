@@ -1,5 +1,6 @@
 """Every data set of configs/dataset is built from a small stand-in in its official format, and makes batches."""
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,17 @@ def test_a_data_set_is_what_its_file_says_and_makes_batches(name: str, tmp_path:
     assert torch.isfinite(images).all()
     test = evaluation_loader(splits.test, splits=splits, batch_size=8, device="cpu")
     assert sum(len(labels) for _, labels in test.epoch(0)) == len(splits.test)
+
+
+def test_the_digits_are_those_of_the_published_records() -> None:
+    """Which of them are for testing, and their pixels, which no machine rounds: they are multiples of 255/1024."""
+    splits = build("digits", [])
+    content = hashlib.sha256()
+    for split in (splits.train, splits.test):
+        assert isinstance(split, Images)
+        content.update(split.images.contiguous().numpy())
+        content.update(split.labels.numpy())
+    assert content.hexdigest()[:16] == "e77ebbdc94687233"
 
 
 @pytest.mark.parametrize("name", NAMES)

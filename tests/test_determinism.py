@@ -4,6 +4,7 @@ That progress shown or not changes nothing, and that a stop changes nothing, is 
 """
 
 import functools
+import hashlib
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,6 +72,11 @@ def test_a_place_in_the_run_has_a_seed_of_its_own() -> None:
     ]
     assert len({derive_seed(seed, "step", *place) for seed, *place in places}) == len(places) == 10_000
     assert derive_seed(0, "step", 1, 2, 3) == derive_seed(0, "step", 1, 2, 3)
+
+
+def test_a_seed_of_a_place_is_the_one_that_published_records_have() -> None:
+    digest = hashlib.blake2b(b"3:augmentation:1:20", digest_size=8).hexdigest()
+    assert derive_seed(3, "augmentation", 1, 20) == int(digest, 16) // 2
 
 
 def keep_mask(module: nn.Module, inputs: tuple[Tensor], output: Tensor, *, folder: Path) -> None:
