@@ -9,8 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -32,11 +34,11 @@ from conftest import (
     weights,
 )
 from l2bn.backbones.resnet import cifar_resnet
-from l2bn.records import METRICS, read_metrics
+from l2bn.records import METRIC_KEYS, METRICS, read_metrics
 from l2bn.seeding import derive_seed
 from l2bn.training import session
 from l2bn.training.checkpoint import Checkpoints, State
-from l2bn.training.loop import Trainer, peak_memory
+from l2bn.training.loop import Position, Totals, Trainer, peak_memory
 from l2bn.training.run import build_run
 
 
@@ -234,6 +236,28 @@ def test_the_record_holds_what_the_run_was(train: Train) -> None:
     facts = json.loads((record.folder / "env.json").read_text())["starts"]
     assert len(facts) == 1
     assert torch.__version__.startswith(facts[0]["packages"]["torch"])
+
+
+def test_the_record_tells_the_last_epoch_from_the_best() -> None:
+    (run,) = planned(EPOCHS, *TINIEST)
+    row = dict.fromkeys(METRIC_KEYS, 1.0)
+    rows = [{**row, "epoch": 1, "step": 2, "test/top1": 60.0}, {**row, "epoch": 2, "step": 4, "test/top1": 50.0}]
+    record = session.make_record(build_run(run), Position(epoch=2, rows=rows), "stock", None)
+    assert [record.best, record.last] == rows
+    assert (record.updates, record.seconds) == (4, 2.0)
+
+
+def test_accuracies_and_losses_are_means_over_images_not_over_batches() -> None:
+    """Of eight images, in batches of five and three, whose labels have these places among the logits."""
+    images, places = np.arange(8), [1, 0, 4, 9, 0, 3, 5, 2]
+    logits = np.random.default_rng(0).normal(size=(8, 10))
+    labels = np.argsort(-logits)[images, places]
+    totals = Totals.zeros(torch.device("cpu"))
+    for step, part in enumerate((slice(5), slice(5, 8))):
+        batch = torch.tensor(logits[part]), torch.tensor(labels[part])
+        totals.add(step, F.cross_entropy(*batch), *batch)
+    losses = np.log(np.exp(logits).sum(1)) - logits[images, labels]
+    assert totals.means(10) == pytest.approx((losses.mean(), 100 * 2 / 8, 100 * 6 / 8))
 
 
 def test_tensorboard_holds_the_same_numbers(trained: Train) -> None:
