@@ -4,6 +4,7 @@ import codecs
 import csv
 import io
 import json
+import math
 import os
 import random
 import re
@@ -20,19 +21,20 @@ import pytest
 import yaml
 from matplotlib.text import Text
 from rich.console import Console
+from scipy import stats
 
 from conftest import ROOT, Issue
 from l2bn.errors import UserError
 from l2bn.records import ENVIRONMENT, SUMMARY, natural_order
 from l2bn.reporting.claims import CLAIMS, claims_markdown
-from l2bn.reporting.comparison import arms_of, by_cell, grid, other_norms, pooled
+from l2bn.reporting.comparison import FULL_EPOCHS, arms_of, by_cell, grid, other_norms, pooled
 from l2bn.reporting.evidence import BN, L2BN, Evidence, read_evidence
 from l2bn.reporting.figures import curves, differences
 from l2bn.reporting.formatting import Table, csv_text, in_words, interval, latex, markdown, probability
 from l2bn.reporting.readme import BEGIN, END, readme_with_block
 from l2bn.reporting.reference import Reference, RunSet, read_reference, read_sets
-from l2bn.reporting.statistics import Estimate
-from l2bn.reporting.tables import documents
+from l2bn.reporting.statistics import MIN_PAIRS, Estimate, pooled_spread, seeds_needed
+from l2bn.reporting.tables import TARGET, documents
 from l2bn.reporting.terminal import norms_table
 from synthetic_records import write_features, write_pairs, write_run
 
@@ -874,6 +876,20 @@ def test_the_committed_tables_and_the_readme_are_what_the_records_give() -> None
     assert committed == expected
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme == readme_with_block(readme, evidence, read_sets(ROOT / "results/reference/sets.yaml")[0])
+
+
+def test_the_readme_says_what_three_seeds_show_and_how_many_a_small_difference_takes() -> None:
+    """In long runs and in short ones, by the spreads of the records."""
+    rows = [row for row in grid(arms_of(read_evidence(ROOT / "results/records"))) if row.cell.task == "images"]
+    reaches, seeds = [], []
+    for full in (True, False):
+        spread = pooled_spread([row.differences() for row in rows if row.full_length is full])
+        assert spread is not None
+        reaches.append(f"±{stats.t.ppf(0.975, MIN_PAIRS - 1) * spread.std / math.sqrt(MIN_PAIRS):.1f}")
+        seeds.append(str(seeds_needed(spread.std, TARGET)))
+    stated = " ".join([reaches[0], str(FULL_EPOCHS), reaches[1], str(TARGET), *seeds])
+    paragraphs = (ROOT / "README.md").read_text(encoding="utf-8").split("\n\n")
+    assert any(stated in " ".join(re.findall(r"±?\d+(?:\.\d+)?", text)) for text in paragraphs), stated
 
 
 def test_reporting_never_loads_torch() -> None:
