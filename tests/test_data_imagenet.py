@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import binomtest
 
 from l2bn.data.imagenet import evaluation_transform, imagenet, training_transform
 from l2bn.data.loader import evaluation_loader, training_loader
@@ -82,6 +83,21 @@ def test_evaluation_shows_the_centre_and_training_windows_of_it() -> None:
     crops = [training_transform(28)(image) for _ in range(6)]
     assert all((crop.shape, crop.dtype) == ((3, 28, 28), torch.uint8) for crop in crops)
     assert len({crop.sum().item() for crop in crops}) > 1
+
+
+def test_training_windows_have_8_to_100_percent_of_the_area_and_half_of_them_are_mirrored() -> None:
+    """Of an image whose pixels tell their column and their row."""
+    ramp = torch.arange(256, dtype=torch.uint8).expand(256, 256)
+    image = torch.stack([ramp, ramp.T, ramp])
+    transform = training_transform(32)
+    torch.manual_seed(0)
+    corners = torch.stack([transform(image)[:2, ::31, ::31] for _ in range(1000)]).double()
+    width = (corners[:, 0, 0, 1] - corners[:, 0, 0, 0]) / 256 * 32 / 31  # below 0 in a mirror
+    height = (corners[:, 1, 1, 0] - corners[:, 1, 0, 0]) / 256 * 32 / 31
+    assert binomtest(int((width < 0).sum()), 1000).pvalue > 0.01
+    area, proportion = width.abs() * height, width.abs() / height
+    assert (float(area.min()), float(area.max())) == pytest.approx((0.08, 1), abs=0.03)
+    assert (float(proportion.min()), float(proportion.max())) == pytest.approx((3 / 4, 4 / 3), abs=0.05)
 
 
 def test_evaluation_resizes_224_from_256() -> None:
