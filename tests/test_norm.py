@@ -297,16 +297,15 @@ def test_running_variance_lags_until_two_hundred_updates(caplog: pytest.LogCaptu
     torch.manual_seed(0)
     layer = L2BatchNorm2d(16, fused="off")
     x = torch.randn(8, 16, 32, 32)
-    deviation = {}
+    variance, eps = 1 / (16 * 32 * 32), 1e-5
     for update in range(1, 201):
         trained = layer.train()(x).std().item()
         if update in (6, 56, 112, 200):
-            deviation[update] = layer.eval()(x).std().item()
-    assert trained == pytest.approx(0.927, abs=0.002)
-    assert deviation[6] == pytest.approx(0.011, abs=0.001)
-    assert deviation[56] == pytest.approx(0.15, abs=0.01)
-    assert deviation[112] == pytest.approx(0.88, abs=0.01)
-    assert deviation[200] == pytest.approx(trained, abs=0.001)
+            start = 0.9**update  # its share in the running variance
+            expected = math.sqrt(variance / (start + (1 - start) * variance + eps))
+            assert layer.eval()(x).std().item() == pytest.approx(expected, rel=1e-3), update
+    assert trained == pytest.approx(math.sqrt(variance / (variance + eps)), rel=1e-3)
+    assert trained == pytest.approx(expected, rel=1e-3), "the start is forgotten"
 
     model = nn.Sequential(layer, L2BatchNorm2d(16))
     with caplog.at_level(logging.WARNING):
