@@ -53,7 +53,7 @@ def tables(arguments: argparse.Namespace) -> Sequence[Problem]:
 
 
 def figures(arguments: argparse.Namespace) -> Sequence[Problem]:
-    """Draw accuracy curves and paired differences of BN and L2BN, as PNG and SVG."""
+    """Draw accuracy curves and paired differences of BN and L2BN in accuracy and compactness, as PNG and SVG."""
     from l2bn.reporting.evidence import read_evidence
     from l2bn.reporting.figures import write_figures
     from l2bn.reporting.reference import read_sets

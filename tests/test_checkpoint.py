@@ -42,12 +42,14 @@ def test_the_last_two_are_kept_and_those_asked_for(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_keeps_what_it_kept_before(tmp_path: Path) -> None:
-    saved(tmp_path, (1, 0), (2, 0), (3, 0), (3, 10), keep_epochs=(1,))
-    resumed = Checkpoints(tmp_path, [])
-    assert resumed.load(CPU) is not None
-    for epoch in (4, 5, 6):
-        resumed.save(epoch, 0, {})
-    assert places(resumed) == ["epoch0001-step0000000", "epoch0005-step0000000", "epoch0006-step0000000"]
+    """Also where it was stopped right after one of them."""
+    saved(tmp_path, (1, 0), (1, 10), keep_epochs=(1,))
+    for start in (2, 4):
+        resumed = Checkpoints(tmp_path, [])
+        assert resumed.load(CPU) is not None
+        resumed.save(start, 0, {})
+        resumed.save(start + 1, 0, {})
+    assert places(resumed) == ["epoch0001-step0000000", "epoch0004-step0000000", "epoch0005-step0000000"]
 
 
 def test_order_is_by_number_not_by_name(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_training_windows_have_8_to_100_percent_of_the_area_and_half_of_them_are
     corners = torch.stack([transform(image)[:2, ::31, ::31] for _ in range(1000)]).double()
     width = (corners[:, 0, 0, 1] - corners[:, 0, 0, 0]) / 256 * 32 / 31  # below 0 in a mirror
     height = (corners[:, 1, 1, 0] - corners[:, 1, 0, 0]) / 256 * 32 / 31
-    assert binomtest(int((width < 0).sum()), 1000).pvalue > 0.01
+    assert binomtest(int((width < 0).sum()), 1000).pvalue > 1e-4
     area, proportion = width.abs() * height, width.abs() / height
     assert (float(area.min()), float(area.max())) == pytest.approx((0.08, 1), abs=0.03)
     assert (float(proportion.min()), float(proportion.max())) == pytest.approx((3 / 4, 4 / 3), abs=0.05)

@@ -164,7 +164,7 @@ def test_jit_trace(scale: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.*. is deprecated")
 def test_jit_script_is_refused() -> None:
-    with pytest.raises((ValueError, RuntimeError), match=r"Unknown type annotation: 'typing\.Literal"):
+    with pytest.raises((ValueError, RuntimeError), match="Literal"):
         torch.jit.script(network())
 
 

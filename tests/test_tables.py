@@ -844,13 +844,12 @@ def test_the_readme_has_the_verdicts_on_features_of_the_set(tmp_path: Path) -> N
             run = write_run(tmp_path, norm=norm, backbone=net, seed=seed, recipe="cosine_30", epochs=30)
             write_features(run, within_share=0.3 + shift + seed / 100 + (norm == L2BN) * seed / 1000)
     text = readme_with_block(f"{BEGIN}\n{END}", read_evidence(tmp_path, features=True), SET)
-    more_compact = (
-        "\n  - L2BN makes the features of a class more compact. within\\_share, L2BN − BN: supported, 18 runs: "
-    )
-    assert f"{more_compact}−0.0190 [" in text
-    assert "3 of 3 networks below 0, 3 significantly (net0, net1, net2)." in text
+    claim = "\n  - Claim 2: L2BN makes the features of a class more compact. "
+    assert f"{claim}Supported, 18 runs: −0.0190 [" in text
+    networks = "3 of 3 networks below 0, 3 significantly (net0, net1, net2)"
+    assert f"{networks} (within\\_share, L2BN − BN)." in text
     without = readme_of(tmp_path)  # as if the features had not been measured
-    assert "more compact. within\\_share, L2BN − BN: not decided, 0 of 18 runs; 18 ended without" in without
+    assert f"{claim}Not decided, 0 of 18 runs; 18 ended without" in without
 
 
 def test_every_column_is_defined_in_the_results_readme(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def interleaved(actions: dict[Key, Action], seconds: float, fewest: int = 20, wa
 
 
 def seconds_of(action: Action, repeats: int = 1) -> float:
-    """Seconds of an action, or of several."""
+    """Mean seconds of an action over its repeats."""
     start = time.perf_counter()
     for _ in range(repeats):
         action()

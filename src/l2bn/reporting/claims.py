@@ -393,7 +393,8 @@ def sets_section(arms: Sequence[Arm], sets: Sequence[RunSet]) -> list[str]:
         if any(finding.ended or finding.doubts for finding in findings.values()):
             rows.append((run_set.label, *(finding.text for finding in findings.values())))
         else:
-            absent.append(f"{run_set.label} ({max(finding.wanted for finding in findings.values())} runs)")
+            wanted = max(finding.wanted for finding in findings.values())
+            absent.append(f"{escape_markdown(run_set.label)} ({wanted} runs)")
         for number, finding in findings.items():
             if finding.estimates:
                 table = markdown(_set_table(finding))

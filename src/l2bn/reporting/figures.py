@@ -117,7 +117,7 @@ def read_curves(records: Sequence[Record]) -> tuple[Curves, list[Problem]]:
 def write_figures(
     evidence: Evidence, folder: Path, sets: Sequence[RunSet] = ()
 ) -> tuple[list[Path], list[Problem]]:
-    """Draw accuracies as PNG and SVG: the paths written, and the records that have no curve.
+    """Draw accuracies, and compactness in sets, as PNG and SVG: the paths written, and records without a curve.
 
     Those count in all means and differences, as in the tables: their result stands in the summary.
     """
@@ -257,6 +257,8 @@ def curves(comparisons: Sequence[Comparison], found: Curves) -> Figure:
     for panel in panels[len(comparisons) :]:
         panel.set_axis_off()
     named = ": ".join([comparisons[0].cell.label, *(shared if len(shared) == 1 else ())])
+    insets = any(panel.child_axes for panel in panels)
+    named += f"; inset: last {LAST} epochs" * insets
     _finish(figure, named, "± std", (len(arm.of()) for comparison in comparisons for arm in comparison.arms))
     return figure
 
@@ -264,7 +266,8 @@ def curves(comparisons: Sequence[Comparison], found: Curves) -> Figure:
 def _draw_pair(panel: Axes, comparison: Comparison, found: Curves) -> None:
     visible: list[float] = []
     is_long = comparison.epochs >= LONG
-    inset = panel.inset_axes((0.56, 0.1, 0.42, 0.34)) if is_long else None
+    has_inset = is_long and any(arm.of() for arm in comparison.arms)
+    inset = panel.inset_axes((0.56, 0.1, 0.42, 0.34)) if has_inset else None
     for arm in comparison.arms:
         n = len(arm.of())
         if n == 0:
@@ -290,6 +293,7 @@ def _draw_pair(panel: Axes, comparison: Comparison, found: Curves) -> None:
         inset.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         inset.grid(axis="y", color="#DDDDDD", linewidth=0.6)
         panel.set_ylim(0, 1.3 * max(visible, default=1.0))  # room for the legend above the curves
+        panel.set_yticks([tick for tick in panel.get_yticks() if tick <= min(100, panel.get_ylim()[1])])
     if panel.lines:
         panel.legend(loc="upper left" if is_long else "lower right", handlelength=2.6, borderaxespad=0.2)
     panel.xaxis.set_major_locator(
@@ -373,16 +377,18 @@ def lines_of_set(arms: Sequence[Arm], run_set: RunSet, questions: Iterable[Quest
         common = dict(zip(these.cells, these.estimates, strict=False))
         reference = STYLES.get(question.reference, {}).get("label", question.reference)
         rows = []
+        own = {pair.cell: pair for pair in these.pairs}  # of the seeds of the set alone
         for row in every:
             if row.cell in these.cells and row.differences(question.quantity):
-                rows.append(replace(_line(row, question.quantity), common=common.get(row.cell, UNKNOWN)))
+                line = _line(own.get(row.cell, row), question.quantity)
+                rows.append(replace(line, common=common.get(row.cell, UNKNOWN)))
                 rows += [Line(f"    {setting(row.cell)}", note=True)] * (row.cell.setting != run_set.setting)
         means = (
-            ("mean over these networks, n pairs", these.overall),
-            ("mean over other networks like these, n networks", for_other_networks(every, question.quantity)),
+            ("mean over these networks, n pairs", these.overall, these.overall),
+            ("the same, for other networks, n networks", for_other_networks(every, question.quantity), UNKNOWN),
         )
         if rows:
-            rows += [Line(text, result) for text, result in means if result.mean is not None]
+            rows += [Line(text, result, common=both) for text, result, both in means if result.mean is not None]
             lines.append(Line(f"{run_set.label}, L2BN − {reference}"))
             lines += [replace(row, digits=question.digits) for row in rows]
     return lines
@@ -410,10 +416,10 @@ def dots(lines: Sequence[Line], what: str) -> Figure:
         if len(line.values) > 1:
             axes.plot(line.values, [place] * len(line.values), "|", color=GREY, markersize=9, markeredgewidth=0.9)
         if result.low is not None and result.high is not None:
-            thin = 1.4 if line.common.low is None else 0.9
-            axes.plot([result.low, result.high], [place, place], color=line.color, linewidth=thin)
+            axes.plot([result.low, result.high], [place, place], color=line.color, linewidth=1.4)
         if line.common.low is not None and line.common.high is not None:
-            axes.plot([line.common.low, line.common.high], [place, place], color=line.color, linewidth=3)
+            pale: Any = {"color": line.color, "linewidth": 5, "alpha": 0.35}
+            axes.plot([line.common.low, line.common.high], [place, place], **pale)
         face = "white" if result.low is None else line.color
         edge = line.color if result.low is None else "white"
         style: Any = {"color": line.color, "markerfacecolor": face, "markeredgecolor": edge, "markersize": 6}
@@ -428,7 +434,7 @@ def dots(lines: Sequence[Line], what: str) -> Figure:
     hollow = any(line.result and line.result.mean is not None and line.result.low is None for line in lines)
     common = any(line.common.low is not None for line in lines)
     axes.set_xlabel(
-        f"{what}\nline: 95 % interval{' by own spread, thick: by the pooled one' * common};"
+        f"{what}\nline: 95 % interval{' by own spread, broad: by the pooled one' * common};"
         f"{' hollow: none (n too small or no spread);' * hollow} ticks: single seeds"
     )
     return figure
@@ -597,14 +603,14 @@ def accuracy_over_eps(study: Study) -> Figure:
         layers = shrink_factors(study.at(L2BN, eps))
         if layers:
             style = {"color": f"{0.15 + apart * index:.2f}", "marker": "osD^v"[index % 5], "label": text}
-            # The earlier the larger, and below the later: so equal ones are all seen.
-            size: Any = {"markersize": 2.5 + 0.8 * (len(values) - index), "zorder": 2 + index / 10}
+            # Hollow, and the earlier the larger: so equal ones are all seen.
+            size: Any = {"markersize": 2.5 + 1.2 * (len(values) - index), "markerfacecolor": "none"}
             right.plot(range(1, len(layers) + 1), layers, **style, **size, linewidth=1.2)
     right.set_ylim(0, 1.05)
     _depth_axis(right)
     right.legend(title="eps", loc="center right", bbox_to_anchor=(1, 0.62), ncols=2)
     several = any(len(arm.of()) > 1 for arm in study.arms)
-    _finish(figure, f"{title(study.cell)}{'; a dash for each seed' * several}")
+    _finish(figure, f"{title(study.cell)}; points shifted sideways{'; a dash for each seed' * several}")
     return figure
 
 

@@ -31,6 +31,7 @@ from l2bn.training.plan import CHECKPOINTS, PlannedRun, check_identity, check_im
 
 log = logging.getLogger(__name__)
 
+KEPT = "keep_epochs"  # in a checkpoint: the epochs whose checkpoints stay
 _NAME = re.compile(r"epoch(\d+)-step(\d+)\.([0-9a-f]{16})\.pt")
 
 
@@ -68,7 +69,7 @@ class Checkpoints:
         for partial in self.folder.glob(".*.tmp"):  # left by a kill during an earlier write
             partial.unlink()
         buffer = io.BytesIO()
-        torch.save(state, buffer)
+        torch.save({**state, KEPT: sorted(self.keep_epochs)}, buffer)
         data = buffer.getvalue()
         path = self.folder / f"epoch{epoch:04d}-step{step:07d}.{_digest(data)}.pt"
         write_durably(path, data)
@@ -88,8 +89,7 @@ class Checkpoints:
         """
         for path, state in self.intact(device):
             self._last = path
-            earlier = [_parse(other) for other in self.paths() if _parse(other) < _parse(path)]
-            self.keep_epochs |= {epoch for epoch, step, _ in earlier[:-1] if step == 0}  # kept by the run so far
+            self.keep_epochs |= set(state.get(KEPT, ()))
             return state
         if damaged := self.paths():
             names = "\n".join(f"  {path}" for path in reversed(damaged))

@@ -128,7 +128,7 @@ class Compute:
         """Set memory, threads and kernels of this process."""
         keep_freed_memory()
         if self.precision == "bf16-mixed" and self._is_before_ampere:
-            log.warning("this GPU has no units for bfloat16, slower on it than float32; 16-mixed is fast here")
+            log.warning("this GPU has no units for bfloat16, slower on it than float32; try 16-mixed")
         if self.threads is not None:
             torch.set_num_threads(max(1, self.threads // self.devices))
         elif "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > available_cores():
