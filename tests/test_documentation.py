@@ -34,7 +34,7 @@ assert len(DOCUMENTS) >= 3
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_relative_links_lead_somewhere(path: Path) -> None:
-    """Those with a place in a document, to one of its headings; of the reading, from the page that it is put into."""
+    """Those with a place in a document, to one of its headings; the reading's, from the page that holds it."""
     folder = path.parents[path.parent.name == "reference"]
     links = re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)", path.read_text())
     missing = []
