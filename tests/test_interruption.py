@@ -101,11 +101,12 @@ def children(pid: int) -> list[int]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_ends_the_run_in_good_order(number: signal.Signals, tmp_path: Path) -> None:
-    """The checkpoint is of the update that was under way, and no epoch of it lacks its line."""
+    """The checkpoint is of the update that was under way, and no epoch of it lacks its line; the user is told."""
     with started(tmp_path, *LONG) as process:
         process.send_signal(number)
-        process.communicate(timeout=120)
+        printed = "".join(filter(None, process.communicate(timeout=120)))
         assert process.returncode == EXIT_CODE
+    assert "seed0: stopped on request; the same command resumes it" in printed
     assert not any(tmp_path.rglob("summary.json"))
     (metrics,) = tmp_path.rglob("metrics.jsonl")
     epochs = [json.loads(line)["epoch"] for line in metrics.read_text().splitlines()]

@@ -117,7 +117,7 @@ def test_a_checkpoint_holds_all_that_changes(train: Train, tmp_path: Path) -> No
     newest = sorted(tmp_path.rglob("*.pt"))[-1]
     state = torch.load(newest, weights_only=True)
     assert newest.name.startswith("epoch0001-step0000002.")
-    assert state.keys() == {"identity", "images", "model", "optimizer", "precision", "position"}
+    assert state.keys() == {"identity", "images", "model", "optimizer", "precision", "position", "keep_epochs"}
     assert state["identity"]["seed"] == 0
     momentum = [values["momentum_buffer"] for values in state["optimizer"]["state"].values()]
     assert len(momentum) == len(list(cifar_resnet(10, 20).parameters()))

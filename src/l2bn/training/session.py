@@ -24,7 +24,7 @@ from l2bn.records import CONFIG, SUMMARY, FeatureRow, Record, Sample, first_faul
 from l2bn.training.checkpoint import CheckpointPolicy, State
 from l2bn.training.compute import Compute
 from l2bn.training.environment import import_options, note_start
-from l2bn.training.interruption import Interruption, sole_owner
+from l2bn.training.interruption import EXIT_CODE, Interruption, sole_owner
 from l2bn.training.journal import Journal
 from l2bn.training.loop import DelayedMin, DivergedError, Position, Trainer
 from l2bn.training.observation import AnalysisPolicy, collect, compare_statistics, watched
@@ -68,12 +68,17 @@ def launch(built: BuiltRun) -> bool:
         write_durably(run.folder / CONFIG, run.as_yaml())
         built = replace(built, compute=built.compute.for_processes())
         task = functools.partial(train, built=built)
-        if built.compute.devices == 1:
-            fabric.launch(task, interruption)
-        else:
-            from l2bn.training.devices import launch_processes  # here: most runs have one device
+        try:
+            if built.compute.devices == 1:
+                fabric.launch(task, interruption)
+            else:
+                from l2bn.training.devices import launch_processes  # here: most runs have one device
 
-            launch_processes(fabric, task, interruption, str(run.cell))
+                launch_processes(fabric, task, interruption, str(run.cell))
+        except SystemExit as stop:
+            if stop.code == EXIT_CODE:
+                log.info("%s: stopped on request; the same command resumes it", run.cell)
+            raise
         return interruption.signal is not None
 
 
