@@ -61,7 +61,7 @@ def test_a_data_set_is_what_its_file_says_and_makes_batches(name: str, tmp_path:
 
 
 def test_the_digits_are_those_of_the_published_records() -> None:
-    """Which of them are for testing, and their pixels, which no machine rounds: they are multiples of 255/1024."""
+    """The split and the pixels, which no machine rounds: they are multiples of 255/1024."""
     splits = build("digits", [])
     content = hashlib.sha256()
     for split in (splits.train, splits.test):

@@ -290,19 +290,24 @@ def mangle(accepted: Callable[[st.DataObject], bool]) -> None:
     assert outcomes == {True, False}
 
 
+def written_mangled(data: st.DataObject, tmp_path: Path, name: str) -> Record:
+    """A record of which one file is mangled."""
+    record = written(Path(tempfile.mkdtemp(dir=tmp_path)) / "run")
+    path = record.folder / name
+    path.write_bytes(mangled(data, path.read_bytes()))
+    return record
+
+
 @pytest.mark.usefixtures("_quick_disk")
 def test_a_mangled_record_is_left_out_or_read_as_it_was(tmp_path: Path) -> None:
     """But for one field: a changed digit or letter within a value cannot be told from the truth."""
 
     def accepted(data: st.DataObject) -> bool:
-        folder = Path(tempfile.mkdtemp(dir=tmp_path)) / "run"
-        record = written(folder)
-        path = folder / SUMMARY
-        path.write_bytes(mangled(data, path.read_bytes()))
-        records, problems = read_records(folder)
+        record = written_mangled(data, tmp_path, SUMMARY)
+        records, problems = read_records(record.folder)
         assert len(records) + len(problems) == 1
         for problem in problems:
-            assert problem.folder == folder
+            assert problem.folder == record.folder
             assert problem.reason
         for found in records:
             assert sum(value != vars(record)[field] for field, value in vars(found).items()) <= 1
@@ -313,13 +318,10 @@ def test_a_mangled_record_is_left_out_or_read_as_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("_quick_disk")
 def test_mangled_metrics_are_named_or_read_as_whole_epochs(tmp_path: Path) -> None:
-    """What is returned has every epoch, the last one as the summary has it, and no more than one number changed."""
+    """The rows are every epoch, the last one as the summary has it, and no more than one number has changed."""
 
     def accepted(data: st.DataObject) -> bool:
-        folder = Path(tempfile.mkdtemp(dir=tmp_path)) / "run"
-        record = written(folder)
-        path = folder / METRICS
-        path.write_bytes(mangled(data, path.read_bytes()))
+        record = written_mangled(data, tmp_path, METRICS)
         try:
             rows = record.metrics()
         except InvalidRecordError:

@@ -78,6 +78,11 @@ class Question:
     text: str  # the quantity up to the first comma, and what is compared, in words
     unit: str = ""
 
+    @property
+    def reference_name(self) -> str:
+        """The reference as tables name it."""
+        return "BN" if self.reference == BN else self.reference
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -189,7 +194,7 @@ def _about_features(number: int, text: str, question: Question) -> Claim:
 
 def _judge(question: Question, task: Task, arms: Sequence[Arm]) -> Finding:
     """Evidence in numbers from all cells of a task, and a verdict from those that count."""
-    quantity, digits, unit, reference = question.quantity, question.digits, question.unit, _in_table(question)
+    quantity, digits, unit, reference = question.quantity, question.digits, question.unit, question.reference_name
     rows = [row for row in compare(arms, [L2BN], question.reference) if row.cell.task == task]
     pairs = [row for row in rows if row.differences(quantity)]
     what = f"{question.text.partition(',')[0]}, L2BN − {reference}"
@@ -321,7 +326,7 @@ class SetFinding:
         reference, l2bn = self.diverged
         claimed = self.overall.side * self.question.better  # 1: the side that the claim is on
         counts = self.question.quantity == TOP1 and claimed * (l2bn - reference) > 0
-        return f"diverged: {l2bn} of L2BN, {reference} of {_in_table(self.question)}" if counts else ""
+        return f"diverged: {l2bn} of L2BN, {reference} of {self.question.reference_name}" if counts else ""
 
     @property
     def verdict(self) -> Verdict:
@@ -422,7 +427,7 @@ def _second(first: SetFinding, arms: Sequence[Arm]) -> list[str]:
 def _set_table(finding: SetFinding) -> Table:
     """A row per cell and one for all, with each cell's own deviation beside the pooled one."""
     question, digits, overall = finding.question, finding.question.digits, finding.overall
-    reference = _in_table(question)
+    reference = question.reference_name
     columns = ("Backbone", f"L2BN − {reference}", "95 % interval, pooled s", "p (Holm)", "Deviation", "Pairs")
     names = [*(in_words(cell.backbone) for cell in finding.cells), "all, each weighing alike"]
     results = zip(names, (*finding.estimates, overall), (*finding.corrected, overall.p), strict=True)
@@ -443,11 +448,6 @@ def _set_table(finding: SetFinding) -> Table:
         *([f"Pairs made in part on a CPU and in part on a GPU: {mixed}."] if mixed else []),
     ]
     return Table(columns, rows, [" ".join(notes)])
-
-
-def _in_table(question: Question) -> str:
-    """The reference as tables name it."""
-    return "BN" if question.reference == BN else question.reference
 
 
 # ---- The claims and their document ----------------------------------------------------------------------------

@@ -362,7 +362,7 @@ def differences(comparisons: Sequence[Comparison]) -> Figure:
 IN_ACCURACY = "BN better  ←   L2BN − BN, test top-1 after the last epoch (points)   →  L2BN better"
 IN_COMPACTNESS = "more compact  ←   L2BN − reference, within share of the penultimate features   →  less"
 OF_SETS = {IN_ACCURACY: (ACCURATE,), IN_COMPACTNESS: (COMPACT, EQUAL_NORMS)}
-"""What the figures of a set show, and the questions that each puts below another."""
+"""The axes of the figures of a set, and the questions that each puts below another."""
 
 
 def lines_of_set(arms: Sequence[Arm], run_set: RunSet, questions: Iterable[Question]) -> list[Line]:
@@ -375,7 +375,6 @@ def lines_of_set(arms: Sequence[Arm], run_set: RunSet, questions: Iterable[Quest
         every = [row for row in compare(arms, [L2BN], question.reference) if row.cell.task == "images"]
         these = judge_set(question, run_set, arms)
         common = dict(zip(these.cells, these.estimates, strict=False))
-        reference = STYLES.get(question.reference, {}).get("label", question.reference)
         rows = []
         own = {pair.cell: pair for pair in these.pairs}  # of the seeds of the set alone
         for row in every:
@@ -389,7 +388,7 @@ def lines_of_set(arms: Sequence[Arm], run_set: RunSet, questions: Iterable[Quest
         )
         if rows:
             rows += [Line(text, result, common=both) for text, result, both in means if result.mean is not None]
-            lines.append(Line(f"{run_set.label}, L2BN − {reference}"))
+            lines.append(Line(f"{run_set.label}, L2BN − {question.reference_name}"))
             lines += [replace(row, digits=question.digits) for row in rows]
     return lines
 

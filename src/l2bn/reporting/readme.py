@@ -14,7 +14,7 @@ from l2bn.reporting.claims import (
     judge_set,
 )
 from l2bn.reporting.comparison import FULL_EPOCHS, Arm, Comparison, arms_of, grid
-from l2bn.reporting.evidence import BN, Evidence
+from l2bn.reporting.evidence import Evidence
 from l2bn.reporting.formatting import escape_markdown, interval, markdown, plural, signed
 from l2bn.reporting.reference import RunSet
 from l2bn.reporting.statistics import MIN_PAIRS, Estimate
@@ -90,11 +90,11 @@ def _about_features(run_set: RunSet, arms: Sequence[Arm]) -> str:
     """A line for each claim about features: its verdict for a set, in its primary measure against its reference."""
     lines = []
     for claim in CLAIMS:
-        if claim.question and claim.question != ACCURATE:
-            measure = claim.question.quantity.rpartition("/")[2]
-            reference = "BN" if claim.question.reference == BN else claim.question.reference
-            found = judge_set(claim.question, run_set, arms).text
-            text = f"{claim.text} {found[0].upper()}{found[1:]} ({measure}, L2BN − {reference})."
+        question = claim.question
+        if question and question != ACCURATE:
+            measure = question.quantity.rpartition("/")[2]
+            found = judge_set(question, run_set, arms).text
+            text = f"{claim.text} {found[0].upper()}{found[1:]} ({measure}, L2BN − {question.reference_name})."
             lines.append(f"  - Claim {claim.number}: {escape_markdown(text)}")
     return "\n".join(lines)
 
