@@ -57,7 +57,7 @@ class Cosine:
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
 class CosineRestarts:
-    """Decay from 1 to 0 along half a cosine, anew from each of `restarts` (epochs).
+    """Decay from 1 to 0 along half a cosine, anew after each of `restarts` (epochs).
 
     Loshchilov and Hutter 2017, arXiv:1608.03983. The last decay ends with the run, whatever its length;
     restarts that it does not reach are ignored.
