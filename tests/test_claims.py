@@ -299,6 +299,26 @@ def test_environmental_sound_is_shown_beside_claim_6_and_decides_nothing(tmp_pat
     assert verdict(tmp_path, 5)[0] == "not measured"
 
 
+def test_environmental_sound_beside_claim_6_says_why_it_has_no_interval(tmp_path: Path) -> None:
+    write_sound(tmp_path, "esc50", (0.5,))
+    evidence = verdict(tmp_path, 6)[1]
+    assert "126 epochs: +0.50 points, no interval: n too small, n = 1." in evidence
+
+
+def test_folds_stand_beside_claim_6_by_their_mean(tmp_path: Path) -> None:
+    for fold, values in {1: SMALL, 2: (1.5,), 3: (-0.5,)}.items():
+        options = {
+            "label": f"ESC-50, fold {fold}",
+            "identity": {"dataset": {"fold": fold}},
+            "recipe": "restarts_126",
+        }
+        write_pairs(tmp_path, [70.0] * len(values), values, dataset=f"esc50,fold={fold}", epochs=126, **options)
+    evidence = verdict(tmp_path, 6)[1]
+    mean = (SMALL[0] + 1.5 - 0.5) / 3
+    assert evidence.endswith(f"; ESC-50, resnet20, seed 0: mean over 3 folds, no interval, +{mean:.2f} points.")
+    assert evidence.count("ESC-50, fold") == 1
+
+
 def test_sound_is_not_pooled_with_images(tmp_path: Path) -> None:
     write_grid(tmp_path, [0.2, 0.3, 0.4])
     before = verdict(tmp_path, 5)

@@ -231,6 +231,17 @@ def test_nothing_of_the_dot_plot_is_cut_off_or_stands_on_another(tmp_path: Path)
     assert not any(box.overlaps(axes.get_window_extent()) for box in boxes)
 
 
+@pytest.mark.parametrize("networks", [1, 2])
+def test_a_long_title_stays_within_its_figure(networks: int, tmp_path: Path) -> None:
+    label = "ESC-50, fold 1, from .opus files, at 16 kHz, trained without fold 2"
+    for number in range(networks):
+        write_pairs(tmp_path, [70, 71], [1, 2], backbone=f"net{number}", label=label, recipe="restarts_126")
+    figure = draw_curves(read_evidence(tmp_path), "cifar10")
+    FigureCanvasAgg(figure).draw()
+    (title,) = (text for text in figure.texts if "ESC-50" in text.get_text())
+    assert title.get_window_extent().x1 <= figure.bbox.x1
+
+
 def test_recipes_that_differ_are_told_panel_by_panel(tmp_path: Path) -> None:
     write_pairs(tmp_path, [90], [0.1], epochs=1)
     write_pairs(tmp_path, [90], [0.1], recipe="short,batch_size=16", epochs=1)

@@ -9,6 +9,7 @@ import os
 import random
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from itertools import product
@@ -27,7 +28,15 @@ from conftest import ROOT, Issue
 from l2bn.errors import UserError
 from l2bn.records import ENVIRONMENT, SUMMARY, natural_order
 from l2bn.reporting.claims import CLAIMS, claims_markdown
-from l2bn.reporting.comparison import FULL_EPOCHS, arms_of, by_cell, grid, other_norms, pooled
+from l2bn.reporting.comparison import (
+    FULL_EPOCHS,
+    arms_of,
+    by_cell,
+    grid,
+    other_norms,
+    pooled,
+    without_further_folds,
+)
 from l2bn.reporting.evidence import BN, L2BN, Evidence, read_evidence
 from l2bn.reporting.figures import curves, differences
 from l2bn.reporting.formatting import Table, csv_text, in_words, interval, latex, markdown, probability
@@ -125,6 +134,46 @@ def test_pooled_line_and_seeds_line(tmp_path: Path) -> None:
     assert "deviation of 0.30 points (0.19 to 0.66; 6 degrees of freedom)" in table
 
 
+def write_folds(root: Path, folds: dict[int, tuple[float, ...]]) -> None:
+    """Fold to the differences of L2BN from BN, by seed; BN has 70 and the fold's number as its accuracy."""
+    for fold, values in folds.items():
+        where = {"dataset": f"esc50,fold={fold}" if fold > 1 else "esc50", "label": f"ESC-50, fold {fold}"}
+        options = where | {"identity": {"dataset": {"fold": fold}}, "recipe": "restarts_126", "epochs": 126}
+        write_pairs(root, [70.0 + fold] * len(values), values, **options)
+
+
+def test_folds_have_a_table_of_their_own_with_means_over_the_seeds_that_all_have(tmp_path: Path) -> None:
+    write_folds(tmp_path, {1: (0.5, 1.5, 1.0), 2: (2.0,), 4: (-1.0, 9.0)})
+    main, folds = grid_of(tmp_path).partition("## Folds")[::2]
+    assert "ESC-50, fold 1" in main
+    assert "ESC-50, fold 2" not in main + folds.partition("## Best epoch")[2]
+    assert folds.count("| ESC-50 | resnet20 | restarts") == 3
+    assert "| L2BN − BN | +0.50 | +2.00 | −1.00 | +0.50 (3) | 0 |" in folds
+    assert "| BN | 71.00 | 72.00 | 74.00 | 72.33 (3) | 0 |" in folds
+    assert [row["label"] for row in rows_of(tmp_path)] == [f"ESC-50, fold {fold}" for fold in (1, 2, 4)]
+    figure = differences(without_further_folds(grid(arms_of(read_evidence(tmp_path)))))
+    assert "fold 2" not in " ".join(text.get_text() for text in figure.findobj(Text))
+
+
+def test_folds_without_a_seed_in_common_stay_rows(tmp_path: Path) -> None:
+    write_folds(tmp_path, {1: (0.5, 1.0), 3: (1.0,)})
+    shutil.rmtree(tmp_path / "esc50/resnet20/l2bn/restarts_126/seed0")
+    assert "Folds" not in grid_of(tmp_path)
+    assert grid_of(tmp_path).count("| ESC-50, fold 3 |") == 2
+
+
+def test_sound_does_not_alter_the_correction_over_images(tmp_path: Path) -> None:
+    write_pairs(tmp_path, [70, 71, 72], [0.5, 0.6, 0.4])
+    write_pairs(tmp_path, [70, 71, 72], [0.5, 0.9, 0.4], backbone="vgg11")
+    before = [row["p_holm"] for row in rows_of(tmp_path)]
+    assert "correction over the rows." in grid_of(tmp_path)
+    write_folds(tmp_path, {1: (0.5, 0.7, 0.6)})
+    *images, sound = rows_of(tmp_path)
+    assert [row["p_holm"] for row in images] == before
+    assert sound["p_holm"] == sound["p"]
+    assert "correction over the rows (images and environmental sound apart)." in grid_of(tmp_path)
+
+
 def test_sound_is_not_pooled_with_images(tmp_path: Path) -> None:
     for backbone, shift in (("resnet20", 0.1), ("resnet32", 0.3)):
         write_pairs(tmp_path, [90, 91, 92], [shift, shift + 0.1, shift + 0.2], backbone=backbone)
@@ -192,7 +241,9 @@ def test_what_was_overridden_in_a_data_set_is_told_wherever_it_is_named(
     assert f"{shown}, resnet20, cosine\\_200, float32, 200 epochs: +1.00 points" in claims_markdown(evidence, [SET])
     (row,) = grid(arms_of(evidence))
     titles = [
-        text.get_text() for figure in (curves([row], {}), differences([row])) for text in figure.findobj(Text)
+        " ".join(text.get_text().split())
+        for figure in (curves([row], {}), differences([row]))
+        for text in figure.findobj(Text)
     ]
     assert any(title.startswith(f"{shown}: cosine_200") for title in titles)
     assert shown in titles

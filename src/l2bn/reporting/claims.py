@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from statistics import fmean
 from typing import Literal
 
 from l2bn.reporting.comparison import (
@@ -27,9 +28,11 @@ from l2bn.reporting.comparison import (
     Comparison,
     arms_of,
     backbone_of,
+    by_fold,
     compare,
     find_arm,
     pooled,
+    without_further_folds,
 )
 from l2bn.reporting.evidence import (
     ANGLE_MEAN,
@@ -245,11 +248,17 @@ def _no_parameters_added(arms: Sequence[Arm]) -> Finding:
 def _better_on_scenes(arms: Sequence[Arm]) -> Finding:
     """The verdict from acoustic scenes, and beside it, without a part in it, what was measured on other sound."""
     scenes = _judge(ACCURATE, "acoustic scenes", arms)
-    beside = [
-        f"{_named(row)}: {signed(result.mean)} points, 95 % interval {interval(result)}, n = {result.n}"
-        for row in compare(arms, [L2BN])
-        if row.cell.task == "environmental sound" and (result := row.difference()).n
-    ]
+    sound = [row for row in compare(arms, [L2BN]) if row.cell.task == "environmental sound" and row.differences()]
+    beside = []
+    for row in without_further_folds(sound):
+        result = row.difference()
+        bounds = f"no interval: {result.reason}" if result.low is None else f"95 % interval {interval(result)}"
+        beside.append(f"{_named(row)}: {signed(result.mean)} points, {bounds}, n = {result.n}")
+    for folds in by_fold(sound):
+        bn, l2bn = (fmean(folds.accuracies(norm).values()) for norm in (BN, L2BN))
+        seeds = ", ".join(map(str, sorted(folds.seeds)))
+        mean = f"mean over {len(folds.rows)} folds, no interval, {signed(l2bn - bn)} points"
+        beside.append(f"{folds.first.cell.all_folds}, {in_words(folds.first.cell.backbone)}, seed {seeds}: {mean}")
     if not beside:
         return scenes
     note = "Environmental sound, which is no evidence on scenes, L2BN − BN: "

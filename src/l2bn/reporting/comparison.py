@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 from typing import Self
 
 from l2bn.records import SAMPLE, FeatureRow, Record
@@ -209,15 +210,60 @@ def grid(arms: Iterable[Arm]) -> list[Comparison]:
     return [Comparison(*(found.get((cell, norm), Arm(cell, norm)) for norm in (BN, L2BN))) for cell in cells]
 
 
+@dataclass(frozen=True, eq=False)
+class Folds:
+    """Comparisons in one cell but for the fold that is tested, and the seeds that all their arms have."""
+
+    rows: Mapping[int, Comparison]
+    seeds: frozenset[int]
+
+    @property
+    def first(self) -> Comparison:
+        return next(iter(self.rows.values()))
+
+    def accuracies(self, norm: str) -> dict[int, float]:
+        """Fold to accuracy of a norm: the mean over the seeds."""
+        arms = {fold: {BN: row.reference, row.norm: row.other}[norm] for fold, row in self.rows.items()}
+        return {fold: fmean(arm.only(self.seeds).of().values()) for fold, arm in arms.items()}
+
+
+def by_fold(comparisons: Iterable[Comparison]) -> list[Folds]:
+    """What was tested on several folds with a seed that all have, in the order of the list."""
+    groups: dict[tuple[str, ...], dict[int, Comparison]] = defaultdict(dict)
+    for row in comparisons:
+        cell = row.cell
+        if cell.fold is not None and row.differences():
+            groups[cell.all_folds, cell.backbone, cell.recipe, cell.setting, row.norm][cell.fold] = row
+    found = []
+    for rows in groups.values():
+        seeds = frozenset.intersection(*(frozenset(arm.of()) for row in rows.values() for arm in row.arms))
+        if len(rows) > 1 and seeds:
+            found.append(Folds(dict(sorted(rows.items())), seeds))
+    return found
+
+
+def without_further_folds(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Of what `by_fold` finds, the lowest fold alone: the others are no data sets of their own."""
+    further = {row.cell for folds in by_fold(comparisons) for row in folds.rows.values() if row is not folds.first}
+    return [row for row in comparisons if row.cell not in further]
+
+
 def other_norms(arms: Sequence[Arm]) -> list[Comparison]:
     """Every norm but L2BN, variants of BN and L2BN among them, against plain BN in its cell."""
     rows = compare(arms, {arm.norm for arm in arms} - {BN, L2BN})
     return [row for row in rows if row.other is not row.reference]
 
 
-def holm_over(comparisons: Iterable[Comparison]) -> list[float | None]:
-    """The p-value of each comparison with Holm's correction over all of them."""
-    return holm([comparison.difference().p for comparison in comparisons])
+def holm_over(comparisons: Sequence[Comparison]) -> list[float | None]:
+    """The p-value of each comparison with Holm's correction over those of its task, and of its fold."""
+    found: list[float | None] = [None] * len(comparisons)
+    families: dict[tuple[str, int | None], list[int]] = defaultdict(list)
+    for place, row in enumerate(comparisons):
+        families[row.cell.task, row.cell.fold].append(place)
+    for places in families.values():
+        for place, p in zip(places, holm([comparisons[at].difference().p for at in places]), strict=True):
+            found[place] = p
+    return found
 
 
 def backbone_of(cell: Cell) -> str:

@@ -68,6 +68,7 @@ class Cell:
     setting: str
     value: tuple[float, ...] = ()  # what a study varies: eps, or batch size and learning rate
     task: Task = field(default="images", compare=False)  # the contents of the data set
+    fold: int | None = field(default=None, compare=False)  # that is its test set
     data: str = field(default="", compare=False)  # the label of the data set; folders of one label are one data set
     source: str = field(default="", compare=False)  # where its images are from: cells of one are pooled as one
     shared: bool = field(default=False, compare=False)  # whether a data set in another folder has this label
@@ -76,6 +77,11 @@ class Cell:
     def label(self) -> str:
         """The data set as tables name it."""
         return f"{self.data} ({self.dataset})" if self.shared else self.data
+
+    @property
+    def all_folds(self) -> str:
+        """The label of the data set without the fold that is its test set."""
+        return re.sub(r", fold \d+(?=,|$)", "", self.label)
 
     @property
     def order(self) -> tuple[object, ...]:
@@ -87,10 +93,10 @@ class Cell:
 def cell_of(record: Record) -> Cell:
     """The cell of a run; its task by the choice of data set, else by the function that a user's own file names."""
     dataset = record.identity.get("dataset")
-    target = str(dataset.get("_target_")) if isinstance(dataset, dict) else ""
-    own: Task = "sound" if target.startswith("l2bn.data.sound.") else "images"
+    known = dataset if isinstance(dataset, dict) else {}
+    own: Task = "sound" if str(known.get("_target_")).startswith("l2bn.data.sound.") else "images"
     task = TASKS.get(record.dataset.partition(",")[0], own)
-    return Cell(record.dataset, record.recipe, record.backbone, record.setting, task=task)
+    return Cell(record.dataset, record.recipe, record.backbone, record.setting, task=task, fold=known.get("fold"))
 
 
 def overrides(name: str) -> dict[str, str]:

@@ -28,7 +28,16 @@ from numpy.typing import NDArray
 
 from l2bn.records import InvalidRecordError, Problem, Record, Sample, read_sample
 from l2bn.reporting.claims import ACCURATE, COMPACT, EQUAL_NORMS, UNKNOWN, Question, for_other_networks, judge_set
-from l2bn.reporting.comparison import FULL_EPOCHS, Arm, Comparison, arms_of, compare, grid, pooled
+from l2bn.reporting.comparison import (
+    FULL_EPOCHS,
+    Arm,
+    Comparison,
+    arms_of,
+    compare,
+    grid,
+    pooled,
+    without_further_folds,
+)
 from l2bn.reporting.evidence import (
     ANGLE_MEAN,
     BN,
@@ -91,6 +100,9 @@ RC: Any = {
     "ytick.labelsize": 7.5,
 }
 
+TITLE_LETTERS = 12
+"""Letters of a title that an inch holds."""
+
 Curves = Mapping[Path, Sequence[float | None]]
 """The folder of a run to its test top-1 after each epoch, percent."""
 
@@ -122,7 +134,7 @@ def write_figures(
     Those count in all means and differences, as in the tables: their result stands in the summary.
     """
     found, problems = read_curves(evidence.records)
-    comparisons = grid(arms_of(evidence))
+    comparisons = without_further_folds(grid(arms_of(evidence)))
     pages: dict[str, list[Comparison]] = defaultdict(list)  # of curves, one per data set
     for comparison in comparisons:
         pages[comparison.cell.dataset].append(comparison)
@@ -199,7 +211,8 @@ def _finish(figure: Figure, text: str, band: str = "", seeds: Iterable[int] = ()
         axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
         axes.set_axisbelow(True)
     shown = f"; band: {band} over seeds" if any(n > 1 for n in seeds) else ""
-    figure.suptitle(text + shown, x=0.01, ha="left", fontsize=10)
+    letters = int(TITLE_LETTERS * figure.get_figwidth())
+    figure.suptitle(textwrap.fill(text + shown, letters), x=0.01, ha="left", fontsize=10)
 
 
 def _plot_band(panel: Axes, x: Sequence[float], points: Sequence[Estimate], style: Mapping[str, Any]) -> None:
@@ -351,7 +364,7 @@ def differences(comparisons: Sequence[Comparison]) -> Figure:
         lines += [Line(part, note=True) for part in textwrap.wrap(made_by, 60)]
         lines += map(_line, group)
         label = dataset
-    lines.append(Line("Mean over cells, n cells"))
+    lines.append(Line("Mean over cells of images, n cells"))
     for full, text in ((True, f"{FULL_EPOCHS} epochs and more"), (False, f"under {FULL_EPOCHS} epochs")):
         chosen = [row for row in rows if row.full_length is full and row.cell.task == "images"]
         if chosen:
