@@ -100,7 +100,7 @@ RC: Any = {
     "ytick.labelsize": 7.5,
 }
 
-TITLE_LETTERS = 12
+TITLE_LETTERS = 13
 """Letters of a title that an inch holds."""
 
 Curves = Mapping[Path, Sequence[float | None]]
@@ -608,7 +608,10 @@ def accuracy_over_eps(study: Study) -> Figure:
         counts = (len(arm.of()) for arm in runs.values())
         _points(left, runs, _counted(style, *counts), 1.8 ** (index - 1))
     _log_axis(left, "eps", list(values), list(values.values()))
-    left.legend(handlelength=2.6)
+    low, high = left.get_ylim()
+    left.set_ylim(low, low + 1.45 * (high - low))  # room for the legend above the points
+    left.set_yticks([tick for tick in left.get_yticks() if low <= tick <= min(100, left.get_ylim()[1])])
+    left.legend(handlelength=2.6, loc="upper right")
     right.set_title("shrink factor, L2BN at norm 1")
     apart = min(0.2, 0.7 / max(len(values) - 1, 1))
     for index, (eps, text) in enumerate(values.items()):
