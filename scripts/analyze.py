@@ -11,7 +11,7 @@ import logging
 import sys
 from pathlib import Path
 
-from l2bn.failures import explain, told_plainly
+from l2bn.failures import exit_with_message, explain
 
 
 def main() -> None:
@@ -53,5 +53,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with told_plainly():
+    with exit_with_message():
         main()

@@ -22,7 +22,7 @@ from pathlib import Path
 from l2bn.benchmarks import accuracy, data, evaluation, first, measure, norm, step, together, train, waiting
 from l2bn.benchmarks.workload import compute
 from l2bn.errors import UserError
-from l2bn.failures import told_plainly
+from l2bn.failures import exit_with_message
 from l2bn.kernels.compiler import compiler_works
 from l2bn.records import write_durably
 from l2bn.training.environment import describe_environment
@@ -88,5 +88,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with told_plainly():
+    with exit_with_message():
         main()

@@ -7,7 +7,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from l2bn.failures import told_plainly
+from l2bn.failures import exit_with_message
 
 
 def main() -> None:
@@ -25,5 +25,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with told_plainly():
+    with exit_with_message():
         main()

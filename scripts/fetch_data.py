@@ -16,9 +16,9 @@ from hydra import compose
 from l2bn.data.imagenet_wds import pack_imagenet
 from l2bn.data.splits import Splits
 from l2bn.errors import UserError, expand
-from l2bn.failures import told_plainly
+from l2bn.failures import exit_with_message
 from l2bn.training.instantiate import Builder
-from l2bn.training.plan import ROOT, composing, own_folders, resolve
+from l2bn.training.plan import CONFIG_NAME, composing, config_folders, resolve
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
         parser.error(f"--classes={options.classes} chooses what --figure draws: give --figure FILE too")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with composing([f"dataset={options.dataset}", *options.overrides], options.config_dir) as (_, overrides):
-        config, folders = compose(ROOT, overrides), list(own_folders())
+        config, folders = compose(CONFIG_NAME, overrides), list(config_folders())
     node = resolve(config)["dataset"]
     if options.pack is not None:
         if options.dataset != "imagenet_wds":
@@ -73,5 +73,5 @@ def draw(splits: Splits, classes: Sequence[str], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    with told_plainly():
+    with exit_with_message():
         main()

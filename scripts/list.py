@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from l2bn.failures import told_plainly
+from l2bn.failures import exit_with_message
 from l2bn.training.catalogue import GROUPS, overview
 
 
@@ -29,5 +29,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with told_plainly():
+    with exit_with_message():
         main()

@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from l2bn.failures import told_plainly
+from l2bn.failures import exit_with_message
 from l2bn.publication import publish
 from l2bn.records import InvalidRecordError
 
@@ -31,5 +31,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with told_plainly():
+    with exit_with_message():
         main()

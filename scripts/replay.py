@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 
 from l2bn.errors import optional_output
-from l2bn.failures import told_plainly
+from l2bn.failures import exit_with_message
 
 
 def main() -> None:
@@ -29,5 +29,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with told_plainly():
+    with exit_with_message():
         main()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from l2bn.errors import UserError
-from l2bn.failures import told_plainly
+from l2bn.failures import exit_with_message
 from l2bn.records import Problem, write_durably
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +36,7 @@ def tables(arguments: argparse.Namespace) -> Sequence[Problem]:
     from l2bn.reporting.readme import readme_with_block
     from l2bn.reporting.reference import read_reference, read_sets
     from l2bn.reporting.tables import documents, write_documents
-    from l2bn.reporting.terminal import norms_table
+    from l2bn.reporting.terminal import accuracy_overview
 
     published = arguments.runs.resolve() == RECORDS and arguments.out is None
     out = RESULTS / "tables" if published else arguments.out
@@ -47,7 +47,7 @@ def tables(arguments: argparse.Namespace) -> Sequence[Problem]:
     # Before anything is printed, which ends the command where the reader of a pipe is gone.
     paths = write_documents(documents(evidence, reference), out) if out else []
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
-    console.print(norms_table(evidence), crop=False)
+    console.print(accuracy_overview(evidence), crop=False)
     _print_paths(paths)
     return evidence.problems
 
@@ -182,5 +182,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with told_plainly():
+    with exit_with_message():
         main()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from l2bn.failures import told_plainly
+from l2bn.failures import exit_with_message
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
 
     from l2bn.errors import UserError, expand
     from l2bn.training.plan import composing
-    from l2bn.training.status import find_runs, look, overview
+    from l2bn.training.status import find_runs, read_status, status_grid
     from l2bn.training.sweep import compose_sweep, plan_sweep
 
     overrides = [f"experiment={arguments.experiment}"] if arguments.experiment else []
@@ -42,9 +42,9 @@ def main() -> None:
             raise UserError(f"--runs: there is no folder {folder}")
         runs = find_runs(folder)
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    console.print(overview([look(run) for run in runs], console.width))
+    console.print(status_grid([read_status(run) for run in runs], console.width))
 
 
 if __name__ == "__main__":
-    with told_plainly():
+    with exit_with_message():
         main()

@@ -10,7 +10,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from l2bn.errors import UserError, optional_output
-from l2bn.failures import told_plainly
+from l2bn.failures import exit_with_message
 
 OURS = {"overrides", "run", "multirun", "config_dir"}
 
@@ -25,7 +25,7 @@ def train(config: DictConfig) -> None:
 def main() -> None:
     from l2bn.training.instantiate import CONFIGS  # imported here: without a POSIX system the import says so
     from l2bn.training.interruption import refuse_copies
-    from l2bn.training.plan import ROOT, composing
+    from l2bn.training.plan import CONFIG_NAME, composing
 
     refuse_copies()
     # Of Hydra's own --config-dir the last alone would count.
@@ -35,15 +35,16 @@ def main() -> None:
     if any(value for key, value in arguments.items() if key not in OURS):  # --help, --cfg and the like
         if len(arguments["config_dir"]) > 1:
             raise UserError("with --help, --cfg and the like Hydra takes one --config-dir: give only one")
-        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=ROOT)(train)()
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=CONFIG_NAME)(train)()
         return
     with composing(arguments["overrides"], arguments["config_dir"]) as (composer, overrides):
-        mode = RunMode.MULTIRUN if arguments["multirun"] else composer.get_mode(ROOT, overrides) or RunMode.RUN
+        given = RunMode.MULTIRUN if arguments["multirun"] else composer.get_mode(CONFIG_NAME, overrides)
+        mode = given or RunMode.RUN
         start = composer.multirun if mode == RunMode.MULTIRUN else composer.run
         # Relative paths are those of the place where the command was given.
-        start(ROOT, train, [*overrides, f"hydra.mode={mode.name}", "hydra.job.chdir=false"])
+        start(CONFIG_NAME, train, [*overrides, f"hydra.mode={mode.name}", "hydra.job.chdir=false"])
 
 
 if __name__ == "__main__":
-    with optional_output(), told_plainly():
+    with optional_output(), exit_with_message():
         main()

@@ -90,7 +90,7 @@ def _defaults_composed_once() -> Iterator[None]:
     compose_anew, composed_before = plan.compose, dict[tuple[str, ...], DictConfig]()
 
     def compose_once(root: str, choices: list[str]) -> DictConfig:
-        if set(plan.own_folders()) != {CONFIGS}:  # with a test's own files
+        if set(plan.config_folders()) != {CONFIGS}:  # with a test's own files
             return compose_anew(root, choices)
         if tuple(choices) not in composed_before:
             composed_before[tuple(choices)] = compose_anew(root, choices)

@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT
 from l2bn.records import CONFIG, METRICS, SUMMARY, read_metrics, write_lines
 from l2bn.reporting.evidence import read_evidence
-from l2bn.reporting.tensorboard import SPREAD, Board, curves_of, find_runs, texts_of
+from l2bn.reporting.tensorboard import SPREAD, Board, curves_of, read_runs, texts_of
 from local_slurm import free_port
 from synthetic_records import write_run
 
@@ -111,9 +111,9 @@ def test_runs_on_several_devices_have_a_curve_of_their_own(
 ) -> None:
     """They take batch statistics over other images."""
     pairs(tmp_path / "runs/one")
-    before = curves_of(find_runs(tmp_path / "runs"))
+    before = curves_of(read_runs(tmp_path / "runs"))
     pairs(tmp_path / "runs/several", identity=identity)
-    after = curves_of(find_runs(tmp_path / "runs"))
+    after = curves_of(read_runs(tmp_path / "runs"))
     assert before.items() < after.items()
     assert {cell for _, cell, _ in after} == {CELL, f"{CELL}, {setting}"}
     assert {cell for _, cell, _ in after} == {
@@ -125,12 +125,12 @@ def test_runs_on_several_devices_have_a_curve_of_their_own(
 def test_a_run_that_lies_there_twice_counts_once(epochs: int, tmp_path: Path) -> None:
     """A replay of a run lies under `runs`, too, and may not have come to its end."""
     pairs(tmp_path / "runs")
-    before = curves_of(find_runs(tmp_path / "runs"))
+    before = curves_of(read_runs(tmp_path / "runs"))
     pairs(tmp_path / "runs/replay")
     for path in (tmp_path / "runs/replay").rglob(METRICS):
         write_lines(path, read_metrics(path)[:epochs])
         (path.parent / SUMMARY).unlink()
-    assert curves_of(find_runs(tmp_path / "runs")) == before
+    assert curves_of(read_runs(tmp_path / "runs")) == before
 
 
 NAMES = b"compute: {precision: 32-true}\ncell: {dataset: %b, recipe: short, backbone: net, norm: %b, seed: %b}"
@@ -148,20 +148,20 @@ NAMES = b"compute: {precision: 32-true}\ncell: {dataset: %b, recipe: short, back
 )
 def test_a_folder_whose_configuration_names_no_run_is_passed_over(content: bytes, tmp_path: Path) -> None:
     pairs(tmp_path / "runs")
-    before = curves_of(find_runs(tmp_path / "runs"))
+    before = curves_of(read_runs(tmp_path / "runs"))
     other = write_run(tmp_path / "runs/other", recipe="short", seed=3, accuracy=10.0, epochs=5, curve=5)
     (other.folder / CONFIG).write_bytes(content)
-    assert curves_of(find_runs(tmp_path / "runs")) == before
+    assert curves_of(read_runs(tmp_path / "runs")) == before
 
 
 def test_a_diverged_run_cuts_no_curve_and_is_named(tmp_path: Path) -> None:
     pairs(tmp_path / "runs")
-    before = curves_of(find_runs(tmp_path / "runs"))
+    before = curves_of(read_runs(tmp_path / "runs"))
     options: Any = {"recipe": "short", "epochs": 5, "status": "diverged"}
     for norm, seed in (("bn", 3), ("bn", 4), ("l2bn", 4)):
         write_run(tmp_path / "runs", norm=norm, seed=seed, accuracy=10.0, curve=seed - 2, **options)
     write_run(tmp_path / "runs", norm="group_norm", curve=2, **options)
-    assert curves_of(find_runs(tmp_path / "runs")) == before
+    assert curves_of(read_runs(tmp_path / "runs")) == before
     Board(tmp_path / "runs").update()
     tag = f"{CELL}/diverged/text_summary"
     for norm, text in (
@@ -175,9 +175,9 @@ def test_a_diverged_run_cuts_no_curve_and_is_named(tmp_path: Path) -> None:
 def test_records_that_contradict_each_other_close_no_board(tmp_path: Path) -> None:
     """A replay on another processor, within the folder, may differ by rounding."""
     pairs(tmp_path / "runs")
-    before = curves_of(find_runs(tmp_path / "runs"))
+    before = curves_of(read_runs(tmp_path / "runs"))
     write_run(tmp_path / "runs/replay", recipe="short", accuracy=11.0, epochs=5, curve=2)
-    assert curves_of(find_runs(tmp_path / "runs")) == before
+    assert curves_of(read_runs(tmp_path / "runs")) == before
     assert Board(tmp_path / "runs").update()
     scalars, texts = drawn(tmp_path / "runs/arms/bn")
     assert len(scalars[TAG]) == 5

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from l2bn.errors import UserError
-from l2bn.failures import fitting
+from l2bn.failures import checkpoint_errors
 from l2bn.records import write_durably
 from l2bn.training.checkpoint import CheckpointPolicy, Checkpoints
 
@@ -96,7 +96,7 @@ def test_a_device_that_is_full_is_no_damage(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(torch, "load", load)
     with pytest.raises(torch.OutOfMemoryError):
         checkpoints.load(CPU)
-    with pytest.raises(torch.OutOfMemoryError), fitting(tmp_path):
+    with pytest.raises(torch.OutOfMemoryError), checkpoint_errors(tmp_path):
         raise full
 
 

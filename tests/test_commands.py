@@ -16,7 +16,7 @@ from hydra.errors import OverrideParseException
 
 from conftest import ROOT, TINY, Issue, train_in
 from l2bn.errors import UserError
-from l2bn.failures import explain, told_plainly
+from l2bn.failures import exit_with_message, explain
 from l2bn.records import read_metrics, read_records
 
 RUN = "runs/digits,image_size=8,subset=256/resnet20/bn/short,epochs=1/seed0"
@@ -164,7 +164,7 @@ def test_a_mistake_that_hydra_meets_is_one_message_too(given: str, tmp_path: Pat
 )
 def test_what_a_user_can_mend_is_told_plainly(error: Exception, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", "seed=-1"])
-    with pytest.raises(SystemExit) as left, told_plainly():
+    with pytest.raises(SystemExit) as left, exit_with_message():
         raise error
     assert str(left.value.code).startswith(told)
 
@@ -199,19 +199,19 @@ def test_make_refuses_a_setting_that_it_would_not_pass_on(tmp_path: Path) -> Non
 
 
 def test_an_error_of_ours_keeps_its_traceback() -> None:
-    with pytest.raises(AttributeError), told_plainly():
+    with pytest.raises(AttributeError), exit_with_message():
         read_metrics(None)  # type: ignore[arg-type]
 
 
 def test_ctrl_c_before_the_run_is_no_traceback() -> None:
-    with pytest.raises(SystemExit) as left, told_plainly():
+    with pytest.raises(SystemExit) as left, exit_with_message():
         raise KeyboardInterrupt
     assert left.value.code == 130
 
 
 def test_a_reader_may_stop_reading() -> None:
     """As in `claims.py | head`."""
-    code = "from l2bn.failures import told_plainly\nwith told_plainly():\n    print('much', *range({}))"
+    code = "from l2bn.failures import exit_with_message\nwith exit_with_message():\n    print('much', *range({}))"
     for size in (1, 100_000):  # written at the end, and before
         reader, writer = os.pipe()
         os.close(reader)
@@ -229,7 +229,7 @@ def test_a_command_may_begin_without_stdout(tmp_path: Path) -> None:
 
 def test_a_user_who_asks_for_tracebacks_gets_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    with pytest.raises(UserError), told_plainly():
+    with pytest.raises(UserError), exit_with_message():
         raise UserError("seed must be 0 or more, not -1")
 
 

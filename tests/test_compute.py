@@ -26,7 +26,14 @@ from l2bn.norms.swap import swap_norm
 from l2bn.records import FEATURES
 from l2bn.training import acceleration
 from l2bn.training import compute as compute_module
-from l2bn.training.acceleration import BFLOAT16, UPDATES, Float32Conv2d, Recorded, replays_graphs, should_compile
+from l2bn.training.acceleration import (
+    BFLOAT16,
+    UPDATES,
+    Float32Conv2d,
+    GraphedModule,
+    should_compile,
+    uses_cuda_graphs,
+)
 from l2bn.training.compute import Compute
 from l2bn.training.instantiate import Builder
 
@@ -191,7 +198,7 @@ def test_recording_leaves_no_trace() -> None:
     def answers(record: bool) -> list[Tensor]:
         torch.manual_seed(0)
         network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5))
-        model = Recorded(network) if record else network
+        model = GraphedModule(network) if record else network
         logits = [
             model.train(mode)(torch.randn(n, 3, 8, 8)) for n, mode in ((4, True), (4, True), (3, True), (5, False))
         ]
@@ -212,7 +219,7 @@ def test_a_failed_recording_names_the_first_cause(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(
         UserError, match=r"\(operation not permitted when stream is capturing\); take compute.compile=false"
     ):
-        Recorded(nn.Linear(2, 2))(torch.randn(3, 2))
+        GraphedModule(nn.Linear(2, 2))(torch.randn(3, 2))
 
 
 @pytest.mark.parametrize("name", ["resnet20", "shufflenetv2_x1_0"])
@@ -235,8 +242,10 @@ def test_graphs_are_recorded_unasked_only_where_that_was_measured(
     options: dict[str, Any], device: torch.device, in_memory: bool
 ) -> None:
     model = backbone("shufflenetv2_x0_5")
-    assert replays_graphs(compute(device="cpu", compile="auto"), model, CUDA, in_memory=True)
-    assert not replays_graphs(compute(**{"device": "cpu", "compile": "auto", **options}), model, device, in_memory)
+    assert uses_cuda_graphs(compute(device="cpu", compile="auto"), model, CUDA, in_memory=True)
+    assert not uses_cuda_graphs(
+        compute(**{"device": "cpu", "compile": "auto", **options}), model, device, in_memory
+    )
 
 
 class OwnLayer(nn.Identity):
@@ -267,7 +276,7 @@ def test_what_may_decide_anew_at_each_step_is_not_recorded_unasked(
     caplog.set_level("INFO")
     model = backbone("resnet20")
     change(model)
-    assert not replays_graphs(compute(device="cpu", compile="auto"), model, CUDA, in_memory=True)
+    assert not uses_cuda_graphs(compute(device="cpu", compile="auto"), model, CUDA, in_memory=True)
     assert f"{named} may do other things at other steps" in caplog.text
 
 
@@ -311,7 +320,7 @@ def test_on_a_cpu_bfloat16_leaves_out_the_convolutions_that_it_makes_slower(
     names = list(layer.state_dict())
     seen: list[bool] = []
     model = nn.Sequential(nn.Conv2d(3, 16, 1), layer, nn.BatchNorm2d(16))
-    compute(device="cpu", precision=precision).place(model, CPU, FEW)
+    compute(device="cpu", precision=precision).prepare(model, CPU, FEW)
     assert list(layer.state_dict()) == names
     stock = nn.Conv2d._conv_forward
 
@@ -342,7 +351,7 @@ def test_a_convolution_left_in_float32_computes_what_it_computes_by_itself() -> 
 @pytest.mark.parametrize(("name", "count"), [("mobilenetv2_x0_5", 3), ("shufflenetv2_x0_5", 6), ("resnet20", 0)])
 def test_the_strided_depthwise_convolutions_of_the_grid_stay_in_float32(name: str, count: int) -> None:
     model = backbone(name)
-    compute(device="cpu", precision="bf16-mixed").place(model.to_empty(device="cpu"), CPU, FEW)
+    compute(device="cpu", precision="bf16-mixed").prepare(model.to_empty(device="cpu"), CPU, FEW)
     assert sum(isinstance(layer, Float32Conv2d) for layer in model.modules()) == count
 
 
@@ -351,7 +360,7 @@ def test_a_processor_without_bfloat16_gets_a_warning(
     present: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {BFLOAT16[0]: present, "avx2": True})
-    compute(device="cpu", precision="bf16-mixed").place(nn.Sequential(nn.BatchNorm2d(4)), CPU, FEW)
+    compute(device="cpu", precision="bf16-mixed").prepare(nn.Sequential(nn.BatchNorm2d(4)), CPU, FEW)
     assert any("no bfloat16 instructions" in message for message in caplog.messages) != present
 
 
@@ -375,7 +384,7 @@ def test_an_older_torch_compiles_the_definition_and_the_record_says_so(
     monkeypatch.setattr(torch, "compile", lambda network, **_: network)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     swap_norm(model, norm)
-    assert compute(device="cpu", compile=True).place(model, CPU, MANY).kernels == kernels
+    assert compute(device="cpu", compile=True).prepare(model, CPU, MANY).kernels == kernels
 
 
 @pytest.mark.slow
@@ -404,7 +413,7 @@ def test_a_run_goes_on_in_the_other_memory_format(
 
     with monkeypatch.context() as patch:
         patch.setattr("l2bn.training.loop.Trainer.fit", look)
-        patch.setattr("l2bn.training.checkpoint.State.save_weights", lambda *_: pytest.fail("far enough"))
+        patch.setattr("l2bn.training.checkpoint.RunState.save_weights", lambda *_: pytest.fail("far enough"))
         with pytest.raises(pytest.fail.Exception):
             train(*resumed, f"compute.channels_last={not before}")
     assert len(laid_out) == 65

@@ -24,7 +24,7 @@ from torch.utils.data._utils import signal_handling
 
 from conftest import EPOCHS, ROOT, TINIEST, TINY, AtUpdate, Issue, Train, decoding, require, same
 from l2bn.errors import UserError
-from l2bn.failures import explained
+from l2bn.failures import run_errors
 from l2bn.records import SUMMARY, read_records
 
 EXHAUSTED = [
@@ -164,28 +164,28 @@ def test_a_device_out_of_memory(train: Train, trained: Train, at_update: AtUpdat
 
 @pytest.mark.parametrize("error", EXHAUSTED, ids=lambda error: type(error).__name__)
 def test_every_out_of_memory_error_is_recognized(error: Exception, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="out of memory"), explained("run", tmp_path):
+    with pytest.raises(UserError, match="out of memory"), run_errors("run", tmp_path):
         raise error
 
 
 def test_a_file_that_is_gone_is_told_as_such(tmp_path: Path) -> None:
     """As of a data set of the user's own: nothing was to be written there."""
     told = f"^run: {tmp_path}/gone: No such file or directory; once that is corrected"
-    with pytest.raises(UserError, match=told), explained("run", tmp_path):
+    with pytest.raises(UserError, match=told), run_errors("run", tmp_path):
         (tmp_path / "gone").read_bytes()
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), OSError("Caught OSError in a worker")])
 def test_another_error_is_not_explained_away(error: Exception, tmp_path: Path) -> None:
     """An OSError without a number is a library's: nothing failed to be written."""
-    with pytest.raises(type(error), match=str(error)), explained("run", tmp_path):
+    with pytest.raises(type(error), match=str(error)), run_errors("run", tmp_path):
         raise error
 
 
 def test_a_shared_memory_that_is_too_small(tmp_path: Path) -> None:
     """As of a container, which has 64 MB, under a run on several devices; torch's own words."""
     full = "unable to allocate shared memory(shm) for file </torch_7_1_0>: No space left on device (28)"
-    with pytest.raises(UserError, match=r"No space left.*enlarge /dev/shm"), explained("run", tmp_path):
+    with pytest.raises(UserError, match=r"No space left.*enlarge /dev/shm"), run_errors("run", tmp_path):
         raise RuntimeError(full)
 
 

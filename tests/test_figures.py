@@ -17,12 +17,12 @@ from l2bn.reporting.evidence import BN, L2BN, MEAN_NORM, Evidence, read_evidence
 from l2bn.reporting.figures import (
     IN_ACCURACY,
     IN_COMPACTNESS,
-    OF_SETS,
+    SET_FIGURES,
     STYLES,
     curves,
     differences,
-    dots,
     drawing,
+    forest_plot,
     lines_of_set,
     read_curves,
     write_figures,
@@ -145,7 +145,7 @@ def test_dots_stand_at_the_differences_and_lines_span_the_intervals(evidence: Ev
 
 
 def figure_of_set(root: Path, run_set: RunSet) -> Figure:
-    return dots(lines_of_set(arms_of(read_evidence(root)), run_set, OF_SETS[IN_ACCURACY]), IN_ACCURACY)
+    return forest_plot(lines_of_set(arms_of(read_evidence(root)), run_set, SET_FIGURES[IN_ACCURACY]), IN_ACCURACY)
 
 
 def test_a_set_of_runs_has_a_figure_once_it_has_a_pair_and_both_means_once_complete(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_a_set_with_measured_features_has_a_figure_of_compactness(tmp_path: Path
     evidence = read_evidence(tmp_path, features=True)
     names = [path.stem for path in write_figures(evidence, tmp_path / "figures", [run_set])[0][::2]]
     assert names == ["curves-cifar10", "differences", *run_set.figures]
-    lines = lines_of_set(arms_of(evidence), run_set, OF_SETS[IN_COMPACTNESS])
+    lines = lines_of_set(arms_of(evidence), run_set, SET_FIGURES[IN_COMPACTNESS])
     assert [(line.text, line.result and round(line.result.mean or 0, 9)) for line in lines if line.values] == [
         ("net0", -0.1),
         ("net0", 0.03),

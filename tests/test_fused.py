@@ -581,7 +581,7 @@ def test_a_long_compilation_is_told_once(
     told = []
     with caplog.at_level(level, logger="l2bn.kernels.compiler"):
         for _ in range(4):
-            with compiler._telling_what_takes_long():
+            with compiler._log_slow_compilation():
                 pass
             told.append([(record.levelno, record.message.partition(":")[0]) for record in caplog.records])
     assert told == [[], *[[(level, "preparing L2BN's kernels")]] * 3]

@@ -29,9 +29,9 @@ from l2bn.training.interruption import (
     LOCK,
     RANKS,
     Interruption,
-    is_owned,
+    is_locked,
     refuse_copies,
-    sole_owner,
+    run_lock,
 )
 from l2bn.training.run import run
 from l2bn.training.session import Session
@@ -338,7 +338,7 @@ def test_the_processes_of_a_run_die_with_it(photographs: Path, tmp_path: Path) -
             assert time.monotonic() < deadline, "a worker lives on"
             time.sleep(0.01)
         (folder,) = tmp_path.rglob("checkpoints")
-        with sole_owner(folder.parent):
+        with run_lock(folder.parent):
             pass
 
 
@@ -427,22 +427,22 @@ def test_a_second_process_leaves_the_run_to_the_first(train: Train, tmp_path: Pa
     (planning,) = planned(f"runs_dir={tmp_path / 'runs'}", *TINY)
     planning.folder.mkdir(parents=True)
     message = "another process is training the run in"
-    with sole_owner(planning.folder), pytest.raises(UserError, match=message):
+    with run_lock(planning.folder), pytest.raises(UserError, match=message):
         train(*TINY)
     assert {path.name for path in planning.folder.iterdir()} == {LOCK}
 
 
 def test_the_lock_dies_with_its_process(tmp_path: Path) -> None:
-    code = "from pathlib import Path; import time; from l2bn.training.interruption import sole_owner\n"
-    code += f"with sole_owner(Path({str(tmp_path)!r})): print('held', flush=True); time.sleep(600)"
+    code = "from pathlib import Path; import time; from l2bn.training.interruption import run_lock\n"
+    code += f"with run_lock(Path({str(tmp_path)!r})): print('held', flush=True); time.sleep(600)"
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert holder.stdout
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(UserError, match="another process"), sole_owner(tmp_path):
+    with pytest.raises(UserError, match="another process"), run_lock(tmp_path):
         pass
     holder.kill()
     holder.communicate()
-    with sole_owner(tmp_path):
+    with run_lock(tmp_path):
         pass
 
 
@@ -451,8 +451,8 @@ def test_a_look_at_a_run_does_not_refuse_its_start(tmp_path: Path, monkeypatch: 
     with (tmp_path / LOCK).open() as look:
         fcntl.flock(look, fcntl.LOCK_SH)
         monkeypatch.setattr(time, "sleep", lambda _: fcntl.flock(look, fcntl.LOCK_UN))
-        with sole_owner(tmp_path):
-            assert is_owned(tmp_path)
+        with run_lock(tmp_path):
+            assert is_locked(tmp_path)
 
 
 def test_what_is_locked_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -469,11 +469,11 @@ def test_what_is_locked_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         flock(descriptor, kind)
 
     monkeypatch.setattr(fcntl, "flock", noted)
-    assert not is_owned(tmp_path)
+    assert not is_locked(tmp_path)
     assert list(tmp_path.iterdir()) == [], "a look writes nothing"
-    with sole_owner(tmp_path):
-        assert is_owned(tmp_path)
-    assert not is_owned(tmp_path)
+    with run_lock(tmp_path):
+        assert is_locked(tmp_path)
+    assert not is_locked(tmp_path)
     path = tmp_path / LOCK
     assert path.is_file()
     assert locked == [(path, True, True), (path, False, False), (path, False, False)]
@@ -482,11 +482,11 @@ def test_what_is_locked_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # of Python 3.12 on, that it forks
 def test_a_process_of_the_run_that_lingers_holds_no_lock(tmp_path: Path) -> None:
     """A worker that decodes images may be forked, and then has the file open too."""
-    with sole_owner(tmp_path):
+    with run_lock(tmp_path):
         lingering = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
         lingering.start()
-        assert is_owned(tmp_path)
-    assert not is_owned(tmp_path)
+        assert is_locked(tmp_path)
+    assert not is_locked(tmp_path)
     lingering.kill()
     lingering.join()
 
@@ -498,7 +498,7 @@ def test_a_file_system_without_locks_is_named(
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with sole_owner(tmp_path):
+    with run_lock(tmp_path):
         assert f"{tmp_path}: no locks here" in caplog.text
 
 

@@ -15,10 +15,10 @@ from l2bn.records import (
     STATISTICS,
     InvalidRecordError,
     Sample,
-    keep_measurements,
     read_features,
     read_sample,
     read_statistics,
+    truncate_measurements,
     write_lines,
     write_sample,
 )
@@ -110,7 +110,7 @@ def test_what_was_measured_later_is_forgotten_and_a_line_that_was_cut_off(tmp_pa
         file.write('{"step": 25, "runn')
     write_sample(tmp_path, SAMPLED)
     kept = [features_row(1), features_row(2)], [statistics_row(10), statistics_row(20)]
-    assert keep_measurements(tmp_path, step=20) == kept
+    assert truncate_measurements(tmp_path, step=20) == kept
     assert read_features(tmp_path) == [features_row(1), features_row(2)]
     assert read_statistics(tmp_path) == [statistics_row(10), statistics_row(20)]
     assert not (tmp_path / SAMPLE).exists()
@@ -120,7 +120,7 @@ def test_features_of_an_epoch_whose_evaluation_is_still_to_be_made_are_forgotten
     """A run that was left at the last update of its second epoch stands at that update, with one epoch done."""
     write_lines(tmp_path / FEATURES, [features_row(1), features_row(2)])
     write_lines(tmp_path / STATISTICS, [statistics_row(20)])
-    assert keep_measurements(tmp_path, step=20, epochs=1) == ([features_row(1)], [statistics_row(20)])
+    assert truncate_measurements(tmp_path, step=20, epochs=1) == ([features_row(1)], [statistics_row(20)])
 
 
 def test_measurements_are_published_and_damaged_ones_are_not(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from l2bn.reporting.evidence import (
     SHRINK,
     WITHIN_SHARE,
     Evidence,
-    Place,
+    Grouping,
     read_evidence,
 )
 from l2bn.reporting.figures import (
@@ -43,17 +43,19 @@ from l2bn.reporting.figures import (
 )
 from l2bn.reporting.formatting import left_out
 from l2bn.reporting.mechanism import (
-    OF_CONTROLS,
+    CONTROL_QUANTITIES,
     features_csv,
     measured_pairs,
     mechanism_documents,
-    norms_table,
     pair_table,
+    quantity_table,
     read_mechanism,
     steps_table,
 )
 from l2bn.reporting.statistics import estimate, paired_differences
 from l2bn.reporting.studies import (
+    BY_EPS,
+    BY_RATE,
     EPS,
     RATES,
     TRAP,
@@ -61,8 +63,6 @@ from l2bn.reporting.studies import (
     eps_table,
     overall,
     parts_table,
-    place_by_eps,
-    place_by_rate,
     rate_note,
     rate_table,
     studies_csv,
@@ -158,7 +158,7 @@ def test_the_table_of_a_pair_holds_means_and_paired_differences(evidence: Eviden
 
 def test_the_table_of_norms_sets_each_against_bn_and_l2bn_against_each(evidence: Evidence) -> None:
     arms = measured(evidence)
-    accuracy, share = (norms_table(arms, quantity) for quantity in OF_CONTROLS[:2])
+    accuracy, share = (quantity_table(arms, quantity) for quantity in CONTROL_QUANTITIES[:2])
     assert [row[0] for row in share.rows] == [BN, L2BN, MEAN_NORM]
     control = share.rows[2]
     assert control[1:3] == ("0.2200 ± 0.0100 (3)", "0.0000")
@@ -292,7 +292,7 @@ def write_eps_study(root: Path, seeds: int = 3) -> None:
 
 def test_the_eps_tables_split_the_difference_into_norms_and_eps(tmp_path: Path) -> None:
     write_eps_study(tmp_path)
-    (study,) = studies_of(read_evidence(tmp_path, features=True, place=place_by_eps))
+    (study,) = studies_of(read_evidence(tmp_path, features=True, grouping=BY_EPS))
     assert study.values == [(1e-12,), (1e-5,), (1e-3,)]
     rows = {row[0]: row for row in eps_table(study).rows}
     assert rows["1e-05"][1:4] == ("91.00 ± 1.00 (3)", "92.10 ± 1.10 (3)", "91.40 ± 1.00 (3)")
@@ -316,7 +316,7 @@ def test_two_results_at_one_value_of_a_study_are_an_error_naming_both(tmp_path: 
         write_run(tmp_path, norm=norm, accuracy=accuracy, identity={"norm": {"eps": 1e-5}, "recipe": STUDIED})
     assert len(arms_of(read_evidence(tmp_path))) == 2
     with pytest.raises(UserError, match=r"l2bn/.*seed0 and .*l2bn,eps=1e-05/.*seed0"):
-        read_evidence(tmp_path, place=place_by_eps)
+        read_evidence(tmp_path, grouping=BY_EPS)
 
 
 def test_another_override_of_a_norm_does_not_join_its_mean_over_eps(tmp_path: Path) -> None:
@@ -324,7 +324,7 @@ def test_another_override_of_a_norm_does_not_join_its_mean_over_eps(tmp_path: Pa
     identity = {"norm": {"eps": 1e-5, "momentum": 0.5}, "recipe": STUDIED}
     for name in ("l2bn,eps=1e-05,momentum=0.5", "l2bn,momentum=0.5,eps=1e-05"):
         write_run(tmp_path, norm=name, seed=7, accuracy=10.0, identity=identity, epochs=5)
-    (study,) = studies_of(read_evidence(tmp_path, place=place_by_eps))
+    (study,) = studies_of(read_evidence(tmp_path, grouping=BY_EPS))
     arms = {arm.norm: arm.of() for arm in study.arms if arm.cell.value == (1e-5,)}
     assert arms["l2bn"] == pytest.approx({0: 91.0, 1: 92.1, 2: 93.2})
     assert arms["l2bn,momentum=0.5"] == {7: 10.0}
@@ -347,7 +347,7 @@ def test_other_conditions_never_join_a_study_of_rates(other: dict[str, Any], nam
     second = write_run(tmp_path, recipe="another", seed=1, **other)
     assert len(read_evidence(tmp_path).records) == 2  # of two cells, by their names
     with pytest.raises(UserError, match=rf"unequal conditions \({name}: ") as error:
-        read_evidence(tmp_path, place=place_by_rate)
+        read_evidence(tmp_path, grouping=BY_RATE)
     assert str(first.folder) in str(error.value)
     assert str(second.folder) in str(error.value)
 
@@ -357,28 +357,28 @@ def test_a_norm_that_differs_in_more_than_eps_is_refused_in_a_study_of_eps(tmp_p
         identity = {"norm": {"eps": eps, "scale": scale}, "recipe": STUDIED}
         write_run(tmp_path, norm=f"l2bn,eps={eps:g}", identity=identity)
     with pytest.raises(UserError, match=r"norm\.scale: rms and unit.*nothing but norm\.eps"):
-        read_evidence(tmp_path, place=place_by_eps)
+        read_evidence(tmp_path, grouping=BY_EPS)
 
 
-@pytest.mark.parametrize("place", [place_by_eps, place_by_rate], ids=["eps", "rate"])
+@pytest.mark.parametrize("place", [BY_EPS, BY_RATE], ids=["eps", "rate"])
 @pytest.mark.parametrize("recipe", [{}, {"batch_size": 32}, {"batch_size": 32, "lr": "high"}, "short"], ids=str)
 def test_a_record_without_the_numbers_of_a_study_is_named_and_left_out(
-    place: Place, recipe: object, tmp_path: Path
+    place: Grouping, recipe: object, tmp_path: Path
 ) -> None:
     """A record of no study, and one with the network's own eps, which may be any."""
     norm = {"norm": {"eps": 1e-5}}
     bad = [write_run(tmp_path, seed=1, identity={"recipe": recipe, **norm}).folder]
-    if place is place_by_eps:
+    if place is BY_EPS:
         bad += [write_run(tmp_path, seed=2, identity={"recipe": STUDIED}).folder]
         for seed, eps in ((3, "small"), (4, None)):
             bad += [write_run(tmp_path, seed=seed, identity={"recipe": STUDIED, "norm": {"eps": eps}}).folder]
     good = write_run(tmp_path, identity={"recipe": STUDIED, **norm})
-    evidence = read_evidence(tmp_path, place=place)
+    evidence = read_evidence(tmp_path, grouping=place)
     assert evidence.records == [good]
     assert [problem.folder for problem in evidence.problems] == bad
     assert all("summary.json: identity." in problem.reason for problem in evidence.problems)
     studies = studies_of(evidence)
-    studies_csv(Studies(eps=studies) if place is place_by_eps else Studies(rates=studies))
+    studies_csv(Studies(eps=studies) if place is BY_EPS else Studies(rates=studies))
 
 
 def write_rate_study(root: Path) -> None:
@@ -395,7 +395,7 @@ def write_rate_study(root: Path) -> None:
 
 def test_the_rate_table_has_a_row_a_setting_and_its_note_counts(tmp_path: Path) -> None:
     write_rate_study(tmp_path)
-    (study,) = studies_of(read_evidence(tmp_path, place=place_by_rate))
+    (study,) = studies_of(read_evidence(tmp_path, grouping=BY_RATE))
     rows = rate_table(study).rows
     assert [row[:2] for row in rows] == [("8", "0.1"), ("256", "0.1"), ("256", "1")]
     assert rows[0][5:7] == ("+2.00", "[−0.48, +4.48]")
@@ -430,7 +430,7 @@ def test_the_mean_over_settings_takes_whole_settings_of_the_studys_seeds(
         for seed in own:
             write_run(tmp_path, recipe=recipe, seed=seed, accuracy=80.0, identity=identity)
             write_run(tmp_path, recipe=recipe, seed=seed, accuracy=81.0 + seed, norm=L2BN, identity=identity)
-    (study,) = studies_of(read_evidence(tmp_path, place=place_by_rate))
+    (study,) = studies_of(read_evidence(tmp_path, grouping=BY_RATE))
     found = overall(study)
     assert (found.settings, found.seeds, found.result.n) == (settings, taken, len(taken))
     assert found.result.mean == (2.0 if taken else None)
@@ -441,7 +441,7 @@ def test_two_values_of_eps_are_told_apart(tmp_path: Path) -> None:
         for norm in (BN, L2BN):
             identity = {"norm": {"eps": eps}, "recipe": STUDIED}
             write_run(tmp_path, norm=f"{norm},eps={eps:g}", identity=identity, epochs=5)
-    (study,) = studies_of(read_evidence(tmp_path, features=True, place=place_by_eps))
+    (study,) = studies_of(read_evidence(tmp_path, features=True, grouping=BY_EPS))
     assert [row[0] for row in eps_table(study).rows] == ["1e-05", "1.2e-05", "2.5e-05"]
 
 
@@ -495,7 +495,7 @@ def test_the_legend_of_the_rates_names_both_norms_though_one_has_diverged_in_the
         recipe = f"short,batch_size={batch}"
         write_run(tmp_path, recipe=recipe, norm=BN, status=status, identity=identity)
         write_run(tmp_path, recipe=recipe, norm=L2BN, identity=identity)
-    (study,) = studies_of(read_evidence(tmp_path, place=place_by_rate))
+    (study,) = studies_of(read_evidence(tmp_path, grouping=BY_RATE))
     first, second = accuracy_over_rates(study).axes
     assert first.get_legend() is None
     assert [text.get_text() for text in second.get_legend().get_texts()] == [

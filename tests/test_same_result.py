@@ -105,7 +105,7 @@ def trainer(
         world_size=fabric.world_size,
         channels_last=placing.channels_last,
     )
-    placed = placing.place(net, fabric.device, updates=STEPS)
+    placed = placing.prepare(net, fabric.device, updates=STEPS)
     model, optimizer = fabric.setup(placed.trained, recipe(lr).optimizer(placed.network))
     made = Losses(
         fabric=fabric,

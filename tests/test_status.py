@@ -18,9 +18,9 @@ from rich.console import Console
 from conftest import ROOT, Issue, planned
 from l2bn.failures import note_failure
 from l2bn.records import CONFIG, METRICS, SUMMARY, Record
-from l2bn.training.interruption import sole_owner
+from l2bn.training.interruption import run_lock
 from l2bn.training.plan import PlannedRun
-from l2bn.training.status import duration, find_runs, look, overview
+from l2bn.training.status import duration, find_runs, read_status, status_grid
 from synthetic_records import write_run
 
 SWEEP = ("backbone=resnet20,vgg11", "norm=bn,l2bn", "seed=0,1,2", "recipe.epochs=10")
@@ -55,7 +55,7 @@ def end(root: Path, run: PlannedRun, status: str = "finished", as_of: PlannedRun
 
 def shown(runs: Sequence[PlannedRun], width: int = 120) -> str:
     console = Console(file=io.StringIO(), width=width, record=True, highlight=False)
-    console.print(overview([look(run) for run in runs], width))
+    console.print(status_grid([read_status(run) for run in runs], width))
     return console.export_text()
 
 
@@ -66,7 +66,7 @@ def test_every_way_a_run_may_stand_is_shown(runs: dict[str, PlannedRun], tmp_pat
     begin(runs["resnet20/l2bn/0"], 5, seconds=12.0)
     begin(runs["resnet20/l2bn/1"], 0)
     note_failure(runs["resnet20/l2bn/1"].folder, RuntimeError("first line\nsecond line\nthird\nfourth"))
-    with sole_owner(runs["resnet20/l2bn/0"].folder):
+    with run_lock(runs["resnet20/l2bn/0"].folder):
         text = shown(list(runs.values()))
     lines = [line.split() for line in text.splitlines()]
     assert ["digits", "resnet20", "bn", "done", "div", "cut", "40%", "2.7", "36", "s"] in lines
@@ -85,7 +85,7 @@ def test_every_way_a_run_may_stand_is_shown(runs: dict[str, PlannedRun], tmp_pat
 def test_a_sweep_takes_at_least_as_long_as_its_longest_run(runs: dict[str, PlannedRun]) -> None:
     begin(runs["resnet20/bn/0"], 9, seconds=10.0)
     begin(runs["resnet20/bn/1"], 1, seconds=100.0)
-    with sole_owner(runs["resnet20/bn/0"].folder), sole_owner(runs["resnet20/bn/1"].folder):
+    with run_lock(runs["resnet20/bn/0"].folder), run_lock(runs["resnet20/bn/1"].folder):
         text = shown([runs["resnet20/bn/0"], runs["resnet20/bn/1"]])
     assert "about 15 min of training left with 2 at a time" in text
 
@@ -133,7 +133,7 @@ def test_a_run_is_the_same_with_whole_numbers_in_a_list(runs: dict[str, PlannedR
     for std, same in (([1, 1, 1], True), ([2, 1, 1], False)):
         own = {**run.identity, "dataset": {**run.identity["dataset"], "std": std}}
         Record(**{**vars(record), "identity": own}).write()
-        assert (look(asked).standing == "finished") is same
+        assert (read_status(asked).standing == "finished") is same
 
 
 def test_a_link_to_a_run_does_not_hide_it(runs: dict[str, PlannedRun], tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_colour_says_nothing_that_a_word_does_not(runs: dict[str, PlannedRun], t
     end(tmp_path, runs["resnet20/bn/0"])
     console = Console(width=120, force_terminal=True, color_system="standard", highlight=False)
     with console.capture() as captured:
-        console.print(overview([look(run) for run in runs.values()], 120))
+        console.print(status_grid([read_status(run) for run in runs.values()], 120))
     assert re.search(r"\x1b\[32mdone *\x1b\[0m", captured.get())
     assert "\x1b" not in shown(list(runs.values()))
 
@@ -207,7 +207,7 @@ def test_a_folder_with_another_run_in_it_is_no_result(
     if ended:
         end(tmp_path, run, as_of=other)
         (run.folder / CONFIG).write_text(yaml.safe_dump({**other.config, "cell": vars(other.cell)}))
-    outcome = look(run)
+    outcome = read_status(run)
     assert outcome.standing == "failed"
     assert "another run, with another backbone._target_" in outcome.message
 
@@ -216,8 +216,8 @@ def test_a_damaged_record_is_no_result(runs: dict[str, PlannedRun], tmp_path: Pa
     run = runs["resnet20/bn/0"]
     end(tmp_path, run)
     (run.folder / SUMMARY).write_text("{")
-    assert look(run).standing == "failed"
-    assert "summary.json cannot be read" in look(run).message
+    assert read_status(run).standing == "failed"
+    assert "summary.json cannot be read" in read_status(run).message
 
 
 @pytest.mark.parametrize(

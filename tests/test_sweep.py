@@ -25,7 +25,7 @@ from l2bn.errors import UserError
 from l2bn.failures import FAILURE, note_failure, read_failure
 from l2bn.records import CONFIG, ENVIRONMENT, SUMMARY, read_records
 from l2bn.training import session, sweep
-from l2bn.training.interruption import EXIT_CODE, LOCK, is_owned, sole_owner
+from l2bn.training.interruption import EXIT_CODE, LOCK, is_locked, run_lock
 from l2bn.training.loop import Position
 from l2bn.training.run import run as train_planned
 
@@ -202,7 +202,7 @@ def test_a_failure_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
     (run,) = planned("dataset=image_folder", "dataset.root=nowhere", f"runs_dir={tmp_path}")
     run.folder.mkdir(parents=True)
     (run.folder / CONFIG).write_text(run.as_yaml())
-    for owner, told in ((sole_owner(run.folder), "the old one"), (contextlib.nullcontext(), "nowhere")):
+    for owner, told in ((run_lock(run.folder), "the old one"), (contextlib.nullcontext(), "nowhere")):
         note_failure(run.folder, UserError("the old one"))
         with owner, pytest.raises(UserError, match="nowhere"):
             train_planned(run)
@@ -212,10 +212,10 @@ def test_a_failure_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
 def test_a_run_that_another_process_has_is_no_failure(multirun: Sweep, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / CELL / "seed0"
     folder.mkdir(parents=True)
-    with sole_owner(folder):
-        assert is_owned(folder)
+    with run_lock(folder):
+        assert is_locked(folder)
         code, printed = multirun(*TWO)
-    assert not is_owned(folder)
+    assert not is_locked(folder)
     assert code == 1
     assert "sweep: 1 finished, 1 running\n" in printed
     assert not list(tmp_path.rglob(FAILURE))
@@ -347,7 +347,7 @@ def test_runs_side_by_side_share_the_cores_and_leave_in_good_order(number: signa
     printed = finish(process, EXIT_CODE)
     assert "sweep: 2 interrupted, 2 missing\n" in printed
     assert "launcher stopped" not in printed
-    assert not any(is_owned(folder) for folder in folders)
+    assert not any(is_locked(folder) for folder in folders)
 
 
 @pytest.mark.slow
@@ -426,11 +426,11 @@ def test_a_cluster_job_that_dies_fails_alone(tmp_path: Path) -> None:
 def test_runs_side_by_side_die_with_their_sweep(tmp_path: Path) -> None:
     process = start(tmp_path, *SIDE_BY_SIDE, "recipe.epochs=500")
     folders = trained_side_by_side(tmp_path, process)
-    assert all(is_owned(folder) for folder in folders)
+    assert all(is_locked(folder) for folder in folders)
     process.kill()
     process.communicate()
     deadline = time.monotonic() + 10
-    while any(is_owned(folder) for folder in folders):
+    while any(is_locked(folder) for folder in folders):
         assert time.monotonic() < deadline
         time.sleep(0.1)
 

@@ -44,7 +44,7 @@ from l2bn.reporting.readme import BEGIN, END, readme_with_block
 from l2bn.reporting.reference import Reference, RunSet, read_reference, read_sets
 from l2bn.reporting.statistics import MIN_PAIRS, Estimate, pooled_spread, seeds_needed
 from l2bn.reporting.tables import TARGET, documents
-from l2bn.reporting.terminal import norms_table
+from l2bn.reporting.terminal import accuracy_overview
 from synthetic_records import write_features, write_pairs, write_run
 
 SCRIPT = ROOT / "scripts/report.py"
@@ -62,7 +62,7 @@ def grid_of(root: Path, reference: Reference = PUBLISHED) -> str:
 
 def in_terminal(root: Path) -> str:
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(norms_table(read_evidence(root)))
+    console.print(accuracy_overview(read_evidence(root)))
     return console.export_text()
 
 

@@ -37,7 +37,7 @@ from l2bn.backbones.resnet import cifar_resnet
 from l2bn.records import METRIC_KEYS, METRICS, read_metrics
 from l2bn.seeding import derive_seed
 from l2bn.training import session
-from l2bn.training.checkpoint import Checkpoints, State
+from l2bn.training.checkpoint import Checkpoints, RunState
 from l2bn.training.loop import Position, Totals, Trainer, peak_memory
 from l2bn.training.run import build_run
 
@@ -74,7 +74,7 @@ def test_both_arms_start_from_the_same_weights_and_see_the_same_batches(
         starts.append((self.seed, self.network.state_dict(), list(self.train.epoch(0)), list(self.train.epoch(1))))
 
     monkeypatch.setattr(Trainer, "fit", noted)
-    monkeypatch.setattr(State, "save_weights", lambda *_: pytest.fail("far enough"))
+    monkeypatch.setattr(RunState, "save_weights", lambda *_: pytest.fail("far enough"))
     for norm in ("bn", "l2bn"):
         with pytest.raises(pytest.fail.Exception):
             train(f"norm={norm}", *TINY)

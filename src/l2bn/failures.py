@@ -27,7 +27,7 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", 
 
 
 @contextlib.contextmanager
-def told_plainly() -> Iterator[None]:
+def exit_with_message() -> Iterator[None]:
     """End a command on a user's mistake with one message and exit code 1, on Ctrl-C with 130.
 
     A command that prints into a pipe without a reader (`| head`) ends silently, as `cat` does.
@@ -115,7 +115,7 @@ def _about(error: Exception, given: Sequence[str]) -> str:
 
 
 @contextlib.contextmanager
-def explained_overrides(overrides: Sequence[str]) -> Iterator[None]:
+def override_errors(overrides: Sequence[str]) -> Iterator[None]:
     """Turn what Hydra and OmegaConf raise on a user's mistake in the overrides into UserError."""
     try:
         yield
@@ -140,7 +140,7 @@ def _first_sentence(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def explained(run: object, folder: Path) -> Iterator[None]:
+def run_errors(run: object, folder: Path) -> Iterator[None]:
     """Turn errors of files, lack of memory, missing deterministic kernels and batches of one value into UserError.
 
     An OSError without a number is no error of the system but of a library, and stays as it is.
@@ -173,7 +173,7 @@ def explained(run: object, folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def fitting(folder: Path) -> Iterator[None]:
+def checkpoint_errors(folder: Path) -> Iterator[None]:
     """Raise UserError for a checkpoint that is intact but incompatible with this network or version."""
     try:
         yield

@@ -119,7 +119,7 @@ def _plain(name: str) -> str:
 
 Number = Annotated[int | float, AfterValidator(_finite)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
-Place = Annotated[int, Field(ge=1, lt=2**63)]  # an epoch or an update, counted from 1
+Ordinal = Annotated[int, Field(ge=1, lt=2**63)]  # an epoch or an update, counted from 1
 Name = Annotated[str, AfterValidator(_plain)]
 CHECKED = ConfigDict(strict=True, extra="forbid")
 
@@ -149,7 +149,7 @@ def _row(fields: Mapping[str, Any]) -> Any:
 
 # Accuracies in percent; test/top5 is null under 5 classes; step counts updates.
 METRIC_KEYS = ("epoch", "step", "lr", "train/loss", "train/top1", "test/loss", "test/top1", "test/top5", *COST_KEYS)
-_METRICS = TypeAdapter(_row(dict.fromkeys(METRIC_KEYS, Number | None) | {"epoch": Place, "step": Count}))
+_METRICS = TypeAdapter(_row(dict.fromkeys(METRIC_KEYS, Number | None) | {"epoch": Ordinal, "step": Count}))
 
 _STATISTIC_KEYS = ("running/loss", "running/top1", "batch/loss", "batch/top1")
 _STATISTICS = TypeAdapter(_row(dict.fromkeys(_STATISTIC_KEYS, Number | None) | {"step": Number}))
@@ -161,7 +161,7 @@ _Norms = _row({"first": int, "counts": list[Count]})
 _Layer = _row({"name": str, "shrink": Number | None, "norms": _Norms, "input": _Measures, "output": _Measures})
 _Layers = list[_Layer]  # type: ignore[valid-type]
 _FEATURES = TypeAdapter(
-    _row({"epoch": Place, "step": Place, "images": Place, "layers": _Layers, "penultimate": _Measures})
+    _row({"epoch": Ordinal, "step": Ordinal, "images": Ordinal, "layers": _Layers, "penultimate": _Measures})
 )
 
 
@@ -412,7 +412,7 @@ def as_line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, allow_nan=False) + "\n"
 
 
-def keep_measurements(
+def truncate_measurements(
     folder: Path, step: float, epochs: float = math.inf
 ) -> tuple[list[FeatureRow], list[StatisticsRow]]:
     """Drop what was measured after so many updates, and features after so many epochs; return the rest.

@@ -27,8 +27,8 @@ def generator(seed: int, purpose: str, *position: int) -> torch.Generator:
 def seed_global(seed: int, device: torch.device) -> None:
     """Seed the generators that weights, dropout and the like are drawn from: Python's, NumPy's, torch's.
 
-    Of torch's the CPU's and the device's: `torch.manual_seed` seeds every kind of device, which takes ten times as
-    long. A network of the user's own may draw from Python's and NumPy's.
+    Of torch's the CPU's and this device's alone: `torch.manual_seed` seeds all, which takes ten times as long. A
+    network of the user's own may draw from Python's and NumPy's.
     """
     random.seed(seed)
     np.random.seed(seed % 2**32)

@@ -23,7 +23,7 @@ from l2bn.benchmarks.measure import (
 )
 from l2bn.benchmarks.norm import LAYOUTS
 from l2bn.benchmarks.workload import CLASSES, NETWORKS, build
-from l2bn.training.acceleration import Recorded
+from l2bn.training.acceleration import GraphedModule
 
 
 def training_step(network: str, norm: str, caller: str, layout: str, batch: int) -> Action:
@@ -33,7 +33,7 @@ def training_step(network: str, norm: str, caller: str, layout: str, batch: int)
     if caller == "compiled":
         run = torch.compile(model, fullgraph=True)
     elif caller == "graphs":
-        run = Recorded(model)
+        run = GraphedModule(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     size = NETWORKS[network].size
     x = torch.randn(batch, 3, size, size, device=DEVICE).to(memory_format=memory_format)

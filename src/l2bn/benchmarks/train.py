@@ -33,7 +33,7 @@ from l2bn.benchmarks.measure import (
 from l2bn.benchmarks.workload import NETWORKS, Workload, build, compute, epochs_of, make_workload, ours, plain, timm
 from l2bn.data.loader import Batch
 from l2bn.data.splits import Images
-from l2bn.training.acceleration import computes_bfloat16, replays_graphs, should_compile
+from l2bn.training.acceleration import computes_bfloat16, should_compile, uses_cuda_graphs
 from l2bn.training.compute import free_as_usual, keep_freed_memory
 from l2bn.training.loop import Trainer
 
@@ -115,7 +115,7 @@ def matrix_product_rates() -> dict[str, float]:
 def automatic(workload: Workload, precision: str) -> str:
     """The way in which `compute.compile=auto` calls a network in a long run on this device."""
     model, in_memory = build(workload.network), isinstance(workload.splits.train, Images)
-    if replays_graphs(compute(compile="auto", precision=precision), model, DEVICE, in_memory):
+    if uses_cuda_graphs(compute(compile="auto", precision=precision), model, DEVICE, in_memory):
         return "graphs"
     return "compiled" if should_compile("auto", model, DEVICE, LONG_RUN) else "eager"
 

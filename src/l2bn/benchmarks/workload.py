@@ -157,7 +157,7 @@ def trainer_of(workload: Workload, model: nn.Module, learning: Recipe, placing: 
     """This project's trainer of a model on the images of a workload."""
     placing.set_up()
     fabric = placing.fabric()
-    placed = placing.place(model, fabric.device, updates=0)
+    placed = placing.prepare(model, fabric.device, updates=0)
     trained, optimizer = fabric.setup(placed.trained, learning.optimizer(placed.network))
     splits = workload.splits
     options: dict[str, Any] = {"splits": splits, "device": fabric.device}

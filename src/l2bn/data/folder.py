@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Kind:
+class FileType:
     """A kind of file: its name in messages, and how the names of its files end."""
 
     name: str
@@ -39,7 +39,7 @@ class Kind:
         return file.lower().endswith(self.suffixes)
 
 
-IMAGES = Kind(
+IMAGES = FileType(
     "images",
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif", ".ppm", ".pgm", ".tif", ".tiff"),
 )
@@ -87,7 +87,7 @@ def split_folder(
     folder: Path,
     train: str,
     test: str,
-    kind: Kind,
+    kind: FileType,
     decoded: "Callable[[Tree], Decoded]",
     whole: Counts | None = None,
     **common: Unpack[Common],
@@ -107,7 +107,7 @@ def split_folder(
     return make_splits(*ends, len(classes), size, classes, files=digest(files), whole=whole, **common)
 
 
-def list_parts(folder: Path, train: str, test: str, common: Common, kind: Kind) -> "list[Tree]":
+def list_parts(folder: Path, train: str, test: str, common: Common, kind: FileType) -> "list[Tree]":
     """The files below `folder`/`train`/<class>/ and `folder`/`test`/<class>/; one tree if both are one folder.
 
     Raises `UserError` for a folder that is missing or has one class, for classes that differ between the two, for
@@ -195,7 +195,7 @@ def scan(folder: Path) -> tuple[list[str], list[str]]:
     return sorted(folders), sorted(files)
 
 
-def list_files(folder: Path, kind: Kind = IMAGES) -> Tree:
+def list_files(folder: Path, kind: FileType = IMAGES) -> Tree:
     """All files of a kind below `folder`/<class>/, in folders of any depth.
 
     A folder that several links lead to is listed once. Files of another kind by name are left out, and a log
@@ -238,7 +238,7 @@ def _place(folder: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _files_below(folder: Path, kind: Kind, seen: set[tuple[int, int]], left_out: Counter[str]) -> Iterator[str]:
+def _files_below(folder: Path, kind: FileType, seen: set[tuple[int, int]], left_out: Counter[str]) -> Iterator[str]:
     folders, files = scan(folder)
     for name in files:
         if kind.fits(name):

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 from torch.utils.data._utils import signal_handling
 
-from l2bn.data.splits import Augmentation, Images, Split, Splits, kind_of
+from l2bn.data.splits import Augmentation, Images, Split, Splits, describe_value
 from l2bn.errors import DECODED_AS_READ, UserError
 from l2bn.processes import end_with_parent, leave_signals_to_parent
 from l2bn.seeding import derive_seed, generator, seed_global
@@ -43,7 +43,7 @@ def training_loader(
     sample. Raises `UserError` as `check_batch_size`.
     """
     check_batch_size(batch_size, len(split), placing.get("world_size", 1))
-    return _kind(split)(split, splits, batch_size, seed, torch.device(device), **placing)
+    return _loader_class(split)(split, splits, batch_size, seed, torch.device(device), **placing)
 
 
 def evaluation_loader(
@@ -53,10 +53,10 @@ def evaluation_loader(
 
     The last batch may be smaller; a rank whose slice of it is empty skips it.
     """
-    return _kind(split)(split, splits, batch_size, None, torch.device(device), **placing)
+    return _loader_class(split)(split, splits, batch_size, None, torch.device(device), **placing)
 
 
-def _kind(split: Split) -> "type[_MemoryLoader | _WorkerLoader]":
+def _loader_class(split: Split) -> "type[_MemoryLoader | _WorkerLoader]":
     return _MemoryLoader if isinstance(split, Images) else _WorkerLoader
 
 
@@ -123,7 +123,7 @@ class Loader(ABC):
                 if images.dtype != torch.uint8 or images.shape != shape:
                     raise UserError(
                         f"{self.splits.label}: the augmentation must return uint8 images of shape {tuple(shape)}, "
-                        f"because they are scaled and normalized later; got {kind_of(images)}"
+                        f"because they are scaled and normalized later; got {describe_value(images)}"
                     )
             step += len(sizes)
             yield from zip(torch.split(self._normalise(images), sizes), torch.split(labels, sizes), strict=True)
@@ -138,7 +138,7 @@ class Loader(ABC):
             order = own(random) if callable(own) else torch.randperm(len(self.split), generator=random)
             if order.shape != (len(self.split),):
                 raise UserError(
-                    f"{self.splits.label}: `order` must give {len(self.split)} indices, not {kind_of(order)}"
+                    f"{self.splits.label}: `order` must give {len(self.split)} indices, not {describe_value(order)}"
                 )
         batches = torch.split(order, self.batch_size)[: len(self)]
         return [batch[self._slice(len(batch))] for batch in batches]
@@ -326,7 +326,7 @@ class _Reader(Dataset[Tensor | UserError]):
         if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.shape != self.shape:
             raise UserError(
                 f"{self.name}: an image must be a uint8 tensor of shape {self.shape}, because it is scaled and "
-                f"normalized later; got {kind_of(image)}"
+                f"normalized later; got {describe_value(image)}"
             )
         if label != expected:
             raise UserError(f"{self.name}: an image came with the label {label}, but `labels` has {expected}")

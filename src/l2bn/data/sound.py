@@ -29,13 +29,13 @@ from scipy.signal import get_window, resample_poly
 from torch import Tensor
 
 from l2bn.data.cache import content_of
-from l2bn.data.folder import Decoded, Kind, Tree, decode_tree, scan, split_folder
+from l2bn.data.folder import Decoded, FileType, Tree, decode_tree, scan, split_folder
 from l2bn.data.splits import LARGEST_IMAGE, PUBLISHED, Common, Splits, digest, make_splits
 from l2bn.errors import UserError, expand
 
 log = logging.getLogger(__name__)
 
-SOUND = Kind("sound files", (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3"))
+SOUND = FileType("sound files", (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3"))
 LONGEST_WINDOW = 2**16  # samples
 
 Values = npt.NDArray[np.floating[Any]]

@@ -77,10 +77,10 @@ class Images:
     def __post_init__(self) -> None:
         shape = tuple(self.images.shape)
         if self.images.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
-            raise ValueError(f"images must be uint8 of shape (N, 3, H, H), got {kind_of(self.images)}")
+            raise ValueError(f"images must be uint8 of shape (N, 3, H, H), got {describe_value(self.images)}")
         if self.labels.dtype != torch.int64 or self.labels.shape != shape[:1]:
             raise ValueError(
-                f"labels must be int64, one for each of the {shape[0]} images, got {kind_of(self.labels)}"
+                f"labels must be int64, one for each of the {shape[0]} images, got {describe_value(self.labels)}"
             )
 
     def __len__(self) -> int:
@@ -130,7 +130,7 @@ def digest(parts: Iterable[str | bytes | Tensor]) -> str:
     return total.hexdigest()[:32]
 
 
-def kind_of(value: object) -> str:
+def describe_value(value: object) -> str:
     """Return, for a message, the type and shape of a tensor, or the type of another value."""
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
@@ -142,7 +142,7 @@ def _check_labels(label: str, train: Split, test: Split) -> None:
         if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != (len(split),):
             raise UserError(
                 f"{label}: `labels` must be an int64 tensor, one for each of the {len(split)} {name} images, "
-                f"got {kind_of(labels)}"
+                f"got {describe_value(labels)}"
             )
         if not len(labels):
             raise UserError(f"{label} has no {name} images: give at least one of each class")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from l2bn.kernels import columns, rows
-from l2bn.kernels.compiler import operators_must_be_seen, run_kernel, scalar
+from l2bn.kernels.compiler import needs_plain_operators, run_kernel, scalar
 from l2bn.kernels.formulas import (
     Scalar,
     Scale,
@@ -48,14 +48,14 @@ def forward_kernel(
     bias: Tensor | None,
     mean: Tensor | None,
     var: Tensor | None,
-    step: Tensor | None,
+    factor: Tensor | None,
     eps: Tensor,
     formulas: ModuleType,
     scale: Scale,
     axis: int,
 ) -> tuple[Tensor, ...]:
     y, mu, v, saved = formulas.forward(as_rows(x, axis), weight, bias, scale, eps, axis)
-    update_running(mean, var, mu, v, step, x.numel() / x.shape[1])
+    update_running(mean, var, mu, v, factor, x.numel() / x.shape[1])
     return as_map(y, x, axis), *saved
 
 
@@ -93,14 +93,14 @@ class _Training(torch.autograd.Function):
         bias: Tensor | None,
         mean: Tensor | None,
         var: Tensor | None,
-        step: Tensor | None,
+        factor: Tensor | None,
         scale: Scale,
         eps: float,
         strict: bool,
     ) -> Tensor:
         ctx.axis, ctx.scale, ctx.eps, ctx.bias = position_axis(x), scale, eps, bias
         ctx.formulas = formulas_for(x.shape[2:].numel())
-        tensors = dense(x, ctx.axis), weight, bias, mean, var, step, scalar(eps)
+        tensors = dense(x, ctx.axis), weight, bias, mean, var, factor, scalar(eps)
         ctx.options = {"strict": strict, "each_size": ctx.formulas is columns}
         y, *saved = run_kernel(forward_kernel, tensors, ctx.formulas, scale, ctx.axis, **ctx.options)
         ctx.save_for_backward(x, weight, *saved)
@@ -109,7 +109,7 @@ class _Training(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         x, weight, *saved = ctx.saved_tensors
-        if torch.is_grad_enabled() or operators_must_be_seen(g):
+        if torch.is_grad_enabled() or needs_plain_operators(g):
 
             def definition(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
                 z = normalized(widened(x), ctx.scale)
@@ -175,20 +175,22 @@ class _TracedTraining(torch.autograd.Function):
 # ---------------------------------------------------------------------------------------- the calls of a layer
 
 
-def train(x: Tensor, state: State, step: Scalar | None, scale: Scale, eps: float, strict: bool) -> Tensor:
-    """Return L2BN by the batch's statistics, and move the running ones by `step`: momentum, or 1 / updates."""
+def forward_training(
+    x: Tensor, state: State, factor: Scalar | None, scale: Scale, eps: float, strict: bool
+) -> Tensor:
+    """Return L2BN by the batch's statistics, and move the running ones by `factor`: momentum, or 1 / updates."""
     if not torch.compiler.is_compiling():
-        step = scalar(step) if isinstance(step, (int, float)) else step
-        return _Training.apply(x, *state, step, scale, eps, strict)
+        factor = scalar(factor) if isinstance(factor, (int, float)) else factor
+        return _Training.apply(x, *state, factor, scale, eps, strict)
     axis = position_axis(x)
     # Rows are made out here: inside, Dynamo would copy the gradient of a channels_last map to (N, C, P).
     y, mu, v = _TracedTraining.apply(as_rows(x, axis), state.weight, state.bias, scale, eps, axis)
     with torch.no_grad():
-        update_running(state.mean, state.var, mu, v, step, x.numel() / x.shape[1])
+        update_running(state.mean, state.var, mu, v, factor, x.numel() / x.shape[1])
     return as_map(y, x, axis)
 
 
-def evaluate(x: Tensor, state: State, scale: Scale, eps: float, strict: bool) -> Tensor:
+def forward_inference(x: Tensor, state: State, scale: Scale, eps: float, strict: bool) -> Tensor:
     """Return L2BN by the running statistics, which `state` must have; in eager code without gradients."""
     axis = position_axis(x)
     if torch.compiler.is_compiling():

@@ -27,7 +27,7 @@ from l2bn.kernels.formulas import (
     Scalar,
     Scale,
     at_positions,
-    computed_once,
+    materialized,
     sample_scale,
     squared_target,
     widened,
@@ -37,8 +37,8 @@ from l2bn.kernels.formulas import (
 def over_columns(channels: Tensor, rows: Tensor, axis: int) -> Tensor:
     """Give channels (C,) the axes that broadcast with rows."""
     if axis == 2 and not torch.compiler.is_compiling():  # a model's layout is not known before it is compiled
-        return computed_once(at_positions(channels, rows, axis).expand(rows.shape[1:]).contiguous())
-    return at_positions(computed_once(channels), rows, axis)
+        return materialized(at_positions(channels, rows, axis).expand(rows.shape[1:]).contiguous())
+    return at_positions(materialized(channels), rows, axis)
 
 
 def by_channel(columns: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def down(rows: Tensor, axis: int) -> Tensor:
     # it.
     group = next((k for k in (16, 8, 4, 2) if statically_known_true(n % k == 0)), 1)
     groups = rows.view(n // group, group, *rows.shape[1:]).sum((1, 2) if axis == 1 else 1)
-    return computed_once(groups).sum(0, dtype=torch.float64)
+    return materialized(groups).sum(0, dtype=torch.float64)
 
 
 def statistics(z: Tensor, axis: int) -> tuple[Tensor, Tensor]:
@@ -85,7 +85,7 @@ def forward(
     # backward.
     back, wide = -widened(x), widened(x)
     norm2 = along(wide * wide)
-    s = computed_once(sample_scale(norm2, squared_target(x, scale)))
+    s = materialized(sample_scale(norm2, squared_target(x, scale)))
     mu, v = statistics(wide * s, axis)
     inv = 1 / (v + eps).sqrt()
     k = inv if weight is None else inv * weight
@@ -102,7 +102,7 @@ def backward(
     """Return the gradients of x, weight and bias."""
     norm2, mu, inv = saved
     wide_g, a2 = widened(g), squared_target(x, scale)
-    s = computed_once(sample_scale(norm2, a2))
+    s = materialized(sample_scale(norm2, a2))
     back = -widened(x) * s  # -z
     near = mu.to(s.dtype)
     d = -(back + over_columns(near, x, axis))
@@ -117,5 +117,5 @@ def backward(
     dz = wide_g * of_g - d * of_d - of_all
     # Below tiny, s does not depend on x.
     along_z = torch.where(norm2 > TINY**2, along(dz * back) / a2, 0.0)
-    dx = (dz - back * computed_once(along_z)) * s
+    dx = (dz - back * materialized(along_z)) * s
     return dx.to(x.dtype), gr * inv, gb

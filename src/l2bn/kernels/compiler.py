@@ -36,11 +36,11 @@ Sizes = Literal["fake", "symbolic"]
 """Of the tensors of a kernel: theirs alone, or any."""
 
 STATIC_KINDS = 4
-"""So many batch and image sizes of one channel count get a kernel of their own, on CUDA and in training for maps
-of few positions; all others share one for any size. On a CPU it is about as fast where positions are many."""
+"""Batch and image sizes of one channel count that get a kernel of their own, on CUDA and in training for maps of
+few positions; all others share one for any size. On a CPU it is about as fast where positions are many."""
 
 UPDATES_TO_REPAY = {"cpu": (100, 0), "cuda": (0, 10_000)}
-"""So many updates repay the first compilation, by device: in all, and for each channel count. ResNet-20, batch 128:
+"""Updates that repay the first compilation, by device: in all, and for each channel count. ResNet-20, batch 128:
 
 cpu: 3 kernels, about 9 s once a machine, against 31 ms saved per update (0.29 of BN's 108 ms, two cores): three
     runs of 100 updates repay them.
@@ -48,10 +48,10 @@ cuda: 42 s for 3 channel counts, against 1.4 ms saved per update (0.4 of BN's 3.
 """
 
 PATIENCE = 2.0
-"""After so many seconds of compilation a process says, once, what it is doing."""
+"""Seconds of compilation after which a process says, once, what it is doing."""
 
 MOST_CALLS = 4096
-"""So many kinds of call are kept at hand. Clips of any length, say, have no end of sizes."""
+"""Kinds of call that are kept: inputs of any length have no end of sizes."""
 
 
 @dataclass
@@ -72,7 +72,7 @@ _compiled_for = 0.0
 """Seconds of compilation in this process."""
 
 
-def operators_must_be_seen(*tensors: Tensor) -> bool:
+def needs_plain_operators(*tensors: Tensor) -> bool:
     """Return whether a transform or dispatch mode is active, or a tensor is of a class, that must see operators.
 
     A kernel hides its operators: torch.func and forward-mode differentiation could not transform it, and make_fx or
@@ -196,7 +196,7 @@ def _compile(
     if sizes == "symbolic":
         present, called = _vectors(present), _of_vectors(called, [t.ndim == 0 for t in present])
     with (
-        _telling_what_takes_long(),
+        _log_slow_compilation(),
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast(present[0].device.type, enabled=False),
@@ -209,7 +209,7 @@ def _compile(
 
 
 @contextmanager
-def _telling_what_takes_long() -> Iterator[None]:
+def _log_slow_compilation() -> Iterator[None]:
     global _compiled_for
     start = time.monotonic()
     timer = threading.Timer(PATIENCE - _compiled_for, _tell)

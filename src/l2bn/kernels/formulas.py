@@ -98,22 +98,22 @@ def batch_norm(
 
 
 def update_running(
-    mean: Tensor | None, var: Tensor | None, mu: Tensor, v: Tensor, step: Scalar | None, count: Scalar
+    mean: Tensor | None, var: Tensor | None, mu: Tensor, v: Tensor, factor: Scalar | None, count: Scalar
 ) -> None:
     """Move the running statistics in place, as batch norm does: towards the mean and the unbiased variance.
 
-    Without them, or without a step, nothing is moved.
+    Without them, or without a factor, nothing is moved.
     """
-    if mean is None or var is None or step is None:
+    if mean is None or var is None or factor is None:
         return
-    mean.copy_(mean + step * (mu - mean))
-    var.copy_(var + step * (v * (count / (count - 1)) - var))
+    mean.copy_(mean + factor * (mu - mean))
+    var.copy_(var + factor * (v * (count / (count - 1)) - var))
 
 
 # ------------------------------------------------------------------------------------------------- the layout
 
 
-def computed_once(t: Tensor) -> Tensor:
+def materialized(t: Tensor) -> Tensor:
     """Return t; inductor stores it here instead of computing it again for each element of the next pass."""
     import torch._inductor.inductor_prims  # registers the operator; here, because it takes a third of the start-up
 

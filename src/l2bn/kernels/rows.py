@@ -32,7 +32,7 @@ from l2bn.kernels.formulas import (
     Scalar,
     Scale,
     at_positions,
-    computed_once,
+    materialized,
     over_positions,
     positions_of,
     sample_scale,
@@ -85,8 +85,8 @@ def forward(
     inv = 1 / (z.v + eps).sqrt()
     k = inv if weight is None else inv * weight
     shift = (z.zc - z.s * m) * k
-    a = computed_once((z.s * k).to(m.dtype))
-    b = computed_once((shift if bias is None else shift + bias).to(m.dtype))
+    a = materialized((z.s * k).to(m.dtype))
+    b = materialized((shift if bias is None else shift + bias).to(m.dtype))
     y = (at_positions(b, x, axis) - back * at_positions(a, x, axis)).to(x.dtype)
     middle = over_positions(widened(x), axis) / positions  # x0 of backward
     return y, z.mu, z.v, (inv, middle, var)
@@ -112,7 +112,7 @@ def backward(
     r = torch.where(z.norm2 > TINY**2, along_x.sum(1, keepdim=True) / z.norm2, 0.0)
     e = z.s * (c1 * z.s - r)
     terms = z.s * k, e, z.s * (c0 - r * z.mean) - m * e
-    a, e, f = [at_positions(computed_once(term.to(m.dtype)), x, axis) for term in terms]
+    a, e, f = [at_positions(materialized(term.to(m.dtype)), x, axis) for term in terms]
     return (wide * a + d * e + f).to(x.dtype), gw, gb
 
 
@@ -127,5 +127,5 @@ def evaluate(x: Tensor, slope: Tensor, shift: Tensor, scale: Scale, axis: int) -
     norm2 = wide.square().sum(tuple(range(1, x.ndim)), keepdim=True)
     # As `sample_scale`, for less: an all-zero sample stays 0 by any factor, and inf - inf is NaN.
     s = (norm2.clamp_min(TINY**2) / squared_target(x, scale)).rsqrt() + (norm2 - norm2)
-    slope, shift = (at_positions(computed_once(t), x, axis) for t in (slope, shift))
+    slope, shift = (at_positions(materialized(t), x, axis) for t in (slope, shift))
     return (wide * slope * s + shift).to(x.dtype)

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from l2bn.kernels import autograd
-from l2bn.kernels.compiler import DEVICES, Fused, compiler_works, operators_must_be_seen
+from l2bn.kernels.compiler import DEVICES, Fused, compiler_works, needs_plain_operators
 from l2bn.kernels.formulas import Scale, State, check_scale, normalized, widened
-from l2bn.norms.stepped import Activated, SteppedBatchNorm, share_of_batch, stepped, takes_batch_statistics
+from l2bn.norms.stepped import Activated, SteppedBatchNorm, count_batch, stepped, takes_batch_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +80,8 @@ class _L2BatchNorm(SteppedBatchNorm):
         check_scale(self.scale)  # here, because a kernel's error would count as a failed compilation
         strict = self.fused == "on"
         if not self.training and state.mean is not None and state.var is not None:
-            return autograd.evaluate(x, state, self.scale, self.epsilon, strict)
-        return autograd.train(x, state, share_of_batch(self, state), self.scale, self.epsilon, strict)
+            return autograd.forward_inference(x, state, self.scale, self.epsilon, strict)
+        return autograd.forward_training(x, state, count_batch(self, state), self.scale, self.epsilon, strict)
 
     def _has_kernels_for(self, x: Tensor, state: State) -> bool:
         """Return whether the fused formulas serve this call; otherwise the definition does."""
@@ -92,7 +92,7 @@ class _L2BatchNorm(SteppedBatchNorm):
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         if needs_grad and not takes_batch_statistics(state, self.training):
             return False  # evaluation's kernels have no backward
-        if operators_must_be_seen(*tensors) or x.numel() == 0:
+        if needs_plain_operators(*tensors) or x.numel() == 0:
             return False
         return torch.compiler.is_compiling() or self.fused == "on" or compiler_works(x.device.type)
 

@@ -117,7 +117,7 @@ class SteppedBatchNorm(_BatchNorm):
         z = self.step(widened(x), self.scale)
         if self.joint is not None and self._shares_batch():
             return self.joint.batch_norm(self, z, state, self.epsilon).to(x.dtype)
-        share = share_of_batch(self, state)
+        share = count_batch(self, state)
         momentum = 0.0 if share is None else float(share)
         batch = takes_batch_statistics(state, self.training)
         return batch_norm(z, *state, self.epsilon, momentum, batch).to(x.dtype)
@@ -162,8 +162,11 @@ def state_of(layer: _BatchNorm) -> State:
     return State(layer.weight, layer.bias, layer.running_mean, layer.running_var)
 
 
-def share_of_batch(layer: _BatchNorm, state: State) -> float | Tensor | None:
-    """Return the share of this batch in the running statistics, None if they stay; count the batch."""
+def count_batch(layer: _BatchNorm, state: State) -> float | Tensor | None:
+    """Count a batch; return its weight in the running statistics (torch's `exponential_average_factor`).
+
+    None if they stay.
+    """
     if not layer.training or state.mean is None:
         return None
     batches = layer.num_batches_tracked

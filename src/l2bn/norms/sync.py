@@ -22,7 +22,7 @@ from torch.fx.proxy import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from l2bn.kernels.formulas import State, update_running, widened
-from l2bn.norms.stepped import Activated, SteppedBatchNorm, as_leaf, check_call, share_of_batch, state_of
+from l2bn.norms.stepped import Activated, SteppedBatchNorm, as_leaf, check_call, count_batch, state_of
 from l2bn.norms.swap import stock_name
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class Joint:
         if z.numel() <= z.shape[1] and count == 1:
             raise ValueError("Expected more than 1 value per channel when training, got 1 on all ranks together")
         with torch.no_grad():
-            update_running(state.mean, state.var, mean, variance, share_of_batch(layer, state), count)
+            update_running(state.mean, state.var, mean, variance, count_batch(layer, state), count)
         return y
 
 

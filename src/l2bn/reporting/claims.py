@@ -391,7 +391,7 @@ def judge_set(question: Question, run_set: RunSet, arms: Sequence[Arm]) -> SetFi
     return replace(finding, estimates=estimates, overall=overall, diverged=diverged, pairs=pairs)
 
 
-OF_ALL_SETS = (
+SETS_NOTE = (
     "Significantly: p (Holm) below 0.05. All intervals and p of the following tables go by s, the deviation pooled "
     "within the cells, which the last row of a table gives; other tables go by each cell's own deviation, so their "
     "intervals differ. The last p is not corrected."
@@ -416,7 +416,7 @@ def sets_section(arms: Sequence[Arm], sets: Sequence[RunSet]) -> list[str]:
     columns = ("Set", *(f"Claim {number}" for number in asked))
     parts = [markdown(Table(columns, rows, names=len(columns)))] if rows else []
     parts += [f"Without runs yet, so not decided: {', '.join(absent)}."] if absent else []
-    return [*parts, *([OF_ALL_SETS] if estimates else []), *estimates]
+    return [*parts, *([SETS_NOTE] if estimates else []), *estimates]
 
 
 def _second(first: SetFinding, arms: Sequence[Arm]) -> list[str]:
@@ -514,7 +514,7 @@ THESE_NETWORKS = (
 )
 
 
-OF_ALL_CELLS = (
+CELLS_NOTE = (
     "L2BN minus BN, for claim 1 minus l2bn\\_mean\\_norm, cell by cell: the mean difference, its 95 % interval by "
     "the cell's own deviation (n too small: fewer than 3 pairs), and the number n of pairs. Not counted: runs "
     f"under {FULL_EPOCHS} epochs, or fewer than {MIN_PAIRS} pairs."
@@ -565,7 +565,7 @@ def claims_markdown(evidence: Evidence, sets: Sequence[RunSet]) -> str:
         ),
         "## These networks",
         *sets_section(arms, sets),
-        *(["## Other networks", OF_ALL_CELLS] if details else []),
+        *(["## Other networks", CELLS_NOTE] if details else []),
         *details,
         "## Rule for other networks",
         "The verdict is one of: supported, contradicted, not decided at this n, not measured.",

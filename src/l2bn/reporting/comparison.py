@@ -68,7 +68,7 @@ def arms_of(evidence: Evidence) -> list[Arm]:
     labels: dict[Cell, set[str]] = defaultdict(set)
     sources: dict[Cell, set[str]] = defaultdict(set)
     for record in sorted(evidence.records, key=lambda record: record.seed):
-        cell, norm = evidence.place.of(record)
+        cell, norm = evidence.grouping.of(record)
         groups[cell][norm].append(record)
         labels[cell].add(label_of(record))
         sources[cell].add(source_of(record))

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from l2bn.errors import UserError
 from l2bn.records import (
     ENVIRONMENT,
+    FEATURES,
     MEASURES,
     THEN,
     FeatureRow,
@@ -32,7 +33,6 @@ from l2bn.records import (
     read_statistics,
     same_images,
 )
-from l2bn.records import FEATURES as FEATURES_FILE
 
 BN, L2BN = "bn", "l2bn"
 RMS, DETACHED, MEAN_NORM = "l2bn_rms", "l2bn_detached", "l2bn_mean_norm"
@@ -42,7 +42,7 @@ TOP1, BEST = "top1", "best_top1"
 test set, hence optimistic and never the result."""
 
 PENULTIMATE, INPUT, OUTPUT, SHRINK = "penultimate", "input", "output", "shrink"
-FEATURES = (SHRINK, *(f"{place}/{name}" for place in (INPUT, OUTPUT, PENULTIMATE) for name in MEASURES))
+FEATURE_QUANTITIES = (SHRINK, *(f"{place}/{name}" for place in (INPUT, OUTPUT, PENULTIMATE) for name in MEASURES))
 WITHIN_SHARE, ANGLE_MEAN = f"{PENULTIMATE}/within_share", f"{PENULTIMATE}/angle_mean"
 NORM_CV = f"{INPUT}/norm_cv"
 
@@ -145,7 +145,7 @@ def source_of(record: Record) -> str:
 
 
 @dataclass(frozen=True)
-class Place:
+class Grouping:
     """The cell and the norm under which a record is compared.
 
     of: gives them. Raises InvalidRecordError for a record without them.
@@ -156,7 +156,7 @@ class Place:
     varied: tuple[str, ...] = ()
 
 
-BY_NAME = Place(lambda record: (cell_of(record), record.norm))
+BY_NAME = Grouping(lambda record: (cell_of(record), record.norm))
 """The names of the run's folder."""
 
 
@@ -167,7 +167,7 @@ class Evidence:
     records: Sequence[Record]
     problems: Sequence[Problem] = ()
     features: Mapping[Path, Sequence[FeatureRow]] = field(default_factory=dict)
-    place: Place = BY_NAME
+    grouping: Grouping = BY_NAME
 
 
 def value_of(record: Record, features: Sequence[FeatureRow], quantity: str) -> float | None:
@@ -194,16 +194,16 @@ def by_layer(row: FeatureRow, quantity: str) -> list[float | None]:
 
 
 def read_evidence(
-    root: Path, *, features: bool = False, statistics: bool = False, place: Place = BY_NAME
+    root: Path, *, features: bool = False, statistics: bool = False, grouping: Grouping = BY_NAME
 ) -> Evidence:
     """The records under a folder, one per cell, norm and seed, on request with their measured features.
 
     statistics: instead of features, the measured updates of running against batch statistics.
 
-    The same run found twice counts once. `place` gives a record's cell and norm if a study groups them otherwise; a
-    record without them is left out, as one that cannot be read. Raises UserError where the folder is missing, where
-    two records of one cell, norm and seed hold different results, or where runs of one cell were made under unequal
-    conditions.
+    The same run found twice counts once. `grouping` gives a record's cell and norm if a study groups them
+    otherwise; a record without them is left out, as one that cannot be read. Raises UserError where the folder is
+    missing, where two records of one cell, norm and seed hold different results, or where runs of one cell were
+    made under unequal conditions.
     """
     if not root.is_dir():
         raise UserError(
@@ -214,12 +214,12 @@ def read_evidence(
     records = []
     for record in found:
         try:
-            place.of(record)
+            grouping.of(record)
             records.append(record)
         except InvalidRecordError as error:
             problems.append(Problem(record.folder, str(error)))
-    _check_conditions(records, place)
-    records = _distinct(records, place)
+    _check_conditions(records, grouping)
+    records = _distinct(records, grouping)
     measured: dict[Path, Sequence[FeatureRow]] = {}
     for record in records if features or statistics else ():
         if record.status != "finished":
@@ -231,25 +231,25 @@ def read_evidence(
             continue
         if rows and (statistics or rows[-1]["epoch"] == record.epochs):
             measured[record.folder] = rows
-    return Evidence(records, problems, measured, place)
+    return Evidence(records, problems, measured, grouping)
 
 
-def _distinct(records: Iterable[Record], place: Place) -> list[Record]:
+def _distinct(records: Iterable[Record], grouping: Grouping) -> list[Record]:
     """One record per cell, norm and seed, with features if any has them. Raises UserError on a contradiction."""
     kept: dict[tuple[Cell, str, int], Record] = {}
     for record in records:
-        first = kept.setdefault((*place.of(record), record.seed), record)
+        first = kept.setdefault((*grouping.of(record), record.seed), record)
         if first.result != record.result:
             raise UserError(
                 "two records of one cell and seed hold different results: "
                 f"{first.folder} and {record.folder}; keep one of them"
             )
-        if not (first.folder / FEATURES_FILE).exists() and (record.folder / FEATURES_FILE).exists():
-            kept[*place.of(record), record.seed] = record
+        if not (first.folder / FEATURES).exists() and (record.folder / FEATURES).exists():
+            kept[*grouping.of(record), record.seed] = record
     return list(kept.values())
 
 
-def _check_conditions(records: Iterable[Record], place: Place) -> None:
+def _check_conditions(records: Iterable[Record], grouping: Grouping) -> None:
     """Raise UserError where runs of one cell, or of one study, were made under unequal conditions.
 
     So a default edited between two runs, or a changed folder of images, is not overlooked. A key that some runs
@@ -262,7 +262,7 @@ def _check_conditions(records: Iterable[Record], place: Place) -> None:
     members: dict[tuple[Cell, str], set[Path]] = defaultdict(set)
     for record in records:
         own = _conditions(record)
-        for (cell, norm), varied in {BY_NAME.of(record): (), place.of(record): place.varied}.items():
+        for (cell, norm), varied in {BY_NAME.of(record): (), grouping.of(record): grouping.varied}.items():
             study = replace(cell, value=())
             for name, value in own.items():
                 of_norm = name == "parameters" or name.startswith("norm.")
@@ -274,8 +274,8 @@ def _check_conditions(records: Iterable[Record], place: Place) -> None:
                 members[scope].add(record.folder)
     for (cell, norm, name), (value, folder) in known.items():
         lacking = members[cell, norm] - holders[cell, norm, name]
-        if value and lacking and name not in (*place.varied, "images.files"):
-            raise _unequal(name, (value, "no value"), (folder, min(lacking)), place.varied)
+        if value and lacking and name not in (*grouping.varied, "images.files"):
+            raise _unequal(name, (value, "no value"), (folder, min(lacking)), grouping.varied)
 
 
 def _conditions(record: Record) -> dict[str, object]:
@@ -365,7 +365,7 @@ def images_in_words(records: Sequence[Record]) -> str:
 
 
 def unlike_devices(records: Iterable[Record]) -> str:
-    """The seeds of several runs that were not all made on one kind of device from start to end; empty without.
+    """The seeds whose runs were made in part on a CPU and in part on a GPU, as text; empty without.
 
     A record that does not say its device is passed over.
     """

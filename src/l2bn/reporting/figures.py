@@ -73,7 +73,7 @@ STYLES: Mapping[str, Mapping[str, Any]] = {
     BN: {"color": "#222222", "linestyle": (0, (4, 1.5)), "marker": "s", "label": "BN"},
     L2BN: {"color": "#D55E00", "linestyle": "-", "marker": "o", "label": "L2BN"},
 }
-OF_EPS: Mapping[str, Mapping[str, Any]] = {
+EPS_STYLES: Mapping[str, Mapping[str, Any]] = {
     BN: STYLES[BN],
     L2BN: {**STYLES[L2BN], "label": "L2BN, norm 1"},
     RMS: {"color": "#0072B2", "linestyle": (0, (1, 1)), "marker": "^", "label": "L2BN, rms 1"},
@@ -146,10 +146,10 @@ def write_figures(
         if any(comparison.differences() for comparison in comparisons):
             paths += save_figure(differences(comparisons), folder, "differences")
         for run_set in sets:
-            for (what, questions), name in zip(OF_SETS.items(), run_set.figures, strict=True):
+            for (what, questions), name in zip(SET_FIGURES.items(), run_set.figures, strict=True):
                 lines = lines_of_set(arms_of(evidence), run_set, questions)
                 if lines:
-                    paths += save_figure(dots(lines, what), folder, name)
+                    paths += save_figure(forest_plot(lines, what), folder, name)
     return paths, problems
 
 
@@ -329,7 +329,7 @@ def _limits(values: Sequence[float]) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class Line:
+class ForestRow:
     """A row of the dot plot; one without a result is a heading, or a note below one."""
 
     text: str
@@ -348,42 +348,42 @@ class Line:
         return {"color": GREY, "fontsize": 7} if self.note else {"fontweight": "bold"}
 
 
-def _line(row: Comparison, quantity: str = TOP1) -> Line:
+def _line(row: Comparison, quantity: str = TOP1) -> ForestRow:
     style = STYLES[L2BN]
     name = in_words(row.cell.backbone)
-    return Line(name, row.difference(quantity), row.differences(quantity), style["color"], style["marker"])
+    return ForestRow(name, row.difference(quantity), row.differences(quantity), style["color"], style["marker"])
 
 
 def differences(comparisons: Sequence[Comparison]) -> Figure:
     """A row per cell: mean paired difference, its 95 % interval, the seeds behind it; pooled below."""
     rows = [comparison for comparison in comparisons if comparison.differences()]
-    lines: list[Line] = []
+    lines: list[ForestRow] = []
     label = ""
     for (dataset, made_by), group in groupby(rows, key=lambda row: (row.cell.label, conditions(row))):
-        lines += [Line(dataset)] if dataset != label else []
-        lines += [Line(part, note=True) for part in textwrap.wrap(made_by, 60)]
+        lines += [ForestRow(dataset)] if dataset != label else []
+        lines += [ForestRow(part, note=True) for part in textwrap.wrap(made_by, 60)]
         lines += map(_line, group)
         label = dataset
-    lines.append(Line("Mean over cells of images, n cells"))
+    lines.append(ForestRow("Mean over cells of images, n cells"))
     for full, text in ((True, f"{FULL_EPOCHS} epochs and more"), (False, f"under {FULL_EPOCHS} epochs")):
         chosen = [row for row in rows if row.full_length is full and row.cell.task == "images"]
         if chosen:
-            lines.append(Line(text, pooled(chosen)))
-    return dots(lines, IN_ACCURACY)
+            lines.append(ForestRow(text, pooled(chosen)))
+    return forest_plot(lines, IN_ACCURACY)
 
 
 IN_ACCURACY = "BN better  ←   L2BN − BN, test top-1 after the last epoch (points)   →  L2BN better"
 IN_COMPACTNESS = "more compact  ←   L2BN − reference, within share of the penultimate features   →  less"
-OF_SETS = {IN_ACCURACY: (ACCURATE,), IN_COMPACTNESS: (COMPACT, EQUAL_NORMS)}
+SET_FIGURES = {IN_ACCURACY: (ACCURATE,), IN_COMPACTNESS: (COMPACT, EQUAL_NORMS)}
 """The axes of the figures of a set, and the questions that each puts below another."""
 
 
-def lines_of_set(arms: Sequence[Arm], run_set: RunSet, questions: Iterable[Question]) -> list[Line]:
+def lines_of_set(arms: Sequence[Arm], run_set: RunSet, questions: Iterable[Question]) -> list[ForestRow]:
     """A row per network of a set and question, and below it the means by both rules, as far as they have one.
 
     arms: of every cell; the mean for other networks is over those on images.
     """
-    lines: list[Line] = []
+    lines: list[ForestRow] = []
     for question in questions:
         every = [row for row in compare(arms, [L2BN], question.reference) if row.cell.task == "images"]
         these = judge_set(question, run_set, arms)
@@ -394,14 +394,16 @@ def lines_of_set(arms: Sequence[Arm], run_set: RunSet, questions: Iterable[Quest
             if row.cell in these.cells and row.differences(question.quantity):
                 line = _line(own.get(row.cell, row), question.quantity)
                 rows.append(replace(line, common=common.get(row.cell, UNKNOWN)))
-                rows += [Line(f"    {setting(row.cell)}", note=True)] * (row.cell.setting != run_set.setting)
+                rows += [ForestRow(f"    {setting(row.cell)}", note=True)] * (row.cell.setting != run_set.setting)
         means = (
             ("mean over these networks, n pairs", these.overall, these.overall),
             ("the same, for other networks, n networks", for_other_networks(every, question.quantity), UNKNOWN),
         )
         if rows:
-            rows += [Line(text, result, common=both) for text, result, both in means if result.mean is not None]
-            lines.append(Line(f"{run_set.label}, L2BN − {question.reference_name}"))
+            rows += [
+                ForestRow(text, result, common=both) for text, result, both in means if result.mean is not None
+            ]
+            lines.append(ForestRow(f"{run_set.label}, L2BN − {question.reference_name}"))
             lines += [replace(row, digits=question.digits) for row in rows]
     return lines
 
@@ -409,7 +411,7 @@ def lines_of_set(arms: Sequence[Arm], run_set: RunSet, questions: Iterable[Quest
 PLOT, BESIDE, ROW, ABOVE, BELOW = 3.6, 0.95, 0.21, 0.3, 0.72  # inches
 
 
-def dots(lines: Sequence[Line], what: str) -> Figure:
+def forest_plot(lines: Sequence[ForestRow], what: str) -> Figure:
     """Names to the left of the plot, means and n to its right, so that no text overlaps it; `what` is its axis."""
     names = max(_width(line) for line in lines) + 0.3
     width, height = names + PLOT + BESIDE, ABOVE + ROW * len(lines) + BELOW
@@ -452,7 +454,7 @@ def dots(lines: Sequence[Line], what: str) -> Figure:
     return figure
 
 
-def _width(line: Line) -> float:
+def _width(line: ForestRow) -> float:
     """The width of a line's text, inches."""
     style = {"fontsize": RC["font.size"], "fontweight": "normal"} | line.style
     font = FontProperties(family=RC["font.family"], weight=style["fontweight"], size=style["fontsize"])
@@ -603,7 +605,7 @@ def accuracy_over_eps(study: Study) -> Figure:
     figure, (left, right) = _panels(6.6, 2.9)
     values = {eps: eps_text(eps).replace("e-0", "e-") for (eps,) in study.values}
     left.set_title("test top-1 after the last epoch (%)")
-    for index, (norm, style) in enumerate(OF_EPS.items()):
+    for index, (norm, style) in enumerate(EPS_STYLES.items()):
         runs = {eps: study.at(norm, eps) for eps in values}
         counts = (len(arm.of()) for arm in runs.values())
         _points(left, runs, _counted(style, *counts), 1.8 ** (index - 1))
@@ -657,7 +659,7 @@ def accuracy_over_updates(study: Study) -> Figure:
     arms = [arm for arm in study.arms if arm.features]
     figure, panels = _panels(2.2 * len(arms) + 0.6, 2.7, columns=len(arms), sharey=True)
     for panel, arm in zip(panels, arms, strict=True):
-        style = OF_EPS.get(arm.norm, {"color": "#222222", "label": arm.norm})
+        style = EPS_STYLES.get(arm.norm, {"color": "#222222", "label": arm.norm})
         panel.set_title(style["label"])
         for kind, line in (("batch", (0, (4, 1.5))), ("running", "-")):
             found = accuracy_by_update(arm, kind)

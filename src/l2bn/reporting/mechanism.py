@@ -17,7 +17,7 @@ from l2bn.reporting.evidence import (
     ANGLE_MEAN,
     BN,
     DETACHED,
-    FEATURES,
+    FEATURE_QUANTITIES,
     INPUT,
     L2BN,
     MEAN_NORM,
@@ -77,7 +77,7 @@ QUANTITIES = (
 )
 
 ACCURACY = Quantity(TOP1, "Accuracy", 2)
-OF_CONTROLS = (
+CONTROL_QUANTITIES = (
     ACCURACY,
     Quantity(WITHIN_SHARE, "Within share, penultimate", 4),
     Quantity(ANGLE_MEAN, "Mean angle, penultimate (°)", 2),
@@ -116,7 +116,7 @@ def summary_table(pairs: Sequence[Comparison]) -> Table:
     return Table(columns, rows, names=3)
 
 
-def norms_table(arms: Sequence[Arm], quantity: Quantity) -> Table:
+def quantity_table(arms: Sequence[Arm], quantity: Quantity) -> Table:
     """Every norm of one cell in one quantity, against BN and L2BN against it, paired by seed."""
     name, text, digits = quantity
     bn, l2bn = (find_arm(arms, arms[0].cell, norm) for norm in (BN, L2BN))
@@ -140,14 +140,14 @@ STEPS = (
 def steps_table(arms: Sequence[Arm]) -> Table:
     """The effect of equal norms and of their gradient; no rows where a control is missing."""
     found = {arm.norm: arm for arm in arms}
-    columns = ("Difference", *(quantity.text for quantity in OF_CONTROLS), "Pairs")
+    columns = ("Difference", *(quantity.text for quantity in CONTROL_QUANTITIES), "Pairs")
     rows = []
     for start, end, text in STEPS if {DETACHED, MEAN_NORM, L2BN} <= found.keys() else ():
         steps = Comparison(found[start], found[end])
-        results = [steps.difference(quantity.name) for quantity in OF_CONTROLS]
+        results = [steps.difference(quantity.name) for quantity in CONTROL_QUANTITIES]
         cells = (
             " ".join(mean_interval(result, quantity.digits))
-            for result, quantity in zip(results, OF_CONTROLS, strict=True)
+            for result, quantity in zip(results, CONTROL_QUANTITIES, strict=True)
         )
         rows.append((f"{text}: {end} − {start}", *cells, numbers_of_values(results)))
     return Table(columns, rows)
@@ -162,7 +162,7 @@ def features_csv(arms: Sequence[Arm]) -> str:
     )
     rows = []
     for comparison in compare(arms, {arm.norm for arm in arms}):
-        for quantity in FEATURES:
+        for quantity in FEATURE_QUANTITIES:
             place, _, name = quantity.partition("/")
             rows.append(comparison.row(quantity) | {"place": place, "measure": name})
     return csv_text(rows, columns, ".5g")
@@ -191,7 +191,7 @@ class Mechanism:
         """8 hexadecimal digits over everything that the tables are made from."""
         parts = [features_csv(self.arms), studies_csv(self.studies)]
         parts += [markdown(trap_table(study)) for study in self.studies.traps]
-        parts += [markdown(norms_table(norms, ACCURACY)) for _, norms in by_cell(self.arms)]
+        parts += [markdown(quantity_table(norms, ACCURACY)) for _, norms in by_cell(self.arms)]
         return hashlib.blake2b("\n".join(parts).encode(), digest_size=4).hexdigest()
 
 
@@ -249,7 +249,7 @@ def _controls(arms: Sequence[Arm]) -> Iterator[str]:
         )
     for cell, norms in cells:
         yield f"### {title(cell)}"
-        yield from (markdown(norms_table(norms, quantity)) for quantity in OF_CONTROLS)
+        yield from (markdown(quantity_table(norms, quantity)) for quantity in CONTROL_QUANTITIES)
         yield from _images(norms)
         steps = steps_table(norms)
         if steps.rows:

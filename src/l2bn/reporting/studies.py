@@ -22,7 +22,7 @@ from l2bn.reporting.evidence import (
     SHRINK,
     Cell,
     Evidence,
-    Place,
+    Grouping,
     by_layer,
     cell_of,
     read_evidence,
@@ -78,9 +78,9 @@ def _by_rate(record: Record) -> tuple[Cell, str]:
     return Cell(record.dataset, "", record.backbone, "", _batch_and_rate(record)), record.norm
 
 
-place_by_eps = Place(_by_eps, varied=("norm.eps",))
+BY_EPS = Grouping(_by_eps, varied=("norm.eps",))
 # Each batch size has its own number of epochs, so that all take about as many updates.
-place_by_rate = Place(_by_rate, varied=("recipe.batch_size", "recipe.lr", "recipe.epochs"))
+BY_RATE = Grouping(_by_rate, varied=("recipe.batch_size", "recipe.lr", "recipe.epochs"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,10 +120,10 @@ def studies_of(evidence: Evidence) -> list[Study]:
 def read_studies(folder: Path | None) -> tuple[Studies, list[Problem]]:
     """The studies under a folder, each of which may be missing, and the records left out. Raises UserError."""
     found = [
-        read_evidence(folder / name, features=name == EPS, statistics=name == TRAP, place=place)
+        read_evidence(folder / name, features=name == EPS, statistics=name == TRAP, grouping=grouping)
         if folder is not None and (folder / name).is_dir()
         else Evidence(())
-        for name, place in ((EPS, place_by_eps), (RATES, place_by_rate), (TRAP, BY_NAME))
+        for name, grouping in ((EPS, BY_EPS), (RATES, BY_RATE), (TRAP, BY_NAME))
     ]
     eps, rates, traps = map(studies_of, found)
     traps = [study for study in traps if any(arm.features or arm.diverged for arm in study.arms)]

@@ -55,7 +55,7 @@ class Run:
     curves: Mapping[str, Mapping[int, float]]
 
 
-def find_runs(root: Path) -> list[Run]:
+def read_runs(root: Path) -> list[Run]:
     """Every run under a folder that has finished an epoch and not diverged, each cell, norm and seed once.
 
     Of a run that lies there twice, as one and its replay, the longer is taken, or the one with more features. Other
@@ -86,11 +86,11 @@ def find_runs(root: Path) -> list[Run]:
                     curves[quantity][row["epoch"]] = value
         length = len(rows), len(features)
         if length > longest.get((cell, norm, seed), ((0, 0),))[0] and not diverged:
-            longest[cell, norm, seed] = length, Run(title(cell), norm, seed, curves)
+            longest[cell, norm, seed] = length, Run(chart_group(cell), norm, seed, curves)
     return [run for _, run in longest.values()]
 
 
-def title(cell: Cell) -> str:
+def chart_group(cell: Cell) -> str:
     """A cell as the name of a group of charts; the setting only if it is not the default.
 
     The custom scalars tab takes tags for regular expressions, so no character that means more than itself is left;
@@ -133,7 +133,7 @@ def texts_of(evidence: Evidence) -> dict[tuple[str, str], str]:
     for cell, arms in by_cell(arms_of(evidence)):
         for one in compare(arms, {arm.norm for arm in arms} - {BN}):
             difference = one.difference()
-            found[one.norm, f"{title(cell)}/difference to bn"] = (
+            found[one.norm, f"{chart_group(cell)}/difference to bn"] = (
                 f"**{one.norm} − bn: {signed(difference.mean)} points {interval(difference)}**, "
                 f"{difference.n} pairs of equal seed, Student's 95 % interval  \n"
                 f"test top-1 in percent after the last epoch: bn {mean_std_n(one.reference)}, "
@@ -143,7 +143,7 @@ def texts_of(evidence: Evidence) -> dict[tuple[str, str], str]:
             if arm.diverged:
                 seeds = ", ".join(str(run.seed) for run in arm.records if run.status == "diverged")
                 runs = f"**{plural('run', arm.diverged)} of {arm.norm} diverged**"
-                found[arm.norm, f"{title(cell)}/diverged"] = f"{runs}, left out of its curves: seed {seeds}"
+                found[arm.norm, f"{chart_group(cell)}/diverged"] = f"{runs}, left out of its curves: seed {seeds}"
     return found
 
 
@@ -156,7 +156,7 @@ class Board:
 
     def update(self) -> bool:
         """Write all arms if they have changed; whether they had. Raises UserError where there is no such folder."""
-        runs = find_runs(self._root)
+        runs = read_runs(self._root)
         curves, texts = curves_of(runs), cut_off(runs)
         try:
             texts |= texts_of(read_evidence(self._root))

@@ -26,7 +26,7 @@ from l2bn.reporting.evidence import (
 from l2bn.reporting.formatting import NONE, left_out, lost, mean_interval, mean_std, names_of, setting
 
 
-def norms_table(evidence: Evidence) -> RenderableType:
+def accuracy_overview(evidence: Evidence) -> RenderableType:
     """All cells, the norms of each below each other, and the number of records left out."""
     parts: list[RenderableType] = []
     for cell, arms in by_cell(arms_of(evidence)):

@@ -16,25 +16,25 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from l2bn.errors import UserError
 from l2bn.kernels.compiler import DEVICES, TRACED, compiler_works
-from l2bn.training.compute import Compile, Compute, Placed
+from l2bn.training.compute import Compile, Compute, Prepared
 
 log = logging.getLogger(__name__)
 
 
 def accelerate(
     compute: Compute, network: nn.Module, kernels: str, device: torch.device, updates: int, in_memory: bool
-) -> Placed:
+) -> Prepared:
     """Compile or record a network as `compute.compile` has it.
 
-    kernels: those of its layers. The other arguments are those of `Compute.place`. Raises UserError.
+    kernels: those of its layers. The other arguments are those of `Compute.prepare`. Raises UserError.
     """
-    if replays_graphs(compute, network, device, in_memory):
-        return Placed(network, Recorded(network), f"{kernels}+graphs")
+    if uses_cuda_graphs(compute, network, device, in_memory):
+        return Prepared(network, GraphedModule(network), f"{kernels}+graphs")
     if should_compile(compute.compile, network, device, updates):
         compiled: Any = torch.compile(network, dynamic=False)  # at its first call, for batches of one size
         traced = kernels if TRACED or kernels == "stock" else "plain"
-        return Placed(network, compiled, f"{traced}+compiled")
-    return Placed(network, network, kernels)
+        return Prepared(network, compiled, f"{traced}+compiled")
+    return Prepared(network, network, kernels)
 
 
 # Compilation.
@@ -94,8 +94,8 @@ KNOWN = ("torch", "torchvision", "timm", "l2bn")
 HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
 
 
-def replays_graphs(compute: Compute, network: nn.Module, device: torch.device, in_memory: bool) -> bool:
-    """Return whether a run replays CUDA graphs; `Compute.place` has the arguments.
+def uses_cuda_graphs(compute: Compute, network: nn.Module, device: torch.device, in_memory: bool) -> bool:
+    """Return whether a run replays CUDA graphs; `Compute.prepare` has the arguments.
 
     "auto" does where that was measured to work: on one device, without autocast, for images in memory. Other
     images are copied by a thread, and what it calls may not be called while a graph is recorded.
@@ -106,7 +106,7 @@ def replays_graphs(compute: Compute, network: nn.Module, device: torch.device, i
         return False
     if compute.precision not in ("32-true", "tf32-mixed"):
         return False
-    unknown = layers_that_may_decide(network)
+    unknown = unsafe_to_capture(network)
     if unknown:
         log.info(
             "this run does not replay CUDA graphs, because %s may do other things at other steps; if not, "
@@ -118,7 +118,7 @@ def replays_graphs(compute: Compute, network: nn.Module, device: torch.device, i
     return True
 
 
-class Recorded(nn.Module):
+class GraphedModule(nn.Module):
     """A network that is recorded at its first training batch, as a graph of forward and one of backward.
 
     The kernels are those of eager code, so nothing is compiled, and the results are the same. Batches of another
@@ -135,11 +135,11 @@ class Recorded(nn.Module):
         if not (self.training and torch.is_grad_enabled()):
             return self.network(x)
         if not self._recordings:
-            self._recordings[x.shape] = _record(self.network, x)
+            self._recordings[x.shape] = _capture(self.network, x)
         return self._recordings.get(x.shape, self.network)(x)
 
 
-def _record(network: nn.Module, x: Tensor) -> nn.Module:
+def _capture(network: nn.Module, x: Tensor) -> nn.Module:
     gc.collect()  # graphs of earlier runs: to free one during a recording would end it
     # Recording takes warm-up steps, which must leave no trace in running statistics and random numbers.
     buffers, random = [b.clone() for b in network.buffers()], torch.cuda.get_rng_state(x.device)
@@ -177,7 +177,7 @@ def _cause(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def layers_that_may_decide(network: nn.Module) -> list[str]:
+def unsafe_to_capture(network: nn.Module) -> list[str]:
     """Return the names of layers that a recording might freeze: what they decide in Python, a replay repeats.
 
     Such are classes of a user's own, layers with hooks or with another forward or step than their class's, and

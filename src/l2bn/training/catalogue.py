@@ -21,7 +21,7 @@ from l2bn.errors import UserError
 from l2bn.records import natural_order
 from l2bn.training.compute import Compute
 from l2bn.training.instantiate import CONFIGS, Builder, Node
-from l2bn.training.plan import ROOT, composing, resolve
+from l2bn.training.plan import CONFIG_NAME, composing, resolve
 
 GROUPS = ("dataset", "backbone", "norm", "recipe", "experiment")
 CLASSES_OF_ITS_DATA = re.compile(r"^# .*Parameters at ([\d,]+) classes", re.MULTILINE)
@@ -71,7 +71,7 @@ def choices(group: str, own: Sequence[Path] = (), *, timed: bool = False) -> lis
     folders = [CONFIGS, *own]
     paths = [path for folder in folders for path in (folder / group).glob("[!.]*.yaml")]
     with composing(folders=own):
-        base = compose(ROOT) if group == "backbone" else None
+        base = compose(CONFIG_NAME) if group == "backbone" else None
         return [_choice(path, base, folders, timed) for path in sorted(paths, key=lambda p: natural_order(p.stem))]
 
 
@@ -83,7 +83,7 @@ def _choice(path: Path, base: DictConfig | None, folders: Sequence[Path], timed:
         cost = None
         if base is not None:
             if "defaults" in content:
-                base = compose(ROOT, [f"backbone={path.stem}"])
+                base = compose(CONFIG_NAME, [f"backbone={path.stem}"])
             else:
                 base.backbone = OmegaConf.load(path)  # 50 ms faster
             named = CLASSES_OF_ITS_DATA.search(text)
@@ -132,7 +132,7 @@ def _measure_hours(model: nn.Module, usual: Usual) -> float:
     placing = Compute(**auto)
     placing.set_up()
     device = placing.fabric().device
-    model = placing.place(model.train(), device, updates=0, in_memory=usual is CIFAR).trained
+    model = placing.prepare(model.train(), device, updates=0, in_memory=usual is CIFAR).trained
     images = torch.randn(usual.timed_batch, 3, usual.image_size, usual.image_size, device=device)
     images = images.to(memory_format=torch.channels_last)
     labels = torch.zeros(usual.timed_batch, dtype=torch.long, device=device)

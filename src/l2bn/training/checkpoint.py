@@ -24,7 +24,7 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 
 from l2bn.errors import UserError
-from l2bn.failures import fitting, is_out_of_memory
+from l2bn.failures import checkpoint_errors, is_out_of_memory
 from l2bn.records import CHECKED, METRICS, Fingerprint, write_durably
 from l2bn.training.loop import Position, Totals
 from l2bn.training.plan import CHECKPOINTS, PlannedRun, check_identity, check_images
@@ -140,7 +140,7 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-class State:
+class RunState:
     """The state of a run: saved to its checkpoints, and restored from them."""
 
     def __init__(
@@ -197,7 +197,7 @@ class State:
             if lead and metrics.exists() and metrics.stat().st_size > 0:
                 log.warning("%s has epochs, but the run has no checkpoint: it starts at its first epoch", metrics)
             return Position()
-        with fitting(folder):
+        with checkpoint_errors(folder):
             check_identity(state["identity"], self._run.identity, folder)
             check_images(state.get("images"), self._images, folder)
             self._network.load_state_dict(state["model"])

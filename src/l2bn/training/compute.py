@@ -22,13 +22,13 @@ log = logging.getLogger(__name__)
 
 Compile = Literal["auto", "graphs"] | bool
 Precision = Literal["32-true", "tf32-mixed", "bf16-mixed", "16-mixed"]
-OF_GPUS = ("16-mixed", "tf32-mixed")  # precisions that a CPU lacks
+GPU_PRECISIONS = ("16-mixed", "tf32-mixed")  # precisions that a CPU lacks
 
 AMPERE = (8, 0)  # the compute capability from which on GPUs have TF32 and bfloat16
 MOST = 1024  # threads or workers: far above what a machine has, far below what brings one down
 
 
-def quieten() -> None:
+def silence_libraries() -> None:
     """Silence library messages users cannot act on."""
     for name, level in (("lightning_fabric", logging.WARNING), ("torch.utils.cpp_extension", logging.ERROR)):
         logging.getLogger(name).setLevel(level)
@@ -52,7 +52,7 @@ class _ThisMachine(LightningEnvironment):
         return 0
 
 
-class Placed(NamedTuple):
+class Prepared(NamedTuple):
     """A network on its device."""
 
     network: nn.Module  # the weights, for evaluation and checkpoints
@@ -101,7 +101,7 @@ class Compute:
             raise ValueError(f"devices is {self.devices}, but this machine's processor has {cores} cores")
         if self._is_cuda and self.devices > torch.cuda.device_count():
             raise ValueError(f"devices is {self.devices}, but there are {torch.cuda.device_count()} CUDA devices")
-        for key, value in (*(("precision", name) for name in OF_GPUS), ("compile", "graphs")):
+        for key, value in (*(("precision", name) for name in GPU_PRECISIONS), ("compile", "graphs")):
             if getattr(self, key) == value and not self._is_cuda:
                 other = "compile=true or auto" if key == "compile" else "precision=bf16-mixed or 32-true"
                 raise ValueError(f"{key} {value} needs a CUDA device; take {other}")
@@ -158,7 +158,7 @@ class Compute:
             plugins=_ThisMachine(),
         )
 
-    def place(self, model: nn.Module, device: torch.device, updates: int, in_memory: bool = False) -> Placed:
+    def prepare(self, model: nn.Module, device: torch.device, updates: int, in_memory: bool = False) -> Prepared:
         """Move a model to its device for a run of `updates` steps.
 
         in_memory: whether its images are all in memory. Raises UserError, see `acceleration.should_compile`.

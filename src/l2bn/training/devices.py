@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from l2bn.errors import UserError, optional_output
 from l2bn.failures import RESUMES
-from l2bn.training.compute import quieten
+from l2bn.training.compute import silence_libraries
 from l2bn.training.interruption import EXIT_CODE, Interruption, follow_parent
 
 Task = Callable[[Fabric, Interruption], None]
@@ -44,7 +44,7 @@ class Processes(DDPStrategy):
         super().__init__(start_method="spawn", **options)
 
     def setup_environment(self) -> None:
-        quieten()
+        silence_libraries()
         os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # of torchrun; this run has a store of its own
         super().setup_environment()
 

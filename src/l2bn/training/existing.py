@@ -18,7 +18,7 @@ from l2bn import records
 from l2bn.analysis.probe import Probe
 from l2bn.data.loader import Loader
 from l2bn.errors import UserError, expand
-from l2bn.failures import fitting
+from l2bn.failures import checkpoint_errors
 from l2bn.processes import available_cores
 from l2bn.records import (
     CONFIG,
@@ -35,21 +35,21 @@ from l2bn.records import (
     write_lines,
 )
 from l2bn.training.checkpoint import Checkpoints
-from l2bn.training.compute import OF_GPUS, quieten
+from l2bn.training.compute import GPU_PRECISIONS, silence_libraries
 from l2bn.training.environment import warn_of_other_source
 from l2bn.training.instantiate import flatten
-from l2bn.training.interruption import sole_owner
+from l2bn.training.interruption import run_lock
 from l2bn.training.journal import Journal
 from l2bn.training.loop import evaluate
 from l2bn.training.observation import collect, watched
 from l2bn.training.plan import (
     CHECKPOINTS,
-    ROOT,
+    CONFIG_NAME,
     PlannedRun,
     check_images,
     check_keys,
     composing,
-    own_folders,
+    config_folders,
     read_config,
 )
 from l2bn.training.run import build_run, read_record, run
@@ -69,7 +69,7 @@ def replay(folder: Path, runs_dir: str, root: str | None = None, config_dirs: Se
     """
     planned = read_run(folder, root, config_dirs, foreign=True)
     precision = planned.config["compute"]["precision"]
-    if precision in OF_GPUS and not torch.cuda.is_available():
+    if precision in GPU_PRECISIONS and not torch.cuda.is_available():
         raise UserError(
             f"{folder} was trained in {precision}, which only a GPU computes: repeat it on a machine with one"
         )
@@ -143,7 +143,7 @@ def analyze(
     checkpoint after an epoch, and if another process works on the run.
     """
     opened = OpenedRun.open(folder, device, root, config_dirs, measured=True)
-    with sole_owner(folder):
+    with run_lock(folder):
         found = []
         epochs: list[Metrics] = []
         for _, state in opened.checkpoints.intact(opened.fabric.device):
@@ -176,12 +176,12 @@ class OpenedRun:
         cls, folder: Path, device: str, root: str | None, config_dirs: Sequence[Path], *, measured: bool = False
     ) -> "OpenedRun":
         """Return the run in a folder, on one device. Raises UserError, also if it is to be measured and cannot."""
-        quieten()
+        silence_libraries()
         planned = read_run(folder, root, config_dirs)
         # Only training is worth compiling for.
         own = {"device": device, "devices": 1, "sync_bn": False, "compile": False, "threads": _threads(planned)}
         precision = planned.config["compute"]["precision"]
-        if precision in OF_GPUS and (device == "cpu" or not torch.cuda.is_available()):
+        if precision in GPU_PRECISIONS and (device == "cpu" or not torch.cuda.is_available()):
             log.warning("%s was trained in %s, which needs a GPU; it is computed in float32", folder, precision)
             own["precision"] = "32-true"
         compute = {**planned.config["compute"], **own}
@@ -193,14 +193,14 @@ class OpenedRun:
         warn_of_other_source(folder, planned.config)
         built.compute.set_up()
         fabric = built.compute.fabric()
-        network = built.compute.place(built.model, fabric.device, updates=0).network
+        network = built.compute.prepare(built.model, fabric.device, updates=0).network
         _, test = make_loaders(built, fabric)
         return cls(folder, built, fabric, network, test, Checkpoints(folder / CHECKPOINTS, []))
 
     def load(self, state: dict[str, Any]) -> None:
         """Load the weights of a checkpoint. Raises UserError if it does not fit, or is of other images."""
         check_images(state.get("images"), self.built.splits.fingerprint, self.folder)
-        with fitting(self.folder):
+        with checkpoint_errors(self.folder):
             self.network.load_state_dict(state["model"])
 
     def measure(self, state: dict[str, Any]) -> tuple[FeatureRow, Sample | None]:
@@ -222,7 +222,7 @@ def _write_measures(folder: Path, epochs: list[Metrics], rows: list[FeatureRow],
     epochs: the metrics in the checkpoints. The file has an epoch less if the run was cut off between the two.
     """
     try:
-        before, _ = records.keep_measurements(folder, math.inf)
+        before, _ = records.truncate_measurements(folder, math.inf)
         metrics = max(read_metrics(folder / METRICS), epochs, key=len)
     except InvalidRecordError as error:
         raise UserError(f"{folder}: {error}") from error
@@ -267,16 +267,16 @@ def read_run(
         dataset = config["dataset"] if root is None else {**config["dataset"], "root": root}
         paths = _machine_paths(planned.cell.dataset.partition(",")[0], MACHINE_PATHS - dataset.keys())
         config["dataset"] = {**paths, **dataset}
-        planned = replace(planned, config=config, folders=list(own_folders()))
+        planned = replace(planned, config=config, folders=list(config_folders()))
     check_keys(planned.config, planned.builder)
     return planned
 
 
 def _machine_paths(dataset: str, keys: Set[str]) -> dict[str, Any]:
     """Return those of the keys to which the YAML file of a data set, if there is one, gives a value."""
-    if not any(source.is_config(f"dataset/{dataset}") for source in own_folders().values()):
+    if not any(source.is_config(f"dataset/{dataset}") for source in config_folders().values()):
         return {}
-    node = compose(ROOT, [f"dataset={dataset}"]).dataset
+    node = compose(CONFIG_NAME, [f"dataset={dataset}"]).dataset
     try:
         return {key: node[key] for key in keys & node.keys()}  # also one without a value, which raises
     except MissingMandatoryValue as error:

@@ -97,16 +97,16 @@ def refuse_copies() -> None:
 
 
 LOOK = 0.1
-"""Seconds after which a run that found its lock held tries again: `is_owned` may have looked."""
+"""Seconds after which a run that found its lock held tries again: `is_locked` may have looked."""
 
 
-class OwnedError(UserError):
+class LockedError(UserError):
     """Another process trains this run."""
 
 
 @contextmanager
-def sole_owner(folder: Path) -> Iterator[None]:
-    """Lock the run in a folder for this process. Raises OwnedError if another process holds the lock.
+def run_lock(folder: Path) -> Iterator[None]:
+    """Lock the run in a folder for this process. Raises LockedError if another process holds the lock.
 
     The kernel holds the lock (flock) and drops it when the process ends, for whatever reason. It is on a file,
     because NFS has no locks on folders; there it holds between machines as far as the server's locking does. A file
@@ -120,7 +120,7 @@ def sole_owner(folder: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if attempt:
-                    raise OwnedError(
+                    raise LockedError(
                         f"another process is training the run in {folder}; wait for it, or stop it first"
                     ) from None
                 time.sleep(LOOK)
@@ -135,7 +135,7 @@ def sole_owner(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def is_owned(folder: Path) -> bool:
+def is_locked(folder: Path) -> bool:
     """Return whether a process is training the run in a folder, without writing there.
 
     It holds the lock for much less than LOOK.

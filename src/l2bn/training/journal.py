@@ -41,7 +41,7 @@ class Journal:
         self._folder = folder
         write_lines(folder / METRICS, rows)
         try:
-            features, statistics = records.keep_measurements(folder, step, len(rows))
+            features, statistics = records.truncate_measurements(folder, step, len(rows))
         except InvalidRecordError as error:
             raise UserError(f"{folder}: {error}\nmove this file away to go on without it") from error
         self._writer = _open_writer(folder / "tb")

@@ -33,13 +33,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from l2bn.errors import UserError, expand
-from l2bn.failures import explained_overrides
+from l2bn.failures import override_errors
 from l2bn.records import CONFIG, METRICS, is_plain_name, same_images
 from l2bn.training.instantiate import CONFIGS, Builder, check_mapping, check_type, flatten, is_hidden
 
 log = logging.getLogger(__name__)
 
-ROOT = "train"  # the YAML file that every run is composed from
+CONFIG_NAME = "train"  # the YAML file that every run is composed from
 GROUPS = ("dataset", "backbone", "norm", "recipe")
 NODES = (*GROUPS, "compute", "checkpoint", "analysis")
 SETTINGS = {"seed": int, "runs_dir": str, "progress": bool}  # the keys of a configuration besides its nodes
@@ -108,7 +108,7 @@ LONGEST_NAME = 200  # bytes; file systems allow 255
 
 
 @dataclass(frozen=True)
-class Cell:
+class RunKey:
     """The place of a run in the grid. Each name is a choice of its group and the values overridden in it."""
 
     dataset: str
@@ -132,13 +132,13 @@ class Cell:
         return self.path.as_posix()
 
 
-def name_cell(config: Config, defaults: Config, choices: Mapping[str, str]) -> Cell:
+def name_cell(config: Config, defaults: Config, choices: Mapping[str, str]) -> RunKey:
     """Return the cell of a configuration; `defaults` is the configuration that the choices alone compose to."""
     names = {
         group: _name(choices[group], *(_without_machine_keys(group, tree[group]) for tree in (config, defaults)))
         for group in GROUPS
     }
-    return Cell(**names, seed=config["seed"])
+    return RunKey(**names, seed=config["seed"])
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -266,7 +266,7 @@ class _Loader(ConfigLoaderImpl):
         from_shell: bool = True,
         validate_sweep_overrides: bool = True,
     ) -> DictConfig:
-        with explained_overrides(overrides):
+        with override_errors(overrides):
             values: dict[str | None, Override] = {}
             if run_mode == RunMode.MULTIRUN:
                 found = self.compute_defaults_list(config_name, overrides, run_mode).config_overrides
@@ -314,16 +314,16 @@ def composing(overrides: Sequence[str] = (), folders: Sequence[Path] = ()) -> It
         for source in hydra.config_loader.get_sources():
             if not source.available():
                 raise UserError(f"hydra.searchpath: there is no folder {source.full_path()}")
-        roots = [str(folder) for folder, source in own_folders().items() if source.is_config(ROOT)]
+        roots = [str(folder) for folder, source in config_folders().items() if source.is_config(CONFIG_NAME)]
         if len(roots) > 1:
             raise UserError(
-                f"{ROOT}.yaml is in {' and in '.join(roots)}, and the suite's own alone is read: give its values "
-                "in a file of the group experiment"
+                f"{CONFIG_NAME}.yaml is in {' and in '.join(roots)}, and the suite's own alone is read: give its "
+                "values in a file of the group experiment"
             )
         yield hydra, rest
 
 
-def own_folders() -> dict[Path, ConfigSource]:
+def config_folders() -> dict[Path, ConfigSource]:
     """Return `configs/` and the user's own folders of YAML files, each with Hydra's source of it."""
     folders = {}
     for source in GlobalHydra.instance().config_loader().get_sources():
@@ -366,7 +366,7 @@ class PlannedRun:
     deferred: the values of `compute` that its job resolves, because they may depend on the job's environment.
     """
 
-    cell: Cell
+    cell: RunKey
     config: Config
     files: Sequence[str] = ()
     folders: Sequence[Path] | None = (CONFIGS,)
@@ -403,7 +403,7 @@ class Planner:
     """Plans the runs of one command; composes the defaults of equal choices once, because composing takes 50 ms."""
 
     def __init__(self) -> None:
-        self._folders = own_folders()
+        self._folders = config_folders()
         self._defaults: dict[tuple[str, ...], Config] = {}
 
     def plan(self, config: DictConfig, choices: Mapping[str, str | None]) -> PlannedRun:
@@ -421,11 +421,11 @@ class Planner:
             chosen[group] = choice
         key = tuple(f"{group}={choice}" for group, choice in chosen.items())
         if key not in self._defaults:
-            self._defaults[key] = resolve(compose(ROOT, list(key)), missing=True)
+            self._defaults[key] = resolve(compose(CONFIG_NAME, list(key)), missing=True)
         run = PlannedRun(
             cell=name_cell(resolved, self._defaults[key], chosen),
             config=resolved,
-            files=[f"{ROOT}.yaml", *self._files(choices)],
+            files=[f"{CONFIG_NAME}.yaml", *self._files(choices)],
             folders=list(self._folders),
         )
         check_keys(run.config, run.builder)
@@ -453,10 +453,10 @@ def read_config(folder: Path) -> PlannedRun:
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(str(error)) from error
     names = content.pop("cell", None) if isinstance(content, dict) else None
-    if not isinstance(names, dict) or names.keys() != Cell.__dataclass_fields__.keys():
-        raise ValueError(f"missing cell, with {', '.join(Cell.__dataclass_fields__)}")
+    if not isinstance(names, dict) or names.keys() != RunKey.__dataclass_fields__.keys():
+        raise ValueError(f"missing cell, with {', '.join(RunKey.__dataclass_fields__)}")
     # A published record has no runs_dir, and a record from before there was an analysis no such node.
-    run = PlannedRun(Cell(**names), {"runs_dir": "runs", "analysis": {}, **content})
+    run = PlannedRun(RunKey(**names), {"runs_dir": "runs", "analysis": {}, **content})
     try:
         check_settings(run.config)
     except UserError as error:

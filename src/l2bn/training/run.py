@@ -14,14 +14,14 @@ from torch import nn
 from l2bn.data.loader import check_batch_size
 from l2bn.data.splits import Splits
 from l2bn.errors import UserError
-from l2bn.failures import explained, note_failure
+from l2bn.failures import note_failure, run_errors
 from l2bn.norms.swap import norm_layers, replacements, swap_norm
 from l2bn.records import CONFIG, STATISTICS, SUMMARY, Fingerprint, InvalidRecordError, Record, read_features
 from l2bn.seeding import derive_seed, seed_global
 from l2bn.training.checkpoint import CheckpointPolicy
-from l2bn.training.compute import Compute, check_numbers, quieten
+from l2bn.training.compute import Compute, check_numbers, silence_libraries
 from l2bn.training.environment import describe_code, warn_of_other_source
-from l2bn.training.interruption import EXIT_CODE, OwnedError, is_owned
+from l2bn.training.interruption import EXIT_CODE, LockedError, is_locked
 from l2bn.training.observation import AnalysisPolicy, check_observable
 from l2bn.training.optim import Recipe
 from l2bn.training.plan import (
@@ -56,7 +56,7 @@ def run(planned: PlannedRun, *, alone: bool = True, original: Path | None = None
     original: the folder of a record that the run repeats, on the same images; other code of the user's own is a
     warning.
     """
-    quieten()
+    silence_libraries()
     record, late, before = find_record(planned), False, ""
     if record is not None:
         check_ended([(record, planned)])
@@ -68,12 +68,12 @@ def run(planned: PlannedRun, *, alone: bool = True, original: Path | None = None
                 note_other_lengths(planned)
             make_folder(planned.folder)
             late = launch(built)
-        except OwnedError:
+        except LockedError:
             raise
         except Exception as error:
             # In place of the note of an earlier start, but not into a run that another process trains.
             with contextlib.suppress(OSError):  # a folder out of reach may be the failure itself
-                if (planned.folder.is_dir() or not alone) and not is_owned(planned.folder):
+                if (planned.folder.is_dir() or not alone) and not is_locked(planned.folder):
                     note_failure(planned.folder, error)
             raise
         record = Record.read(planned.folder)
@@ -98,7 +98,7 @@ def _prepare(planned: PlannedRun, original: Path | None) -> BuiltRun:
         repeated = read_record(original)
         if repeated is not None:
             check_images(repeated.images, built.splits.fingerprint, original)
-    with explained(planned.cell, planned.folder):
+    with run_errors(planned.cell, planned.folder):
         check_step(built)
     if built.compute.devices > 1:
         from l2bn.training.devices import check_sendable  # here: most runs have one device

@@ -19,12 +19,12 @@ from l2bn.backbones.cost import count_parameters
 from l2bn.data.loader import Batch, Loader, evaluation_loader, training_loader
 from l2bn.data.splits import Images, Splits, stratified_order
 from l2bn.errors import UserError
-from l2bn.failures import FAILURE, explained
+from l2bn.failures import FAILURE, run_errors
 from l2bn.records import CONFIG, SUMMARY, FeatureRow, Record, Sample, first_fault, write_durably
-from l2bn.training.checkpoint import CheckpointPolicy, State
+from l2bn.training.checkpoint import CheckpointPolicy, RunState
 from l2bn.training.compute import Compute
 from l2bn.training.environment import import_options, note_start
-from l2bn.training.interruption import EXIT_CODE, Interruption, sole_owner
+from l2bn.training.interruption import EXIT_CODE, Interruption, run_lock
 from l2bn.training.journal import Journal
 from l2bn.training.loop import DelayedMin, DivergedError, Position, Trainer
 from l2bn.training.observation import AnalysisPolicy, collect, compare_statistics, watched
@@ -57,11 +57,11 @@ class BuiltRun:
 def launch(built: BuiltRun) -> bool:
     """Train a run on its devices, with its folder locked. Does nothing if another process has just trained it.
 
-    Returns whether a request to stop came when nothing of the run was left to stop. Raises UserError; ends the
-    process with `interruption.EXIT_CODE` after an earlier request.
+    Returns True if a request to stop came after training had ended. Raises UserError; ends the process with
+    `interruption.EXIT_CODE` after an earlier request.
     """
     run, fabric = built.run, built.compute.fabric()
-    with explained(run.cell, run.folder), sole_owner(run.folder), Interruption() as interruption:
+    with run_errors(run.cell, run.folder), run_lock(run.folder), Interruption() as interruption:
         if (run.folder / SUMMARY).exists():
             return False
         (run.folder / FAILURE).unlink(missing_ok=True)  # of an earlier start
@@ -84,7 +84,7 @@ def launch(built: BuiltRun) -> bool:
 
 def train(fabric: Fabric, interruption: Interruption, built: BuiltRun) -> None:
     """Train a run in this process, which with several devices is one of several."""
-    with explained(built.run.cell, built.run.folder), contextlib.ExitStack() as stack:
+    with run_errors(built.run.cell, built.run.folder), contextlib.ExitStack() as stack:
         Session(fabric, built, interruption, stack).run()
 
 
@@ -109,7 +109,7 @@ class Session:
         self.classes = built.splits.num_classes
         # Several processes share the memory of this run: its images may stay there, its weights must not.
         own = copy.deepcopy(built.model) if fabric.world_size > 1 else built.model
-        self.network, trained, kernels = built.compute.place(
+        self.network, trained, kernels = built.compute.prepare(
             own,
             fabric.device,
             updates=self.epochs * self.steps,
@@ -121,7 +121,7 @@ class Session:
         self.model, self.optimizer = fabric.setup(trained, built.recipe.optimizer(self.network))
 
         images = built.splits.fingerprint
-        self.state = State(fabric, run, images, built.checkpoint, self.network, self.optimizer)
+        self.state = RunState(fabric, run, images, built.checkpoint, self.network, self.optimizer)
         self.position = self.state.restore()
         self.found: tuple[FeatureRow, Sample | None] | None = None  # measured, and not written yet
         self.journal: Journal | None = None

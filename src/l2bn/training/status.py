@@ -17,7 +17,7 @@ from rich.text import Text
 
 from l2bn.failures import read_failure
 from l2bn.records import CONFIG, METRICS, SUMMARY, InvalidRecordError, Record, files_under
-from l2bn.training.interruption import is_owned
+from l2bn.training.interruption import is_locked
 from l2bn.training.plan import PlannedRun, differences, has_begun, read_config
 
 Standing = Literal["finished", "diverged", "running", "interrupted", "failed", "missing"]
@@ -44,7 +44,7 @@ class Status:
         return int(self.run.config["recipe"]["epochs"])
 
     @property
-    def place(self) -> str:
+    def runs_dir(self) -> str:
         """The folder of all runs that the run belongs to."""
         return str(self.run.config["runs_dir"])
 
@@ -68,7 +68,7 @@ def find_runs(root: Path) -> list[PlannedRun]:
     return runs
 
 
-def look(run: PlannedRun) -> Status:
+def read_status(run: PlannedRun) -> Status:
     """Return the state of a planned run, read from its folder alone."""
     folder = run.folder
     if not folder.is_dir():
@@ -84,7 +84,7 @@ def look(run: PlannedRun) -> Status:
     begun = (folder / CONFIG).exists()
     if begun and has_begun(folder) and (other := _another(run)):
         return Status(run, "failed", message=f"the folder holds another run, with another {other}")
-    if is_owned(folder):
+    if is_locked(folder):
         return Status(run, "running", epoch, pace)
     if (failure := read_failure(folder)) is not None:
         return Status(run, "failed", epoch, pace, failure)
@@ -127,7 +127,7 @@ class _Pace:
     def _keys(status: Status) -> tuple[tuple[str, ...], ...]:
         cell = status.run.cell
         pair = (cell.dataset, cell.backbone, cell.recipe)
-        return (status.place, *pair, cell.norm), (*pair, cell.norm), pair
+        return (status.runs_dir, *pair, cell.norm), (*pair, cell.norm), pair
 
     def of(self, status: Status) -> float:
         """Return the mean of the most similar runs; NaN if none was measured."""
@@ -170,17 +170,17 @@ LISTED = 10  # runs with the same message
 NAME, SEED, PACE = 16, 9, 18  # columns: of a name before it is folded, of a seed, of the pace
 
 
-def overview(runs: Sequence[Status], width: int) -> RenderableType:
+def status_grid(runs: Sequence[Status], width: int) -> RenderableType:
     """Return the grid of the runs in a number of columns, their progress, and notes on single runs."""
     if not runs:
         return Text("No run here yet.")
     recipes = sorted({status.run.cell.recipe for status in runs})
-    head = Text(" and ".join(sorted({status.place for status in runs})), style="bold")
+    head = Text(" and ".join(sorted({status.runs_dir for status in runs})), style="bold")
     head.append(f", recipe {recipes[0]}" if len(recipes) == 1 else "")
     return Group(head, _grid(runs, width), Text(""), _counts(runs), _progress(runs), *_notes(runs))
 
 
-def summary(runs: Sequence[Status], ended_before: Collection[Path]) -> RenderableType:
+def sweep_summary(runs: Sequence[Status], ended_before: Collection[Path]) -> RenderableType:
     """Return the runs of a sweep at its end; `ended_before` has the folders of the runs that it skipped."""
     done = [status for status in runs if status.run.folder not in ended_before]
     head = Text("\nsweep: ", style="bold").append(_counts(done, skipped=len(runs) - len(done)))
@@ -196,7 +196,7 @@ def _grid(runs: Sequence[Status], width: int) -> Table:
     A column for each seed; where the columns do not fit, one for each standing, with the number of runs.
     """
     columns: dict[str, Callable[[Status], str]] = {
-        "folder": lambda status: status.place,
+        "folder": lambda status: status.runs_dir,
         "data set": lambda status: status.run.cell.dataset,
         "backbone": lambda status: status.run.cell.backbone,
         "recipe": lambda status: status.run.cell.recipe,
@@ -285,7 +285,7 @@ def _progress(runs: Sequence[Status]) -> Text:
 
 def _notes(runs: Sequence[Status]) -> Iterator[Text]:
     """Yield a line for each running, interrupted, diverged or failed run, with messages below their runs."""
-    pace, one_place = _Pace(runs), len({status.place for status in runs}) == 1
+    pace, one_place = _Pace(runs), len({status.runs_dir for status in runs}) == 1
     for standing in ("running", "interrupted", "diverged", "failed"):
         word, style = LOOKS[standing]
         by_message: dict[str, list[Status]] = defaultdict(list)

@@ -33,13 +33,22 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from l2bn.errors import UserError
-from l2bn.failures import RESUMES, describe, explain, explained_overrides
+from l2bn.failures import RESUMES, describe, explain, override_errors
 from l2bn.processes import SIGNALS, available_cores
 from l2bn.records import Record
 from l2bn.training.interruption import EXIT_CODE, Interruption, follow_parent
-from l2bn.training.plan import COMPUTE_KEYS, ROOT, Cell, PlannedRun, Planner, differences, make_folder, resolve
+from l2bn.training.plan import (
+    COMPUTE_KEYS,
+    CONFIG_NAME,
+    PlannedRun,
+    Planner,
+    RunKey,
+    differences,
+    make_folder,
+    resolve,
+)
 from l2bn.training.progress import NAMED
-from l2bn.training.status import Status, look, summary
+from l2bn.training.status import Status, read_status, sweep_summary
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +65,7 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 def compose_sweep(overrides: Sequence[str]) -> DictConfig:
     """Return the configuration of a whole sweep, as the command `train.py -m` composes it."""
     loader = GlobalHydra.instance().config_loader()
-    return loader.load_configuration(ROOT, [*overrides, "hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
+    return loader.load_configuration(CONFIG_NAME, [*overrides, "hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
 
 
 def plan_sweep(sweep: DictConfig) -> list[PlannedRun]:
@@ -115,7 +124,7 @@ class _SweepPlanner(Planner):
     def _jobs(self, overrides: list[str]) -> list[list[str]]:
         """Return the overrides of each job, as Hydra's own sweeper makes them."""
         parser = OverridesParser.create(config_loader=self._loader)
-        with explained_overrides(overrides):
+        with override_errors(overrides):
             parsed = [_listed(override, parser) for override in parser.parse_overrides(overrides)]
             (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
         return jobs
@@ -194,7 +203,7 @@ class PlannedJobs(ConfigLoaderImpl):
 def read_planned(config: DictConfig) -> PlannedRun:
     """Return the run of a configuration from `PlannedJobs`, whose `_target_`s have been checked."""
     content = resolve(config)
-    return PlannedRun(Cell(**content.pop("cell")), content, folders=None)
+    return PlannedRun(RunKey(**content.pop("cell")), content, folders=None)
 
 
 def train_job(config: DictConfig) -> None:
@@ -223,7 +232,7 @@ def run_sweep(runs: Sequence[PlannedRun], launch: Launch) -> int:
     """
     from l2bn.training.run import check, check_ended  # here: a process of `run_processes` need not wait for torch
 
-    before = [look(run) for run in runs]
+    before = [read_status(run) for run in runs]
     ended_before = {status.run.folder for status in before if status.ended}
     todo = [run for run in runs if run.folder not in ended_before]
     check_ended((Record.read(status.run.folder), status.run) for status in before if status.ended)
@@ -249,13 +258,13 @@ def run_sweep(runs: Sequence[PlannedRun], launch: Launch) -> int:
     except Exception as error:
         log.error("the launcher stopped: %s", describe(error).partition("\n")[0])
     after = [_judge(run, errors.get(run.folder)) for run in runs]
-    Console(highlight=False, soft_wrap=True).print(summary(after, ended_before))
+    Console(highlight=False, soft_wrap=True).print(sweep_summary(after, ended_before))
     return 0 if all(status.ended for status in after) else code
 
 
 def _judge(run: PlannedRun, error: str | None) -> Status:
     """Return the state in a run's folder, or its error where the run could not even note that there."""
-    status = look(run)
+    status = read_status(run)
     if error is not None and status.standing in ("missing", "interrupted"):
         return replace(status, standing="failed", message=error)
     return status
