@@ -903,6 +903,17 @@ def test_the_readme_has_the_verdicts_on_features_of_the_set(tmp_path: Path) -> N
     assert f"{claim}Not decided, 0 of 18 runs; 18 ended without" in without
 
 
+def test_the_readme_has_what_was_measured_on_sound(tmp_path: Path) -> None:
+    write_pairs(tmp_path, [90.0], [1.0])
+    assert "Claim 6" not in readme_of(tmp_path)
+    write_folds(tmp_path, {1: (0.5, 1.5)})
+    claim = (
+        "\n- Claim 6, on another task: L2BN improves the accuracy of acoustic scene classification. Not measured."
+    )
+    assert claim in readme_of(tmp_path)
+    assert "126 epochs: +1.00 points, no interval: n too small, n = 2.\n" in readme_of(tmp_path)
+
+
 def test_every_column_is_defined_in_the_results_readme(tmp_path: Path) -> None:
     text = (ROOT / "results/README.md").read_text()
     defined = set(re.findall(r"`([a-z0-9_*]+)`", text))

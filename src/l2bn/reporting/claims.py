@@ -57,6 +57,7 @@ from l2bn.reporting.formatting import (
     markdown,
     mean_interval,
     plural,
+    points,
     probability,
     signed,
     title,
@@ -248,21 +249,23 @@ def _no_parameters_added(arms: Sequence[Arm]) -> Finding:
 def _better_on_scenes(arms: Sequence[Arm]) -> Finding:
     """The verdict from acoustic scenes, and beside it, without a part in it, what was measured on other sound."""
     scenes = _judge(ACCURATE, "acoustic scenes", arms)
+    return replace(scenes, evidence=f"{scenes.evidence} {environmental_sound(arms)}".strip())
+
+
+def environmental_sound(arms: Sequence[Arm]) -> str:
+    """What was measured on environmental sound, in a sentence; empty where nothing was."""
     sound = [row for row in compare(arms, [L2BN]) if row.cell.task == "environmental sound" and row.differences()]
     beside = []
     for row in without_further_folds(sound):
         result = row.difference()
-        bounds = f"no interval: {result.reason}" if result.low is None else f"95 % interval {interval(result)}"
-        beside.append(f"{_named(row)}: {signed(result.mean)} points, {bounds}, n = {result.n}")
+        beside.append(f"{_named(row)}: {points(result)}, n = {result.n}")
     for folds in by_fold(sound):
         bn, l2bn = (fmean(folds.accuracies(norm).values()) for norm in (BN, L2BN))
         seeds = ", ".join(map(str, sorted(folds.seeds)))
         mean = f"mean over {len(folds.rows)} folds, no interval, {signed(l2bn - bn)} points"
         beside.append(f"{folds.first.cell.all_folds}, {in_words(folds.first.cell.backbone)}, seed {seeds}: {mean}")
-    if not beside:
-        return scenes
     note = "Environmental sound, which is no evidence on scenes, L2BN − BN: "
-    return replace(scenes, evidence=f"{scenes.evidence} {note}{'; '.join(beside)}.")
+    return f"{note}{'; '.join(beside)}." if beside else ""
 
 
 def _backbones(rows: Iterable[Comparison]) -> set[str]:

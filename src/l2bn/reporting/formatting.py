@@ -52,6 +52,12 @@ def numbers_of_values(results: Iterable[Estimate]) -> str:
     return numbers[0] if len(set(numbers)) == 1 else ", ".join(numbers)
 
 
+def points(result: Estimate, unit: str = "points") -> str:
+    """A mean difference and its interval as part of a sentence, or why it has none."""
+    bounds = f"no interval: {result.reason}" if result.low is None else f"95 % interval {interval(result)}"
+    return f"{signed(result.mean)} {unit}, {bounds}"
+
+
 def probability(p: float | None, result: Estimate) -> str:
     """A p-value, corrected or not, or why its estimate has none."""
     if p is None:
