@@ -55,7 +55,8 @@ def _answer(every: Sequence[Comparison], run_set: RunSet, arms: Sequence[Arm]) -
         spread = "" if these.overall.reason else ", by a spread pooled over the networks"
         against = f" ({these.against})" if these.against else ""
         sides = f"{escape_markdown(these.sides)}, " if these.sides else ""
-        found = f"{these.verdict}**{against}: L2BN − BN is {points(these.overall, TOP1_POINTS)}{spread}, {sides}n = {pairs}, {lost}"
+        difference = f"L2BN − BN is {points(these.overall, TOP1_POINTS)}{spread}"
+        found = f"{these.verdict}**{against}: {difference}, {sides}n = {pairs}, {lost}"
     networks = f"{len(run_set.backbones)} networks ({', '.join(run_set.backbones)}) on {run_set.label}"
     beyond = (
         f"there is no interval yet: fewer than {MIN_BACKBONES} networks have {MIN_PAIRS} pairs of {FULL_EPOCHS} "
