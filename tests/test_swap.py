@@ -11,11 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+import torchvision
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from l2bn import L2BatchNorm1d, L2BatchNorm2d, L2BatchNorm3d, swap_norm
 from l2bn.backbones.mobilenetv2 import mobilenetv2
@@ -184,6 +187,40 @@ def test_what_cannot_be_swapped_is_refused_and_left_alone() -> None:
     ]:
         with pytest.raises(TypeError, match=reason):
             swap_norm(nn.Sequential(layer), "l2bn")
+
+
+def traced(name: str) -> nn.Module:
+    return torch.fx.symbolic_trace(timm.create_model(name, num_classes=5))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.*. is deprecated")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: traced("skresnet18"),  # half of its layers are nodes, which call F.batch_norm
+        lambda: traced("lcnet_050"),  # all of them
+        lambda: nn.Sequential(nn.BatchNorm2d(3), traced("lcnet_050")),
+        lambda: create_feature_extractor(timm.create_model("skresnet18"), {"layer1": "f"}),
+        lambda: torch.export.export(small().eval(), (torch.randn(2, 3, 5, 5),)).module(),
+        lambda: torch.jit.script(small()),
+        lambda: torch.jit.trace(small().eval(), torch.randn(2, 3, 5, 5)),
+    ],
+)
+def test_batch_norm_in_a_graph_is_refused(make: Callable[[], nn.Module]) -> None:
+    """The swap would pass by it, and report the layers that remain."""
+    model = make()
+    before = dict(model.named_modules())
+    with pytest.raises(ValueError, match=r"in its graph.*: swap the norm of the untraced model, then trace it"):
+        swap_norm(model, "l2bn")
+    assert dict(model.named_modules()) == before
+
+
+def test_layers_that_a_graph_calls_are_swapped() -> None:
+    """torch's own layers stay modules in a graph; weight standardization calls F.batch_norm, and is none."""
+    model = torch.fx.symbolic_trace(torchvision.models.resnet18())
+    assert swap_norm(model, "l2bn") == 20
+    standardized = nn.Sequential(timm.layers.StdConv2d(3, 4, 3), nn.BatchNorm2d(4))
+    assert swap_norm(torch.fx.symbolic_trace(standardized), "l2bn") == 1
 
 
 NORM_NAMES = [path.stem for path in NORMS if path.stem not in ("bn", "l2bn_rms")]  # l2bn_rms is an option of l2bn

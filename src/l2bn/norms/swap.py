@@ -16,7 +16,9 @@ from pkgutil import iter_modules
 from types import CellType, FunctionType, MethodType
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -42,7 +44,8 @@ def swap_norm(model: nn.Module, norm: str | Norm) -> int:
     tokens as rows (LeViT), each token is normalized, not each image.
 
     Raises:
-        ValueError: no norm has this name, the model has no batch norm layer to replace, or `last` is already bound.
+        ValueError: no norm has this name, the model has no batch norm layer to replace, it was traced and computes
+            batch norm in its graph, or `last` is already bound.
         TypeError: the norm can't stand for one of the layers, or the model also reaches it by an attribute that is
             no registered module, such as a list, where the old layer would stay.
         In both cases nothing is replaced.
@@ -82,6 +85,7 @@ def replacements(model: nn.Module, norm: str | Norm) -> dict[nn.Module, nn.Modul
             f"{given.__name__} is the class of a layer: give the name of a norm, such as 'l2bn', or a function "
             "of the layer to replace, such as l2bn.norms.l2bn.convert"
         )
+    _refuse_graphs(model)
     layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
     if not layers:
         raise ValueError(
@@ -104,6 +108,25 @@ def replacements(model: nn.Module, norm: str | Norm) -> dict[nn.Module, nn.Modul
             )
     _refuse_other_references(model, {layer for layer, other in found.items() if other is not layer})
     return found
+
+
+def _refuse_graphs(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, GraphModule):
+            found = any(map(_is_batch_norm, module.graph.nodes))
+        else:
+            found = isinstance(module, torch.jit.ScriptModule) and "BatchNorm" in module.original_name
+        if found:
+            raise ValueError(
+                f"{path or type(model).__name__} was traced, scripted or exported, and computes batch norm in its "
+                "graph, where a swap would not reach it: swap the norm of the untraced model, then trace it"
+            )
+
+
+def _is_batch_norm(node: torch.fx.Node) -> bool:
+    """Tell whether a node calls batch norm by running statistics; weight standardization has none."""
+    inputs = node.all_input_nodes
+    return "batch_norm" in str(node.target) and any("running_mean" in str(given.target) for given in inputs)
 
 
 def _refuse_other_references(model: nn.Module, replaced: set[nn.Module]) -> None:
