@@ -36,7 +36,7 @@ from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils.flop_counter import FlopCounterMode
@@ -45,6 +45,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from l2bn import L2BatchNorm1d, L2BatchNorm2d, swap_norm
 from l2bn.norms import l2bn, l2bn_detached, l2bn_mean_norm, l2bn_position
 from l2bn.norms.stepped import NotBatchNormError
+from l2bn.norms.sync import convert_sync
 
 README = Path(__file__).parents[1] / "src/l2bn/norms/README.md"
 ROWS = {
@@ -116,6 +117,15 @@ def test_every_row_of_the_readme_has_its_test() -> None:
 # ---- Graphs -------------------------------------------------------------------------------------------------
 
 
+class ByName(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(input=x)
+
+
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, timm.layers.BatchNormAct2d])
 def test_fx_sees_one_node(norm: Callable[..., nn.Module]) -> None:
     """The node is the layer itself, so that a traced model still trains and evaluates."""
@@ -126,11 +136,28 @@ def test_fx_sees_one_node(norm: Callable[..., nn.Module]) -> None:
     before = model[1].running_mean.clone()
     traced.train()(images())
     assert not torch.equal(model[1].running_mean, before)
-    with pytest.raises(torch.fx.proxy.TraceError, match="trace a module that holds it"):
-        torch.fx.symbolic_trace(L2BatchNorm2d(3))
     for control in CONTROLS:
-        of_control = nn.Sequential(control.convert(nn.BatchNorm2d(3))).eval()
+        of_control = ByName(control.convert(nn.BatchNorm2d(3))).eval()
         torch.testing.assert_close(torch.fx.symbolic_trace(of_control)(images()), of_control(images()))
+
+
+@pytest.mark.parametrize("convert", [l2bn.convert, l2bn_detached.convert, lambda bn: bn])
+def test_hooks_run_when_a_graph_runs_and_not_when_it_is_traced(convert: Callable[..., nn.Module]) -> None:
+    """As with torch's own layers: hooks belong to the node, and may do what a proxy can't."""
+    model = nn.Sequential(convert(nn.BatchNorm2d(3)))
+    if convert is not l2bn.convert:
+        convert_sync(model)
+    (layer,) = model.eval()
+    seen: list[float] = []
+    layer.register_forward_pre_hook(lambda _, args: seen.append(float(args[0].sum())))
+    layer.register_forward_hook(lambda _, args, y: 2 * y)
+    prune.l1_unstructured(layer, "weight", amount=1)
+    x = images()
+    expected = model(x)
+    traced = torch.fx.symbolic_trace(model)
+    assert len(seen) == 1
+    torch.testing.assert_close(traced(x), expected)
+    assert len(seen) == 2
 
 
 def test_feature_extractors_give_features() -> None:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.proxy import Proxy, TraceError
+from torch.fx.proxy import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from l2bn.kernels.formulas import Scale, State, batch_norm, check_scale, widened
@@ -42,7 +42,19 @@ class NotBatchNormError(TypeError, AttributeError):
     """A conversion took the layer for batch norm alone."""
 
 
-class SteppedBatchNorm(_BatchNorm):
+class LeafBatchNorm(_BatchNorm):
+    """Batch norm that torch.fx records as one node, as it does torch's own layers."""
+
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        # Here, because the hooks, which run at each call of the node, must not run while it is recorded.
+        for x in args or kwargs.values():
+            if isinstance(x, Proxy):
+                path = x.tracer.path_of_module(self)  # type: ignore[attr-defined]
+                return x.tracer.create_proxy("call_module", path, args, kwargs)
+        return super()._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+
+class SteppedBatchNorm(LeafBatchNorm):
     """y = BN(step(x)); the base of L2BN and of the controls' layers."""
 
     step: Step
@@ -105,8 +117,6 @@ class SteppedBatchNorm(_BatchNorm):
 
     def forward(self, input: Any) -> Any:  # noqa: A002 - BN's own name
         """(N, C, ...) to the same shape, type and memory format; statistics are float32 at least."""
-        if isinstance(input, Proxy):
-            return as_leaf(self, input)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         state = state_of(self)
         check_call(input, state, self.epsilon, training=self.training, joint=self._shares_batch())
@@ -214,14 +224,6 @@ def check_call(x: Tensor, state: State, eps: float, *, training: bool, joint: bo
             raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
         if x.numel() == channels and not joint:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
-
-
-def as_leaf(layer: nn.Module, x: Proxy) -> Any:
-    """Record the layer in a graph of torch.fx as one node, as its tracer does with torch's own layers."""
-    path = x.tracer.path_of_module(layer)  # type: ignore[attr-defined]
-    if not path:
-        raise TraceError(f"{type(layer).__name__} is one node of a graph: trace a module that holds it")
-    return x.tracer.create_proxy("call_module", path, (x,), {})
 
 
 class SteppedBatchNorm1d(SteppedBatchNorm, nn.BatchNorm1d): ...

@@ -18,11 +18,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.fx.proxy import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from l2bn.kernels.formulas import State, update_running, widened
-from l2bn.norms.stepped import Activated, SteppedBatchNorm, as_leaf, check_call, count_batch, state_of
+from l2bn.norms.stepped import Activated, LeafBatchNorm, SteppedBatchNorm, check_call, count_batch, state_of
 from l2bn.norms.swap import stock_name
 
 logger = logging.getLogger(__name__)
@@ -91,14 +90,12 @@ class Joint:
         return y
 
 
-class _SyncBatchNorm(_BatchNorm):
+class _SyncBatchNorm(LeafBatchNorm):
     """A stock layer whose batch statistics are joint."""
 
     joint: Joint
 
     def forward(self, input: Any) -> Any:  # noqa: A002 - BN's own name
-        if isinstance(input, Proxy):
-            return as_leaf(self, input)
         if not self.joint.is_active(self):
             return super().forward(input)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
