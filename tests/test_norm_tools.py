@@ -191,8 +191,11 @@ def test_jit_trace(scale: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.*. is deprecated")
 def test_jit_script_is_refused() -> None:
-    with pytest.raises((ValueError, RuntimeError), match="Literal"):
-        torch.jit.script(network())
+    joint = nn.Sequential(nn.BatchNorm2d(4))
+    convert_sync(joint)
+    for model in (network(), nn.Sequential(network()), *stepped_networks(), joint):
+        with pytest.raises(TypeError, match=r"BatchNorm\w+ can't be scripted: use torch\.jit\.trace"):
+            torch.jit.script(model)
 
 
 def test_only_looking_at_attributes_is_no_error() -> None:

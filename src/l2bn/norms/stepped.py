@@ -43,7 +43,7 @@ class NotBatchNormError(TypeError, AttributeError):
 
 
 class LeafBatchNorm(_BatchNorm):
-    """Batch norm that torch.fx records as one node, as it does torch's own layers."""
+    """Batch norm that torch.fx records as one node, as it does torch's own layers; torch.jit.script is refused."""
 
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
         # Here, because the hooks, which run at each call of the node, must not run while it is recorded.
@@ -52,6 +52,9 @@ class LeafBatchNorm(_BatchNorm):
                 path = x.tracer.path_of_module(self)  # type: ignore[attr-defined]
                 return x.tracer.create_proxy("call_module", path, args, kwargs)
         return super()._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def __prepare_scriptable__(self) -> None:  # torch.jit.script calls it
+        raise TypeError(f"{type(self).__name__} can't be scripted: use torch.jit.trace or torch.export")
 
 
 class SteppedBatchNorm(LeafBatchNorm):
