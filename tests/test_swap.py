@@ -27,7 +27,6 @@ from l2bn.backbones.shufflenetv2 import shufflenetv2
 from l2bn.backbones.vgg import vgg
 from l2bn.norms import l2bn_but_last
 from l2bn.norms.l2bn import convert
-from l2bn.norms.stepped import _warn_of_foreign_estimates
 from l2bn.norms.swap import norm_layers
 
 NORMS = sorted(path for path in (Path(__file__).parents[1] / "configs" / "norm").glob("*.yaml"))
@@ -366,8 +365,6 @@ def test_running_statistics_of_another_layer_are_a_warning(caplog: pytest.LogCap
 def test_weights_of_batch_norm_are_loaded_with_the_same_warning(
     caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    _warn_of_foreign_estimates.cache_clear()
-
     def network(norm: str) -> nn.Sequential:
         model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.BatchNorm1d(3))
         swap_norm(model, norm)
@@ -376,7 +373,7 @@ def test_weights_of_batch_norm_are_loaded_with_the_same_warning(
     fresh, bn, l2bn = network("bn"), network("bn"), network("l2bn")
     for trained in (bn, l2bn):
         trained(torch.randn(4, 3))
-    for source in (fresh, l2bn, bn):
+    for source in (fresh, l2bn, bn, bn):
         caplog.clear()
         torch.save(source.state_dict(), tmp_path / "weights.pt")
         model = network("l2bn")
@@ -396,7 +393,6 @@ def test_statistics_of_another_layer_are_told_by_their_values(
     saved: str, loaded: str, batches: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A plain dictionary, as that of timm's loader, has no metadata; of few batches the start may still stand."""
-    _warn_of_foreign_estimates.cache_clear()
     layer, other = (nn.Sequential(SCALES[name](nn.BatchNorm2d(16))) for name in (saved, loaded))
     torch.manual_seed(0)
     with torch.no_grad():

@@ -16,7 +16,6 @@ layer keeps it as `epsilon`, and reading `eps` raises an error that says why. It
 layer, and AttributeError, so that `hasattr` and `inspect.getmembers` go on.
 """
 
-import functools
 import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -83,7 +82,7 @@ class SteppedBatchNorm(LeafBatchNorm):
         return nn.Module.__getattr__(self, name)  # each weight of each call passes here; super() would cost more
 
     def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *rest: Any
+        self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], strict: bool, missing: Any, *rest: Any
     ) -> None:
         """Load BN's keys; warn where the running statistics among them are estimates of another layer.
 
@@ -94,8 +93,8 @@ class SteppedBatchNorm(LeafBatchNorm):
             saved_by_another = local_metadata.get("version", self._version) < self._version
             batches = state_dict.get(f"{prefix}num_batches_tracked", torch.zeros(()))
             if saved_by_another or not self._can_have(mean, var, int(batches)):
-                _warn_of_foreign_estimates()
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+                _warn_of_foreign_estimates(missing)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)
 
     def _can_have(self, mean: Tensor, var: Tensor, batches: int) -> bool:
         """Tell whether statistics (C,) may be this layer's after that many batches; 0: their number is unknown.
@@ -159,8 +158,15 @@ class Activated:
         return self.act(self.drop(y))
 
 
-@functools.cache  # once for all layers
-def _warn_of_foreign_estimates() -> None:
+_warned: object = None
+
+
+def _warn_of_foreign_estimates(missing: object) -> None:
+    """Warn once per `load_state_dict`, which gives all layers the same list for missing keys."""
+    global _warned
+    if missing is _warned:
+        return
+    _warned = missing
     logger.warning(
         "the weights are those of batch norm, of this layer at another scale, or of an older version of these "
         "layers, and in the last case all is well; else their %s",
