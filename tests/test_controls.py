@@ -5,12 +5,15 @@ import functools
 import math
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from l2bn import L2BatchNorm2d, l2_normalize
 from l2bn.kernels.formulas import Scale
@@ -215,6 +218,29 @@ def test_statistics_are_float32_in_half_precision(convert: Convert) -> None:
     assert y.isfinite().all()
     assert layer.running_var.dtype == torch.float32
     torch.testing.assert_close(y, convert(nn.BatchNorm2d(4))(x.float()).half(), rtol=2e-3, atol=2e-3)
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """A device such as Apple's MPS, which refuses float64."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in tree_leaves(result)):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return result
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("norm", [l2bn, l2bn_detached, l2bn_position, l2bn_mean_norm])
+def test_a_device_need_not_have_float64(norm: Any, scale: Scale) -> None:
+    """To train, to evaluate, and to load."""
+    layer, other = (norm.convert(nn.BatchNorm2d(4), scale=scale) for _ in range(2))
+    layer.fused = "off"
+    x = some_maps().float().requires_grad_()
+    with WithoutFloat64():
+        layer(x).sum().backward()
+        layer.eval()(x)
+        other.load_state_dict(layer.state_dict())
 
 
 def test_a_fused_activation_still_acts() -> None:

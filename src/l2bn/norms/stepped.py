@@ -104,7 +104,7 @@ class SteppedBatchNorm(LeafBatchNorm):
         """
         if isinstance(self.step, nn.Module) or mean.shape != var.shape:  # the mean norm bounds no norm
             return True
-        squares = float((var.double() + mean.double().square()).sum())
+        squares = float((var.float() + mean.float().square()).sum())
         if self.scale == "rms":
             return 0.5 < squares / len(var) < 2.5
         start = (1 - (self.momentum or 1)) ** batches if batches else 0.0
