@@ -5,6 +5,8 @@ kernels.
 """
 
 import copy
+import functools
+import re
 from collections import Counter
 
 import pytest
@@ -80,6 +82,34 @@ def test_swap_changes_the_norm_and_nothing_else(library: str, name: str) -> None
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert gradients
     assert all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize(
+    ("library", "name", "said"),
+    [
+        ("torchvision", "googlenet", "57 layers keep the network's eps of 0.001, .* give the norm eps=1e-5"),
+        ("torchvision", "mobilenet_v3_small", "34 layers keep the network's eps of 0.001"),
+        ("timm", "dpn48b", "54 layers keep the network's eps of 0.001"),
+        ("torchvision", "mnasnet0_5", "52 layers have a momentum of 0.0003, .* about 70230 updates"),
+        ("torchvision", "resnet18", ""),
+    ],
+)
+def test_options_that_do_not_suit_unit_features_are_a_warning(
+    library: str, name: str, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once a swap, and not at scale "rms", for another norm, or for options that were given."""
+    model = build(library, name)
+    for options in ({"scale": "rms"}, {"eps": 1e-2, "momentum": 0.1}):
+        swap_norm(copy.deepcopy(model), functools.partial(l2bn.convert, **options))
+    for norm in ("bn", "group_norm"):
+        swap_norm(copy.deepcopy(model), norm)
+    assert caplog.messages == []
+    for norm in ("l2bn", "l2bn_detached"):
+        caplog.clear()
+        swap_norm(swapped := copy.deepcopy(model), norm)
+        assert len(caplog.messages) == bool(said)
+        assert re.search(said, caplog.text)
+        assert l2bn.warn_if_few_updates(swapped, 100) is ("momentum" not in said), "the trainer says it again"
 
 
 def test_models_without_batch_norm_say_so() -> None:

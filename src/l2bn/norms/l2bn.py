@@ -19,6 +19,7 @@ slope a/tiny of the definition would overflow float16), and a sample whose norm 
 
 import logging
 import math
+from collections.abc import Mapping
 from typing import get_args
 
 import torch
@@ -168,18 +169,60 @@ def updates_needed(momentum: float | None) -> float:
     return math.ceil(200 * math.log(0.9) / math.log1p(-momentum)) if momentum > 0 else math.inf
 
 
+def _needed(layer: nn.Module) -> float:
+    """Return the updates that a layer needs, 0 if it has no running variance of unit features."""
+    if not isinstance(layer, SteppedBatchNorm) or layer.scale != "unit" or not layer.track_running_stats:
+        return 0
+    return updates_needed(layer.momentum)
+
+
+LARGE_EPS = 1e-5
+"""The eps above which `swap_norm` warns: PyTorch's default.
+
+The variance v of z is about 1/D, and eps leaves sqrt(v / (v + eps)) of the output's standard deviation: 1e-5 leaves
+0.98 at 64x8x8 and 0.33 at 64x112x112; 1e-3, the next larger eps in torchvision and timm, 0.44 and 0.03.
+"""
+
+MANY_UPDATES = 2_100
+"""The updates needed above which `swap_norm` warns: those at momentum 0.01, half an epoch of ImageNet.
+
+The next smaller momentum in torchvision and timm, 0.0003, needs 70,000, so that evaluation is wrong for epochs.
+"""
+
+
+def warn_of_options(layers: Mapping[nn.Module, nn.Module]) -> None:
+    """Log, for batch norm layers and their replacements, an eps and a momentum that do not suit unit features.
+
+    An eps other than the replaced layer's was chosen for these features and is left alone.
+    """
+    unit = {o: bn for bn, o in layers.items() if isinstance(o, SteppedBatchNorm) and o.scale == "unit"}
+    eps = [o.epsilon for o, bn in unit.items() if o.epsilon == getattr(bn, "eps", None) and o.epsilon > LARGE_EPS]
+    if eps:
+        logger.warning(
+            "%d layers keep the network's eps of %g, which is large beside the variance of features of unit norm, "
+            "and shrinks their output; give the norm eps=1e-5 or scale=rms",
+            len(eps),
+            max(eps),
+        )
+    slow = [o for o in unit if _needed(o) > MANY_UPDATES]
+    if slow:
+        slowest = max(slow, key=_needed)
+        logger.warning(
+            "%d layers have a momentum of %g, and evaluation lags behind training until about %s updates: the "
+            "running variance starts at 1, far above that of features of unit norm; give the norm momentum=0.1 or "
+            "scale=rms",
+            len(slow),
+            slowest.momentum,
+            _needed(slowest),
+        )
+
+
 def warn_if_few_updates(model: nn.Module, updates: int) -> bool:
-    """Log once, and return True, if so many updates are too few for the running variance of L2BN or a control."""
-    needed = max(
-        (
-            updates_needed(layer.momentum)
-            for layer in model.modules()
-            if isinstance(layer, _BatchNorm)
-            and getattr(layer, "scale", "rms") == "unit"
-            and layer.track_running_stats
-        ),
-        default=0,
-    )
+    """Log once, and return True, if so many updates are too few for the running variance of L2BN or a control.
+
+    Layers that need more than `MANY_UPDATES` don't count: `swap_norm` has warned of them.
+    """
+    needed = max((n for n in map(_needed, model.modules()) if n <= MANY_UPDATES), default=0)
     if updates >= needed:
         return False
     logger.warning(

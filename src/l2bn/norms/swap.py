@@ -63,6 +63,9 @@ def swap_norm(model: nn.Module, norm: str | Norm) -> int:
     )
     if any(_keeps_estimate(layer, other) for layer, other in layers.items()):
         logger.warning(ESTIMATED_ELSEWHERE)
+    from l2bn.norms.l2bn import warn_of_options  # here, because that module imports this one
+
+    warn_of_options(layers)
     return len(layers)
 
 
