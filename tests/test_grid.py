@@ -388,25 +388,39 @@ def test_the_script_prints_one_group_of_the_list(issue: Issue) -> None:
 
 
 def test_own_backbones_are_listed_as_they_are_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hydra's floats, defaults and interpolations; a network for one size of image has no known multiply-adds."""
+    """Hydra's floats, defaults and interpolations; a network for one size of image has no known multiply-adds.
+
+    A constructor may read the values of a tensor, as timm's once did of the rates of stochastic depth.
+    """
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "listed_parts.py").write_text(
-        "from torch import nn\n"
+        "import torch\nfrom torch import nn\n"
         "def flat(num_classes: int, width: int, drop: float = 0.0):\n"
         "    layers = nn.Conv2d(3, width, 1), nn.Flatten(), nn.Dropout(drop)\n"
         "    return nn.Sequential(*layers, nn.Linear(9 * 9 * width, num_classes))\n"
+        "def deep(num_classes: int, drop: float):\n"
+        "    drops = [nn.Dropout(rate.item()) for rate in torch.linspace(0, drop, 2)]\n"
+        "    return nn.Sequential(nn.Conv2d(3, 4, 32, 32), *drops, nn.Flatten(), nn.Linear(196, num_classes))\n"
+        "def named(num_classes: int):\n"
+        "    if not torch.ones(1).is_cpu:\n"
+        "        raise ValueError('no such device')\n"
+        "    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, num_classes))\n"
     )
     files = {
         "flat": "_target_: listed_parts.flat\nwidth: ${recipe.batch_size}\ndrop: 1e-3\n",
         "wide": "defaults: [flat, _self_]\nwidth: 64\n",
+        "deep": "_target_: listed_parts.deep\ndrop: 0.1\n",
+        "named": "_target_: listed_parts.named\n",
     }
     (tmp_path / "backbone").mkdir()
     for name, content in files.items():
         (tmp_path / "backbone" / f"{name}.yaml").write_text(f"# Mine.\n{content}")
     found = {choice.name: choice for choice in choices("backbone", [tmp_path])}
-    assert [found[name].summary for name in files] == ["Mine.", "Mine."]
+    assert [found[name].summary for name in files] == ["Mine."] * 4
     assert found["wide"].cost == Cost(64 * 4 + 1000 * (81 * 64 + 1), None)
     assert found["flat"].cost
+    assert found["named"].cost == Cost(4 * 1000, 3 * 1000)
+    assert found["deep"].cost
 
 
 def test_what_cannot_be_used_is_one_line_of_the_list(tmp_path: Path) -> None:

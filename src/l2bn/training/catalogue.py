@@ -105,11 +105,14 @@ def summary(text: str) -> str:
 def cost_of(node: Node, usual: Usual, folders: Sequence[Path] = (CONFIGS,), *, timed: bool = False) -> Cost:
     """Count the parameters and multiply-adds of the backbone of a node.
 
-    Nothing is allocated or computed unless it is `timed`.
+    Nothing is allocated or computed unless it is `timed`, or the network cannot be built without.
     """
     node = {**node, "num_classes": usual.classes}
-    with torch.device("meta"):
-        model: nn.Module = Builder(folders).build(node, "backbone")
+    try:
+        with torch.device("meta"):
+            model: nn.Module = Builder(folders).build(node, "backbone")
+    except Exception:  # the constructor may read values, which tensors on the meta device have not
+        model = Builder(folders).build(node, "backbone")
     parameters = count_parameters(model)
     try:
         multiply_adds = count_multiply_adds(model, usual.image_size)
