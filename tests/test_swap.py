@@ -406,6 +406,7 @@ def test_statistics_of_another_layer_are_told_by_their_values(
 
 
 def test_a_class_of_batch_norm_is_no_norm() -> None:
-    with pytest.raises(TypeError, match="L2BatchNorm1d is the class of a layer: give the name of a norm"):
-        swap_norm(nn.Sequential(nn.BatchNorm1d(3)), L2BatchNorm1d)
+    for norm in (L2BatchNorm1d, functools.partial(L2BatchNorm1d, scale="rms")):
+        with pytest.raises(TypeError, match="L2BatchNorm1d is the class of a layer: give the name of a norm"):
+            swap_norm(nn.Sequential(nn.BatchNorm1d(3)), norm)
     assert swap_norm(nn.Sequential(nn.BatchNorm1d(3)), nn.Identity) == 1  # a class may take the layer

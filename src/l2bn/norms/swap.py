@@ -82,7 +82,7 @@ def _keeps_estimate(layer: nn.Module, other: nn.Module) -> bool:
 def replacements(model: nn.Module, norm: str | Norm) -> dict[nn.Module, nn.Module]:
     """Return what `swap_norm` would put in the place of each batch norm layer; raises as it does."""
     convert = _named(norm) if isinstance(norm, str) else norm
-    given: object = convert
+    given: object = convert.func if isinstance(convert, functools.partial) else convert
     if isinstance(given, type) and issubclass(given, _BatchNorm):
         raise TypeError(
             f"{given.__name__} is the class of a layer: give the name of a norm, such as 'l2bn', or a function "
@@ -167,7 +167,7 @@ def _modules_in(value: object, seen: set[int]) -> Iterator[nn.Module]:
 
 
 def norm_layers(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the batch norm layers of `model`; after a swap those of their replacements."""
+    """Return the names of the batch norm layers of `model`: BN, L2BN and the controls that subclass it."""
     return tuple(name for name, layer in model.named_modules() if isinstance(layer, _BatchNorm))
 
 
