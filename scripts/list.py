@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from l2bn.failures import exit_with_message
-from l2bn.training.catalogue import GROUPS, overview
+from l2bn.training.catalogue import GROUPS, choices_text
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     groups = [arguments.group] if arguments.group else GROUPS
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
     own = [path.resolve() for path in arguments.config_dir]
-    console.print(overview(groups, console.width, own, timed=arguments.hours))
+    console.print(choices_text(groups, console.width, own, timed=arguments.hours))
 
 
 if __name__ == "__main__":

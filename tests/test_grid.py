@@ -31,7 +31,7 @@ import official_formats
 from conftest import ROOT, Issue, Train
 from l2bn.norms.swap import swap_norm
 from l2bn.records import natural_order
-from l2bn.training.catalogue import CIFAR, IMAGENET, Cost, Usual, choices, cost_of, overview, summary
+from l2bn.training.catalogue import CIFAR, IMAGENET, Cost, Usual, choices, choices_text, cost_of, first_comment
 from l2bn.training.instantiate import Builder
 from l2bn.training.optim import Recipe
 
@@ -100,7 +100,7 @@ def _counted_once() -> Iterator[None]:
 def test_a_file_opens_with_what_it_is_and_how_to_run_it(file: str) -> None:
     text = (CONFIGS / file).read_text()
     assert text.startswith("# ")
-    assert len(summary(text).split()) > 3
+    assert len(first_comment(text).split()) > 3
     group, _, name = file.removesuffix(".yaml").rpartition("/")
     if group in ("dataset", "backbone", "norm"):
         header = text[: re.search(r"^[^#]", text, re.MULTILINE).start()]  # type: ignore[union-attr]
@@ -256,7 +256,7 @@ def test_an_experiment_composes_in_every_run_and_counts_them(name: str, composed
     text = (CONFIGS / "experiment" / f"{name}.yaml").read_text()
     assert yaml.safe_load(text)["hydra"]["mode"] == "MULTIRUN"
     batch = jobs(name)
-    announced = re.search(r"([\d,]+) runs", summary(text))
+    announced = re.search(r"([\d,]+) runs", first_comment(text))
     if announced:
         assert int(announced[1].replace(",", "")) == len(batch)
     seen = set[str]()
@@ -326,12 +326,12 @@ def test_smoke_as_a_command_sweeps_over_every_norm(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def listing() -> str:
-    return overview(width=110).plain
+    return choices_text(width=110).plain
 
 
 @pytest.mark.parametrize("width", [1, 40, 53, 62])
 def test_the_list_fits_a_narrow_terminal_or_is_cut_to_the_names(width: int) -> None:
-    text = overview(["norm"], width).plain
+    text = choices_text(["norm"], width).plain
     assert set(NAMES["norm"]) <= set(text.split())
     assert max(map(len, text.splitlines())) <= max(width, max(map(len, NAMES["norm"])) + len("  …"))
 
@@ -430,7 +430,7 @@ def test_what_cannot_be_used_is_one_line_of_the_list(tmp_path: Path) -> None:
     (tmp_path / "norm/wip.yaml").write_text("# Mine\nscale: [\n")
     (tmp_path / "norm/latin.yaml").write_bytes(b"# \xff\n")
     (tmp_path / "norm/._bn.yaml").write_bytes(b"\x00\xff")
-    text = overview(("backbone", "norm"), 200, [tmp_path]).plain
+    text = choices_text(("backbone", "norm"), 200, [tmp_path]).plain
     assert re.search(r"^broken +cannot be used: .*No module named 'no_such_module'", text, re.MULTILINE)
     assert re.search(r"^wip +cannot be used: ", text, re.MULTILINE)
     assert re.search(r"^latin +cannot be used: ", text, re.MULTILINE)

@@ -89,13 +89,13 @@ def _choice(path: Path, base: DictConfig | None, folders: Sequence[Path], timed:
             named = CLASSES_OF_ITS_DATA.search(text)
             usual = CIFAR if named and named[1] == "10" else IMAGENET
             cost = cost_of(resolve(base)["backbone"], usual, folders, timed=timed)
-        return Choice(path.stem, summary(text), cost)
+        return Choice(path.stem, first_comment(text), cost)
     except Exception as error:  # of a user's own file, or of the library that a backbone comes from
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         return Choice(path.stem, f"cannot be used: {' '.join(reason.split())}")
 
 
-def summary(text: str) -> str:
+def first_comment(text: str) -> str:
     """Return the first comment of a YAML file that is not a directive to Hydra; "" if none comes first."""
     comments = takewhile(lambda line: line.startswith("#"), text.splitlines())
     texts = (comment.removeprefix("#").strip() for comment in comments)
@@ -150,7 +150,7 @@ def _measure_hours(model: nn.Module, usual: Usual) -> float:
     return float(recipe["epochs"] * usual.images / usual.timed_batch * min(seconds[1:]) / 3600)
 
 
-def overview(
+def choices_text(
     groups: Sequence[str] = GROUPS, width: int = 110, own: Sequence[Path] = (), *, timed: bool = False
 ) -> Text:
     """All choices of the groups, one per line of at most `width` columns."""
