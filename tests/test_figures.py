@@ -231,6 +231,16 @@ def test_nothing_of_the_dot_plot_is_cut_off_or_stands_on_another(tmp_path: Path)
     assert not any(box.overlaps(axes.get_window_extent()) for box in boxes)
 
 
+@pytest.mark.parametrize(("lowest", "insets"), [(60.0, 1), (30.0, 0)])
+def test_an_inset_lies_on_no_curve(lowest: float, insets: int, tmp_path: Path) -> None:
+    """As it would after a warm restart."""
+    write_pairs(tmp_path, [80.0], [1.0], epochs=40)
+    (row,) = grid(arms_of(read_evidence(tmp_path)))
+    curve = [*[80.0] * 25, lowest, *[80.0] * 14]
+    figure = curves([row], {record.folder: curve for record in row.records})
+    assert [len(panel.child_axes) for panel in figure.axes if panel.lines] == [insets]
+
+
 @pytest.mark.parametrize("networks", [1, 2])
 def test_a_long_title_stays_within_its_figure(networks: int, tmp_path: Path) -> None:
     label = "ESC-50, fold 1, from .opus files, at 16 kHz, trained without fold 2"

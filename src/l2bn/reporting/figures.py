@@ -243,12 +243,14 @@ def _depth_axis(panel: Axes) -> None:
 
 
 LONG, LAST = 20, 8  # epochs from which a curve's last ones have an inset, and their number
+INSET_TOP = 0.44  # of a panel's height
 
 
 def curves(comparisons: Sequence[Comparison], found: Curves) -> Figure:
     """A panel per pair: test top-1 over the epochs, mean over the seeds with a band of ± 1 std.
 
-    Long runs have an inset of their last epochs, whose differences are small beside the rise before them.
+    Long runs have an inset of their last epochs, whose differences are small beside the rise before them; but not
+    where it would lie on a curve, as after a warm restart.
     """
     columns = min(len(comparisons), 2 if len(comparisons) == 4 else 3)
     rows = -(-len(comparisons) // columns)
@@ -278,9 +280,10 @@ def curves(comparisons: Sequence[Comparison], found: Curves) -> Figure:
 
 def _draw_pair(panel: Axes, comparison: Comparison, found: Curves) -> None:
     visible: list[float] = []
+    later: list[float] = []  # where an inset lies
     is_long = comparison.epochs >= LONG
     has_inset = is_long and any(arm.of() for arm in comparison.arms)
-    inset = panel.inset_axes((0.56, 0.1, 0.42, 0.34)) if has_inset else None
+    inset = panel.inset_axes((0.56, 0.1, 0.42, INSET_TOP - 0.1)) if has_inset else None
     for arm in comparison.arms:
         n = len(arm.of())
         if n == 0:
@@ -297,16 +300,20 @@ def _draw_pair(panel: Axes, comparison: Comparison, found: Curves) -> None:
         _plot_band(panel, epochs, curve, {**style, "label": label, "markevery": marks})
         if inset:
             _plot_band(inset, epochs[-LAST:], curve[-LAST:], {**style, "markersize": 2.5})
-        visible += [point.mean for point in curve if point.mean is not None]
+        means = [point.mean for point in curve if point.mean is not None]
+        visible, later = visible + means, later + means[len(means) // 2 :]
     if visible and not is_long:
         panel.set_ylim(*_limits(visible))
     if inset:
+        panel.set_ylim(0, 1.3 * max(visible, default=1.0))  # room for the legend above the curves
+        panel.set_yticks([tick for tick in panel.get_yticks() if tick <= min(100, panel.get_ylim()[1])])
+    if inset and min(later, default=0.0) < INSET_TOP * panel.get_ylim()[1]:
+        inset.remove()
+    elif inset:
         inset.tick_params(labelsize=6.5, length=2)
         inset.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         inset.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         inset.grid(axis="y", color="#DDDDDD", linewidth=0.6)
-        panel.set_ylim(0, 1.3 * max(visible, default=1.0))  # room for the legend above the curves
-        panel.set_yticks([tick for tick in panel.get_yticks() if tick <= min(100, panel.get_ylim()[1])])
     if panel.lines:
         panel.legend(loc="upper left" if is_long else "lower right", handlelength=2.6, borderaxespad=0.2)
     panel.xaxis.set_major_locator(
