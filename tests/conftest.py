@@ -89,11 +89,11 @@ def _defaults_composed_once() -> Iterator[None]:
     """Compose the defaults by which a run gets its name once: 50 ms, and always of the same files."""
     compose_anew, composed_before = plan.compose, dict[tuple[str, ...], DictConfig]()
 
-    def compose_once(root: str, choices: list[str]) -> DictConfig:
+    def compose_once(name: str, choices: list[str]) -> DictConfig:
         if set(plan.config_folders()) != {CONFIGS}:  # with a test's own files
-            return compose_anew(root, choices)
+            return compose_anew(name, choices)
         if tuple(choices) not in composed_before:
-            composed_before[tuple(choices)] = compose_anew(root, choices)
+            composed_before[tuple(choices)] = compose_anew(name, choices)
         return composed_before[tuple(choices)]
 
     with pytest.MonkeyPatch.context() as patch:

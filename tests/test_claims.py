@@ -315,7 +315,9 @@ def test_folds_stand_beside_claim_6_by_their_mean(tmp_path: Path) -> None:
         write_pairs(tmp_path, [70.0] * len(values), values, dataset=f"esc50,fold={fold}", epochs=126, **options)
     evidence = verdict(tmp_path, 6)[1]
     mean = (SMALL[0] + 1.5 - 0.5) / 3
-    assert evidence.endswith(f"; ESC-50, resnet20, seed 0: mean over 3 folds, no interval, +{mean:.2f} points.")
+    assert evidence.endswith(
+        f"; ESC-50, resnet20, restarts_126, seed 0: mean over 3 folds, no interval, +{mean:.2f} points."
+    )
     assert evidence.count("ESC-50, fold") == 1
 
 

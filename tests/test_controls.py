@@ -119,8 +119,8 @@ def test_the_mean_norm_is_cumulative_first_and_then_by_momentum(momentum: float 
     for batch in range(1, 31):
         x = some_maps(batch)
         step(x)
-        share = max(1 / batch, momentum or 0)
-        expected += share * (float(norms(x).mean()) - expected)
+        factor = max(1 / batch, momentum or 0)
+        expected += factor * (float(norms(x).mean()) - expected)
         assert float(step.running_norm) == pytest.approx(expected)
     before = step.running_norm.clone()
     step.eval()(some_maps(99))

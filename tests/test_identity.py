@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from l2bn.training.plan import differences, hash_identity, identity, name_cell
+from l2bn.training.plan import differences, hash_identity, identity, run_key
 
 CHOICES = {"dataset": "cifar10", "backbone": "resnet20", "norm": "l2bn", "recipe": "short"}
 DEFAULTS: dict[str, Any] = {
@@ -29,7 +29,7 @@ def changed(*path: str, to: object) -> dict[str, Any]:
 
 
 def test_a_cell_is_named_by_its_choices() -> None:
-    assert name_cell(DEFAULTS, DEFAULTS, CHOICES).path.as_posix() == "cifar10/resnet20/l2bn/short/seed0"
+    assert run_key(DEFAULTS, DEFAULTS, CHOICES).path.as_posix() == "cifar10/resnet20/l2bn/short/seed0"
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_a_cell_is_named_by_its_choices() -> None:
 )
 def test_a_value_overridden_in_a_group_is_part_of_the_name(path: tuple[str, ...], value: object, name: str) -> None:
     config = changed(*path, to=value)
-    assert str(name_cell(config, DEFAULTS, CHOICES)) == name
+    assert str(run_key(config, DEFAULTS, CHOICES)) == name
     assert hash_identity(identity(config)) != hash_identity(identity(DEFAULTS))
 
 
@@ -62,7 +62,7 @@ def test_a_value_overridden_in_a_group_is_part_of_the_name(path: tuple[str, ...]
 def test_a_run_may_move_between_machines(path: tuple[str, ...], value: object) -> None:
     config = changed(*path, to=value)
     assert hash_identity(identity(config)) == hash_identity(identity(DEFAULTS))
-    assert name_cell(config, DEFAULTS, CHOICES) == name_cell(DEFAULTS, DEFAULTS, CHOICES)
+    assert run_key(config, DEFAULTS, CHOICES) == run_key(DEFAULTS, DEFAULTS, CHOICES)
 
 
 def test_an_option_of_the_users_own_is_no_key_of_the_machine() -> None:
@@ -70,7 +70,7 @@ def test_an_option_of_the_users_own_is_no_key_of_the_machine() -> None:
     for group in ("backbone", "norm", "recipe"):
         for key in ("root", "cache", "workers", "download", "devkit"):
             config = changed(group, key, to=True)
-            assert f"{key}=True" in str(name_cell(config, DEFAULTS, CHOICES))
+            assert f"{key}=True" in str(run_key(config, DEFAULTS, CHOICES))
             assert hash_identity(identity(config)) != hash_identity(identity(DEFAULTS))
 
 
@@ -90,6 +90,6 @@ def test_equal_numbers_are_one_identity() -> None:
 
 
 def test_a_name_no_file_system_takes_is_shortened() -> None:
-    name = name_cell(changed("recipe", "schedule", "milestones", to=list(range(200))), DEFAULTS, CHOICES).recipe
+    name = run_key(changed("recipe", "schedule", "milestones", to=list(range(200))), DEFAULTS, CHOICES).recipe
     assert name.startswith("short,")
     assert len(name) < 255

@@ -87,10 +87,10 @@ def test_swap_changes_the_norm_and_nothing_else(library: str, name: str) -> None
 @pytest.mark.parametrize(
     ("library", "name", "said"),
     [
-        ("torchvision", "googlenet", "57 layers keep the network's eps of 0.001, .* give the norm eps=1e-5"),
-        ("torchvision", "mobilenet_v3_small", "34 layers keep the network's eps of 0.001"),
-        ("timm", "dpn48b", "54 layers keep the network's eps of 0.001"),
-        ("torchvision", "mnasnet0_5", "52 layers have a momentum of 0.0003, .* about 70230 updates"),
+        ("torchvision", "googlenet", "norm layers: 57 have the network's eps of 0.001, .* give the norm eps=1e-5"),
+        ("torchvision", "mobilenet_v3_small", "norm layers: 34 have the network's eps of 0.001"),
+        ("timm", "dpn48b", "norm layers: 54 have the network's eps of 0.001"),
+        ("torchvision", "mnasnet0_5", "norm layers: 52 have a momentum of 0.0003, .* about 70,230 updates"),
         ("torchvision", "resnet18", ""),
     ],
 )

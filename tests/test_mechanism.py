@@ -360,25 +360,25 @@ def test_a_norm_that_differs_in_more_than_eps_is_refused_in_a_study_of_eps(tmp_p
         read_evidence(tmp_path, grouping=BY_EPS)
 
 
-@pytest.mark.parametrize("place", [BY_EPS, BY_RATE], ids=["eps", "rate"])
+@pytest.mark.parametrize("grouping", [BY_EPS, BY_RATE], ids=["eps", "rate"])
 @pytest.mark.parametrize("recipe", [{}, {"batch_size": 32}, {"batch_size": 32, "lr": "high"}, "short"], ids=str)
 def test_a_record_without_the_numbers_of_a_study_is_named_and_left_out(
-    place: Grouping, recipe: object, tmp_path: Path
+    grouping: Grouping, recipe: object, tmp_path: Path
 ) -> None:
     """A record of no study, and one with the network's own eps, which may be any."""
     norm = {"norm": {"eps": 1e-5}}
     bad = [write_run(tmp_path, seed=1, identity={"recipe": recipe, **norm}).folder]
-    if place is BY_EPS:
+    if grouping is BY_EPS:
         bad += [write_run(tmp_path, seed=2, identity={"recipe": STUDIED}).folder]
         for seed, eps in ((3, "small"), (4, None)):
             bad += [write_run(tmp_path, seed=seed, identity={"recipe": STUDIED, "norm": {"eps": eps}}).folder]
     good = write_run(tmp_path, identity={"recipe": STUDIED, **norm})
-    evidence = read_evidence(tmp_path, grouping=place)
+    evidence = read_evidence(tmp_path, grouping=grouping)
     assert evidence.records == [good]
     assert [problem.folder for problem in evidence.problems] == bad
     assert all("summary.json: identity." in problem.reason for problem in evidence.problems)
     studies = studies_of(evidence)
-    studies_csv(Studies(eps=studies) if place is BY_EPS else Studies(rates=studies))
+    studies_csv(Studies(eps=studies) if grouping is BY_EPS else Studies(rates=studies))
 
 
 def write_rate_study(root: Path) -> None:

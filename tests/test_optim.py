@@ -145,7 +145,7 @@ class Own:
         (Cosine(per_epoch=True), 2, "in the last epoch it is 0.5 of recipe.lr"),
         (Cosine(per_epoch=True), 1, "in the last epoch it is 1 of recipe.lr"),
         (Cosine(per_epoch=True), 5, ""),
-        (CosineRestarts(restarts=[2, 6, 14, 30, 62]), 16, "from its restart at epoch 14 on it decays in fewer"),
+        (CosineRestarts(restarts=[2, 6, 14, 30, 62]), 16, "from its restart after epoch 14 on it decays in fewer"),
         (CosineRestarts(restarts=[2, 6, 14, 30, 62]), 126, ""),
         (CosineRestarts(restarts=[3, 7]), 2, ""),
         (Exponential(gamma=0.98), 90, "in the last epoch it is 0.17 of recipe.lr"),

@@ -105,12 +105,12 @@ def trainer(
         world_size=fabric.world_size,
         channels_last=placing.channels_last,
     )
-    placed = placing.prepare(net, fabric.device, updates=STEPS)
-    model, optimizer = fabric.setup(placed.trained, recipe(lr).optimizer(placed.network))
+    prepared = placing.prepare(net, fabric.device, updates=STEPS)
+    model, optimizer = fabric.setup(prepared.trained, recipe(lr).optimizer(prepared.network))
     made = Losses(
         fabric=fabric,
         model=model,
-        network=placed.network,
+        network=prepared.network,
         optimizer=optimizer,
         recipe=recipe(lr),
         train=loader,

@@ -162,6 +162,36 @@ def test_folds_without_a_seed_in_common_stay_rows(tmp_path: Path) -> None:
     assert grid_of(tmp_path).count("| ESC-50, fold 3 |") == 2
 
 
+def test_a_correction_that_goes_over_each_fold_apart_says_so(tmp_path: Path) -> None:
+    for fold in (1, 2):
+        for norm, shift in (("bn", 0.0), ("group_norm", 1.0)):
+            for seed in range(3):
+                where = {
+                    "dataset": f"esc50,fold={fold}",
+                    "label": f"ESC-50, fold {fold}",
+                    "norm": norm,
+                    "seed": seed,
+                }
+                write_run(tmp_path, **where, accuracy=70 + shift * seed, identity={"dataset": {"fold": fold}})
+    assert [row["p_holm"] for row in rows_of(tmp_path, "norms.csv")] == [
+        row["p"] for row in rows_of(tmp_path, "norms.csv")
+    ]
+    assert "over these rows (each fold apart)." in documents(read_evidence(tmp_path), PUBLISHED)["norms.md"]
+
+
+def test_the_table_of_folds_has_the_notes_of_its_runs(tmp_path: Path) -> None:
+    write_folds(tmp_path, {1: (0.5,), 2: (2.0,)})
+    assert (
+        "Kernels of L2BN (they agree within rounding): plain in 2 rows."
+        in grid_of(tmp_path).partition("## Folds")[2]
+    )
+
+
+def test_a_users_own_data_set_may_call_something_else_a_fold(tmp_path: Path) -> None:
+    write_pairs(tmp_path, [90.0], [1.0], dataset="mine", identity={"dataset": {"fold": [1, 2]}})
+    assert rows_of(tmp_path)[0]["difference"] == "1"
+
+
 def test_sound_does_not_alter_the_correction_over_images(tmp_path: Path) -> None:
     write_pairs(tmp_path, [70, 71, 72], [0.5, 0.6, 0.4])
     write_pairs(tmp_path, [70, 71, 72], [0.5, 0.9, 0.4], backbone="vgg11")

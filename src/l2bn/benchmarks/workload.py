@@ -157,15 +157,15 @@ def trainer_of(workload: Workload, model: nn.Module, learning: Recipe, placing: 
     """This project's trainer of a model on the images of a workload."""
     placing.set_up()
     fabric = placing.fabric()
-    placed = placing.prepare(model, fabric.device, updates=0)
-    trained, optimizer = fabric.setup(placed.trained, learning.optimizer(placed.network))
+    prepared = placing.prepare(model, fabric.device, updates=0)
+    trained, optimizer = fabric.setup(prepared.trained, learning.optimizer(prepared.network))
     splits = workload.splits
     options: dict[str, Any] = {"splits": splits, "device": fabric.device}
     options |= {"workers": placing.workers, "channels_last": placing.channels_last}
     return Trainer(
         fabric=fabric,
         model=trained,
-        network=placed.network,
+        network=prepared.network,
         optimizer=optimizer,
         recipe=learning,
         train=training_loader(splits.train, batch_size=workload.batch, seed=seed, **options),

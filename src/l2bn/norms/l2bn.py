@@ -180,40 +180,42 @@ LARGE_EPS = 1e-5
 """The eps above which `swap_norm` warns: PyTorch's default.
 
 The variance v of z is about 1/D, and eps leaves sqrt(v / (v + eps)) of the output's standard deviation: 1e-5 leaves
-0.98 at 64x8x8 and 0.33 at 64x112x112; 1e-3, the next larger eps in torchvision and timm, 0.44 and 0.03.
+0.98 at 64x8x8 and 0.33 at 64x112x112; 1e-3, the next larger eps in torchvision and timm, 0.44 and 0.04.
 """
 
 MANY_UPDATES = 2_100
 """The updates needed above which `swap_norm` warns: those at momentum 0.01, half an epoch of ImageNet.
 
-The next smaller momentum in torchvision and timm, 0.0003, needs 70,000, so that evaluation is wrong for epochs.
+The smaller momenta of torchvision, 0.001 (S3D) and 0.0003 (MNASNet), need 21,000 and 70,000, so that evaluation is
+wrong for epochs.
 """
 
 
 def warn_of_options(layers: Mapping[nn.Module, nn.Module]) -> None:
     """Log, for batch norm layers and their replacements, an eps and a momentum that do not suit unit features.
 
-    An eps other than the replaced layer's was chosen for these features and is left alone.
+    An eps other than the replaced layer's is left alone.
     """
     unit = {o: bn for bn, o in layers.items() if isinstance(o, SteppedBatchNorm) and o.scale == "unit"}
     eps = [o.epsilon for o, bn in unit.items() if o.epsilon == getattr(bn, "eps", None) and o.epsilon > LARGE_EPS]
     if eps:
         logger.warning(
-            "%d layers keep the network's eps of %g, which is large beside the variance of features of unit norm, "
-            "and shrinks their output; give the norm eps=1e-5 or scale=rms",
+            "norm layers: %d have the network's eps of %g, which shrinks their output where it is large beside the "
+            "variance of features of unit norm, 1/D for D values a sample; for new runs give the norm eps=1e-5 or "
+            "scale=rms",
             len(eps),
             max(eps),
         )
     slow = [o for o in unit if _needed(o) > MANY_UPDATES]
     if slow:
         slowest = max(slow, key=_needed)
+        needed = _needed(slowest)
         logger.warning(
-            "%d layers have a momentum of %g, and evaluation lags behind training until about %s updates: the "
-            "running variance starts at 1, far above that of features of unit norm; give the norm momentum=0.1 or "
-            "scale=rms",
+            "norm layers: %d have a momentum of %g, and evaluation %s: the running variance starts at 1, far above "
+            "that of features of unit norm; for new runs give the norm momentum=0.1 or scale=rms",
             len(slow),
             slowest.momentum,
-            _needed(slowest),
+            f"lags behind training until about {needed:,} updates" if math.isfinite(needed) else "never catches up",
         )
 
 

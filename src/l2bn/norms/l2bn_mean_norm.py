@@ -75,7 +75,7 @@ class DivideByMeanNorm(nn.Module):
         else:  # the mean of no norms is no number
             return
         self.num_batches_tracked.add_(1)
-        share = 1.0 / self.num_batches_tracked
+        factor = 1.0 / self.num_batches_tracked
         if self.momentum is not None:
-            share = share.clamp_min(self.momentum)
-        self.running_norm.lerp_(norm.to(self.running_norm.dtype), share)
+            factor = factor.clamp_min(self.momentum)
+        self.running_norm.lerp_(norm.to(self.running_norm.dtype), factor)

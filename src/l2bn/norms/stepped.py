@@ -129,8 +129,8 @@ class SteppedBatchNorm(LeafBatchNorm):
         z = self.step(widened(x), self.scale)
         if self.joint is not None and self._shares_batch():
             return self.joint.batch_norm(self, z, state, self.epsilon).to(x.dtype)
-        share = count_batch(self, state)
-        momentum = 0.0 if share is None else float(share)
+        factor = count_batch(self, state)
+        momentum = 0.0 if factor is None else float(factor)
         batch = takes_batch_statistics(state, self.training)
         return batch_norm(z, *state, self.epsilon, momentum, batch).to(x.dtype)
 

@@ -260,10 +260,12 @@ def environmental_sound(arms: Sequence[Arm]) -> str:
         result = row.difference()
         beside.append(f"{_named(row)}: {points(result)}, n = {result.n}")
     for folds in by_fold(sound):
+        cell = folds.first.cell
         bn, l2bn = (fmean(folds.accuracies(norm).values()) for norm in (BN, L2BN))
         seeds = ", ".join(map(str, sorted(folds.seeds)))
         mean = f"mean over {len(folds.rows)} folds, no interval, {signed(l2bn - bn)} points"
-        beside.append(f"{folds.first.cell.all_folds}, {in_words(folds.first.cell.backbone)}, seed {seeds}: {mean}")
+        name = ", ".join((cell.all_folds, in_words(cell.backbone), in_words(cell.recipe)))
+        beside.append(f"{name}, seed{'s' * (len(folds.seeds) > 1)} {seeds}: {mean}")
     note = "Environmental sound, which is no evidence on scenes, L2BN − BN: "
     return f"{note}{'; '.join(beside)}." if beside else ""
 

@@ -258,11 +258,11 @@ def holm_over(comparisons: Sequence[Comparison]) -> list[float | None]:
     """The p-value of each comparison with Holm's correction over those of its task, and of its fold."""
     found: list[float | None] = [None] * len(comparisons)
     families: dict[tuple[str, int | None], list[int]] = defaultdict(list)
-    for place, row in enumerate(comparisons):
-        families[row.cell.task, row.cell.fold].append(place)
-    for places in families.values():
-        for place, p in zip(places, holm([comparisons[at].difference().p for at in places]), strict=True):
-            found[place] = p
+    for index, row in enumerate(comparisons):
+        families[row.cell.task, row.cell.fold].append(index)
+    for indices in families.values():
+        for index, p in zip(indices, holm([comparisons[i].difference().p for i in indices]), strict=True):
+            found[index] = p
     return found
 
 

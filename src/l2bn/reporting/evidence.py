@@ -96,7 +96,9 @@ def cell_of(record: Record) -> Cell:
     known = dataset if isinstance(dataset, dict) else {}
     own: Task = "sound" if str(known.get("_target_")).startswith("l2bn.data.sound.") else "images"
     task = TASKS.get(record.dataset.partition(",")[0], own)
-    return Cell(record.dataset, record.recipe, record.backbone, record.setting, task=task, fold=known.get("fold"))
+    fold = known.get("fold")
+    fold = fold if type(fold) is int else None  # a user's own data set may call something else so
+    return Cell(record.dataset, record.recipe, record.backbone, record.setting, task=task, fold=fold)
 
 
 def overrides(name: str) -> dict[str, str]:

@@ -337,7 +337,7 @@ def _limits(values: Sequence[float]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class ForestRow:
-    """A row of the dot plot; one without a result is a heading, or a note below one."""
+    """A row of the forest plot; one without a result is a heading, or a note below one."""
 
     text: str
     result: Estimate | None = None

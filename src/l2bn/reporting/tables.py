@@ -141,13 +141,17 @@ def folds_table(rows: Sequence[Comparison]) -> Table:
         "Test top-1 in percent after the last epoch, mean over the seeds that all folds have. The means over folds "
         "have no interval: folds share training clips, so their spread says little of another data set or seed."
     )
-    return _table("Folds", columns, [note], 4)
+    every = [row for one in found for row in one.rows.values()]
+    return _table("Folds", columns, [note, *_differing(every, "L2BN")], 4)
 
 
 def _families(rows: Sequence[Comparison]) -> str:
     """Which rows Holm's correction goes over, where not over all."""
-    tasks = dict.fromkeys(row.cell.task for row in rows)
-    return f" ({' and '.join(tasks)} apart)" if len(tasks) > 1 else ""
+    tasks: list[str] = list(dict.fromkeys(row.cell.task for row in rows))
+    parts = tasks if len(tasks) > 1 else []
+    if len({row.cell.fold for row in rows} - {None}) > 1:
+        parts.append("each fold")
+    return f" ({' and '.join(parts)} apart)" if parts else ""
 
 
 def _table(title: str, columns: Columns, notes: Sequence[str], names: int) -> Table:

@@ -105,13 +105,13 @@ def first_comment(text: str) -> str:
 def cost_of(node: Node, usual: Usual, folders: Sequence[Path] = (CONFIGS,), *, timed: bool = False) -> Cost:
     """Count the parameters and multiply-adds of the backbone of a node.
 
-    Nothing is allocated or computed unless it is `timed`, or the network cannot be built without.
+    Nothing is allocated or computed unless it is `timed`, or the network can't be built on the meta device.
     """
     node = {**node, "num_classes": usual.classes}
     try:
         with torch.device("meta"):
             model: nn.Module = Builder(folders).build(node, "backbone")
-    except Exception:  # the constructor may read values, which tensors on the meta device have not
+    except Exception:  # the constructor may read values, which meta tensors don't have
         model = Builder(folders).build(node, "backbone")
     parameters = count_parameters(model)
     try:

@@ -1,6 +1,6 @@
 """Settings of the computation: devices, precision, threads, CPU memory.
 
-What makes a network fast is imported where a network is placed, and is not needed to read this file: L2BN's
+What makes a network fast is imported where a network is prepared, and is not needed to read this file: L2BN's
 kernels, compilation, CUDA graphs, bfloat16 on a CPU.
 """
 

@@ -197,7 +197,7 @@ def _cut_off(schedule: Schedule, epochs: int) -> str:
     if isinstance(schedule, CosineRestarts):
         before, last = [0, 0, *(restart for restart in schedule.restarts if restart < epochs)][-2:]
         if epochs - last < last - before:
-            return f"from its restart at epoch {last} on it decays in fewer epochs than before"
+            return f"from its restart after epoch {last} on it decays in fewer epochs than before"
     if isinstance(schedule, Exponential | Cosine):
         factor = schedule(epochs - 1e-6, epochs)
         if factor > NEARLY_0 and (factor < 1 or isinstance(schedule, Cosine)):

@@ -132,8 +132,8 @@ class RunKey:
         return self.path.as_posix()
 
 
-def name_cell(config: Config, defaults: Config, choices: Mapping[str, str]) -> RunKey:
-    """Return the cell of a configuration; `defaults` is the configuration that the choices alone compose to."""
+def run_key(config: Config, defaults: Config, choices: Mapping[str, str]) -> RunKey:
+    """Return the key of a run; `defaults` is the configuration that the choices alone compose to."""
     names = {
         group: _name(choices[group], *(_without_machine_keys(group, tree[group]) for tree in (config, defaults)))
         for group in GROUPS
@@ -314,10 +314,10 @@ def composing(overrides: Sequence[str] = (), folders: Sequence[Path] = ()) -> It
         for source in hydra.config_loader.get_sources():
             if not source.available():
                 raise UserError(f"hydra.searchpath: there is no folder {source.full_path()}")
-        roots = [str(folder) for folder, source in config_folders().items() if source.is_config(CONFIG_NAME)]
-        if len(roots) > 1:
+        found = [str(folder) for folder, source in config_folders().items() if source.is_config(CONFIG_NAME)]
+        if len(found) > 1:
             raise UserError(
-                f"{CONFIG_NAME}.yaml is in {' and in '.join(roots)}, and the suite's own alone is read: give its "
+                f"{CONFIG_NAME}.yaml is in {' and in '.join(found)}, and the suite's own alone is read: give its "
                 "values in a file of the group experiment"
             )
         yield hydra, rest
@@ -423,7 +423,7 @@ class Planner:
         if key not in self._defaults:
             self._defaults[key] = resolve(compose(CONFIG_NAME, list(key)), missing=True)
         run = PlannedRun(
-            cell=name_cell(resolved, self._defaults[key], chosen),
+            cell=run_key(resolved, self._defaults[key], chosen),
             config=resolved,
             files=[f"{CONFIG_NAME}.yaml", *self._files(choices)],
             folders=list(self._folders),

@@ -57,7 +57,7 @@ class BuiltRun:
 def launch(built: BuiltRun) -> bool:
     """Train a run on its devices, with its folder locked. Does nothing if another process has just trained it.
 
-    Returns True if a request to stop came after training had ended. Raises UserError; ends the process with
+    Returns True if a request to stop came too late to stop the run. Raises UserError; ends the process with
     `interruption.EXIT_CODE` after an earlier request.
     """
     run, fabric = built.run, built.compute.fabric()

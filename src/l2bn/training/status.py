@@ -285,7 +285,7 @@ def _progress(runs: Sequence[Status]) -> Text:
 
 def _notes(runs: Sequence[Status]) -> Iterator[Text]:
     """Yield a line for each running, interrupted, diverged or failed run, with messages below their runs."""
-    pace, one_place = _Pace(runs), len({status.runs_dir for status in runs}) == 1
+    pace, one_folder = _Pace(runs), len({status.runs_dir for status in runs}) == 1
     for standing in ("running", "interrupted", "diverged", "failed"):
         word, style = LOOKS[standing]
         by_message: dict[str, list[Status]] = defaultdict(list)
@@ -295,7 +295,7 @@ def _notes(runs: Sequence[Status]) -> Iterator[Text]:
         for message, same in by_message.items():
             for status in same[:LISTED]:
                 note = Text(f"{word:<5}", style=style)
-                note.append(str(status.run.cell if one_place else status.run.folder), style="default")
+                note.append(str(status.run.cell if one_folder else status.run.folder), style="default")
                 if standing in ("running", "interrupted"):
                     note.append(f"  epoch {status.epoch} of {status.epochs}", style="default")
                     left = pace.left(status)
