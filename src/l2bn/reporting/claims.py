@@ -253,7 +253,7 @@ def _better_on_scenes(arms: Sequence[Arm]) -> Finding:
 
 
 def environmental_sound(arms: Sequence[Arm]) -> str:
-    """What was measured on environmental sound, in a sentence; empty where nothing was."""
+    """The differences measured on environmental sound, as a sentence; empty where there is none."""
     sound = [row for row in compare(arms, [L2BN]) if row.cell.task == "environmental sound" and row.differences()]
     beside = []
     for row in without_further_folds(sound):

@@ -228,7 +228,7 @@ class Folds:
 
 
 def by_fold(comparisons: Iterable[Comparison]) -> list[Folds]:
-    """What was tested on several folds with a seed that all have, in the order of the list."""
+    """The groups of comparisons of several folds with a seed that all have, in the order of the list."""
     groups: dict[tuple[str, ...], dict[int, Comparison]] = defaultdict(dict)
     for row in comparisons:
         cell = row.cell
@@ -243,7 +243,7 @@ def by_fold(comparisons: Iterable[Comparison]) -> list[Folds]:
 
 
 def without_further_folds(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """Of what `by_fold` finds, the lowest fold alone: the others are no data sets of their own."""
+    """The comparisons, and of each group by fold the lowest alone: the others are no data sets of their own."""
     further = {row.cell for folds in by_fold(comparisons) for row in folds.rows.values() if row is not folds.first}
     return [row for row in comparisons if row.cell not in further]
 

@@ -215,6 +215,12 @@ def _finish(figure: Figure, text: str, band: str = "", seeds: Iterable[int] = ()
     figure.suptitle(textwrap.fill(text + shown, letters), x=0.01, ha="left", fontsize=10)
 
 
+def _room_above(panel: Axes, low: float, top: float) -> None:
+    """Set the ends of an axis of percent that holds a legend above the values: no tick is above 100."""
+    panel.set_ylim(low, top)
+    panel.set_yticks([tick for tick in panel.get_yticks() if low <= tick <= min(100, top)])
+
+
 def _plot_band(panel: Axes, x: Sequence[float], points: Sequence[Estimate], style: Mapping[str, Any]) -> None:
     """Means with a band of ± 1 standard deviation, in the style of an arm; a point without a value is a gap."""
     means = [nan if point.mean is None else point.mean for point in points]
@@ -305,8 +311,7 @@ def _draw_pair(panel: Axes, comparison: Comparison, found: Curves) -> None:
     if visible and not is_long:
         panel.set_ylim(*_limits(visible))
     if inset:
-        panel.set_ylim(0, 1.3 * max(visible, default=1.0))  # room for the legend above the curves
-        panel.set_yticks([tick for tick in panel.get_yticks() if tick <= min(100, panel.get_ylim()[1])])
+        _room_above(panel, 0, 1.3 * max(visible, default=1.0))
     if inset and min(later, default=0.0) < INSET_TOP * panel.get_ylim()[1]:
         inset.remove()
     elif inset:
@@ -618,8 +623,7 @@ def accuracy_over_eps(study: Study) -> Figure:
         _points(left, runs, _counted(style, *counts), 1.8 ** (index - 1))
     _log_axis(left, "eps", list(values), list(values.values()))
     low, high = left.get_ylim()
-    left.set_ylim(low, low + 1.45 * (high - low))  # room for the legend above the points
-    left.set_yticks([tick for tick in left.get_yticks() if low <= tick <= min(100, left.get_ylim()[1])])
+    _room_above(left, low, low + 1.45 * (high - low))
     left.legend(handlelength=2.6, loc="upper right")
     right.set_title("shrink factor, L2BN at norm 1")
     apart = min(0.2, 0.7 / max(len(values) - 1, 1))

@@ -64,8 +64,8 @@ def _answer(every: Sequence[Comparison], run_set: RunSet, arms: Sequence[Arm]) -
     )
     if others.mean is not None:
         cells = f"{plural('cell', others.n)} of data set and network"
-        found_beyond = f"{judge_others(ACCURATE, every)}: {points(others, TOP1_POINTS)}"
-        beyond = f"it is {found_beyond}, over {cells} and all their seeds"
+        verdict = judge_others(ACCURATE, every)
+        beyond = f"it is {verdict}: {points(others, TOP1_POINTS)}, over {cells} and all their seeds"
     sources = {row.cell.source for row in every if is_counted(row)}
     where = "and data sets like those measured"
     if len(sources) == 1:

@@ -146,7 +146,7 @@ def folds_table(rows: Sequence[Comparison]) -> Table:
 
 
 def _families(rows: Sequence[Comparison]) -> str:
-    """Which rows Holm's correction goes over, where not over all."""
+    """The rows that Holm's correction goes over apart, as text; empty where it goes over all."""
     tasks: list[str] = list(dict.fromkeys(row.cell.task for row in rows))
     parts = tasks if len(tasks) > 1 else []
     if len({row.cell.fold for row in rows} - {None}) > 1:
