@@ -1,5 +1,6 @@
 """The verdicts: each follows from its numbers by the stated rule, and none stands without them."""
 
+import json
 import re
 from dataclasses import replace
 from itertools import product
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from conftest import ROOT, Issue
 from l2bn.errors import UserError
+from l2bn.records import ENVIRONMENT
 from l2bn.reporting.claims import (
     ACCURATE,
     CLAIMS,
@@ -33,7 +35,9 @@ from l2bn.reporting.evidence import (
     WITHIN_SHARE,
     Evidence,
     read_evidence,
+    seeds_on_unlike_devices,
 )
+from l2bn.reporting.readme import BEGIN, END, readme_with_block
 from l2bn.reporting.reference import RunSet, read_sets
 from l2bn.reporting.statistics import fixed_estimate
 from synthetic_records import write_features, write_pairs, write_run
@@ -406,7 +410,7 @@ def test_the_interval_and_every_cell_of_the_set_decide(
 ) -> None:
     write_set(tmp_path, *differences)
     finding = of_accuracy(tmp_path)
-    assert (finding.verdict, finding.text) == (expected, f"{expected}, 18 runs: {text}")
+    assert (finding.verdict, finding.text) == (expected, f"{expected}, 9 pairs: {text}")
 
 
 @pytest.mark.parametrize("gain", [1, -1])
@@ -433,7 +437,7 @@ def test_a_cell_without_any_pair_leaves_the_set_undecided(tmp_path: Path) -> Non
     write_set(tmp_path, SMALL, SMALL, SMALL)
     for seed in range(3):
         write_run(tmp_path, backbone="net2", seed=seed, status="diverged", **RUNS)
-    assert of_accuracy(tmp_path).text == "not decided, 18 runs: – a cell has no pair"
+    assert of_accuracy(tmp_path).text == "not decided, 6 pairs: – a cell has no pair"
     assert of_accuracy(tmp_path).estimates[2].n == 0
     text = claims_markdown(read_evidence(tmp_path), [SET])
     assert "| net2 | – | – | – | – | 0 |" in text
@@ -472,7 +476,7 @@ def test_later_seeds_give_a_second_estimate_beside_the_first(tmp_path: Path) -> 
     assert of_accuracy(tmp_path).overall == first.overall
     assert "| 5 | L2BN improves the accuracy of various models on image classification. | not decided" in text
     networks = "3 of 3 networks above 0, 3 significantly (net0, net1, net2)"
-    assert f"| a set: supported, 18 runs: +0.50 [+0.42, +0.58], {networks} |" in text
+    assert f"| a set: supported, 9 pairs: +0.50 [+0.42, +0.58], {networks} |" in text
     _, overall = fixed_estimate([[*SMALL, -3.0, -3.1]] * 3)
     shown = f"{overall.mean:+.2f} [{overall.low:+.2f}, {overall.high:+.2f}], 15 pairs".replace("-", "−")
     assert f"Second estimate, with seeds 3, 4, which does not replace the first: {shown}." in text
@@ -487,14 +491,35 @@ def test_claims_about_features_wait_for_features_and_claim_1_for_its_control(tmp
         better = 0.02 + 0.001 * record.seed if record.norm == "l2bn" else 0.0
         write_features(record, within_share=0.3 - better)
     arms = arms_of(read_evidence(tmp_path, features=True))
-    assert judge_set(COMPACT, SET, arms).text.startswith("supported, 18 runs: −0.0210 [")
+    assert judge_set(COMPACT, SET, arms).text.startswith("supported, 9 pairs: −0.0210 [")
     assert judge_set(EQUAL_NORMS, SET, arms).text == "not decided, 18 of 24 runs"
     for net, seed in product(range(2), range(3)):
         record = write_run(tmp_path, norm="l2bn_mean_norm", backbone=f"net{net}", seed=seed, **RUNS)
         write_features(record, within_share=0.1)
     finding = judge_set(EQUAL_NORMS, SET, arms_of(read_evidence(tmp_path, features=True)))
-    assert finding.text.startswith("contradicted, 24 runs: +0.1")
+    assert finding.text.startswith("contradicted, 6 pairs: +0.1")
     assert [cell.backbone for cell in finding.cells] == ["net0", "net1"]
+
+
+def test_a_network_whose_pairs_all_compare_a_cpu_with_a_gpu_is_named(tmp_path: Path) -> None:
+    """There the device is not told from the norm; one pair on one kind of device is enough to be silent."""
+
+    def made_on(device: str, norm: str, net: str, *seeds: int) -> None:
+        for seed in seeds:
+            record = write_run(tmp_path, norm=norm, backbone=net, seed=seed, **RUNS)
+            (record.folder / ENVIRONMENT).write_text(json.dumps({"starts": [{"device": device}]}))
+
+    for net in SET.backbones:
+        made_on("cpu", "bn", net, 0, 1, 2)
+        made_on("NVIDIA H100", "l2bn", net, 0, 1, 2)
+    made_on("cpu", "l2bn", "net2", 1)
+    named = "all pairs of net0 and net1 compare a CPU with a GPU"
+    assert of_accuracy(tmp_path).text.endswith(named)
+    text = readme_with_block(f"{BEGIN}\n{END}", read_evidence(tmp_path), SET)
+    assert f"{named}, n = 9 pairs" in text
+    made_on("cpu", "l2bn", "net0", 1)
+    made_on("cpu", "l2bn", "net1", 1)
+    assert "compare" not in of_accuracy(tmp_path).text
 
 
 def test_a_run_that_lies_there_twice_has_the_features_of_either(tmp_path: Path) -> None:
@@ -600,7 +625,7 @@ def test_what_was_computed_afterwards_follows_from_the_records() -> None:
     rows = re.findall(
         r"^  \| ([a-z ]+) \| (\S+) - (\S+) \| ([^|]+) \| (\S+) \[(\S+), (\S+)\] \|$", text, re.MULTILINE
     )
-    assert len(rows) >= 6
+    assert len(rows) >= 9
     evidence = read_evidence(ROOT / "results/records", features=True)
     cells = {SETS[0].cells(BN)[place]: name for place, name in enumerate(SETS[0].backbones)}
     known = {(cells[arm.cell], arm.norm): arm for arm in arms_of(evidence) if arm.cell in cells}
@@ -613,6 +638,12 @@ def test_what_was_computed_afterwards_follows_from_the_records() -> None:
             for name in SETS[0].backbones
             if name not in left_out and (name, norms[norm]) in known and (name, norms[reference]) in known
         ]
+        if networks == "pairs on one kind of device":
+            mixed = [set(seeds_on_unlike_devices(pair.records)) for pair in pairs]
+            pairs = [
+                Comparison(*(arm.only(arm.seeds - seeds) for arm in pair.arms))
+                for pair, seeds in zip(pairs, mixed, strict=True)
+            ]
         _, found = fixed_estimate([pair.differences(quantities[quantity]) for pair in pairs])
         digits = len(numbers[0].partition(".")[2])
         assert numbers == [f"{value:+.{digits}f}" for value in (found.mean, found.low, found.high)]
@@ -623,7 +654,7 @@ def test_a_set_of_ones_own_is_judged_by_the_same_rule(tmp_path: Path, issue: Iss
     names = "label: My | set, dataset: cifar10, recipe: short, setting: 32-true"
     (tmp_path / "sets.yaml").write_text(f"sets: [{{{names}, backbones: [mine], seeds: [0, 1, 2]}}]")
     printed = issue("report", "claims", "--runs", tmp_path / "runs", "--sets", tmp_path / "sets.yaml").out
-    found = "supported, 6 runs: +1.00 [+0.75, +1.25], 1 of 1 network above 0, 1 significantly (mine)"
+    found = "supported, 3 pairs: +1.00 [+0.75, +1.25], 1 of 1 network above 0, 1 significantly (mine)"
     assert rf"| My \| set: {found} |" in printed
     entry = f"{names}, backbones: [mine], seeds: [0, 1, 2]"
     other = entry.replace("My | set", "Half").replace("32-true", "bf16-mixed")

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from decimal import ROUND_HALF_DOWN, ROUND_HALF_UP, Decimal
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -404,7 +405,7 @@ def test_the_rate_table_has_a_row_a_setting_and_its_note_counts(tmp_path: Path) 
     assert "Of 3 settings" in note
     # 0.5, 1, 1.5: the whole settings
     assert "Mean over the 2 settings in which all runs of seeds 0, 1, 2 finished" in note
-    assert "+1.00 points, 95 % interval [−0.24, +2.24], n = 3" in note
+    assert "+1.00 points, 95 % interval [−0.24, +2.24], n = 3; the settings' median +1.00." in note
     assert "Diverged: 1 of BN, 0 of L2BN" in note
     with drawing():
         assert len(accuracy_over_rates(study).axes) == 2
@@ -434,6 +435,16 @@ def test_the_mean_over_settings_takes_whole_settings_of_the_studys_seeds(
     found = overall(study)
     assert (found.settings, found.seeds, found.result.n) == (settings, taken, len(taken))
     assert found.result.mean == (2.0 if taken else None)
+
+
+def test_the_median_shows_a_mean_that_one_setting_makes(tmp_path: Path) -> None:
+    for rate, gain in ((0.1, 0.0), (0.3, 0.1), (1.0, 9.0)):
+        run = {"recipe": f"short,lr={rate:g}", "identity": {"recipe": {"batch_size": 32, "lr": rate}}}
+        for seed, norm in product(range(3), (BN, L2BN)):
+            write_run(tmp_path, norm=norm, seed=seed, accuracy=80.0 + gain * (norm == L2BN), **run)
+    (study,) = studies_of(read_evidence(tmp_path, grouping=BY_RATE))
+    assert overall(study).result.mean == pytest.approx(9.1 / 3)
+    assert overall(study).median == pytest.approx(0.1)
 
 
 def test_two_values_of_eps_are_told_apart(tmp_path: Path) -> None:

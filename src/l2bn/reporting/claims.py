@@ -45,6 +45,7 @@ from l2bn.reporting.evidence import (
     Cell,
     Evidence,
     Task,
+    seeds_on_unlike_devices,
     unlike_devices,
 )
 from l2bn.reporting.formatting import (
@@ -359,14 +360,27 @@ class SetFinding:
         return f"{networks}, {len(found)} significantly" + (f" ({', '.join(found)})" if found else "")
 
     @property
+    def confounded(self) -> str:
+        """Name the networks all of whose pairs compare a CPU with a GPU: the device is not told from the norm."""
+        names = [
+            pair.cell.backbone
+            for pair in self.pairs
+            if (seeds := pair.reference.seeds & pair.other.seeds)
+            and seeds <= set(seeds_on_unlike_devices(pair.records))
+        ]
+        return f"all pairs of {' and '.join(names)} compare a CPU with a GPU" if names else ""
+
+    @property
     def text(self) -> str:
         """The verdict with its estimate, or how far the set is; a dash where it has no runs of the reference."""
         if not self.cells:
             return NONE
         if not self.estimates:
             return f"not decided, {self.ended} of {self.wanted} runs" + "".join(f"; {one}" for one in self.doubts)
-        text = f"{self.verdict}, {self.wanted} runs: {' '.join(mean_interval(self.overall, self.question.digits))}"
-        return ", ".join(filter(None, [text, self.sides])) + (f" ({self.against})" if self.against else "")
+        pairs = plural("pair", self.overall.n)
+        text = f"{self.verdict}, {pairs}: {' '.join(mean_interval(self.overall, self.question.digits))}"
+        text = ", ".join(filter(None, [text, self.sides, self.confounded]))
+        return text + (f" ({self.against})" if self.against else "")
 
 
 def judge_set(question: Question, run_set: RunSet, arms: Sequence[Arm]) -> SetFinding:

@@ -366,8 +366,8 @@ def images_in_words(records: Sequence[Record]) -> str:
     return ", ".join(notes)
 
 
-def unlike_devices(records: Iterable[Record]) -> str:
-    """The seeds whose runs were made in part on a CPU and in part on a GPU, as text; empty without.
+def seeds_on_unlike_devices(records: Iterable[Record]) -> list[int]:
+    """The seeds whose runs were made in part on a CPU and in part on a GPU.
 
     A record that does not say its device is passed over.
     """
@@ -378,8 +378,13 @@ def unlike_devices(records: Iterable[Record]) -> str:
             kinds[record.seed].append(devices)
     # Two runs that both changed the device may have done so at different epochs.
     several = ((seed, found) for seed, found in sorted(kinds.items()) if len(found) > 1)
-    seeds = [str(seed) for seed, found in several if len(set.union(*found)) > 1]
-    return f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}" if seeds else ""
+    return [seed for seed, found in several if len(set.union(*found)) > 1]
+
+
+def unlike_devices(records: Iterable[Record]) -> str:
+    """The seeds whose runs were made in part on a CPU and in part on a GPU, as text; empty without."""
+    seeds = seeds_on_unlike_devices(records)
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}" if seeds else ""
 
 
 def unlike_code(records: Iterable[Record]) -> str:

@@ -14,9 +14,9 @@ from l2bn.reporting.claims import (
     judge_others,
     judge_set,
 )
-from l2bn.reporting.comparison import FULL_EPOCHS, Arm, Comparison, arms_of, grid
-from l2bn.reporting.evidence import Evidence
-from l2bn.reporting.formatting import escape_markdown, markdown, plural, points
+from l2bn.reporting.comparison import FULL_EPOCHS, Arm, Comparison, arms_of, compare, grid
+from l2bn.reporting.evidence import L2BN, Evidence
+from l2bn.reporting.formatting import escape_markdown, markdown, mean_interval, plural, points
 from l2bn.reporting.reference import RunSet
 from l2bn.reporting.statistics import MIN_PAIRS
 from l2bn.reporting.tables import grid_table
@@ -54,7 +54,7 @@ def _answer(every: Sequence[Comparison], run_set: RunSet, arms: Sequence[Arm]) -
         lost = f"diverged: {these.diverged[0]} of BN, {these.diverged[1]} of L2BN"
         spread = "" if these.overall.reason else ", by a spread pooled over the networks"
         against = f" ({these.against})" if these.against else ""
-        sides = f"{escape_markdown(these.sides)}, " if these.sides else ""
+        sides = "".join(f"{escape_markdown(part)}, " for part in (these.sides, these.confounded) if part)
         difference = f"L2BN − BN is {points(these.overall, TOP1_POINTS)}{spread}"
         found = f"{these.verdict}**{against}: {difference}, {sides}n = {pairs}, {lost}"
     networks = f"{len(run_set.backbones)} networks ({', '.join(run_set.backbones)}) on {run_set.label}"
@@ -83,13 +83,13 @@ def _answer(every: Sequence[Comparison], run_set: RunSet, arms: Sequence[Arm]) -
         "- The paper's claims about features, for the same networks (within\\_share: share of the variance within "
         "classes, smaller is more compact; angle\\_mean: angle between class means, degrees; "
         "l2bn\\_mean\\_norm: a control with L2BN's scale but unequal norms; [claims.md](results/claims.md) has the "
-        "pairs and the verdicts for other networks):\n"
+        "pairs):\n"
         f"{_about_features(run_set, arms)}{_about_sound(arms)}"
     )
 
 
 def _about_features(run_set: RunSet, arms: Sequence[Arm]) -> str:
-    """A line for each claim about features: its verdict for a set, in its primary measure against its reference."""
+    """A line for each claim about features: both verdicts, in its primary measure against its reference."""
     lines = []
     for claim in CLAIMS:
         question = claim.question
@@ -97,6 +97,11 @@ def _about_features(run_set: RunSet, arms: Sequence[Arm]) -> str:
             measure = question.quantity.rpartition("/")[2]
             found = judge_set(question, run_set, arms).text
             text = f"{claim.text} {found[0].upper()}{found[1:]} ({measure}, L2BN − {question.reference_name})."
+            rows = [row for row in compare(arms, [L2BN], question.reference) if row.cell.task == "images"]
+            others = for_other_networks(rows, question.quantity)
+            if others.mean is not None:
+                bounds = " ".join(mean_interval(others, question.digits))
+                text += f" For other networks it is {judge_others(question, rows)}: {bounds}, {others.n} cells."
             lines.append(f"  - Claim {claim.number}: {escape_markdown(text)}")
     return "\n".join(lines)
 

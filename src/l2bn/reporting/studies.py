@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, takewhile
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import NamedTuple
 
 from l2bn.records import SUMMARY, FeatureRow, InvalidRecordError, Problem, Record, StatisticsRow, is_finite_number
@@ -218,6 +218,7 @@ class Overall(NamedTuple):
     result: Estimate
     settings: int
     seeds: Sequence[int]
+    median: float | None  # of the settings' mean differences: a few large ones may make most of the mean
 
 
 def overall(study: Study) -> Overall:
@@ -232,7 +233,8 @@ def overall(study: Study) -> Overall:
     accuracies = [(pair.reference.of(), pair.other.of()) for pair in pairs]
     whole = [(bn, l2bn) for bn, l2bn in accuracies if seeds and bn.keys() & l2bn.keys() >= set(seeds)]
     means = [fmean(l2bn[seed] - bn[seed] for bn, l2bn in whole) for seed in seeds if whole]
-    return Overall(estimate(means), len(whole), seeds)
+    per_setting = [fmean(l2bn[seed] - bn[seed] for seed in seeds) for bn, l2bn in whole]
+    return Overall(estimate(means), len(whole), seeds, median(per_setting) if per_setting else None)
 
 
 def rate_note(study: Study) -> str:
@@ -241,12 +243,12 @@ def rate_note(study: Study) -> str:
     above = sum(result.side > 0 for result in results)
     below = sum(result.side < 0 for result in results)
     lost = {norm: sum(arm.diverged for arm in study.arms if arm.norm == norm) for norm in (BN, L2BN)}
-    mean, settings, seeds = overall(study)
+    mean, settings, seeds, middle = overall(study)
     runs = f"{plural('setting', settings)} in which all runs of seeds {', '.join(map(str, seeds)) or NONE} finished"
     return (
         f"Of {len(results)} settings, the 95 % interval lies above 0 in {above} and below in {below}, uncorrected. "
         f"Mean over the {runs}, one value per seed: {signed(mean.mean)} points, 95 % interval {interval(mean)}, "
-        f"n = {mean.n}. Diverged: {lost[BN]} of BN, {lost[L2BN]} of L2BN."
+        f"n = {mean.n}; the settings' median {signed(middle)}. Diverged: {lost[BN]} of BN, {lost[L2BN]} of L2BN."
     )
 
 
