@@ -7,6 +7,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -85,21 +86,22 @@ def test_cells_have_charts_of_their_own_in_one_layout(tmp_path: Path) -> None:
     pairs(tmp_path / "runs", dataset="cifar10,mean=[0.5, 0.5]")
     Board(tmp_path / "runs").update()
     scalars, texts = drawn(tmp_path / "runs/arms/l2bn")
-    charts = {tag for tag in scalars if tag.endswith("/test top-1, percent") and not tag.startswith("spread")}
-    assert charts == {
-        f"{cell}/test top-1, percent"
-        for cell in (
-            "cifar10, resnet20, short,epochs=2",
-            "cifar10, resnet20, short, bf16-mixed",
-            "cifar10, vgg11, short",
-            "cifar10,mean=_0.5, 0.5_, resnet20, short",
-        )
-    }  # the run of bf16-mixed has taken the place of the first one's folder
+    cells = (
+        "cifar10, resnet20, short,epochs=2",
+        "cifar10, resnet20, short, bf16-mixed",  # in the place of the first one's folder
+        "cifar10, vgg11, short",
+        "cifar10,mean=_0.5, 0.5_, resnet20, short",
+    )
+    tags = product(cells, ("test top-1, percent", "training loss"))
+    titles = {f"{cell}/{quantity}": f"{cell}: {quantity}" for cell, quantity in tags}
+    assert {tag for tag in scalars if not tag.startswith("spread")} == titles.keys()
     assert SPREAD in texts["custom_scalars__config__"]
     proto = events_of(tmp_path / "runs/arms/l2bn").Tensors("custom_scalars__config__")[0].tensor_proto
     ((category,),) = (Layout.FromString(proto.string_val[0]).category,)
+    assert len(category.chart) == len(titles)
     for chart in category.chart:
         (series,) = chart.margin.series
+        assert chart.title == titles[series.value]
         assert {series.value, series.lower, series.upper} <= scalars.keys()
 
 

@@ -20,10 +20,10 @@ WRONG = [
     ("experiment=table", ["experiment/table", "demo"]),
     ("analysis=yes", ["analysis/yes", "statistics"]),
     # unknown keys, at every level
-    ("epochs=3", ["epochs"]),
+    ("epochs=3", ["use +epochs=3"]),
     ("+epochs=3", ["unknown key epochs", "did you mean recipe.epochs?"]),
     ("+rcipe=3", ["unknown key rcipe", "did you mean recipe?"]),
-    ("recipe.epoch=3", ["recipe.epoch"]),
+    ("recipe.epoch=3", ["use +recipe.epoch=3"]),
     ("+recipe.epoch=3", ["unknown key recipe.epoch", "did you mean epochs"]),
     ("+recipe.schedule.gamma=3", ["unknown key recipe.schedule.gamma", "peak"]),
     ("+dataset.path=data", ["unknown key dataset.path", "label"]),
@@ -46,18 +46,18 @@ WRONG = [
     ("seed=0,1", ["seed=0,1", "--multirun"]),
     ("checkpoint=5", ["checkpoint", "5", "node"]),
     ("checkpoint=null", ["checkpoint", "None", "node"]),
-    ("recipe.lr=[1", ["[1"]),
+    ("recipe.lr=[1", ["no viable alternative at input '[1'"]),
     ("recipe.lr='${recipe.rate}'", ["recipe.lr", "recipe.rate", "not found"]),
     ("seed='${seed}'", ["seed", "Recursive"]),
     ("+backbone.num_classes=3", ["backbone.num_classes", "the data set", "leave it out"]),
     # wrong types
     ("seed=null", ["seed", "None", "whole number"]),
     ("seed=one", ["seed", "'one'", "whole number"]),
-    ("seed=-1", ["seed", "-1"]),
+    ("seed=-1", ["seed", "-1", "0 or more"]),
     ("seed=9999999999999999999", ["record cannot hold", "seed", "less than"]),
     ("runs_dir='~nosuchuser/x'", ["runs_dir", "no home folder"]),
-    ("seed=1.5", ["seed", "1.5"]),
-    ("seed=true", ["seed", "True"]),
+    ("seed=1.5", ["seed", "1.5", "whole number"]),
+    ("seed=true", ["seed", "True", "whole number"]),
     ("recipe.epochs=many", ["recipe.epochs", "'many'", "whole number"]),
     ("recipe.epochs=2.5", ["recipe.epochs", "2.5", "whole number"]),
     ("recipe.epochs=null", ["recipe.epochs", "None", "whole number"]),
@@ -97,19 +97,19 @@ WRONG = [
     ("recipe=step_200 recipe.schedule.start_factor=2", ["start_factor", "not 2", "or equal to 1"]),
     ("recipe.schedule.peak=1", ["peak", "not 1", "less than 1"]),
     ("recipe=step_200 recipe.schedule.milestones=[9,3]", ["milestones", "[9, 3]", "rising"]),
-    ("recipe.batch_size=100000", ["batch_size", "100000"]),
-    ("dataset.subset=0", ["dataset.subset", "0"]),
-    ("dataset.subset=5000", ["dataset.subset", "5000"]),
+    ("recipe.batch_size=100000", ["batch_size", "100000", "1437 training images"]),
+    ("dataset.subset=0", ["dataset.subset", "0", "from 1 to 1437"]),
+    ("dataset.subset=5000", ["dataset.subset", "5000", "from 1 to 1437"]),
     ("dataset.subset=16", ["batch_size", "16"]),
-    ("dataset.validation=1", ["dataset.validation", "1"]),
-    ("dataset.validation=-0.1", ["dataset.validation", "-0.1"]),
+    ("dataset.validation=1", ["dataset.validation", "1", "0 <= share < 1"]),
+    ("dataset.validation=-0.1", ["dataset.validation", "-0.1", "0 <= share < 1"]),
     ("dataset.mean=[0.5]", ["dataset.mean", "[0.5]", "three"]),
     ("dataset.mean=[125,123,114]", ["dataset.mean", "[125, 123, 114]", "scaled to [0, 1]"]),
     ("dataset.std=[0,1,1]", ["dataset.std", "[0, 1, 1]", "above 0"]),
     ("dataset.label=''", ["dataset.label", "empty"]),
     ("dataset.image_size=0", ["dataset.image_size", "0", "from 1"]),
     ("dataset.image_size=100000", ["dataset.image_size", "100000", "4096"]),
-    ("dataset.augmentation.padding=-1", ["padding", "-1"]),
+    ("dataset.augmentation.padding=-1", ["padding", "-1", "from 0 to 256"]),
     ("dataset.augmentation.padding=99999", ["padding", "99999", "256"]),
     ("backbone.depth=21", ["depth", "21", "20"]),
     ("backbone.shortcut=none", ["backbone.shortcut", "'none'", "projection"]),
@@ -134,24 +134,24 @@ WRONG = [
     ("recipe.lr=1" + 400 * "0", ["recipe.lr", "a finite number"]),
     ("compute.threads=0", ["threads", "0", "at least 1"]),
     ("compute.threads=100000000", ["threads", "100000000", "1024"]),
-    ("compute.workers=-1", ["workers", "-1"]),
+    ("compute.workers=-1", ["workers", "-1", "from 0 to 1024"]),
     ("compute.workers=100000", ["workers", "100000", "1024"]),
     ("checkpoint.every_steps=-1", ["every_steps", "-1", "or equal to 0"]),
     ("checkpoint.keep_epochs=[0]", ["keep_epochs", "not 0", "or equal to 1"]),
-    ("analysis.every=-1", ["analysis", "every", "-1"]),
-    ("analysis.statistics_every=0", ["analysis", "statistics_every", "0"]),
+    ("analysis.every=-1", ["analysis", "every", "-1", "or equal to 0"]),
+    ("analysis.statistics_every=0", ["analysis", "statistics_every", "not 0", "or equal to 1"]),
     ("norm=group_norm norm.eps=-1", ["norm", "eps", "greater than 0"]),
     ("norm=group_norm norm.channels=0", ["norm", "channels", "0", "at least 1"]),
     ("norm=l2bn_position norm.scale=max", ["norm.scale", "'max'", "rms"]),
     # data that is not there, or not as it should be
     ("dataset=cifar10 dataset.download=false dataset.root=nowhere", ["nowhere", "dataset.root", "image_folder"]),
     ("dataset=image_folder", ["dataset.root"]),
-    ("dataset=image_folder dataset.root=nowhere dataset.label=x", ["nowhere"]),
+    ("dataset=image_folder dataset.root=nowhere dataset.label=x", ["nowhere/train", "dataset.root=FOLDER"]),
     # targets
     ("backbone._target_=os.system", ["backbone._target_", "os.system", "configs/"]),
     ("backbone._target_=torch.os.system", ["backbone._target_", "torch.os.system", "configs/"]),
-    ("recipe.schedule._target_=builtins.eval", ["recipe.schedule._target_", "builtins.eval"]),
-    ("norm._target_=null", ["norm", "_target_"]),
+    ("recipe.schedule._target_=builtins.eval", ["recipe.schedule._target_", "builtins.eval", "configs/"]),
+    ("norm._target_=null", ["norm: has no _target_"]),
     (
         "backbone._target_=l2bn.data.digits.digits",
         ["backbone._target_", "digits", "is at this place in no YAML file"],
@@ -162,6 +162,13 @@ WRONG = [
     ("runs_dir=''", ["runs_dir", "empty"]),
 ]
 assert len(WRONG) >= 60
+
+
+def test_each_row_names_more_than_was_typed() -> None:
+    """A message of Hydra's ends with all that was typed."""
+    for given, named in WRONG:
+        typed = given.lower().replace("null", "none")
+        assert not all(word.lower().strip("'") in typed for word in named), given
 
 
 @pytest.mark.parametrize(("given", "named"), WRONG, ids=[given[:60] for given, _ in WRONG])

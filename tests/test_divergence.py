@@ -89,8 +89,3 @@ def test_a_test_loss_that_overflows(train: Train, monkeypatch: pytest.MonkeyPatc
     record = train(EPOCHS, *TINY)
     diverged(record, "the test loss is not finite after epoch 2", 1)
     assert all(tensor.isfinite().all() for tensor in weights(record).values())
-
-
-def test_a_diverged_run_is_left_alone(train: Train) -> None:
-    record = train("recipe.lr=1e6", "recipe.weight_decay=1e6", EPOCHS, *TINY)
-    assert train("recipe.lr=1e6", "recipe.weight_decay=1e6", EPOCHS, *TINY) == record

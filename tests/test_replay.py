@@ -208,9 +208,9 @@ def test_a_malicious_record_runs_nothing(
     change(config)
     (record / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(UserError, match=named):
-        replay(record, str(tmp_path / "replayed"))
-    assert not (tmp_path / "replayed").exists()
-    assert not (tmp_path / "elsewhere").exists()
+        replay(record, str(tmp_path / "runs" / "replayed"))
+    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "elsewhere").exists()  # also that of ../../elsewhere
 
 
 def test_a_path_in_a_nested_place_is_not_used(record: Path, tmp_path: Path) -> None:
