@@ -1,6 +1,7 @@
 """Arms in TensorBoard: one curve per norm and cell, the spread over seeds, and the paired difference."""
 
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -11,10 +12,11 @@ from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
+from unittest import mock
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, Issue
 from l2bn.records import CONFIG, METRICS, SUMMARY, read_metrics, write_lines
 from l2bn.reporting.evidence import read_evidence
 from l2bn.reporting.tensorboard import SPREAD, Board, curves_of, read_runs, texts_of
@@ -221,6 +223,26 @@ def test_what_earlier_updates_wrote_does_not_pile_up(tmp_path: Path) -> None:
     for norm in ACCURACIES:
         assert len(list((tmp_path / "runs/arms" / norm).iterdir())) == 2
         assert len(drawn(tmp_path / "runs/arms" / norm)[0][TAG]) == 5
+
+
+def test_the_board_is_renewed_every_30_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, issue: Issue
+) -> None:
+    runs, waits = tmp_path / "runs", list[float | None]()
+    pairs(runs)
+
+    def wait(timeout: float | None = None) -> int:
+        waits.append(timeout)
+        if len(waits) == 1:
+            write_run(runs, norm="group_norm", recipe="short", epochs=5, curve=5)
+            raise subprocess.TimeoutExpired("tensorboard", 30)
+        return 0
+
+    monkeypatch.setattr(subprocess, "Popen", lambda _: mock.Mock(wait=wait))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert issue("report", "tensorboard", "--runs", runs).code == 0
+    assert waits == [30, 30, None]
+    assert {path.name for path in (runs / "arms").iterdir()} == {*ACCURACIES, "group_norm"}
 
 
 @pytest.mark.slow

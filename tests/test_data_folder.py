@@ -98,6 +98,14 @@ def test_image_size_cuts_out_the_centre_square(tree: Path) -> None:
     assert torch.equal(splits.train.images[0], torch.full((3, 20, 20), 200, dtype=torch.uint8))
 
 
+def test_a_photograph_is_turned_as_its_camera_was_held(tree: Path) -> None:
+    image, exif = pixels(1, 32, 32)[0], Image.Exif()
+    exif[0x0112] = 6  # the left side is up
+    Image.fromarray(image).save(tree / "train" / "cat" / "0000.jpg", "PNG", exif=exif)
+    upright = torch.from_numpy(np.rot90(image, -1).copy()).permute(2, 0, 1)
+    assert torch.equal(read(tree).train.images[0], upright)
+
+
 def test_other_folder_names_may_be_given(tree: Path) -> None:
     (tree / "test").rename(tree / "val")
     assert len(read(tree, test="val").test) == 6

@@ -6,11 +6,12 @@ import json
 import os
 import shutil
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 import yaml
@@ -20,7 +21,7 @@ from PIL import Image
 from conftest import ROOT, AtUpdate, Train, train_in
 from l2bn.data.folder import image_folder
 from l2bn.data.imagenet import imagenet
-from l2bn.data.splits import CONTENTS, PUBLISHED, _contents, digest
+from l2bn.data.splits import CONTENTS, PUBLISHED, Images, _contents, digest
 from l2bn.errors import UserError
 from l2bn.publication import publish
 from l2bn.records import SUMMARY, InvalidRecordError, Record
@@ -251,17 +252,33 @@ def test_other_pixels_than_the_official_ones_have_no_published_accuracy(
     assert read("leaking") == ("Gray, 17 and 16 images, 1 of 16 test images known from training", None)
 
 
-@pytest.mark.slow
-def test_constants_of_cifar100(shared_data: Path) -> None:
-    """Those of cifar100.yaml and of cifar100_png.yaml are those of the images: a lossless mosaic a class."""
-    total, squares, pixels = np.zeros(3), np.zeros(3), 0
+def mosaics(shared_data: Path, part: str) -> Iterator[npt.NDArray[np.uint8]]:
+    """The images of each class of CIFAR-100, side by side, without loss."""
     with tarfile.open(shared_data / "cifar100.tar") as tar:
         for member in tar:
-            if member.name.startswith("cifar100/train/") and member.isfile():
-                mosaic = np.asarray(Image.open(io.BytesIO(tar.extractfile(member).read())), np.float64) / 255  # type: ignore[union-attr]
-                total += mosaic.sum((0, 1))
-                squares += (mosaic**2).sum((0, 1))
-                pixels += mosaic.shape[0] * mosaic.shape[1]
+            if member.name.startswith(f"cifar100/{part}/") and member.isfile():
+                yield np.array(Image.open(io.BytesIO(tar.extractfile(member).read())))  # type: ignore[union-attr]
+
+
+@pytest.mark.slow
+def test_contents_of_cifar100(shared_data: Path) -> None:
+    splits = []
+    for part, count in (("train", 500), ("test", 100)):
+        found = map(torch.from_numpy, mosaics(shared_data, part))
+        images = torch.cat([mosaic.unfold(0, 32, 32).unfold(1, 32, 32).flatten(0, 1) for mosaic in found])
+        splits.append(Images(images, torch.arange(100).repeat_interleave(count)))
+        assert images.shape == (100 * count, 3, 32, 32)
+    assert _contents(*splits) == CONTENTS["cifar100"]
+
+
+@pytest.mark.slow
+def test_constants_of_cifar100(shared_data: Path) -> None:
+    """Those of cifar100.yaml and of cifar100_png.yaml are those of the images."""
+    total, squares, pixels = np.zeros(3), np.zeros(3), 0
+    for mosaic in mosaics(shared_data, "train"):
+        total += (mosaic / 255).sum((0, 1))
+        squares += ((mosaic / 255) ** 2).sum((0, 1))
+        pixels += mosaic.shape[0] * mosaic.shape[1]
     assert pixels == 50_000 * 32 * 32
     mean = total / pixels
     std = np.sqrt(squares / pixels - mean**2)

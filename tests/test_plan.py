@@ -14,7 +14,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from conftest import ROOT, Issue, planned
-from l2bn.errors import UserError
+from l2bn.errors import DECODED_AS_READ, UserError
 from l2bn.training import instantiate, plan
 from l2bn.training.plan import PlannedRun, composing, differences
 from l2bn.training.sweep import PlannedJobs, compose_sweep, plan_sweep, read_planned
@@ -52,6 +52,12 @@ def test_an_experiment_takes_the_values_of_its_own_choices(command: str, runs: i
 )
 def test_a_sweep_takes_the_values_of_its_own_choices(command: str) -> None:
     assert len(planned(*command.split())) == 2
+
+
+def test_the_options_that_decode_images_as_they_are_read_compose() -> None:
+    """Two messages give them to who lacks memory."""
+    (run,) = planned(*DECODED_AS_READ.partition(",")[0].split())
+    assert run.config["dataset"]["upright"] is True
 
 
 def test_a_value_that_does_not_fit_a_job_is_refused_with_the_job() -> None:
