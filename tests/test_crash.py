@@ -8,29 +8,25 @@ import fnmatch
 import multiprocessing
 import os
 import signal
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
 from conftest import TINIEST, same, train_in
-from l2bn.records import Record, read_records
+from l2bn.records import FEATURES, SAMPLE, STATISTICS, Record, read_records
 
-# Two updates an epoch, with a checkpoint after each.
-OPTIONS = (*TINIEST, "recipe.epochs=3", "checkpoint.every_steps=1", "norm=bn")
+# Two updates an epoch, with a checkpoint after each, and all that can be measured.
+ANALYSIS = ("analysis.every=1", "analysis.statistics_until=4", "analysis.statistics_every=2")
+OPTIONS = (*TINIEST, "recipe.epochs=3", "checkpoint.every_steps=1", "norm=bn", *ANALYSIS)
 
-FILES = (
-    ".config.yaml*",
-    ".metrics.jsonl*",
-    ".env.json*",
-    ".epoch*",
-    ".weights*",
-    ".summary*",
-)  # by their temporary name
+MOMENTS = ("torn", "before its name", "after its name")
+# Of files by their temporary name, and of those to which a line is added.
 PLACES = [
-    *((file, moment) for file in FILES[:4] for moment in ("torn", "before its name", "after its name")),
-    ("metrics.jsonl", "torn"),  # the line of an epoch
-    *((file, moment) for file in FILES[4:] for moment in ("torn", "before its name", "after its name")),
+    *product((".config.yaml*", ".metrics.jsonl*", ".env.json*", ".epoch*"), MOMENTS),
+    *product(("statistics.jsonl", "features.jsonl", "metrics.jsonl"), ["torn"]),
+    *product((".penultimate*", ".weights*", ".summary*"), MOMENTS),
 ]
 # With the epoch's checkpoint and not its line, with half of the line, and at the start of a resumed run.
 JOURNAL = [(".epoch*", "after its name"), ("metrics.jsonl", "torn"), (".metrics.jsonl*", "after its name")]
@@ -100,11 +96,14 @@ def endure(places: list[tuple[str, str]], runs: Path, whole: Record) -> None:
     """Start the run once for each place, killed there, and once more; it must end as the whole one did."""
     for file, moment in places:
         assert run(runs, (file, moment)) == -signal.SIGKILL, f"{file} was not reached"
-        ended = (file, moment) == (".summary*", "after its name")
-        assert len(read_records(runs)[0]) == ended, f"{file} {moment}: an unfinished run claims to be finished"
+        last = (file, moment) == (".summary*", "after its name")
+        assert len(read_records(runs)[0]) == last, f"{file} {moment}: an unfinished run claims to be finished"
         assert read_records(runs)[1] == []
     assert run(runs) == 0
-    same(record_of(runs), whole)
+    ended = record_of(runs)
+    same(ended, whole)
+    for file in (FEATURES, STATISTICS, SAMPLE):
+        assert (ended.folder / file).read_bytes() == (whole.folder / file).read_bytes()
     assert not any(runs.rglob(".*.tmp")), "what a kill cut off was left lying about"
     print(f"{len(places)} kills, each while a file was being written")
 
