@@ -65,6 +65,7 @@ WRONG: list[tuple[list[str], dict[str, str], list[str]]] = [
     (["analyze.py", "--run", "nowhere"], {}, ["nowhere", "not the folder of a run"]),
     (["analyze.py", "--run", RUN, "--root", "x"], {}, ["dataset.root"]),
     (["status.py", "--runs", "nowhere"], {}, ["--runs: there is no folder nowhere"]),
+    (["status.py", "--experiment", "cifar_table", "backbone=resnet21"], {}, ["backbone/resnet21", "resnet20"]),
     (["list.py", "nets"], {}, ["nets", "backbone"]),
     (["list.py", "norm", "--hours"], {}, ["--hours", "norm", "backbone"]),
     (["fetch_data.py", "digits", "--classes", "1"], {}, ["--classes", "--figure"]),

@@ -68,11 +68,6 @@ def test_input_is_left_as_it_was() -> None:
     assert torch.equal(images, before)
 
 
-def test_without_padding_and_flip_nothing_changes() -> None:
-    images = random_images(4, 8)
-    assert torch.equal(CropFlip(0, False)(images, torch.Generator()), images)
-
-
 # Shift and mask: of spectrograms.
 
 
