@@ -7,8 +7,11 @@ import os
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
 import tarfile
+import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +30,9 @@ from l2bn.training.plan import PlannedRun, composing, plan_run
 from l2bn.training.sweep import compose_sweep, plan_sweep
 
 ROOT = Path(__file__).parents[1]
+TRAIN = str(ROOT / "scripts" / "train.py")
+
+Process = subprocess.Popen[str]
 
 
 class Done(NamedTuple):
@@ -101,6 +107,33 @@ def _defaults_composed_once() -> Iterator[None]:
         yield
 
 
+def start(*arguments: object, **options: Any) -> Process:
+    """Start Python, in a group of its own; all that it prints goes to one pipe."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.Popen(command, text=True, start_new_session=True, **{**pipes, **options})
+
+
+def finish(process: Process, code: int = 0) -> str:
+    """Wait for the end of a process, which must be this; return what it has printed."""
+    try:
+        printed, _ = process.communicate(timeout=900)
+    except BaseException:  # also Ctrl-C, which does not reach its group
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == code, printed
+    return printed
+
+
+def wait_for(condition: Callable[[], object], process: Process | None = None, seconds: float = 300) -> None:
+    """Wait until the condition holds; a process must not have ended before."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        assert process is None or process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
 def require(what: str, missing: object) -> None:
     """Skip a test where something it needs is missing; fail it where all is said to be there, as in CI."""
     if missing:
@@ -171,12 +204,16 @@ def weights(record: Record) -> dict[str, torch.Tensor]:
     return torch.load(newest, weights_only=True)["model"]
 
 
-def drawn(record: Record) -> dict[str, list[tuple[int, float]]]:
-    """The curves that TensorBoard shows of a run, without what they cost: tag to (epoch, value)."""
+def events_of(folder: Path, **sizes: int) -> Any:
+    """The events that TensorBoard reads in a folder; of the kinds in `sizes` so many, 0 for all."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(record.folder / "tb"))
-    events.Reload()
+    return EventAccumulator(str(folder), sizes).Reload()
+
+
+def drawn(record: Record) -> dict[str, list[tuple[int, float]]]:
+    """The curves that TensorBoard shows of a run, without what they cost: tag to (epoch, value)."""
+    events = events_of(record.folder / "tb")
     tags = set(events.Tags()["scalars"]) - set(COST_KEYS)
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
 
@@ -308,6 +345,15 @@ def at_update(monkeypatch: pytest.MonkeyPatch) -> AtUpdate:
         monkeypatch.setattr(Trainer, "forward", spied)
 
     return arrange
+
+
+def answer_of(address: str) -> bytes:
+    """What a server on this machine answers; nothing as long as there is none."""
+    try:
+        with urllib.request.urlopen(address, timeout=10) as answer:
+            return bytes(answer.read())
+    except OSError:
+        return b""
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from unittest import mock
 
 import pytest
 
-from conftest import ROOT, Issue
+from conftest import ROOT, Issue, answer_of, events_of, wait_for
 from l2bn.records import CONFIG, METRICS, SUMMARY, read_metrics, write_lines
 from l2bn.reporting.evidence import read_evidence
 from l2bn.reporting.tensorboard import SPREAD, Board, curves_of, read_runs, texts_of
@@ -35,14 +35,6 @@ def pairs(root: Path, **options: Any) -> None:
             write_run(
                 root, norm=norm, seed=seed, accuracy=accuracy, epochs=5, curve=5, **{"recipe": "short", **options}
             )
-
-
-def events_of(arm: Path) -> Any:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(arm))
-    events.Reload()
-    return events
 
 
 def drawn(arm: Path) -> tuple[dict[str, dict[int, float]], dict[str, str]]:
@@ -266,16 +258,7 @@ def address(tmp_path: Path) -> Iterator[str]:
     command = [sys.executable, str(SCRIPT), "tensorboard", "--runs", str(tmp_path / "runs")]
     process = subprocess.Popen([*command, "--port", str(port)], stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 120
-        while True:
-            assert time.monotonic() < deadline
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/data/runs", timeout=10) as answer:
-                    if b"arms/l2bn" in answer.read():
-                        break
-            except OSError:
-                pass
-            time.sleep(0.5)
+        wait_for(lambda: b"arms/l2bn" in answer_of(f"http://127.0.0.1:{port}/data/runs"))
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()

@@ -14,7 +14,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 
-from conftest import ROOT, TINY, Issue, train_in
+from conftest import ROOT, TINY, TRAIN, Issue, finish, start, train_in
 from l2bn.errors import UserError
 from l2bn.failures import exit_with_message, explain
 from l2bn.records import read_metrics, read_records
@@ -148,12 +148,10 @@ BEFORE_US = {
 def test_a_mistake_that_hydra_meets_is_one_message_too(given: str, tmp_path: Path) -> None:
     (tmp_path / "recipe").mkdir()
     (tmp_path / "recipe" / "mine.yaml").write_text("epochs: [1\n")
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *given.split()]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
+    printed = finish(start(TRAIN, *given.split(), cwd=tmp_path), 1)
+    assert "Traceback" not in printed
     for word in BEFORE_US[given]:
-        assert word in done.stdout + done.stderr
+        assert word in printed
 
 
 @pytest.mark.parametrize(
@@ -244,7 +242,7 @@ def test_a_user_who_asks_for_tracebacks_gets_them(monkeypatch: pytest.MonkeyPatc
 
 def processor_seconds(*arguments: str) -> float:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, str(ROOT / "scripts/train.py"), *arguments]
+    command = [sys.executable, TRAIN, *arguments]
     # With several threads, those that wait for the others count as well.
     subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -18,7 +18,7 @@ import yaml
 from lightning_fabric.accelerators import MPSAccelerator
 from torch import Tensor, nn
 
-from conftest import ROOT, TINY, Train, interrupted
+from conftest import ROOT, TINY, TRAIN, Train, finish, interrupted, start
 from l2bn.errors import UserError
 from l2bn.norms.l2bn import convert
 from l2bn.norms.stepped import put_before
@@ -427,11 +427,9 @@ def test_several_devices_within_a_sweep_under_a_scheduler(tmp_path: Path, monkey
     """As one task of Slurm, whose variables speak of one process, each run of a sweep starts two."""
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "l2bn", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1"}
     slurm |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_STEP_ID": "0"}
-    command = [sys.executable, str(ROOT / "scripts/train.py"), "-m", "compute=ddp", "compute.device=cpu"]
-    command += ["norm=bn,l2bn", "recipe.epochs=2", f"runs_dir={tmp_path}", *TINY]
+    options = ("compute=ddp", "compute.device=cpu", "norm=bn,l2bn", "recipe.epochs=2", *TINY)
     environment = {**os.environ, **slurm, "SLURM_NODELIST": "node", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    finish(start(TRAIN, "-m", f"runs_dir={tmp_path}", *options, env=environment))
     records = sorted(tmp_path.rglob("summary.json"))
     assert [re.search(r"/(bn|l2bn)/", str(path))[1] for path in records] == ["bn", "l2bn"]  # type: ignore[index]
     for path in records:

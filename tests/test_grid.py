@@ -10,8 +10,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +26,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 import official_formats
-from conftest import ROOT, Issue, Train
+from conftest import ROOT, TRAIN, Issue, Train, finish, start
 from l2bn.norms.swap import swap_norm
 from l2bn.records import natural_order
 from l2bn.training.catalogue import CIFAR, IMAGENET, Cost, Usual, choices, choices_text, cost_of, first_comment
@@ -313,9 +311,8 @@ def test_smoke_of_a_backbone_with_a_norm_in_turn(backbone: str, norm: str, tmp_p
 
 @pytest.mark.slow
 def test_smoke_as_a_command_sweeps_over_every_norm(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *SMOKE]
-    command += [f"runs_dir={tmp_path / 'runs'}", f"backbone={smallest_backbone()}"]
-    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path, timeout=600)
+    options = (f"runs_dir={tmp_path / 'runs'}", f"backbone={smallest_backbone()}")
+    finish(start(TRAIN, *SMOKE, *options, cwd=tmp_path))
     summaries = [json.loads(path.read_text()) for path in (tmp_path / "runs").rglob("summary.json")]
     assert sorted(content["norm"] for content in summaries) == NAMES["norm"]
 

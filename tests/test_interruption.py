@@ -18,7 +18,20 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import EPOCHS, ROOT, TINY, AtUpdate, Train, decoding, planned, same
+from conftest import (
+    EPOCHS,
+    TINY,
+    TRAIN,
+    AtUpdate,
+    Process,
+    Train,
+    decoding,
+    finish,
+    planned,
+    same,
+    start,
+    wait_for,
+)
 from l2bn.errors import UserError
 from l2bn.processes import SIGNALS
 from l2bn.records import Record, read_records
@@ -38,37 +51,22 @@ from l2bn.training.session import Session
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 LONG = ("norm=bn", "recipe.epochs=500")
-TRAIN = str(ROOT / "scripts" / "train.py")
-
-Process = subprocess.Popen[str]
 
 
-def start(runs: Path, *overrides: str, before: str = "") -> Process:
+def start_run(runs: Path, *overrides: str, before: str = "") -> Process:
     """The command, in a group of its own; `before` is Python that runs first in its process."""
     # What a shell starts in the background ignores SIGINT, and so does all that is started from there.
     before = f"import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n{before}"
     code = f"import runpy, sys\n{before}\nsys.argv[0] = {TRAIN!r}\nrunpy.run_path({TRAIN!r}, run_name='__main__')"
-    command = [sys.executable, "-c", code, f"runs_dir={runs}", *TINY, *overrides]
-    return subprocess.Popen(
-        command,
-        env=ONE_THREAD,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    return start("-c", code, f"runs_dir={runs}", *TINY, *overrides, env=ONE_THREAD)
 
 
 @contextlib.contextmanager
 def started(runs: Path, *overrides: str, before: str = "") -> Iterator[Process]:
     """The command, once its first checkpoint is there; ended at the latest when the test is."""
-    process = start(runs, *overrides, before=before)
+    process = start_run(runs, *overrides, before=before)
     try:
-        deadline = time.monotonic() + 240
-        while not any(runs.rglob("*.pt")):
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_for(lambda: any(runs.rglob("*.pt")), process)
         yield process
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -76,10 +74,8 @@ def started(runs: Path, *overrides: str, before: str = "") -> Iterator[Process]:
         process.communicate()
 
 
-def finish(runs: Path, *overrides: str) -> Record:
-    process = start(runs, *overrides)
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output
+def trained(runs: Path, *overrides: str) -> Record:
+    finish(start_run(runs, *overrides))
     (record,), problems = read_records(runs)
     assert problems == []
     return record
@@ -97,6 +93,11 @@ def newest(runs: Path) -> tuple[str, dict[str, Any]]:
 def children(pid: int) -> list[int]:
     """The processes that a process has started."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def ranks(process: Process) -> list[int]:
+    """The processes of a run on several devices."""
+    return [pid for pid in children(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
@@ -210,9 +211,7 @@ def test_a_second_signal_ends_the_run_at_once(tmp_path: Path) -> None:
         "Trainer.forward = lambda *given: (next(count) == 11 and sleep(), forward(*given))[1]\n"
     )
     with started(tmp_path / "runs", *LONG, before=hang) as process:
-        while not asleep.exists():
-            assert process.poll() is None
-            time.sleep(0.1)
+        wait_for(asleep.exists, process)
         process.send_signal(signal.SIGTERM)
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(timeout=1)
@@ -310,9 +309,7 @@ def test_a_scheduler_may_tell_all_processes_of_a_run(photographs: Path, tmp_path
         "ImageFiles.__getitem__ = tell\n"
     )
     options = (*decoding(photographs), "recipe.epochs=500", "compute.workers=2")
-    process = start(tmp_path, *options, before=told)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == EXIT_CODE, output
+    finish(start_run(tmp_path, *options, before=told), EXIT_CODE)
     assert (tmp_path / "told").exists()
     assert newest(tmp_path)[0].startswith("epoch0001-step0000001")
 
@@ -333,10 +330,7 @@ def test_the_processes_of_a_run_die_with_it(photographs: Path, tmp_path: Path) -
         assert len(workers) >= 2
         process.kill()
         process.wait()
-        deadline = time.monotonic() + 4  # torch's own watchdog looks every 5 seconds
-        while any(map(lives, workers)):
-            assert time.monotonic() < deadline, "a worker lives on"
-            time.sleep(0.01)
+        wait_for(lambda: not any(map(lives, workers)), seconds=4)  # torch's own watchdog looks every 5 seconds
         (folder,) = tmp_path.rglob("checkpoints")
         with run_lock(folder.parent):
             pass
@@ -346,8 +340,7 @@ def test_the_processes_of_a_run_end_with_it(photographs: Path, tmp_path: Path) -
     """Not when garbage is collected: at exit Python waits for its children, and they ignore its signal to end."""
     options = (*decoding(photographs), "recipe.epochs=1", "compute.workers=1")
     with started(tmp_path, *options, before="import gc\ngc.disable()") as process:
-        output, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, output
+        finish(process)
 
 
 @pytest.mark.slow
@@ -356,9 +349,7 @@ def test_the_processes_of_a_run_need_not_be_forked(method: str, photographs: Pat
     """As on macOS, and by Python 3.14's default."""
     spawning = f"import multiprocessing; multiprocessing.set_start_method('{method}')\n"
     options = (*decoding(photographs), "recipe.epochs=1", "compute.workers=1")
-    process = start(tmp_path, *options, before=spawning)
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output
+    finish(start_run(tmp_path, *options, before=spawning))
     assert len(read_records(tmp_path)[0]) == 1
 
 
@@ -368,58 +359,49 @@ def test_all_processes_of_a_run_stop_at_one_update(told: str, tmp_path: Path) ->
     """Two devices: the checkpoint holds as many images of the epoch from either, and the run goes on to the bits
     of one that was left alone."""
     options = ("compute.device=cpu", "compute.devices=2", "norm=l2bn", "dataset.subset=960", "recipe.epochs=5")
-    whole = finish(tmp_path / "whole", *options)
+    whole = trained(tmp_path / "whole", *options)
     runs = tmp_path / "stopped"
     with started(runs, *options) as process:
         if told == "its first process":
             process.send_signal(signal.SIGTERM)
         else:
             os.killpg(process.pid, signal.SIGTERM)
-        output, _ = process.communicate(timeout=240)
-        assert process.returncode == EXIT_CODE, output
+        finish(process, EXIT_CODE)
     assert not any(runs.rglob("summary.json"))
     position = newest(runs)[1]["position"]
     assert position["step"] in (10, 20, 30), "left at an update of the epoch at which the processes agree"
     assert position["totals"][:, 3].tolist() == [position["step"] * 16] * 2
-    resumed = finish(runs, *options)
+    resumed = trained(runs, *options)
     same(resumed, whole)
 
 
 @pytest.mark.slow
 def test_a_run_that_is_asked_to_stop_before_its_processes_are_ready_stops(tmp_path: Path) -> None:
     """They die of the signal, having no handler yet; the run is one to go on with all the same."""
-    process = start(tmp_path, "compute.device=cpu", "compute.devices=2", "norm=bn", "recipe.epochs=1")
+    process = start_run(tmp_path, "compute.device=cpu", "compute.devices=2", "norm=bn", "recipe.epochs=1")
     try:
-        deadline = time.monotonic() + 120
-        while sum(b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children(process.pid)) < 2:
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for(lambda: len(ranks(process)) == 2, process)
         process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == EXIT_CODE, output
-        assert "Traceback" not in output
+        assert "Traceback" not in finish(process, EXIT_CODE)
     finally:
         process.kill()
         process.communicate()
-    assert finish(tmp_path, "compute.device=cpu", "compute.devices=2", "norm=bn", "recipe.epochs=1").epochs == 1
+    assert trained(tmp_path, "compute.device=cpu", "compute.devices=2", "norm=bn", "recipe.epochs=1").epochs == 1
 
 
 @pytest.mark.slow
 def test_a_process_of_a_run_that_is_killed_ends_the_run(tmp_path: Path) -> None:
     options = ("compute.device=cpu", "compute.devices=2", "norm=bn", "recipe.epochs=8")
-    whole = finish(tmp_path / "whole", *options)
+    whole = trained(tmp_path / "whole", *options)
     runs = tmp_path / "killed"
     with started(runs, *options) as process:
-        ranks = [pid for pid in children(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        assert len(ranks) == 2
-        os.kill(ranks[1], signal.SIGKILL)
-        output, _ = process.communicate(timeout=240)
-        assert process.returncode == 1
-        assert "Traceback" not in output
-        assert "the same command" in output
+        _, second = ranks(process)
+        os.kill(second, signal.SIGKILL)
+        printed = finish(process, 1)
+        assert "Traceback" not in printed
+        assert "the same command" in printed
     assert not any(runs.rglob("summary.json"))
-    resumed = finish(runs, *options)
+    resumed = trained(runs, *options)
     same(resumed, whole)
 
 

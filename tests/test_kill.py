@@ -8,13 +8,12 @@ those of an uninterrupted run, bit for bit.
 import os
 import random
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, TINIEST, same
+from conftest import TINIEST, TRAIN, Process, finish, same, start
 from l2bn.records import Record, read_records
 
 SEED = 20220706
@@ -28,19 +27,13 @@ MANY = {
 }
 
 
-def start(runs: Path, options: tuple[str, ...]) -> "subprocess.Popen[bytes]":
+def start_run(runs: Path, options: tuple[str, ...]) -> Process:
     arguments = [*options, *RUN, f"runs_dir={runs}", "progress=false"]
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "scripts/train.py"), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    return start(TRAIN, *arguments, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
 
 
-def finish(runs: Path, options: tuple[str, ...]) -> list[Record]:
-    assert start(runs, options).wait(timeout=600) == 0
+def trained(runs: Path, options: tuple[str, ...]) -> list[Record]:
+    finish(start_run(runs, options))
     records, problems = read_records(runs)
     assert problems == []
     return records
@@ -48,7 +41,7 @@ def finish(runs: Path, options: tuple[str, ...]) -> list[Record]:
 
 def kill_once(runs: Path, options: tuple[str, ...], draw: random.Random, life: float) -> str:
     """Start the run and kill it: "at a write", "at an instant", or "" if it ended before."""
-    process = start(runs, options)
+    process = start_run(runs, options)
     began = time.monotonic()
     at_a_write = draw.random() < 0.3
     instant = began + life * draw.uniform(IMPORTS, 1.0)
@@ -67,7 +60,7 @@ def kill_once(runs: Path, options: tuple[str, ...], draw: random.Random, life: f
 def test_many_kills(kills: int, options: tuple[str, ...], tmp_path: Path) -> None:
     draw = random.Random(SEED)
     began = time.monotonic()
-    whole = finish(tmp_path / "whole", options)
+    whole = trained(tmp_path / "whole", options)
     life = time.monotonic() - began
     done: list[str] = []
     attempt = 0
@@ -78,7 +71,7 @@ def test_many_kills(kills: int, options: tuple[str, ...], tmp_path: Path) -> Non
             done.append(how)
             for record in read_records(runs)[0]:  # what claims to be finished is
                 assert record.last["epoch"] == record.epochs
-        survived = finish(runs, options)
+        survived = trained(runs, options)
         assert len(survived) == len(whole)
         for one, other in zip(survived, whole, strict=True):
             same(one, other)

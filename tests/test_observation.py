@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -15,7 +13,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import EPOCHS, QUIET, ROOT, TINY, Issue, Train, equal, interrupted, results, weights
+from conftest import (
+    EPOCHS,
+    QUIET,
+    TINY,
+    TRAIN,
+    Issue,
+    Train,
+    equal,
+    events_of,
+    finish,
+    interrupted,
+    results,
+    start,
+    weights,
+)
 from l2bn.analysis.probe import Probe
 from l2bn.errors import UserError
 from l2bn.norms.swap import norm_layers, swap_norm
@@ -87,8 +99,6 @@ def test_dropout_too_draws_what_it_drew(trained: Train) -> None:
 
 
 def test_features_go_to_the_record_and_to_tensorboard(trained: Train) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     record = trained(EPOCHS, *TINY, "analysis=on")
     rows = read_features(record.folder)
     assert [(row["epoch"], row["step"], row["images"]) for row in rows] == [(1, 8, 360), (2, 16, 360)]
@@ -98,8 +108,7 @@ def test_features_go_to_the_record_and_to_tensorboard(trained: Train) -> None:
     assert sample.features.shape[1] == 64
     assert set(sample.labels) == set(range(10))
 
-    events = EventAccumulator(str(record.folder / "tb"), {"histograms": 0})
-    events.Reload()
+    events = events_of(record.folder / "tb", histograms=0)
     first = rows[0]["layers"][0]
     for tag, value in (
         ("penultimate/within_share", rows[0]["penultimate"]["within_share"]),
@@ -328,9 +337,8 @@ def test_a_run_with_a_damaged_record_is_not_analyzed(copied: Train) -> None:
 def test_two_devices_are_looked_into_as_one_and_the_run_is_the_same(tmp_path: Path) -> None:
     options = ["norm=l2bn", EPOCHS, *TINY, "compute.device=cpu", "compute.devices=2"]
     for analysis in ("off", "on", "statistics"):
-        command = [sys.executable, str(ROOT / "scripts" / "train.py"), *options, f"runs_dir={tmp_path / analysis}"]
-        given = [f"analysis={analysis}", "analysis.statistics_every=8"]
-        subprocess.run([*command, *given], check=True, capture_output=True, timeout=600)
+        given = (f"runs_dir={tmp_path / analysis}", f"analysis={analysis}", "analysis.statistics_every=8")
+        finish(start(TRAIN, *options, *given))
     folders = {name: next((tmp_path / name).rglob("summary.json")).parent for name in ("off", "on", "statistics")}
     contents = {name: (folder / "weights.safetensors").read_bytes() for name, folder in folders.items()}
     assert contents["on"] == contents["statistics"] == contents["off"]

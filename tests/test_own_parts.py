@@ -5,14 +5,13 @@ import importlib
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from conftest import ROOT, planned, train_in
+from conftest import ROOT, finish, planned, start, train_in
 from l2bn.errors import UserError
 from l2bn.training import environment
 from l2bn.training.environment import own_source
@@ -166,10 +165,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def script(name: str, *arguments: object, code: int = 0) -> str:
-    command = [sys.executable, ROOT / "scripts" / f"{name}.py", *arguments]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=900)
-    assert done.returncode == code, done.stderr
-    return done.stdout + done.stderr
+    return finish(start(ROOT / "scripts" / f"{name}.py", *arguments), code)
 
 
 @pytest.mark.parametrize("by", ["--config-dir", "hydra.searchpath"])

@@ -11,13 +11,12 @@ import shlex
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from conftest import ROOT, TINY, train_in
+from conftest import ROOT, TINY, start, train_in, wait_for
 from l2bn.publication import publish
 from l2bn.records import SUMMARY, InvalidRecordError
 from l2bn.training.existing import replay
@@ -109,17 +108,12 @@ def test_tensorboard_is_there_for_this_machine_alone(tmp_path: Path) -> None:
     (tmp_path / "my runs").mkdir()
     make = ["make", "--dry-run", "--no-print-directory", "tensorboard", f"LOGDIR={tmp_path / 'my runs'}"]
     printed = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    command = [*shlex.split(printed.splitlines()[-1]), "--port", "0"]
-    assert command[1:5] == ["scripts/report.py", "tensorboard", "--runs", str(tmp_path / "my runs")]
-    command[1] = str(ROOT / command[1])
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    _, script, *arguments = shlex.split(printed.splitlines()[-1])
+    assert [script, *arguments] == ["scripts/report.py", "tensorboard", "--runs", str(tmp_path / "my runs")]
+    server = start(ROOT / script, *arguments, "--port", 0, stdout=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 120
-        while not (addresses := listening(server.pid)):
-            assert time.monotonic() < deadline
-            assert server.poll() is None
-            time.sleep(0.1)
-        assert addresses == {"0100007F"}  # 127.0.0.1
+        wait_for(lambda: listening(server.pid), server)
+        assert listening(server.pid) == {"0100007F"}  # 127.0.0.1
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()

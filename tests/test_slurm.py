@@ -3,7 +3,6 @@
 import contextlib
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import local_slurm
-from conftest import ROOT, Train, require, same
+from conftest import TRAIN, Train, finish, require, same, start
 from l2bn.records import ENVIRONMENT, read_records
 
 pytestmark = [pytest.mark.services, pytest.mark.slow]
@@ -46,14 +45,8 @@ def test_a_sweep_survives_preemption_and_requeueing(slurm: Mapping[str, str], tm
                     found[identifier] = folder
         return found
 
-    sweep = [sys.executable, str(ROOT / "scripts" / "train.py"), "launcher=slurm", f"runs_dir={runs}"]
-    process = subprocess.Popen(
-        [*sweep, *SMALL, *JOBS, "seed=0,1,2,3", "progress=false"],
-        env=slurm,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    sweep = (TRAIN, "launcher=slurm", f"runs_dir={runs}", *SMALL, *JOBS, "seed=0,1,2,3")
+    process = start(*sweep, "progress=false", env=slurm)
     try:
         deadline = time.monotonic() + 1800
         while len(jobs := midway()) < 2:
@@ -70,10 +63,9 @@ def test_a_sweep_survives_preemption_and_requeueing(slurm: Mapping[str, str], tm
             for identifier in control("squeue", "--noheader", "--states=pending", "--format=%A"):
                 control("scontrol", "update", f"JobId={identifier}", "StartTime=now")  # Slurm waits two minutes
             time.sleep(0.5)
-        printed, _ = process.communicate()
+        printed = finish(process)
     finally:
         process.kill()
-    assert process.returncode == 0, printed
     assert "sweep: 4 finished\n" in printed
     records, problems = read_records(runs)
     assert problems == []
@@ -89,7 +81,5 @@ def test_a_sweep_survives_preemption_and_requeueing(slurm: Mapping[str, str], tm
         if record.folder in (first, second):
             same(record, train(*SMALL, "progress=false", f"seed={record.seed}"))
 
-    again = subprocess.run([*sweep, *SMALL, *JOBS, "seed=0,1,2,3"], env=slurm, capture_output=True, text=True)
-    assert again.returncode == 0
-    assert "sweep: 4 skipped (ended before)\n" in again.stdout
+    assert "sweep: 4 skipped (ended before)\n" in finish(start(*sweep, env=slurm))
     assert not control("squeue", "--noheader")

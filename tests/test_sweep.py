@@ -8,7 +8,6 @@ import runpy
 import signal
 import subprocess
 import sys
-import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ from hydra.core.config_store import ConfigStore
 from joblib import cpu_count
 from omegaconf import OmegaConf
 
-from conftest import ROOT, TINIEST, TINY, Issue, planned, stop_after
+from conftest import ROOT, TINIEST, TINY, TRAIN, Issue, Process, finish, planned, start, stop_after, wait_for
 from l2bn.errors import UserError
 from l2bn.failures import FAILURE, note_failure, read_failure
 from l2bn.records import CONFIG, ENVIRONMENT, SUMMARY, read_records
@@ -257,25 +256,8 @@ def test_a_launcher_that_breaks_down_hides_nothing(multirun: Sweep, monkeypatch:
 # Real processes.
 
 
-def start(runs: Path, *overrides: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "-m", f"runs_dir={runs}", *overrides]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-
-
-def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]", seconds: float = 300) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-
-
-def finish(process: "subprocess.Popen[str]", code: int = 0) -> str:
-    printed, _ = process.communicate(timeout=600)
-    assert process.returncode == code, printed
-    return printed
+def start_sweep(runs: Path, *overrides: str) -> Process:
+    return start(TRAIN, "-m", f"runs_dir={runs}", *overrides)
 
 
 TABLE = ("backbone=resnet20,shufflenetv2_x0_5", "norm=bn,l2bn", "seed=0,1,2")
@@ -283,24 +265,23 @@ QUICK = (*TINIEST, "recipe.epochs=1", "progress=false", "compute.threads=1")
 
 
 def tables(runs: Path, out: Path) -> dict[str, bytes]:
-    command = [sys.executable, ROOT / "scripts/report.py", "tables", "--runs", runs, "--out", out]
-    subprocess.run(command, check=True, capture_output=True)
+    finish(start(ROOT / "scripts/report.py", "tables", "--runs", runs, "--out", out))
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
 @pytest.mark.slow
 def test_a_killed_sweep_finishes_what_is_missing_and_its_table_is_the_same(tmp_path: Path) -> None:
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = start(killed, *TABLE, *QUICK)
+    process = start_sweep(killed, *TABLE, *QUICK)
     wait_for(lambda: len(ended_folders(killed)) >= 5, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     before = ended_folders(killed)
     assert 5 <= len(before) < 12
-    printed = finish(start(killed, *TABLE, *QUICK))
+    printed = finish(start_sweep(killed, *TABLE, *QUICK))
     assert f"sweep: {12 - len(before)} finished, {len(before)} skipped (ended before)\n" in printed
     assert ended_folders(killed).items() >= before.items()
-    assert "sweep: 12 finished\n" in finish(start(whole, *TABLE, *QUICK))
+    assert "sweep: 12 finished\n" in finish(start_sweep(whole, *TABLE, *QUICK))
     assert tables(killed, tmp_path / "a") == tables(whole, tmp_path / "b")
     assert (tmp_path / "a/grid.md").read_text().count("(3)") == 8  # of two rows, in two tables
 
@@ -314,7 +295,7 @@ def ended_folders(runs: Path) -> dict[Path, int]:
 SIDE_BY_SIDE = ("launcher=joblib", "hydra.launcher.n_jobs=2", "norm=bn", "seed=0,1,2,3", *QUICK)
 
 
-def workers(process: "subprocess.Popen[str]") -> list[int]:
+def workers(process: Process) -> list[int]:
     """The processes that train the runs of this sweep."""
     found = []
     for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
@@ -324,7 +305,7 @@ def workers(process: "subprocess.Popen[str]") -> list[int]:
     return found
 
 
-def trained_side_by_side(runs: Path, process: "subprocess.Popen[str]") -> set[Path]:
+def trained_side_by_side(runs: Path, process: Process) -> set[Path]:
     """The folders of two runs, once each has a checkpoint."""
     wait_for(lambda: len({path.parents[1] for path in runs.rglob("*.pt")}) == 2, process)
     return {path.parents[1] for path in runs.rglob("*.pt")}
@@ -334,7 +315,7 @@ def trained_side_by_side(runs: Path, process: "subprocess.Popen[str]") -> set[Pa
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
 def test_runs_side_by_side_share_the_cores_and_leave_in_good_order(number: signal.Signals, tmp_path: Path) -> None:
     """Ctrl-C reaches all processes, SIGTERM the first one alone."""
-    process = start(tmp_path, *SIDE_BY_SIDE, "recipe.epochs=500", "compute.threads=null")
+    process = start_sweep(tmp_path, *SIDE_BY_SIDE, "recipe.epochs=500", "compute.threads=null")
     folders = trained_side_by_side(tmp_path, process)
     share = int(os.environ.get("OMP_NUM_THREADS", max(1, cpu_count() // 2)))
     for folder in folders:
@@ -352,7 +333,7 @@ def test_runs_side_by_side_share_the_cores_and_leave_in_good_order(number: signa
 
 @pytest.mark.slow
 def test_ctrl_c_while_the_processes_start_leaves_no_traceback(tmp_path: Path) -> None:
-    process = start(tmp_path, *SIDE_BY_SIDE, "recipe.epochs=500")
+    process = start_sweep(tmp_path, *SIDE_BY_SIDE, "recipe.epochs=500")
     wait_for(lambda: len(workers(process)) == 2, process)
     os.killpg(process.pid, signal.SIGINT)
     printed = finish(process, EXIT_CODE)
@@ -371,7 +352,7 @@ def test_how_each_process_has_ended_is_told() -> None:
 @pytest.mark.slow
 def test_a_run_that_is_killed_takes_no_other_with_it(tmp_path: Path) -> None:
     """It alone has failed, and the same command resumes it."""
-    process = start(tmp_path, *SIDE_BY_SIDE, "recipe.epochs=12")
+    process = start_sweep(tmp_path, *SIDE_BY_SIDE, "recipe.epochs=12")
     trained_side_by_side(tmp_path, process)
     others = workers(process)
     assert len(others) == 2
@@ -388,7 +369,7 @@ def test_a_run_that_is_killed_takes_no_other_with_it(tmp_path: Path) -> None:
     summary = printed.partition("sweep: ")[2]
     assert summary.startswith("3 finished, 1 failed\nFAIL ")
     assert "its process was ended by SIGKILL; the same command resumes from the last checkpoint" in summary
-    printed = finish(start(tmp_path, *SIDE_BY_SIDE, "recipe.epochs=12"))
+    printed = finish(start_sweep(tmp_path, *SIDE_BY_SIDE, "recipe.epochs=12"))
     assert "sweep: 1 finished, 3 skipped (ended before)\n" in printed
     assert printed.count("resumed after epoch") == 1
     records, problems = read_records(tmp_path)
@@ -408,7 +389,7 @@ def owner(folder: Path) -> int:
 @pytest.mark.slow
 def test_a_cluster_job_that_dies_fails_alone(tmp_path: Path) -> None:
     """The jobs of launcher=slurm as processes of this machine; the result of the first one is asked for first."""
-    process = start(
+    process = start_sweep(
         tmp_path,
         *("hydra/launcher=l2bn_slurm", "hydra.launcher.cluster=local", "norm=bn", "seed=0,1"),
         *(*QUICK, "recipe.epochs=30"),
@@ -424,15 +405,12 @@ def test_a_cluster_job_that_dies_fails_alone(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_runs_side_by_side_die_with_their_sweep(tmp_path: Path) -> None:
-    process = start(tmp_path, *SIDE_BY_SIDE, "recipe.epochs=500")
+    process = start_sweep(tmp_path, *SIDE_BY_SIDE, "recipe.epochs=500")
     folders = trained_side_by_side(tmp_path, process)
     assert all(is_locked(folder) for folder in folders)
     process.kill()
     process.communicate()
-    deadline = time.monotonic() + 10
-    while any(is_locked(folder) for folder in folders):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for(lambda: not any(map(is_locked, folders)), seconds=10)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")

@@ -2,33 +2,22 @@
 
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import QUIET, TINIEST, Train
-from l2bn.records import Record
+from conftest import QUIET, TINIEST, Train, answer_of, events_of, wait_for
 from local_slurm import free_port
 
 SMALL = (*TINIEST, "recipe.epochs=2", *QUIET)
 DATASET = "digits,image_size=8,subset=64,validation=0.05"
 
 
-def events(record: Record) -> Any:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    found = EventAccumulator(str(record.folder / "tb"))
-    found.Reload()
-    return found
-
-
 def test_the_hparams_are_the_runs_own(trained: Train) -> None:
     record = trained("norm=l2bn", *SMALL)
-    found = events(record)
+    found = events_of(record.folder / "tb")
     assert [child.name for child in (record.folder / "tb").iterdir() if child.is_dir()] == []  # no run beside it
     assert [(event.step, event.value) for event in found.Scalars("final/test_top1")] == [
         (2, pytest.approx(record.last["test/top1"]))
@@ -53,7 +42,7 @@ def test_the_hparams_are_the_runs_own(trained: Train) -> None:
 def test_a_diverged_run_has_no_final_accuracy(train: Train) -> None:
     record = train("norm=bn", "recipe.lr=1e6", "recipe.weight_decay=1e6", *SMALL)
     assert record.status == "diverged"
-    assert "final/test_top1" not in events(record).Tags()["scalars"]
+    assert "final/test_top1" not in events_of(record.folder / "tb").Tags()["scalars"]
 
 
 # In a browser.
@@ -72,20 +61,6 @@ def tensorboard(tmp_path: Path) -> Iterator[str]:
         process.wait()
 
 
-def wait_for_runs(address: str, count: int) -> None:
-    """Until TensorBoard has read so many runs."""
-    deadline = time.monotonic() + 120
-    while True:
-        assert time.monotonic() < deadline
-        try:
-            with urllib.request.urlopen(f"{address}/data/runs", timeout=10) as answer:
-                if answer.read().count(b"seed") == count:
-                    return
-        except OSError:
-            pass
-        time.sleep(0.5)
-
-
 @pytest.mark.services
 @pytest.mark.slow
 def test_a_browser_shows_the_pairs_of_a_sweep(train: Train, page: Any, tensorboard: str) -> None:
@@ -94,7 +69,7 @@ def test_a_browser_shows_the_pairs_of_a_sweep(train: Train, page: Any, tensorboa
         for backbone in ("resnet20", "shufflenetv2_x0_5")
         for norm in ("bn", "l2bn")
     ]
-    wait_for_runs(tensorboard, len(records))
+    wait_for(lambda: answer_of(f"{tensorboard}/data/runs").count(b"seed") == len(records))
 
     page.goto(f"{tensorboard}/#timeseries")
     for record in records:  # by name, in the list of runs
