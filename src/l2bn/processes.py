@@ -35,6 +35,12 @@ def end_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def follow_parent() -> None:
+    """Make this process end with its parent, and leave the terminal's Ctrl-C to the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
+
+
 def leave_signals_to_parent() -> None:
     """Ignore requests to stop: they reach a whole process group, and the parent decides for its helpers."""
     for number in SIGNALS:

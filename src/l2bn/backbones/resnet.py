@@ -16,7 +16,8 @@ Two families that are often confused, because both are called ResNet:
   pool are replaced by one 3x3 convolution of stride 1. Parameters at 10 classes: 11,173,962 (depth 18),
   21,282,122 (34) and 23,520,842 (50).
 
-Both have a batch norm after every convolution and a ReLU after the sum. Modules bear torchvision's names, so
+Blocks are torchvision's: a batch norm after every convolution, a ReLU after the sum, and in a bottleneck the
+stride on the 3x3 convolution ("ResNet v1.5"; the paper has it on a 1x1). Modules bear torchvision's names, so
 that published weights load. Letters: N samples, C channels, H and W height and width.
 """
 
@@ -26,6 +27,7 @@ from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from l2bn.backbones.initialisation import he_fan_out
 
@@ -59,53 +61,6 @@ def make_shortcut(in_channels: int, out_channels: int, stride: int, shortcut: Sh
     )
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut; the first convolution has the stride."""
-
-    expansion = 1
-
-    def __init__(self, in_channels: int, channels: int, stride: int, shortcut: Shortcut) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.downsample = make_shortcut(in_channels, channels, stride, shortcut)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        out = self.bn2(self.conv2(out))
-        out += x if self.downsample is None else self.downsample(x)
-        return F.relu(out, inplace=True)
-
-
-class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions and a shortcut.
-
-    The stride is on the 3x3 convolution, as in torchvision ("ResNet v1.5"); the paper has it on a 1x1.
-    """
-
-    expansion = 4
-
-    def __init__(self, in_channels: int, channels: int, stride: int, shortcut: Shortcut) -> None:
-        super().__init__()
-        out_channels = channels * self.expansion
-        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(out_channels)
-        self.downsample = make_shortcut(in_channels, out_channels, stride, shortcut)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        out = F.relu(self.bn2(self.conv2(out)), inplace=True)
-        out = self.bn3(self.conv3(out))
-        out += x if self.downsample is None else self.downsample(x)
-        return F.relu(out, inplace=True)
-
-
 def resnet(
     num_classes: int,
     block: type[BasicBlock | Bottleneck],
@@ -129,8 +84,10 @@ def resnet(
         stage_blocks = []
         for position in range(repeats):
             stride = 2 if stage > 0 and position == 0 else 1
-            stage_blocks.append(block(in_channels, channels, stride, shortcut))
-            in_channels = channels * block.expansion
+            out_channels = channels * block.expansion
+            bypass = make_shortcut(in_channels, out_channels, stride, shortcut)
+            stage_blocks.append(block(in_channels, channels, stride, bypass))
+            in_channels = out_channels
         layers[f"layer{stage + 1}"] = nn.Sequential(*stage_blocks)  # (N, C, H / 2^stage, W / 2^stage)
     layers["avgpool"] = nn.AdaptiveAvgPool2d(1)
     layers["flatten"] = nn.Flatten()  # (N, C)

@@ -1,7 +1,6 @@
 """Image files of any kind to RGB with 8 bits a channel."""
 
 import io
-import signal
 import struct
 from collections import deque
 from collections.abc import Callable, Generator
@@ -17,7 +16,7 @@ from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from l2bn.data.cache import content_of, tracked
 from l2bn.errors import UserError
-from l2bn.processes import available_cores, end_with_parent
+from l2bn.processes import available_cores, follow_parent
 
 T = TypeVar("T")
 
@@ -107,12 +106,8 @@ def read_all(paths: list[Path], read: Callable[[Path], T], text: str) -> Generat
 
 
 def _set_up_worker() -> None:
-    """Set up a process: it ends with its parent, leaves Ctrl-C to it, and has one thread.
-
-    More would wait forever for those of the parent, which a fork leaves behind.
-    """
-    end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Set up a process, with one thread: more would wait forever for those of the parent, left behind by a fork."""
+    follow_parent()
     torch.set_num_threads(1)
 
 

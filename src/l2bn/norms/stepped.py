@@ -42,7 +42,12 @@ class NotBatchNormError(TypeError, AttributeError):
 
 
 class LeafBatchNorm(_BatchNorm):
-    """Batch norm that torch.fx records as one node, as it does torch's own layers; torch.jit.script is refused."""
+    """Batch norm whose statistics may be joint across ranks.
+
+    torch.fx records it as one node, as it does torch's own layers; torch.jit.script is refused.
+    """
+
+    joint: "Joint | None" = None  # set by l2bn.norms.sync.convert_sync
 
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
         # Here, because the hooks, which run at each call of the node, must not run while it is recorded.
@@ -55,6 +60,13 @@ class LeafBatchNorm(_BatchNorm):
     def __prepare_scriptable__(self) -> None:  # torch.jit.script calls it
         raise TypeError(f"{type(self).__name__} can't be scripted: use torch.jit.trace or torch.export")
 
+    def _activated(self, y: Tensor) -> Tensor:
+        return y
+
+    def _shares_batch(self) -> bool:
+        """Return whether the batch statistics are taken over more than this process's samples."""
+        return self.joint is not None and self.joint.is_active(self)
+
 
 class SteppedBatchNorm(LeafBatchNorm):
     """y = BN(step(x)); the base of L2BN and of the controls' layers."""
@@ -62,7 +74,6 @@ class SteppedBatchNorm(LeafBatchNorm):
     step: Step
     scale: Scale
     epsilon: float
-    joint: "Joint | None" = None  # set by l2bn.norms.sync.convert_sync
     _version = 3  # of the state dict, which has BN's keys and shapes; BN's is 2
 
     def _set_eps(self, value: float) -> None:
@@ -133,13 +144,6 @@ class SteppedBatchNorm(LeafBatchNorm):
         momentum = 0.0 if factor is None else float(factor)
         batch = takes_batch_statistics(state, self.training)
         return batch_norm(z, *state, self.epsilon, momentum, batch).to(x.dtype)
-
-    def _activated(self, y: Tensor) -> Tensor:
-        return y
-
-    def _shares_batch(self) -> bool:
-        """Return whether the batch statistics are taken over more than this process's samples."""
-        return self.joint is not None and self.joint.is_active(self)
 
     def extra_repr(self) -> str:
         return (

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from l2bn.kernels.formulas import State, update_running, widened
-from l2bn.norms.stepped import Activated, LeafBatchNorm, SteppedBatchNorm, check_call, count_batch, state_of
+from l2bn.norms.stepped import Activated, LeafBatchNorm, check_call, count_batch, state_of
 from l2bn.norms.swap import stock_name
 
 logger = logging.getLogger(__name__)
@@ -93,18 +93,13 @@ class Joint:
 class _SyncBatchNorm(LeafBatchNorm):
     """A stock layer whose batch statistics are joint."""
 
-    joint: Joint
-
     def forward(self, input: Any) -> Any:  # noqa: A002 - BN's own name
-        if not self.joint.is_active(self):
+        if self.joint is None or not self._shares_batch():
             return super().forward(input)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         state = state_of(self)
         check_call(input, state, self.eps, training=True, joint=True)
         return self._activated(self.joint.batch_norm(self, widened(input), state, self.eps).to(input.dtype))
-
-    def _activated(self, y: Tensor) -> Tensor:
-        return y
 
 
 class SyncBatchNorm1d(_SyncBatchNorm, nn.BatchNorm1d): ...
@@ -154,8 +149,8 @@ def convert_sync(model: nn.Module, process_group: Group = None) -> int:
     """
     for layer, cls in counterparts(model).items():
         layer.__class__ = cls
-    layers = [m for m in model.modules() if isinstance(m, SteppedBatchNorm | _SyncBatchNorm)]
-    changed = sum(getattr(layer, "joint", None) is None for layer in layers)
+    layers = [m for m in model.modules() if isinstance(m, LeafBatchNorm)]
+    changed = sum(layer.joint is None for layer in layers)
     for layer in layers:
         layer.joint = Joint(process_group)
     if changed:
@@ -176,4 +171,4 @@ def _can_be_joint(layer: nn.Module) -> bool:
     """Tell whether a layer is one of this package's and computes as these do, as FSDP's subclasses of them do."""
     methods = [getattr(type(layer), name, None) for name in ("forward", "_normalized")]
     own = any(method is not None and not method.__module__.startswith("l2bn.norms.") for method in methods)
-    return isinstance(layer, SteppedBatchNorm | _SyncBatchNorm) and not own
+    return isinstance(layer, LeafBatchNorm) and not own

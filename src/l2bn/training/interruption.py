@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from l2bn.errors import UserError
-from l2bn.processes import SIGNALS, end_with_parent
+from l2bn.processes import SIGNALS
 
 log = logging.getLogger(__name__)
 
@@ -63,12 +63,6 @@ class Interruption:
         if number is None or not callable(previous) or previous is signal.default_int_handler:
             raise SystemExit(EXIT_CODE)
         previous(int(number), None)
-
-
-def follow_parent() -> None:
-    """Make this process end with its parent, and leave the terminal's Ctrl-C to the parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent()
 
 
 RANKS = (  # the variables in which a launcher of several processes numbers them, and their count

@@ -34,9 +34,9 @@ from rich.console import Console
 
 from l2bn.errors import UserError
 from l2bn.failures import RESUMES, describe, explain, override_errors
-from l2bn.processes import SIGNALS, available_cores
+from l2bn.processes import SIGNALS, available_cores, follow_parent
 from l2bn.records import Record
-from l2bn.training.interruption import EXIT_CODE, Interruption, follow_parent
+from l2bn.training.interruption import EXIT_CODE, Interruption
 from l2bn.training.plan import (
     COMPUTE_KEYS,
     CONFIG_NAME,
