@@ -360,15 +360,19 @@ class SetFinding:
         return f"{networks}, {len(found)} significantly" + (f" ({', '.join(found)})" if found else "")
 
     @property
-    def confounded(self) -> str:
-        """Name the networks all of whose pairs compare a CPU with a GPU: the device is not told from the norm."""
-        names = [
+    def confounded(self) -> list[str]:
+        """The networks all of whose pairs compare a CPU with a GPU: the device is not told from the norm."""
+        return [
             pair.cell.backbone
             for pair in self.pairs
             if (seeds := pair.reference.seeds & pair.other.seeds)
             and seeds <= set(seeds_on_unlike_devices(pair.records))
         ]
-        return f"all pairs of {' and '.join(names)} compare a CPU with a GPU" if names else ""
+
+    @property
+    def caveat(self) -> str:
+        """The confounded networks as text; empty without."""
+        return f"all pairs of {' and '.join(self.confounded)} compare a CPU with a GPU" if self.confounded else ""
 
     @property
     def text(self) -> str:
@@ -379,7 +383,7 @@ class SetFinding:
             return f"not decided, {self.ended} of {self.wanted} runs" + "".join(f"; {one}" for one in self.doubts)
         pairs = plural("pair", self.overall.n)
         text = f"{self.verdict}, {pairs}: {' '.join(mean_interval(self.overall, self.question.digits))}"
-        text = ", ".join(filter(None, [text, self.sides, self.confounded]))
+        text = ", ".join(filter(None, [text, self.sides, self.caveat]))
         return text + (f" ({self.against})" if self.against else "")
 
 

@@ -406,7 +406,9 @@ def lines_of_set(arms: Sequence[Arm], run_set: RunSet, questions: Iterable[Quest
             if row.cell in these.cells and row.differences(question.quantity):
                 line = _line(own.get(row.cell, row), question.quantity)
                 rows.append(replace(line, common=common.get(row.cell, UNKNOWN)))
-                rows += [ForestRow(f"    {setting(row.cell)}", note=True)] * (row.cell.setting != run_set.setting)
+                notes = [setting(row.cell)] if row.cell.setting != run_set.setting else []
+                notes += ["each pair: a CPU and a GPU"] if row.cell.backbone in these.confounded else []
+                rows += [ForestRow(f"    {note}", note=True) for note in notes]
         means = (
             ("mean over these networks, n pairs", these.overall, these.overall),
             ("the same, for other networks, n networks", for_other_networks(every, question.quantity), UNKNOWN),

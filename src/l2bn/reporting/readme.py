@@ -54,7 +54,7 @@ def _answer(every: Sequence[Comparison], run_set: RunSet, arms: Sequence[Arm]) -
         lost = f"diverged: {these.diverged[0]} of BN, {these.diverged[1]} of L2BN"
         spread = "" if these.overall.reason else ", by a spread pooled over the networks"
         against = f" ({these.against})" if these.against else ""
-        sides = "".join(f"{escape_markdown(part)}, " for part in (these.sides, these.confounded) if part)
+        sides = "".join(f"{escape_markdown(part)}, " for part in (these.sides, these.caveat) if part)
         difference = f"L2BN − BN is {points(these.overall, TOP1_POINTS)}{spread}"
         found = f"{these.verdict}**{against}: {difference}, {sides}n = {pairs}, {lost}"
     networks = f"{len(run_set.backbones)} networks ({', '.join(run_set.backbones)}) on {run_set.label}"
