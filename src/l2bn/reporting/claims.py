@@ -350,29 +350,38 @@ class SetFinding:
 
     @property
     def sides(self) -> str:
-        """Count the networks on the side of the interval, and name those significantly; empty without a side."""
+        """Count the networks on the side of the interval, and name those significantly; without a side, of both."""
         side = self.overall.side
         if not side:
-            return ""
+            both = (("above", self.significant(1)), ("below", self.significant(-1)))
+            named = ", ".join(f"{where} 0: {', '.join(found)}" for where, found in both if found)
+            return f"significantly {named}" if named else ""
         alike = sum(side * (one.mean or 0.0) > 0 for one in self.estimates)
         networks = f"{alike} of {plural('network', len(self.cells))} {'above' if side > 0 else 'below'} 0"
         found = self.significant(side)
         return f"{networks}, {len(found)} significantly" + (f" ({', '.join(found)})" if found else "")
 
     @property
+    def mixed(self) -> dict[str, list[bool]]:
+        """By network, of each pair whether it was made in part on a CPU and in part on a GPU."""
+        found = {}
+        for pair in self.pairs:
+            unlike = seeds_on_unlike_devices(pair.records)
+            seeds = pair.reference.seeds & pair.other.seeds
+            found[pair.cell.backbone] = [seed in unlike for seed in sorted(seeds)]
+        return found
+
+    @property
     def confounded(self) -> list[str]:
-        """The networks all of whose pairs compare a CPU with a GPU: the device is not told from the norm."""
-        return [
-            pair.cell.backbone
-            for pair in self.pairs
-            if (seeds := pair.reference.seeds & pair.other.seeds)
-            and seeds <= set(seeds_on_unlike_devices(pair.records))
-        ]
+        """The networks all of whose pairs are mixed: there the device is not told from the norm."""
+        return [name for name, pairs in self.mixed.items() if pairs and all(pairs)]
 
     @property
     def caveat(self) -> str:
-        """The confounded networks as text; empty without."""
-        return f"all pairs of {' and '.join(self.confounded)} compare a CPU with a GPU" if self.confounded else ""
+        """The number of mixed pairs as text, and where all are; empty without."""
+        pairs = [pair for found in self.mixed.values() for pair in found]
+        where = f", all of {' and '.join(self.confounded)}" if self.confounded else ""
+        return f"{sum(pairs)} of {plural('pair', len(pairs))} mix CPU and GPU{where}" if any(pairs) else ""
 
     @property
     def text(self) -> str:

@@ -64,19 +64,21 @@ def _answer(every: Sequence[Comparison], run_set: RunSet, arms: Sequence[Arm]) -
     )
     if others.mean is not None:
         cells = f"{plural('cell', others.n)} of data set and network"
-        verdict = judge_others(ACCURATE, every)
-        beyond = f"it is {verdict}: {points(others, TOP1_POINTS)}, over {cells} and all their seeds"
+        verdict = judge_others(ACCURATE, every).removesuffix(" at this n")
+        beyond = (
+            f"it is {verdict}: {points(others, TOP1_POINTS)}; each of {cells}, over all its seeds, is one value"
+        )
     sources = {row.cell.source for row in every if is_counted(row)}
     where = "and data sets like those measured"
     if len(sources) == 1:
         where = f"on {escape_markdown(sources.pop())} (one data set tells nothing of others)"
     return (
-        f"- **On average over {escape_markdown(networks)}, the claim that L2BN improves accuracy is {found}.\n"
+        f"- **On average over {escape_markdown(networks)}, claim 5, that L2BN improves accuracy, is {found}.\n"
         f"- For other networks {where}, {beyond}.\n"
-        "- Contradicted: the whole interval of these networks lies on the side opposite to the claim, no network "
-        "is significantly on the claimed side and, for accuracy, L2BN diverged no less often; supported: the "
-        "mirror case; else not decided. The interval and what is significant go by the spread pooled over the "
-        "networks (broad lines in the figure), intervals and p of the table by each network's own. "
+        "- Contradicted: the interval over these networks lies wholly against the claim, no single network is "
+        "significantly for it and, for accuracy, L2BN diverged no less often; supported: the reverse; else not "
+        "decided. Verdicts go by one spread, pooled over the networks (broad lines in the figure), the table by "
+        "each network's own, so a network may be significant by one of them alone. "
         "[claims.md](results/claims.md) has both rules; "
         "[results/README.md](results/README.md#two-rules-for-a-verdict) says when they were fixed and what was "
         "changed later.\n"
@@ -101,7 +103,8 @@ def _about_features(run_set: RunSet, arms: Sequence[Arm]) -> str:
             others = for_other_networks(rows, question.quantity)
             if others.mean is not None:
                 bounds = " ".join(mean_interval(others, question.digits))
-                text += f" For other networks it is {judge_others(question, rows)}: {bounds}, {others.n} cells."
+                verdict = judge_others(question, rows).removesuffix(" at this n")
+                text += f" For other networks it is {verdict}: {bounds}, {plural('cell', others.n)}."
             lines.append(f"  - Claim {claim.number}: {escape_markdown(text)}")
     return "\n".join(lines)
 
