@@ -297,7 +297,7 @@ def test_environmental_sound_is_shown_beside_claim_6_and_decides_nothing(tmp_pat
     found, evidence = verdict(tmp_path, 6)
     assert found == "not measured"
     assert "0 cells of acoustic scenes" in evidence
-    beside = "ESC50, net0, restarts_126, float32, 126 epochs: +0.50 points, 95 % interval [+0.25, +0.75], n = 3"
+    beside = "ESC50, restarts_126, float32, 126 epochs: net0 +0.50 points, 95 % interval [+0.25, +0.75], n = 3"
     assert f"Environmental sound, which is no evidence on scenes, L2BN − BN: {beside}" in evidence
     assert "SOUND_FOLDER" not in evidence
     assert verdict(tmp_path, 5)[0] == "not measured"
@@ -306,7 +306,7 @@ def test_environmental_sound_is_shown_beside_claim_6_and_decides_nothing(tmp_pat
 def test_environmental_sound_beside_claim_6_says_why_it_has_no_interval(tmp_path: Path) -> None:
     write_sound(tmp_path, "esc50", (0.5,))
     evidence = verdict(tmp_path, 6)[1]
-    assert "126 epochs: +0.50 points, no interval: n too small, n = 1." in evidence
+    assert "126 epochs: net0 +0.50 points, no interval: n too small, n = 1." in evidence
 
 
 def test_folds_stand_beside_claim_6_by_their_mean(tmp_path: Path) -> None:

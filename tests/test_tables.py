@@ -945,7 +945,7 @@ def test_the_readme_has_what_was_measured_on_sound(tmp_path: Path) -> None:
         "\n- Claim 6, on another task: L2BN improves the accuracy of acoustic scene classification. Not measured."
     )
     assert claim in readme_of(tmp_path)
-    assert "126 epochs: +1.00 points, no interval: n too small, n = 2.\n" in readme_of(tmp_path)
+    assert "126 epochs: resnet20 +1.00 points, no interval: n too small, n = 2.\n" in readme_of(tmp_path)
 
 
 def test_every_column_is_defined_in_the_results_readme() -> None:

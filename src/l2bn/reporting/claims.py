@@ -15,7 +15,7 @@ neither, in `within_share`, which falls when classes get compact and when they s
 claim, so no p-value is corrected; the others are shown and decide nothing.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -57,9 +57,11 @@ from l2bn.reporting.formatting import (
     left_out,
     markdown,
     mean_interval,
+    names_of,
     plural,
     points,
     probability,
+    setting,
     signed,
     title,
 )
@@ -256,10 +258,12 @@ def _better_on_scenes(arms: Sequence[Arm]) -> Finding:
 def environmental_sound(arms: Sequence[Arm]) -> str:
     """The differences measured on environmental sound, as a sentence; empty where there is none."""
     sound = [row for row in compare(arms, [L2BN]) if row.cell.task == "environmental sound" and row.differences()]
-    beside = []
+    measured: dict[str, list[str]] = defaultdict(list)
     for row in without_further_folds(sound):
-        result = row.difference()
-        beside.append(f"{_named(row)}: {points(result)}, n = {result.n}")
+        (data, backbone, recipe), result = names_of(row.cell), row.difference()
+        place = ", ".join((data, recipe, setting(row.cell), plural("epoch", row.epochs)))
+        measured[place].append(f"{backbone} {points(result)}, n = {result.n}")
+    beside = [f"{place}: {'; '.join(found)}" for place, found in measured.items()]
     for folds in by_fold(sound):
         cell = folds.first.cell
         bn, l2bn = (fmean(folds.accuracies(norm).values()) for norm in (BN, L2BN))
