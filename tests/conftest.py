@@ -1,5 +1,6 @@
 """Shared by all tests: the real images, and ways to train runs, compare them and issue scripts, in process."""
 
+import contextlib
 import functools
 import gc
 import logging
@@ -118,20 +119,33 @@ def finish(process: Process, code: int = 0) -> str:
     """Wait for the end of a process, which must be this; return what it has printed."""
     try:
         printed, _ = process.communicate(timeout=900)
-    except BaseException:  # also Ctrl-C, which does not reach its group
-        os.killpg(process.pid, signal.SIGKILL)
+    except BaseException as error:  # also Ctrl-C, which does not reach its group
+        error.add_note(kill(process))
         raise
     assert process.returncode == code, printed
     return printed
 
 
+def kill(process: Process) -> str:
+    """End a process and its group, if it is still there; return what it has printed since it was last read."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return process.communicate()[0] if process.stdout and not process.stdout.closed else ""
+
+
 def wait_for(condition: Callable[[], object], process: Process | None = None, seconds: float = 300) -> None:
-    """Wait until the condition holds; a process must not have ended before."""
+    """Wait until the condition holds; a process must not have ended before, and is killed if it takes too long."""
     deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        assert process is None or process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
+    try:
+        while not condition():
+            assert time.monotonic() < deadline, f"not within {seconds} s"
+            assert process is None or process.poll() is None, f"ended with {process.returncode}"
+            time.sleep(0.02)
+    except BaseException as error:
+        if process is not None:
+            error.add_note(kill(process))
+        raise
 
 
 def require(what: str, missing: object) -> None:

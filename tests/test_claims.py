@@ -515,15 +515,18 @@ def test_a_network_whose_pairs_all_compare_a_cpu_with_a_gpu_is_named(tmp_path: P
         made_on("cpu", "bn", net, 0, 1, 2)
         made_on("NVIDIA H100", "l2bn", net, 0, 1, 2)
     made_on("cpu", "l2bn", "net2", 1)
-    named = "8 of 9 pairs mix CPU and GPU, all of net0 and net1"
+    named = "8 of 9 pairs mix CPU and GPU, all of net0, net1"
     assert of_accuracy(tmp_path).text.endswith(named)
     text = readme_with_block(f"{BEGIN}\n{END}", read_evidence(tmp_path), SET)
     assert f"{named}, n = 9 pairs" in text
     made_on("cpu", "l2bn", "net0", 1)
     made_on("cpu", "l2bn", "net1", 1)
     assert of_accuracy(tmp_path).text.endswith("6 of 9 pairs mix CPU and GPU")
-    for net in SET.backbones:
+    for net in ("net0", "net1"):
         made_on("cpu", "l2bn", net, 0, 2)
+    write_run(tmp_path, norm="bn", backbone="net2", seed=1, status="diverged", **RUNS)
+    assert of_accuracy(tmp_path).text.endswith("2 of 8 pairs mix CPU and GPU, all of net2")
+    made_on("cpu", "l2bn", "net2", 0, 2)
     assert "GPU" not in of_accuracy(tmp_path).text
 
 

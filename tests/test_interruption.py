@@ -27,6 +27,7 @@ from conftest import (
     Train,
     decoding,
     finish,
+    kill,
     planned,
     same,
     start,
@@ -69,9 +70,7 @@ def started(runs: Path, *overrides: str, before: str = "") -> Iterator[Process]:
         wait_for(lambda: any(runs.rglob("*.pt")), process)
         yield process
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        kill(process)
 
 
 def trained(runs: Path, *overrides: str) -> Record:
@@ -384,8 +383,7 @@ def test_a_run_that_is_asked_to_stop_before_its_processes_are_ready_stops(tmp_pa
         process.send_signal(signal.SIGTERM)
         assert "Traceback" not in finish(process, EXIT_CODE)
     finally:
-        process.kill()
-        process.communicate()
+        kill(process)
     assert trained(tmp_path, "compute.device=cpu", "compute.devices=2", "norm=bn", "recipe.epochs=1").epochs == 1
 
 

@@ -5,18 +5,16 @@ checkpoints (`test_checkpoint.py`), targets, paths and objects in a record's YAM
 """
 
 import json
-import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
-from conftest import ROOT, TINY, start, train_in, wait_for
+from conftest import ROOT, TINY, kill, start, train_in, wait_for
 from l2bn.publication import publish
 from l2bn.records import SUMMARY, InvalidRecordError
 from l2bn.training.existing import replay
@@ -115,5 +113,4 @@ def test_tensorboard_is_there_for_this_machine_alone(tmp_path: Path) -> None:
         wait_for(lambda: listening(server.pid), server)
         assert listening(server.pid) == {"0100007F"}  # 127.0.0.1
     finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
+        kill(server)

@@ -7,7 +7,7 @@ chenyaofo/pytorch-cifar-models. Parameters at 10 classes, by width: 700,490 (0.5
 from torch import nn
 from torchvision.models import MobileNetV2
 
-# Table 2 of the paper: expansion, output channels at width 1, blocks, stride of the first block.
+# Table 2 of the paper, but for that stride: expansion, channels at width 1, blocks, stride of the first block.
 STAGES = [
     [1, 16, 1, 1],
     [6, 24, 2, 1],

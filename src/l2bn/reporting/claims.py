@@ -367,11 +367,11 @@ class SetFinding:
 
     @property
     def mixed(self) -> dict[str, list[bool]]:
-        """By network, of each pair whether it was made in part on a CPU and in part on a GPU."""
+        """By network, of each pair with the quantity whether it was made in part on a CPU and in part on a GPU."""
         found = {}
         for pair in self.pairs:
             unlike = seeds_on_unlike_devices(pair.records)
-            seeds = pair.reference.seeds & pair.other.seeds
+            seeds = set.intersection(*(set(arm.of(self.question.quantity)) for arm in (pair.reference, pair.other)))
             found[pair.cell.backbone] = [seed in unlike for seed in sorted(seeds)]
         return found
 
@@ -384,7 +384,7 @@ class SetFinding:
     def caveat(self) -> str:
         """The number of mixed pairs as text, and where all are; empty without."""
         pairs = [pair for found in self.mixed.values() for pair in found]
-        where = f", all of {' and '.join(self.confounded)}" if self.confounded else ""
+        where = f", all of {', '.join(self.confounded)}" if self.confounded else ""
         return f"{sum(pairs)} of {plural('pair', len(pairs))} mix CPU and GPU{where}" if any(pairs) else ""
 
     @property
