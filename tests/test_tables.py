@@ -42,7 +42,7 @@ from l2bn.reporting.figures import curves, differences
 from l2bn.reporting.formatting import Table, csv_text, in_words, interval, latex, markdown, probability
 from l2bn.reporting.readme import BEGIN, END, readme_with_block
 from l2bn.reporting.reference import Reference, RunSet, read_reference, read_sets
-from l2bn.reporting.statistics import MIN_PAIRS, Estimate, pooled_spread, seeds_needed
+from l2bn.reporting.statistics import MIN_PAIRS, POWER, Estimate, pooled_spread, seeds_needed
 from l2bn.reporting.tables import TARGET, documents
 from l2bn.reporting.terminal import accuracy_overview
 from synthetic_records import write_features, write_pairs, write_run
@@ -878,7 +878,7 @@ def test_the_readme_answers_from_the_first_set_as_its_runs_end(tmp_path: Path) -
     text = readme_of(tmp_path / "records")
     # s = 0.1 over 6 degrees of freedom: 2.447 * 0.1 / 3 = 0.08.
     estimate = "L2BN − BN is +0.50 points of test top-1, 95 % interval [+0.42, +0.58]"
-    sides = "by a spread pooled over the networks, 3 of 3 networks above 0, 3 significantly (net0, net1, net2)"
+    sides = "by the networks' pooled spread, 3 of 3 networks above 0, 3 significantly (net0, net1, net2)"
     pairs = f"{sides}, n = 9 pairs, diverged: 0 of BN, 0 of L2BN"
     assert f"is supported**: {estimate}, {pairs}." in text
     # The means 0.4, 0.5 and 0.6: t(2) * 0.1 / sqrt(3) = 4.303 * 0.0577 = 0.25.
@@ -982,7 +982,7 @@ def test_the_readme_says_what_three_seeds_show_and_how_many_a_small_difference_t
         assert spread is not None
         reaches.append(f"±{stats.t.ppf(0.975, MIN_PAIRS - 1) * spread.std / math.sqrt(MIN_PAIRS):.1f}")
         seeds += [str(seeds_needed(std, TARGET)) for std in (spread.std, spread.low, spread.high)]
-    stated = " ".join([reaches[0], str(FULL_EPOCHS), reaches[1], str(TARGET), *seeds])
+    stated = " ".join([reaches[0], str(FULL_EPOCHS), reaches[1], str(TARGET), f"{100 * POWER:.0f}", *seeds])
     paragraphs = (ROOT / "README.md").read_text(encoding="utf-8").split("\n\n")
     assert any(stated in " ".join(re.findall(r"±?\d+(?:\.\d+)?", text)) for text in paragraphs), stated
 

@@ -52,7 +52,7 @@ def _answer(every: Sequence[Comparison], run_set: RunSet, arms: Sequence[Arm]) -
     if these.estimates:
         pairs = plural("pair", these.overall.n)
         lost = f"diverged: {these.diverged[0]} of BN, {these.diverged[1]} of L2BN"
-        spread = "" if these.overall.reason else ", by a spread pooled over the networks"
+        spread = "" if these.overall.reason else ", by the networks' pooled spread"
         against = f" ({these.against})" if these.against else ""
         sides = "".join(f"{escape_markdown(part)}, " for part in (these.sides, these.caveat) if part)
         difference = f"L2BN − BN is {points(these.overall, TOP1_POINTS)}{spread}"

@@ -69,8 +69,8 @@ def grid_table(rows: Sequence[Comparison], reference: Reference | None = None, c
     columns = names | _accuracies(rows, "L2BN")
     notes = [
         "Test top-1 in percent after the last epoch: mean ± standard deviation over the seeds (n). "
-        "L2BN − BN in points, paired by seed, with Student's interval; p: paired t-test with Holm's "
-        f"correction over the rows{_families(rows)}.",
+        "L2BN − BN in points, paired by seed, with Student's interval by each row's own spread; p: paired t-test "
+        f"with Holm's correction over the rows{_families(rows)}.",
         *recipes,
         *_differing(rows, "L2BN"),
         *counts,
