@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from conftest import ROOT, Issue
 from l2bn.errors import UserError
-from l2bn.records import ENVIRONMENT
+from l2bn.records import ENVIRONMENT, read_features
 from l2bn.reporting.claims import (
     ACCURATE,
     CLAIMS,
@@ -655,6 +655,19 @@ def test_what_was_computed_afterwards_follows_from_the_records() -> None:
         _, found = fixed_estimate([pair.differences(quantities[quantity]) for pair in pairs])
         digits = len(numbers[0].partition(".")[2])
         assert numbers == [f"{value:+.{digits}f}" for value in (found.mean, found.low, found.high)]
+
+
+def test_the_repeated_run_stands_beside_the_first_and_the_control() -> None:
+    """The small table in results/README.md; the repeat has the configuration of the run that it repeats."""
+    text, place = (ROOT / "results/README.md").read_text(), "shufflenetv2_x0_5/{}/cosine_30/seed0"
+    rows = re.findall(r"^  \| (L2BN|`l2bn_mean_norm`), (?:H200|CPU) \| (\S+) \| (\S+) \|$", text, re.MULTILINE)
+    found = []
+    for folder, norm in (("records", L2BN), ("studies/repeats", L2BN), ("records", MEAN_NORM)):
+        (record,) = read_evidence(ROOT / "results" / folder / "cifar100_png" / place.format(norm)).records
+        share = read_features(record.folder)[-1]["penultimate"]["within_share"]
+        found.append((record.hash, f"{share:.4f}", f"{record.last['test/top1']:.2f}"))
+    assert [row[1:] for row in rows] == [row[1:] for row in found]
+    assert found[0][0] == found[1][0] != found[2][0]
 
 
 def test_a_set_of_ones_own_is_judged_by_the_same_rule(tmp_path: Path, issue: Issue) -> None:
