@@ -362,7 +362,7 @@ def at_update(monkeypatch: pytest.MonkeyPatch) -> AtUpdate:
 
 
 def answer_of(address: str) -> bytes:
-    """What a server on this machine answers; nothing as long as there is none."""
+    """Ask a server on this machine, and return its answer: nothing as long as there is none."""
     try:
         with urllib.request.urlopen(address, timeout=10) as answer:
             return bytes(answer.read())

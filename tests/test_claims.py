@@ -668,6 +668,8 @@ def test_the_repeated_run_stands_beside_the_first_and_the_control() -> None:
         found.append((record.hash, f"{share:.4f}", f"{record.last['test/top1']:.2f}"))
     assert [row[1:] for row in rows] == [row[1:] for row in found]
     assert found[0][0] == found[1][0] != found[2][0]
+    across, alike = (float(found[place][1]) - float(found[2][1]) for place in (0, 1))
+    assert f"(by {alike:.4f}; across devices by {across:.4f})" in text
 
 
 def test_a_set_of_ones_own_is_judged_by_the_same_rule(tmp_path: Path, issue: Issue) -> None:

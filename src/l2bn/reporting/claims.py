@@ -199,10 +199,15 @@ def _about_features(number: int, text: str, question: Question) -> Claim:
     return Claim(number, text, rule, partial(_judge, question, "images"), question)
 
 
+def compared(question: Question, arms: Sequence[Arm], task: Task = "images") -> list[Comparison]:
+    """L2BN and the reference of a question, in the cells of a task."""
+    return [row for row in compare(arms, [L2BN], question.reference) if row.cell.task == task]
+
+
 def _judge(question: Question, task: Task, arms: Sequence[Arm]) -> Finding:
     """Evidence in numbers from all cells of a task, and a verdict from those that count."""
     quantity, digits, unit, reference = question.quantity, question.digits, question.unit, question.reference_name
-    rows = [row for row in compare(arms, [L2BN], question.reference) if row.cell.task == task]
+    rows = compared(question, arms, task)
     pairs = [row for row in rows if row.differences(quantity)]
     what = f"{question.text.partition(',')[0]}, L2BN − {reference}"
     bn, l2bn = _diverged(rows) if quantity == TOP1 else (0, 0)
@@ -368,11 +373,11 @@ class SetFinding:
     @property
     def mixed(self) -> dict[str, list[bool]]:
         """By network, of each pair with the quantity whether it was made in part on a CPU and in part on a GPU."""
-        found = {}
+        found, quantity = {}, self.question.quantity
         for pair in self.pairs:
             unlike = seeds_on_unlike_devices(pair.records)
-            seeds = set.intersection(*(set(arm.of(self.question.quantity)) for arm in (pair.reference, pair.other)))
-            found[pair.cell.backbone] = [seed in unlike for seed in sorted(seeds)]
+            seeds = pair.reference.of(quantity).keys() & pair.other.of(quantity).keys()
+            found[pair.cell.backbone] = [seed in unlike for seed in seeds]
         return found
 
     @property

@@ -27,13 +27,21 @@ from matplotlib.transforms import blended_transform_factory
 from numpy.typing import NDArray
 
 from l2bn.records import InvalidRecordError, Problem, Record, Sample, read_sample
-from l2bn.reporting.claims import ACCURATE, COMPACT, EQUAL_NORMS, UNKNOWN, Question, for_other_networks, judge_set
+from l2bn.reporting.claims import (
+    ACCURATE,
+    COMPACT,
+    EQUAL_NORMS,
+    UNKNOWN,
+    Question,
+    compared,
+    for_other_networks,
+    judge_set,
+)
 from l2bn.reporting.comparison import (
     FULL_EPOCHS,
     Arm,
     Comparison,
     arms_of,
-    compare,
     grid,
     pooled,
     without_further_folds,
@@ -397,7 +405,7 @@ def lines_of_set(arms: Sequence[Arm], run_set: RunSet, questions: Iterable[Quest
     """
     lines: list[ForestRow] = []
     for question in questions:
-        every = [row for row in compare(arms, [L2BN], question.reference) if row.cell.task == "images"]
+        every = compared(question, arms)
         these = judge_set(question, run_set, arms)
         common = dict(zip(these.cells, these.estimates, strict=False))
         rows = []

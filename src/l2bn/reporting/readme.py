@@ -8,14 +8,16 @@ from l2bn.reporting.claims import (
     ACCURATE,
     CLAIMS,
     MIN_BACKBONES,
+    Question,
+    compared,
     environmental_sound,
     for_other_networks,
     is_counted,
     judge_others,
     judge_set,
 )
-from l2bn.reporting.comparison import FULL_EPOCHS, Arm, Comparison, arms_of, compare, grid
-from l2bn.reporting.evidence import L2BN, Evidence
+from l2bn.reporting.comparison import FULL_EPOCHS, Arm, Comparison, arms_of, grid
+from l2bn.reporting.evidence import Evidence
 from l2bn.reporting.formatting import escape_markdown, markdown, mean_interval, plural, points
 from l2bn.reporting.reference import RunSet
 from l2bn.reporting.statistics import MIN_PAIRS
@@ -64,10 +66,8 @@ def _answer(every: Sequence[Comparison], run_set: RunSet, arms: Sequence[Arm]) -
     )
     if others.mean is not None:
         cells = f"{plural('cell', others.n)} of data set and network"
-        verdict = judge_others(ACCURATE, every).removesuffix(" at this n")
-        beyond = (
-            f"it is {verdict}: {points(others, TOP1_POINTS)}; each of {cells}, over all its seeds, is one value"
-        )
+        mean = points(others, TOP1_POINTS)
+        beyond = f"{_verdict(ACCURATE, every)}: {mean}; each of {cells}, over all its seeds, is one value"
     sources = {row.cell.source for row in every if is_counted(row)}
     where = "and data sets like those measured"
     if len(sources) == 1:
@@ -90,6 +90,11 @@ def _answer(every: Sequence[Comparison], run_set: RunSet, arms: Sequence[Arm]) -
     )
 
 
+def _verdict(question: Question, rows: Sequence[Comparison]) -> str:
+    """The verdict for other networks, beside which n stands."""
+    return f"it is {judge_others(question, rows).removesuffix(' at this n')}"
+
+
 def _about_features(run_set: RunSet, arms: Sequence[Arm]) -> str:
     """A line for each claim about features: both verdicts, in its primary measure against its reference."""
     lines = []
@@ -99,12 +104,11 @@ def _about_features(run_set: RunSet, arms: Sequence[Arm]) -> str:
             measure = question.quantity.rpartition("/")[2]
             found = judge_set(question, run_set, arms).text
             text = f"{claim.text} {found[0].upper()}{found[1:]} ({measure}, L2BN − {question.reference_name})."
-            rows = [row for row in compare(arms, [L2BN], question.reference) if row.cell.task == "images"]
+            rows = compared(question, arms)
             others = for_other_networks(rows, question.quantity)
             if others.mean is not None:
                 bounds = " ".join(mean_interval(others, question.digits))
-                verdict = judge_others(question, rows).removesuffix(" at this n")
-                text += f" For other networks it is {verdict}: {bounds}, {plural('cell', others.n)}."
+                text += f" For other networks {_verdict(question, rows)}: {bounds}, {plural('cell', others.n)}."
             lines.append(f"  - Claim {claim.number}: {escape_markdown(text)}")
     return "\n".join(lines)
 
