@@ -6,9 +6,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from l2bn.errors import UserError
+from l2bn.records import first_fault
 from l2bn.training.optim import Cosine, CosineRestarts, Exponential, MultiStep, OneCycle, Recipe, Schedule
 
 SETTINGS = {
@@ -23,6 +25,26 @@ SETTINGS = {
     "mixup": 0.0,
     "schedule": Cosine(),
 }
+
+OUT_OF_RANGE = [
+    ("batch_size", -32, "greater than or equal to 1"),
+    ("lr", 0, "greater than 0"),
+    ("lr", 1e300, "less than or equal to 1000000"),
+    ("momentum", 1, "less than 1"),
+    ("weight_decay", -0.1, "greater than or equal to 0"),
+    ("weight_decay", 1e300, "less than or equal to 1000000"),
+    ("label_smoothing", 1, "less than 1"),
+    ("mixup", -1, "greater than or equal to 0"),
+    ("mixup", 1e300, "less than or equal to 1000"),
+]
+
+
+def test_a_value_out_of_range_is_named_with_the_range() -> None:
+    """By the text that a user reads; test_bad_input.py has the way there."""
+    for key, value, accepted in OUT_OF_RANGE:
+        with pytest.raises(ValidationError) as error:
+            Recipe(**SETTINGS | {key: value})
+        assert first_fault(error.value) == f"{key}: must be {accepted}, not {value}"
 
 
 def test_a_schedule_of_the_users_own_gives_plain_numbers() -> None:
