@@ -1,6 +1,7 @@
-"""The same seed gives the same bits, whatever the number of workers, devices and other settings.
+"""The same seed gives the same bits, whatever the number of threads, devices and other settings.
 
-That progress shown or not changes nothing, and that a stop changes nothing, is in `test_training.py`.
+That progress shown or not changes nothing, and that a stop changes nothing, is in `test_training.py`; that
+the number of workers changes nothing, in `test_data_loader.py` and, from photographs to weights, `test_faults.py`.
 """
 
 import functools
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import EPOCHS, QUIET, TINY, Train, decoding, equal, interrupted, same
+from conftest import EPOCHS, QUIET, TINY, Train, equal, interrupted, same
 from l2bn.seeding import derive_seed, seed_global
 from l2bn.training import run
 from l2bn.training.session import BuiltRun
@@ -36,19 +37,6 @@ def test_two_threads_give_the_same_bits_twice(train: Train, tmp_path: Path) -> N
     one, other = (train(*options, f"runs_dir={tmp_path / name}") for name in ("one", "other"))
     assert torch.get_num_threads() == 2
     same(one, other)
-
-
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more processes than this machine has cores
-def test_the_number_of_data_workers_changes_nothing(
-    photographs: Path, train: Train, trained: Train, tmp_path: Path
-) -> None:
-    """From photographs to weights, the order and the crops included, which are drawn where an image is decoded."""
-    options = (*decoding(photographs), EPOCHS)
-    one = trained(*options, "compute.workers=0")
-    for workers in (1, 3):
-        other = train(*options, f"compute.workers={workers}", f"runs_dir={tmp_path / str(workers)}")
-        assert other.hash == one.hash
-        same(other, one)
 
 
 def test_a_seed_governs_the_generators_of_a_users_own_network_too() -> None:
