@@ -3,17 +3,20 @@
 import errno
 import os
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 
+import l2bn.training
 from conftest import ROOT, TINY, TRAIN, Issue, finish, start, train_in
 from l2bn.errors import UserError
 from l2bn.failures import exit_with_message, explain
@@ -37,7 +40,6 @@ WRONG: list[tuple[list[str], dict[str, str], list[str]]] = [
     (["evaluate.py", CONFIG], {}, [CONFIG, "Not a directory"]),
     (["evaluate.py", RUN], {CONFIG: "{"}, [CONFIG, "not the configuration of a run"]),
     (["evaluate.py", RUN], {CONFIG: "- 1"}, [CONFIG, "not the configuration of a run"]),
-    (["evaluate.py", RUN], {CONFIG: "cell: 5"}, [CONFIG, "not the configuration of a run"]),
     (["evaluate.py", RUN, "--device", "tpu"], {}, ["--device", "tpu", "cuda"]),
     (["evaluate.py", RUN, "--root", "x"], {}, ["dataset.root"]),
     (["evaluate.py"], {}, ["required: RUN"]),
@@ -55,13 +57,9 @@ WRONG: list[tuple[list[str], dict[str, str], list[str]]] = [
     (["report.py", "tables", "--runs", "runs", "--out", "/proc/x"], {}, ["/proc/x", "No such file"]),
     (["report.py", "tensorboard", "--runs", "nowhere"], {}, ["nowhere", "no folder of records"]),
     (["report.py", "tables", "--runs", "runs", "--strict"], {SUMMARY: "{"}, [RUN, "summary.json"]),
-    (["report.py", "figures", "--runs", "nowhere"], {}, ["nowhere", "no folder of records"]),
     (["report.py", "figures", "--runs", "runs", "--out", CONFIG], {}, [CONFIG, "File exists"]),
-    (["report.py", "claims", "--runs", "nowhere"], {}, ["nowhere", "no folder of records"]),
     (["report.py", "claims", "--runs", "runs", "--out", "/proc/x"], {}, ["/proc/x", "No such file"]),
-    (["report.py", "mechanism", "--runs", "nowhere"], {}, ["nowhere", "no folder of records"]),
     (["report.py", "mechanism", "nets"], {}, ["nets", "tables"]),
-    (["report.py", "mechanism", "--runs", "runs", "--out", CONFIG], {}, [CONFIG, "File exists"]),
     (["analyze.py", "--run", "nowhere"], {}, ["nowhere", "not the folder of a run"]),
     (["analyze.py", "--run", RUN, "--root", "x"], {}, ["dataset.root"]),
     (["status.py", "--runs", "nowhere"], {}, ["--runs: there is no folder nowhere"]),
@@ -72,8 +70,6 @@ WRONG: list[tuple[list[str], dict[str, str], list[str]]] = [
     (["fetch_data.py", "digits", "--pack", "x"], {}, ["--pack", "imagenet_wds", "digits"]),
     (["fetch_data.py", "digits", "dataset.image_size=0"], {}, ["dataset.image_size", "0", "from 1 to 4096"]),
     (["fetch_data.py", "null"], {}, ["null", "list.py"]),
-    (["fetch_data.py", "imagenet"], {}, ["https://image-net.org", "ILSVRC2012_img_train.tar"]),
-    (["fetch_data.py", "cifar100", "dataset.download=false"], {}, ["cifar-100-python.tar.gz", "md5"]),
     (["fetch_data.py", "nonsense"], {}, ["nonsense", "cifar10"]),
     (["fetch_data.py", "image_folder"], {}, ["dataset.root"]),
     (["fetch_data.py", "cifar10", "dataset.rot=x"], {}, ["Key 'rot' is not"]),
@@ -261,12 +257,8 @@ def test_the_first_steps_come_soon(tmp_path: Path) -> None:
 
 def test_threads_that_wait_for_each_other_sleep_soon_unless_the_user_decides() -> None:
     """`OMP_WAIT_POLICY` is the standard's variable for it, and libgomp's own would overrule it."""
-    program = "import os, l2bn.training; print(os.environ.get('GOMP_SPINCOUNT'))"
     environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    found = []
-    for own in ({}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "ACTIVE"}):
-        done = subprocess.run(
-            [sys.executable, "-c", program], env=environment | own, capture_output=True, text=True
-        )
-        found.append(done.stdout.strip())
-    assert found == ["1000", "7", "None"]
+    for own, set_to in (({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)):
+        with mock.patch.dict(os.environ, environment | own, clear=True):
+            runpy.run_path(str(l2bn.training.__file__))
+            assert os.environ.get("GOMP_SPINCOUNT") == set_to

@@ -20,7 +20,8 @@ from PIL import Image
 from conftest import ROOT, composed
 from l2bn.reporting.readme import BEGIN, END
 from l2bn.training.environment import OPTIONS
-from l2bn.training.plan import composing, plan_run
+from l2bn.training.instantiate import Builder
+from l2bn.training.plan import check_keys, check_settings, composing, resolve
 from l2bn.training.sweep import compose_sweep, plan_sweep
 from synthetic_records import write_pairs, write_run
 
@@ -165,7 +166,9 @@ def test_a_documented_command_is_accepted(
         elif sweep:
             assert plan_sweep(compose_sweep(rest))
         else:
-            plan_run(*composed(rest))
+            config = resolve(composed(rest)[0])
+            check_settings(config)
+            check_keys(config, Builder())
 
 
 # The blocks of the README that are there to be pasted, each run as it stands.

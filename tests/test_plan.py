@@ -31,18 +31,11 @@ def mode(*overrides: str) -> RunMode | None:
 # A value needs to fit each job, not the default choices.
 
 
-@pytest.mark.parametrize(
-    ("command", "runs"),
-    [
-        ("experiment=cifar_subset dataset.root=X", 6),
-        ("experiment=imagenet_table dataset.root=X", 18),
-        ("experiment=cifar_table dataset.root=X", 80),
-    ],
-)
-def test_an_experiment_takes_the_values_of_its_own_choices(command: str, runs: int) -> None:
-    assert mode(*command.split()) == RunMode.MULTIRUN
-    found = planned(*command.split())
-    assert len(found) == runs
+def test_an_experiment_takes_the_values_of_its_own_choices() -> None:
+    command = ("experiment=cifar_subset", "dataset.root=X")
+    assert mode(*command) == RunMode.MULTIRUN
+    found = planned(*command)
+    assert len(found) == 6
     assert {run.config["dataset"]["root"] for run in found} == {"X"}
 
 

@@ -288,10 +288,10 @@ def test_many_runs_that_say_the_same_are_listed_in_part(tmp_path: Path) -> None:
 
 
 def test_the_command_shows_an_experiment(tmp_path: Path, issue: Issue) -> None:
-    done = issue("status", "--experiment", "cifar_table", f"runs_dir={tmp_path}", "backbone=resnet20")
+    done = issue("status", "--experiment", "demo", f"runs_dir={tmp_path}", "recipe=step_164")
     assert done.code == 0, done.err
-    assert "recipe cosine_200" in done.out
-    assert "20 missing" in done.out
+    assert "recipe step_164" in done.out
+    assert "6 missing" in done.out
     assert max(map(len, done.out.splitlines())) <= 120
 
 
