@@ -62,6 +62,7 @@ def figures(arguments: argparse.Namespace) -> Sequence[Problem]:
     evidence = read_evidence(arguments.runs, features=True)
     paths, broken = write_figures(evidence, out, read_sets(SETS))
     _print_paths(paths, "nothing to draw: no finished run of bn or l2bn here yet")
+    _print_older(out, ("curves-", "differences"), paths)
     return [*evidence.problems, *broken]
 
 
@@ -102,6 +103,7 @@ def mechanism(arguments: argparse.Namespace) -> Sequence[Problem]:
     if arguments.what != "tables":
         paths, broken = write_mechanism_figures(found, out / "figures")
         _print_paths(paths, "nothing to draw: no features measured of both bn and l2bn")
+        _print_older(out / "figures", ("norms-", "training-", "map-", "eps-", "rates-", "trap-"), paths)
         problems += broken
     return problems
 
@@ -131,6 +133,12 @@ def tensorboard(arguments: argparse.Namespace) -> Sequence[Problem]:
 def _print_paths(paths: Sequence[Path], nothing: str = "") -> None:
     for line in paths or filter(None, [nothing]):
         print(line)
+
+
+def _print_older(folder: Path, names: tuple[str, ...], paths: Sequence[Path]) -> None:
+    """Name the figures in a folder that a command drew before and its records no longer do."""
+    for path in sorted({path for path in folder.glob("*") if path.name.startswith(names)} - set(paths)):
+        print(f"{path} is not drawn from these records: delete it, or keep it elsewhere")
 
 
 def _add(commands: Any, command: Command, example: str, out: str = "") -> argparse.ArgumentParser:

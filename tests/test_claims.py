@@ -320,9 +320,19 @@ def test_folds_stand_beside_claim_6_by_their_mean(tmp_path: Path) -> None:
     evidence = verdict(tmp_path, 6)[1]
     mean = (SMALL[0] + 1.5 - 0.5) / 3
     assert evidence.endswith(
-        f"; ESC-50, resnet20, restarts_126, seed 0: mean over 3 folds, no interval, +{mean:.2f} points."
+        f"; ESC-50, restarts_126, float32, 126 epochs: resnet20 +{mean:.2f} points "
+        "(mean over folds 1, 2, 3, no interval, seed 0)."
     )
     assert evidence.count("ESC-50, fold") == 1
+    assert "in 1 of 1 cell " in verdict(tmp_path, 4)[1]
+
+
+def test_runs_of_environmental_sound_that_diverged_are_counted_beside_claim_6(tmp_path: Path) -> None:
+    write_sound(tmp_path, "esc50", SMALL)
+    assert "diverged" not in verdict(tmp_path, 6)[1]
+    write_run(tmp_path, dataset="esc50", norm="bn", backbone="net1", recipe="restarts_126")
+    write_run(tmp_path, dataset="esc50", norm="l2bn", backbone="net1", recipe="restarts_126", status="diverged")
+    assert verdict(tmp_path, 6)[1].endswith("that diverged on environmental sound: 0 of BN, 1 of L2BN.")
 
 
 def test_sound_is_not_pooled_with_images(tmp_path: Path) -> None:

@@ -51,17 +51,16 @@ from l2bn.reporting.evidence import (
 from l2bn.reporting.formatting import (
     NONE,
     Table,
+    conditions,
     escape_markdown,
     in_words,
     interval,
     left_out,
     markdown,
     mean_interval,
-    names_of,
     plural,
     points,
     probability,
-    setting,
     signed,
     title,
 )
@@ -165,18 +164,18 @@ def for_other_networks(rows: Iterable[Comparison], quantity: str = TOP1) -> Esti
 def judge_others(question: Question, rows: Sequence[Comparison]) -> Verdict:
     """The verdict on a question for other networks, from the rows of a task; divergence counts for accuracy."""
     found = judged(for_other_networks(rows, question.quantity), question.better)
-    bn, l2bn = _diverged(rows)
+    bn, l2bn = _diverged(row for row in rows if row.full_length)
     lost = question.quantity == TOP1 and found == "supported" and l2bn > bn
     return found if found and not lost else "not decided at this n"
 
 
 def _diverged(rows: Iterable[Comparison]) -> tuple[int, int]:
-    """The long runs of BN and of L2BN that diverged, of the seeds that both have."""
+    """The runs of BN and of L2BN that diverged, of the seeds that both have."""
     lost = Counter(
         run.norm
         for row in rows
         for run in row.records
-        if row.full_length and run.status == "diverged" and run.seed in row.reference.seeds & row.other.seeds
+        if run.status == "diverged" and run.seed in row.reference.seeds & row.other.seeds
     )
     return lost[BN], lost[L2BN]
 
@@ -210,7 +209,7 @@ def _judge(question: Question, task: Task, arms: Sequence[Arm]) -> Finding:
     rows = compared(question, arms, task)
     pairs = [row for row in rows if row.differences(quantity)]
     what = f"{question.text.partition(',')[0]}, L2BN − {reference}"
-    bn, l2bn = _diverged(rows) if quantity == TOP1 else (0, 0)
+    bn, l2bn = _diverged(row for row in rows if row.full_length) if quantity == TOP1 else (0, 0)
     lost = f" Diverged, of runs from {FULL_EPOCHS} epochs on whose seed both have: {bn} of BN, {l2bn} of L2BN."
     if not pairs:
         text = f"{what}: 0 cells of {task} hold a pair of equal seed in which both runs have this measure."
@@ -240,7 +239,7 @@ def _judge(question: Question, task: Task, arms: Sequence[Arm]) -> Finding:
 
 def _no_parameters_added(arms: Sequence[Arm]) -> Finding:
     """Equal parameter counts in every cell that holds both arms."""
-    pairs = [row for row in compare(arms, [L2BN]) if len(row.arms) == 2]
+    pairs = without_further_folds([row for row in compare(arms, [L2BN]) if len(row.arms) == 2])
     if not pairs:
         return Finding("0 cells hold both arms.", "not measured")
     unequal = [row for row in pairs if len({record.parameters for record in row.records}) > 1]
@@ -261,23 +260,26 @@ def _better_on_scenes(arms: Sequence[Arm]) -> Finding:
 
 
 def environmental_sound(arms: Sequence[Arm]) -> str:
-    """The differences measured on environmental sound, as a sentence; empty where there is none."""
-    sound = [row for row in compare(arms, [L2BN]) if row.cell.task == "environmental sound" and row.differences()]
+    """The differences measured on environmental sound, as sentences; empty where there is none."""
+    rows = compared(ACCURATE, arms, "environmental sound")
+    sound = [row for row in rows if row.differences()]
     measured: dict[str, list[str]] = defaultdict(list)
     for row in without_further_folds(sound):
-        (data, backbone, recipe), result = names_of(row.cell), row.difference()
-        place = ", ".join((data, recipe, setting(row.cell), plural("epoch", row.epochs)))
-        measured[place].append(f"{backbone} {points(result)}, n = {result.n}")
-    beside = [f"{place}: {'; '.join(found)}" for place, found in measured.items()]
+        result = row.difference()
+        text = f"{in_words(row.cell.backbone)} {points(result)}, n = {result.n}"
+        measured[f"{row.cell.label}, {conditions(row)}, {plural('epoch', row.epochs)}"].append(text)
     for folds in by_fold(sound):
-        cell = folds.first.cell
         bn, l2bn = (fmean(folds.accuracies(norm).values()) for norm in (BN, L2BN))
-        seeds = ", ".join(map(str, sorted(folds.seeds)))
-        mean = f"mean over {len(folds.rows)} folds, no interval, {signed(l2bn - bn)} points"
-        name = ", ".join((cell.all_folds, in_words(cell.backbone), in_words(cell.recipe)))
-        beside.append(f"{name}, seed{'s' * (len(folds.seeds) > 1)} {seeds}: {mean}")
-    note = "Environmental sound, which is no evidence on scenes, L2BN − BN: "
-    return f"{note}{'; '.join(beside)}." if beside else ""
+        numbers, seeds = (", ".join(map(str, sorted(found))) for found in (folds.rows, folds.seeds))
+        text = f"{in_words(folds.first.cell.backbone)} {signed(l2bn - bn)} points"
+        text += f" (mean over folds {numbers}, no interval, seed{'s' * (len(folds.seeds) > 1)} {seeds})"
+        place = f"{folds.first.cell.all_folds}, {conditions(folds.first)}, {plural('epoch', folds.first.epochs)}"
+        measured[place].append(text)
+    beside = "; ".join(f"{place}: {'; '.join(found)}" for place, found in measured.items())
+    note = f"Environmental sound, which is no evidence on scenes, L2BN − BN: {beside}." if beside else ""
+    diverged = _diverged(rows)
+    lost = f"Runs that diverged on environmental sound: {diverged[0]} of BN, {diverged[1]} of L2BN."
+    return " ".join(filter(None, [note, lost if any(diverged) else ""]))
 
 
 def _backbones(rows: Iterable[Comparison]) -> set[str]:

@@ -256,7 +256,7 @@ def _check_conditions(records: Iterable[Record], grouping: Grouping) -> None:
 
     So a default edited between two runs, or a changed folder of images, is not overlooked. A key that some runs
     lack is passed over where its value is empty, false or 0, so that the suite may grow an option; so is a missing
-    fingerprint. Runs of a study may differ in what the study varies.
+    fingerprint. Runs of a study may differ in what the study varies, those of a data set's folds in their images.
     """
     # By cell, or the cell without the study's value; by norm for values of the norm's own; and by name.
     known: dict[tuple[Cell, str, str], tuple[object, Path]] = {}
@@ -264,7 +264,11 @@ def _check_conditions(records: Iterable[Record], grouping: Grouping) -> None:
     members: dict[tuple[Cell, str], set[Path]] = defaultdict(set)
     for record in records:
         own = _conditions(record)
-        for (cell, norm), varied in {BY_NAME.of(record): (), grouping.of(record): grouping.varied}.items():
+        scopes = {BY_NAME.of(record): (), grouping.of(record): grouping.varied}
+        if (cell := cell_of(record)).fold is not None:
+            dataset = f"all folds of {re.sub(r',fold=[^,]*', '', cell.dataset)}"
+            scopes[replace(cell, dataset=dataset, value=(cell.fold,)), record.norm] = _OF_A_FOLD
+        for (cell, norm), varied in scopes.items():
             study = replace(cell, value=())
             for name, value in own.items():
                 of_norm = name == "parameters" or name.startswith("norm.")
@@ -278,6 +282,10 @@ def _check_conditions(records: Iterable[Record], grouping: Grouping) -> None:
         lacking = members[cell, norm] - holders[cell, norm, name]
         if value and lacking and name not in (*grouping.varied, "images.files"):
             raise _unequal(name, (value, "no value"), (folder, min(lacking)), grouping.varied)
+
+
+_OF_A_FOLD = ("dataset.fold", "train_images", "test_images", "images.files")
+"""What runs may differ in whose folds are averaged."""
 
 
 def _conditions(record: Record) -> dict[str, object]:

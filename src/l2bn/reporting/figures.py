@@ -384,9 +384,10 @@ def differences(comparisons: Sequence[Comparison]) -> Figure:
         lines += [ForestRow(part, note=True) for part in textwrap.wrap(made_by, 60)]
         lines += map(_line, group)
         label = dataset
-    lines.append(ForestRow("Mean over cells of images, n cells"))
+    images = [row for row in rows if row.cell.task == "images"]
+    lines += [ForestRow("Mean over cells of images, n cells")] if images else []
     for full, text in ((True, f"{FULL_EPOCHS} epochs and more"), (False, f"under {FULL_EPOCHS} epochs")):
-        chosen = [row for row in rows if row.full_length is full and row.cell.task == "images"]
+        chosen = [row for row in images if row.full_length is full]
         if chosen:
             lines.append(ForestRow(text, pooled(chosen)))
     return forest_plot(lines, IN_ACCURACY)

@@ -109,7 +109,8 @@ def norms_table(rows: Sequence[Comparison]) -> Table:
     """Every other norm, and every variant of BN or L2BN, against plain BN."""
     names, recipes = _names(rows)
     names["Norm"] = [in_words(row.norm) for row in rows]
-    note = "Test top-1 in percent after the last epoch, as in the grid; Holm's correction over these rows"
+    note = "Test top-1 in percent after the last epoch, as in the grid, differences paired by seed; Holm's "
+    note += "correction over these rows"
     note += f"{_families(rows)}."
     notes = [note, *recipes, *_differing(rows, "the norm")]
     return _table("Other norms against BN", names | _accuracies(rows, "Norm"), notes, len(names))
@@ -142,7 +143,11 @@ def folds_table(rows: Sequence[Comparison]) -> Table:
         "have no interval: folds share training clips, so their spread says little of another data set or seed."
     )
     every = [row for one in found for row in one.rows.values()]
-    return _table("Folds", columns, [note, *_differing(every, "L2BN")], 4)
+    diverged = [row for row in rows if row.cell.fold is not None and any(arm.diverged for arm in row.arms)]
+    lost = [f"{row.cell.label}, {in_words(row.cell.backbone)}" for row in diverged]
+    notes = [note, *_differing(every, "L2BN")]
+    notes += [f"A run of BN or L2BN diverged and counts in no mean: {'; '.join(lost)}."] if lost else []
+    return _table("Folds", columns, notes, 4)
 
 
 def _families(rows: Sequence[Comparison]) -> str:
@@ -183,11 +188,17 @@ def _letters(number: int) -> str:
 def _accuracies(rows: Sequence[Comparison], norm: str) -> Columns:
     """The columns of both arms, of their difference, and of its p-value."""
     results = [row.difference() for row in rows]
+    # Means over more seeds than the pairs have may differ otherwise than the pairs.
+    pairs = [
+        f" ({plural('pair', result.n)})" if 0 < result.n < max(len(arm.of()) for arm in row.arms) else ""
+        for row, result in zip(rows, results, strict=True)
+    ]
     return {
         "BN (n)": [_accuracy(row, row.reference) for row in rows],
         f"{norm} (n)": [_accuracy(row, row.other) for row in rows],
         f"{norm} − BN [95 % interval]": [
-            signed(result.mean) + ("" if result.low is None else f" {interval(result)}") for result in results
+            signed(result.mean) + ("" if result.low is None else f" {interval(result)}") + of
+            for result, of in zip(results, pairs, strict=True)
         ],
         "p (Holm)": [probability(p, result) for p, result in zip(holm_over(rows), results, strict=True)],
     }

@@ -135,7 +135,7 @@ def texts_of(evidence: Evidence) -> dict[tuple[str, str], str]:
             difference = one.difference()
             found[one.norm, f"{chart_group(cell)}/difference to bn"] = (
                 f"**{one.norm} − bn: {signed(difference.mean)} points {interval(difference)}**, "
-                f"{difference.n} pairs of equal seed, Student's 95 % interval  \n"
+                f"{plural('pair', difference.n)} of equal seed, Student's 95 % interval  \n"
                 f"test top-1 in percent after the last epoch: bn {mean_std_n(one.reference)}, "
                 f"{one.norm} {mean_std_n(one.other)}"
             )
