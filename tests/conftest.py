@@ -22,6 +22,7 @@ import torch
 from hydra import compose
 from hypothesis import settings
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from l2bn.data import folder
 from l2bn.records import COST_KEYS, Record
@@ -74,6 +75,14 @@ def _default_signals() -> None:
     for number in signal.valid_signals():
         if signal.getsignal(number) == signal.SIG_IGN and number not in (signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick_disk() -> Iterator[None]:
+    """Without the wait for the disk: what a test writes here need not survive a power cut."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -290,6 +299,14 @@ def decodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
+def uncompiled(
+    function: Callable[..., object], tensors: tuple[Tensor | None, ...], *constants: object, **_: object
+) -> list[Tensor]:
+    """What `autograd.run_kernel` gives, without the seconds that a kernel takes to compile."""
+    result = function(*tensors, *constants)
+    return [result] if isinstance(result, Tensor) else list(result)  # type: ignore[call-overload]
+
+
 @pytest.fixture
 def train(tmp_path: Path) -> Train:
     """`train_in` the folder `runs` of the test's own."""
@@ -385,3 +402,8 @@ def page() -> Iterator[Any]:
         page = chromium.new_page(viewport={"width": 1280, "height": 900})
         page.set_default_timeout(120_000)
         yield page
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

@@ -397,7 +397,7 @@ def test_each_run_of_a_process_is_compiled(train: Train, monkeypatch: pytest.Mon
             train(f"norm={norm}", "recipe.epochs=1", "compute.compile=true", *TINY)
 
 
-@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("before", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_run_goes_on_in_the_other_memory_format(
     before: bool, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,7 +75,7 @@ def test_a_changed_file_is_decoded_anew(root: Path, cache: Path) -> None:
     assert not torch.equal(after[0][0], pixels)
 
 
-@pytest.mark.parametrize("length", [0, 7, 1000, -1, -8, -100])
+@pytest.mark.parametrize("length", [7, -1, -100])
 def test_a_cache_that_was_cut_short_is_made_again(length: int, root: Path, cache: Path) -> None:
     _, before = opened(root, cache)
     pixels = [before[index][0] for index in range(len(before))]

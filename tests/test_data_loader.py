@@ -249,14 +249,14 @@ def test_channels_last_changes_the_layout_alone(splits: Splits) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [COUNT + 1, 0, -4])
-def test_a_batch_that_the_data_cannot_fill_is_refused(splits: Splits, batch_size: int) -> None:
+def test_a_batch_that_the_data_cannot_fill_is_refused(sources: dict[str, Splits], batch_size: int) -> None:
     with pytest.raises(UserError, match=rf"recipe.batch_size={batch_size}.* {COUNT} training images"):
-        train(splits, batch_size=batch_size)
+        train(sources["memory"], batch_size=batch_size)
 
 
-def test_a_batch_that_cannot_be_shared_out_is_refused(splits: Splits) -> None:
+def test_a_batch_that_cannot_be_shared_out_is_refused(sources: dict[str, Splits]) -> None:
     with pytest.raises(UserError, match=r"recipe\.batch_size=8 is shared out over 3 devices"):
-        train(splits, world_size=3)
+        train(sources["memory"], world_size=3)
 
 
 def test_images_that_do_not_fit_on_the_device_are_one_message(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from conftest import uncompiled
 from l2bn import L2BatchNorm1d, L2BatchNorm2d, L2BatchNorm3d, l2_normalize, swap_norm
 from l2bn.benchmarks.measure import peak_memory
 from l2bn.kernels import autograd, compiler
@@ -84,13 +85,6 @@ def assert_exact(x: Tensor, rounding: float = 1e-5, **options: object) -> None:
         scale = (exact.norm() + terms.get(key, 0.0)).clamp_min(1e-30)
         error, bound = (ours.double() - exact).norm() / scale, (plain.double() - exact).norm() / scale
         assert error <= max(rounding, 2 * bound), f"{key} is off by {error:.1e}, the plain one by {bound:.1e}"
-
-
-def uncompiled(
-    function: Callable[..., object], tensors: tuple[Tensor | None, ...], *constants: object, **_: object
-) -> list[Tensor]:
-    result = function(*tensors, *constants)
-    return [result] if isinstance(result, Tensor) else list(result)  # type: ignore[call-overload]
 
 
 @contextlib.contextmanager
@@ -355,9 +349,10 @@ def test_inside_a_compiled_model(layout: str) -> None:
         torch.testing.assert_close(ours, plain, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("side", [3, 6])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("compiled", "side", "layout"),
+    [(False, 6, "channels_last"), *itertools.product([True], [3, 6], ["contiguous", "channels_last"])],
+)
 def test_an_activation_in_place_may_follow(compiled: bool, side: int, layout: str) -> None:
     """As in MobileNetV2 and most networks of libraries: what the layer gives is nobody else's memory."""
     torch.compiler.reset()  # of one code torch compiles eight kinds, other tests' included

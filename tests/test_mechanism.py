@@ -538,8 +538,6 @@ def test_the_document_has_all_sections_and_its_figures_exist(folders: tuple[Path
     linked = {part.split(")")[0] for part in text.split("](figures/")[1:]}
     assert linked == {name for name in names if name.endswith(".png")}
     assert len(linked) == 6
-    again, _ = write_mechanism_figures(mechanism, tmp_path / "again")
-    assert [path.read_bytes() for path in again] == [path.read_bytes() for path in paths]
 
 
 def test_the_reading_is_labelled_with_the_records_it_was_written_from(folders: tuple[Path, Path]) -> None:

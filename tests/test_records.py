@@ -271,12 +271,6 @@ def mangled(data: st.DataObject, content: bytes) -> bytes:
             return data.draw(st.binary(max_size=200))
 
 
-@pytest.fixture
-def _quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the wait for the disk, which takes most of the time of some hundred examples."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-
-
 def mangle(accepted: Callable[[st.DataObject], bool]) -> None:
     """Try 200 examples, of which some are accepted and some are not."""
     outcomes = set()
@@ -298,7 +292,6 @@ def written_mangled(data: st.DataObject, tmp_path: Path, name: str) -> Record:
     return record
 
 
-@pytest.mark.usefixtures("_quick_disk")
 def test_a_mangled_record_is_left_out_or_read_as_it_was(tmp_path: Path) -> None:
     """But for one field: a changed digit or letter within a value cannot be told from the truth."""
 
@@ -316,7 +309,6 @@ def test_a_mangled_record_is_left_out_or_read_as_it_was(tmp_path: Path) -> None:
     mangle(accepted)
 
 
-@pytest.mark.usefixtures("_quick_disk")
 def test_mangled_metrics_are_named_or_read_as_whole_epochs(tmp_path: Path) -> None:
     """The rows are every epoch, the last one as the summary has it, and no more than one number has changed."""
 
@@ -335,7 +327,6 @@ def test_mangled_metrics_are_named_or_read_as_whole_epochs(tmp_path: Path) -> No
     mangle(accepted)
 
 
-@pytest.mark.usefixtures("_quick_disk")
 def test_a_mangled_record_is_published_whole_or_not_at_all(tmp_path: Path) -> None:
     def accepted(data: st.DataObject) -> bool:
         place = Path(tempfile.mkdtemp(dir=tmp_path))

@@ -178,7 +178,7 @@ def test_in_float64_the_losses_are_those_of_the_plain_loop(norm: str, channels_l
 
 
 @pytest.mark.parametrize("norm", ["bn", "l2bn"])
-@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("channels_last", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_in_float32_the_losses_are_those_of_the_plain_loop(norm: str, channels_last: bool) -> None:
     fast = of_the_trainer(Net(norm, torch.float32, fused=True), 1e-3, channels_last=channels_last)
     plain = of_the_plain_loop(Net(norm, torch.float32), 1e-3)

@@ -45,7 +45,7 @@ def test_a_sweep_survives_preemption_and_requeueing(slurm: Mapping[str, str], tm
                     found[identifier] = folder
         return found
 
-    sweep = (TRAIN, "launcher=slurm", f"runs_dir={runs}", *SMALL, *JOBS, "seed=0,1,2,3")
+    sweep = (TRAIN, "launcher=slurm", f"runs_dir={runs}", *SMALL, *JOBS, "seed=0,1,2")
     process = start(*sweep, "progress=false", env=slurm)
     try:
         deadline = time.monotonic() + 1800
@@ -66,7 +66,7 @@ def test_a_sweep_survives_preemption_and_requeueing(slurm: Mapping[str, str], tm
         printed = finish(process)
     finally:
         process.kill()
-    assert "sweep: 4 finished\n" in printed
+    assert "sweep: 3 finished\n" in printed
     records, problems = read_records(runs)
     assert problems == []
     starts = {r.folder: json.loads((r.folder / ENVIRONMENT).read_text())["starts"] for r in records}
@@ -78,8 +78,8 @@ def test_a_sweep_survives_preemption_and_requeueing(slurm: Mapping[str, str], tm
     assert logs.count("resumed after epoch") == 2
     assert logs.count(" - Requeued job ") == 1  # by submitit; the other is Slurm's doing
     for record in records:
-        if record.folder in (first, second):
+        if record.folder == first:
             same(record, train(*SMALL, "progress=false", f"seed={record.seed}"))
 
-    assert "sweep: 4 skipped (ended before)\n" in finish(start(*sweep, env=slurm))
+    assert "sweep: 3 skipped (ended before)\n" in finish(start(*sweep, env=slurm))
     assert not control("squeue", "--noheader")

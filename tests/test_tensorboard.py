@@ -58,11 +58,7 @@ def tensorboard(tmp_path: Path) -> Iterator[str]:
 @pytest.mark.services
 @pytest.mark.slow
 def test_a_browser_shows_the_pairs_of_a_sweep(train: Train, page: Any, tensorboard: str) -> None:
-    records = [
-        train(f"norm={norm}", f"backbone={backbone}", *SMALL)
-        for backbone in ("resnet20", "shufflenetv2_x0_5")
-        for norm in ("bn", "l2bn")
-    ]
+    records = [train(f"norm={norm}", *SMALL) for norm in ("bn", "l2bn")]
     wait_for(lambda: answer_of(f"{tensorboard}/data/runs").count(b"seed") == len(records))
 
     page.goto(f"{tensorboard}/#timeseries")
@@ -76,4 +72,4 @@ def test_a_browser_shows_the_pairs_of_a_sweep(train: Train, page: Any, tensorboa
     for record in records:
         table.get_by_text(f"{record.last['test/top1']:#.5g}").first.wait_for()  # its five digits
     for norm in ("bn", "l2bn"):
-        assert table.get_by_text(norm, exact=True).count() == 2
+        assert table.get_by_text(norm, exact=True).count() == 1
