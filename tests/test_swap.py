@@ -17,6 +17,7 @@ import torchvision
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
+from torch.fx.experimental.optimization import fuse
 from torch.nn.utils import parametrizations, prune, spectral_norm
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -212,6 +213,20 @@ def test_batch_norm_in_a_graph_is_refused(make: Callable[[], nn.Module]) -> None
     with pytest.raises(ValueError, match=r"in its graph.*: swap the norm of the untraced model, then trace it"):
         swap_norm(model, "l2bn")
     assert dict(model.named_modules()) == before
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.*. is deprecated")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fuse(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()),
+        lambda: torch.jit.freeze(torch.jit.script(small().eval())),
+    ],
+    ids=["folded", "frozen"],
+)
+def test_a_graph_that_may_have_had_batch_norm_says_what_to_do(make: Callable[[], nn.Module]) -> None:
+    with pytest.raises(ValueError, match=r"no batch norm layer.*swap the norm of the untraced model"):
+        swap_norm(make(), "l2bn")
 
 
 def test_layers_that_a_graph_calls_are_swapped() -> None:

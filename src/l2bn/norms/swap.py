@@ -30,6 +30,7 @@ ESTIMATED_ELSEWHERE = (
     "running statistics were estimated by other layers than those that use them now: train, or call "
     "torch.optim.swa_utils.update_bn, before you evaluate"
 )
+UNTRACED = "swap the norm of the untraced model, then trace it"
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # attributes, hooks among them
 STOCK = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -91,9 +92,14 @@ def replacements(model: nn.Module, norm: str | Norm) -> dict[nn.Module, nn.Modul
     _refuse_graphs(model)
     layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
     if not layers:
+        graph = any(isinstance(module, GraphModule | torch.jit.ScriptModule) for module in model.modules())
         raise ValueError(
             f"{type(model).__name__} has no batch norm layer to replace: {_norms_in(model)}. "
-            "Choose a model, or a norm_layer of it, with batch normalization"
+            + (
+                f"If batch norm was decomposed or folded in its graph: {UNTRACED}"
+                if graph
+                else "Choose a model, or a norm_layer of it, with batch normalization"
+            )
         )
     if model in layers:
         raise ValueError(f"the model is itself a {type(model).__name__}, which nothing holds: convert it")
@@ -122,7 +128,7 @@ def _refuse_graphs(model: nn.Module) -> None:
         if found:
             raise ValueError(
                 f"{path or type(model).__name__} was traced, scripted or exported, and computes batch norm in its "
-                "graph, where a swap would not reach it: swap the norm of the untraced model, then trace it"
+                f"graph, where a swap would not reach it: {UNTRACED}"
             )
 
 
