@@ -136,9 +136,9 @@ def _print_paths(paths: Sequence[Path], nothing: str = "") -> None:
 
 
 def _print_older(folder: Path, names: tuple[str, ...], paths: Sequence[Path]) -> None:
-    """Name the figures in a folder that a command drew before and its records no longer do."""
+    """Name the figures in a folder that a command drew before and not now."""
     for path in sorted({path for path in folder.glob("*") if path.name.startswith(names)} - set(paths)):
-        print(f"{path} is not drawn from these records: delete it, or keep it elsewhere")
+        print(f"{path} was not drawn now: if it is of older records, delete it")
 
 
 def _add(commands: Any, command: Command, example: str, out: str = "") -> argparse.ArgumentParser:

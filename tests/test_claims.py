@@ -332,7 +332,7 @@ def test_runs_of_environmental_sound_that_diverged_are_counted_beside_claim_6(tm
     assert "diverged" not in verdict(tmp_path, 6)[1]
     write_run(tmp_path, dataset="esc50", norm="bn", backbone="net1", recipe="restarts_126")
     write_run(tmp_path, dataset="esc50", norm="l2bn", backbone="net1", recipe="restarts_126", status="diverged")
-    assert verdict(tmp_path, 6)[1].endswith("that diverged on environmental sound: 0 of BN, 1 of L2BN.")
+    assert verdict(tmp_path, 6)[1].endswith("whose seed both have: 0 of BN, 1 of L2BN.")
 
 
 def test_sound_is_not_pooled_with_images(tmp_path: Path) -> None:

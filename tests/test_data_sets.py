@@ -20,10 +20,11 @@ from l2bn.training.instantiate import Builder
 from official_formats import CONFIGS, write
 
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-# The first by its name of those that one function reads.
-OF_EACH_FUNCTION = {
-    yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["_target_"]: name for name in NAMES[::-1]
-}
+# Every day the first by its name of those that one function reads.
+FIRST = {yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["_target_"]: name for name in NAMES[::-1]}
+BY_FUNCTION = [
+    pytest.param(name, marks=() if name in FIRST.values() else pytest.mark.slow, id=name) for name in NAMES
+]
 
 
 def composed(name: str, overrides: list[str]) -> Any:
@@ -75,7 +76,7 @@ def test_the_digits_are_those_of_the_published_records() -> None:
     assert content.hexdigest()[:16] == "e77ebbdc94687233"
 
 
-@pytest.mark.parametrize("name", OF_EACH_FUNCTION.values())
+@pytest.mark.parametrize("name", BY_FUNCTION)
 def test_a_data_set_offers_subset_and_validation(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -94,7 +95,7 @@ def test_a_data_set_offers_subset_and_validation(
     assert re.search(r"1 images: \d+ of \d+ classes have test images and no training images", caplog.text)
 
 
-@pytest.mark.parametrize("name", OF_EACH_FUNCTION.values())
+@pytest.mark.parametrize("name", BY_FUNCTION)
 def test_a_data_set_that_is_not_there_is_said_with_its_place(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""The same seed gives the same bits, whatever the number of threads, devices and other settings.
+"""The same seed gives the same bits, whatever the number of devices and other settings.
 
 That progress shown or not changes nothing, and that a stop changes nothing, is in `test_training.py`; that
 the number of workers changes nothing, in `test_data_loader.py` and, from photographs to weights, `test_faults.py`.

@@ -23,13 +23,16 @@ def diverged(record: Record, divergence: str, epochs: int) -> None:
     assert "final/test_top1" not in events_of(record.folder / "tb").Tags()["scalars"]
 
 
-def test_weights_that_are_not_finite(train: Train, at_update: AtUpdate) -> None:
+@pytest.mark.parametrize(("update", "place", "epochs"), [(3, "epoch 1, step 3", 0), (11, "epoch 2, step 3", 1)])
+def test_weights_that_are_not_finite(
+    update: int, place: str, epochs: int, train: Train, at_update: AtUpdate
+) -> None:
     def poison(trainer: Any) -> None:
         with torch.no_grad():
             next(trainer.network.parameters()).fill_(INFINITY)
 
-    at_update(3, poison)
-    diverged(train(EPOCHS, *TINY), "the loss is not finite in epoch 1, step 3", 0)
+    at_update(update, poison)
+    diverged(train(EPOCHS, *TINY), f"the loss is not finite in {place}", epochs)
 
 
 def test_a_running_statistic_that_training_does_not_read(train: Train, at_update: AtUpdate) -> None:

@@ -141,9 +141,14 @@ def test_a_signal_that_was_ignored_stays_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_ctrl_c_ends_a_command_whose_reader_it_has_ended_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "sweep",
+    [("hydra.mode=MULTIRUN", "seed=0,1"), pytest.param((), marks=pytest.mark.slow)],
+    ids=["a sweep", "a run"],
+)
+def test_ctrl_c_ends_a_command_whose_reader_it_has_ended_too(sweep: tuple[str, ...], tmp_path: Path) -> None:
     """As in `train.py | tee log`: the terminal sends SIGINT to both, and nobody reads what is then printed."""
-    with started(tmp_path, "hydra.mode=MULTIRUN", "seed=0,1", *LONG, "progress=true") as process:
+    with started(tmp_path, *sweep, *LONG, "progress=true") as process:
         assert process.stdout
         process.stdout.close()
         process.stdout = None  # for `communicate`, which else reads on
@@ -405,6 +410,14 @@ def test_a_second_process_leaves_the_run_to_the_first(train: Train, tmp_path: Pa
     with run_lock(planning.folder), pytest.raises(UserError, match=message):
         train(*TINY)
     assert {path.name for path in planning.folder.iterdir()} == {LOCK}
+
+
+def test_a_lock_that_cannot_be_written_is_one_message(train: Train, tmp_path: Path) -> None:
+    """As on a disk that is read-only at the next start."""
+    (planning,) = planned(f"runs_dir={tmp_path / 'runs'}", *TINY)
+    (planning.folder / LOCK).mkdir(parents=True)
+    with pytest.raises(UserError, match="Is a directory; once that is corrected"):
+        train(*TINY)
 
 
 def test_a_look_at_a_run_does_not_refuse_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,10 +76,12 @@ def test_a_record_cannot_ask_for_the_environment(run: Path, tmp_path: Path) -> N
 def test_a_record_cannot_say_where_it_is_published(name: str, tmp_path: Path) -> None:
     written(tmp_path / "run")
     path = tmp_path / "run" / SUMMARY
-    path.write_text(json.dumps({**json.loads(path.read_text()), "recipe": name}))
-    with pytest.raises(InvalidRecordError, match="recipe: must be a plain name"):
-        publish(tmp_path / "run", tmp_path / "deep" / "records")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    summary = json.loads(path.read_text())
+    for part in ("dataset", "backbone", "norm", "recipe"):
+        path.write_text(json.dumps({**summary, part: name}))
+        with pytest.raises(InvalidRecordError, match=f"{part}: must be a plain name"):
+            publish(tmp_path / "run", tmp_path / "deep" / "records")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
 def listening(pid: int) -> set[str]:

@@ -187,17 +187,17 @@ def test_the_table_of_folds_has_the_notes_of_its_runs(tmp_path: Path) -> None:
     )
 
 
-def test_folds_made_under_unequal_conditions_are_not_averaged(tmp_path: Path) -> None:
+@pytest.mark.parametrize("before", [{}, {"deltas": False}], ids=["a new key", "another value"])
+def test_folds_made_under_unequal_conditions_are_refused(before: dict[str, bool], tmp_path: Path) -> None:
     """As after a line of a recipe or of a data set was edited between fold 1 and the others."""
-    write_folds(tmp_path, {1: (0.5,), 2: (2.0,)})
-    for norm in ("bn", "l2bn"):
-        where = {"dataset": "esc50,fold=3", "label": "ESC-50, fold 3", "norm": norm, "epochs": 126}
-        identity = {"dataset": {"fold": 3, "deltas": True}}
-        write_run(tmp_path, **where, recipe="restarts_126", identity=identity, test_images=399)
-    with pytest.raises(UserError, match=r"unequal conditions \(dataset\.deltas: .*no value"):
+    for fold, images, own in ((1, 400, before), (2, 399, before), (3, 400, {"deltas": True})):
+        assert len(read_evidence(tmp_path).records) == fold - 1  # folds may differ in their images
+        where = {"dataset": f"esc50,fold={fold}" if fold > 1 else "esc50", "label": f"ESC-50, fold {fold}"}
+        write_run(tmp_path, **where, identity={"dataset": {"fold": fold} | own}, test_images=images)
+    with pytest.raises(
+        UserError, match=r"of the folds of a data set.*unequal.*\(dataset\.deltas: .*one configuration"
+    ):
         read_evidence(tmp_path)
-    shutil.rmtree(tmp_path / "esc50,fold=3")
-    assert len(read_evidence(tmp_path).records) == 4
 
 
 def test_a_fold_of_which_a_run_diverged_is_named_below_the_folds(tmp_path: Path) -> None:
@@ -207,12 +207,20 @@ def test_a_fold_of_which_a_run_diverged_is_named_below_the_folds(tmp_path: Path)
     for norm, status in (("bn", "finished"), ("l2bn", "diverged")):
         options = where | {"identity": {"dataset": {"fold": 3}}, "recipe": "restarts_126"}
         write_run(tmp_path, norm=norm, status=status, **options)
-    assert "diverged and counts in no mean: ESC-50, fold 3, resnet20." in grid_of(tmp_path).partition("## Folds")[2]
+    assert (
+        "diverged and counts in no mean: ESC-50, fold 3, resnet20, restarts\\_126, float32."
+        in grid_of(tmp_path).partition("## Folds")[2]
+    )
 
 
 def test_a_users_own_data_set_may_call_something_else_a_fold(tmp_path: Path) -> None:
     write_pairs(tmp_path, [90.0], [1.0], dataset="mine", identity={"dataset": {"fold": [1, 2]}})
     assert rows_of(tmp_path)[0]["difference"] == "1"
+    for fold in (1, 2):
+        where = {"dataset": f"own,fold={fold}", "label": "Own", "parameters": 100 + fold}
+        write_pairs(tmp_path, [90.0], [1.0], **where, identity={"dataset": {"fold": fold}})
+    assert len(rows_of(tmp_path)) == 3
+    assert "Folds" not in grid_of(tmp_path)
 
 
 def test_sound_does_not_alter_the_correction_over_images(tmp_path: Path) -> None:
@@ -559,6 +567,7 @@ def test_missing_arms_and_seeds_and_diverged_runs_are_counted(tmp_path: Path) ->
     table = grid_of(tmp_path).split("## Best")[0]
     assert "| CIFAR-10 | resnet20 | 91.00 ± 0.82 (4; 1 missing) " in table
     assert "| 91.20 ± 1.10 (3; 1 diverged, 1 missing) | +0.20 [−0.05, +0.45] (3 pairs) |" in table
+    assert "(3 pairs)" in in_terminal(tmp_path)
     assert "| CIFAR-10 | vgg16 | 90.00 (1) | missing | – |" in table
     assert "| CIFAR-100 | vgg16 | missing | 1 diverged | – |" in table
     assert "Recipe of all rows: cosine\\_200, float32." in table
@@ -748,17 +757,15 @@ def test_strict_is_for_scripts_that_must_not_miss_a_bad_record(tmp_path: Path, i
 
 
 @pytest.mark.parametrize(("command", "older"), [("figures", "curves-esc50.png"), ("mechanism", "norms-esc50.svg")])
-def test_a_figure_that_the_records_no_longer_draw_is_named(
-    command: str, older: str, tmp_path: Path, issue: Issue
-) -> None:
+def test_a_figure_that_was_not_drawn_again_is_named(command: str, older: str, tmp_path: Path, issue: Issue) -> None:
     write_run(tmp_path / "runs")
     kept = tmp_path / ("out" if command == "figures" else "out/figures") / older
     kept.parent.mkdir(parents=True)
     kept.touch()
     (kept.parent / "spectrograms.png").touch()  # of another command
     done = issue("report", command, "--runs", tmp_path / "runs", "--out", tmp_path / "out")
-    assert [line for line in done.out.splitlines() if "not drawn" in line] == [
-        f"{kept} is not drawn from these records: delete it, or keep it elsewhere"
+    assert [line for line in done.out.splitlines() if "not drawn now" in line] == [
+        f"{kept} was not drawn now: if it is of older records, delete it"
     ]
     assert kept.exists()
 

@@ -95,11 +95,9 @@ def replacements(model: nn.Module, norm: str | Norm) -> dict[nn.Module, nn.Modul
         graph = any(isinstance(module, GraphModule | torch.jit.ScriptModule) for module in model.modules())
         raise ValueError(
             f"{type(model).__name__} has no batch norm layer to replace: {_norms_in(model)}. "
-            + (
-                f"If batch norm was decomposed or folded in its graph: {UNTRACED}"
-                if graph
-                else "Choose a model, or a norm_layer of it, with batch normalization"
-            )
+            "Choose a model, or a norm_layer of it, with batch normalization"
+            + f"; if it was decomposed or folded in a graph, {UNTRACED}"
+            * graph
         )
     if model in layers:
         raise ValueError(f"the model is itself a {type(model).__name__}, which nothing holds: convert it")

@@ -278,7 +278,8 @@ def environmental_sound(arms: Sequence[Arm]) -> str:
     beside = "; ".join(f"{place}: {'; '.join(found)}" for place, found in measured.items())
     note = f"Environmental sound, which is no evidence on scenes, L2BN − BN: {beside}." if beside else ""
     diverged = _diverged(rows)
-    lost = f"Runs that diverged on environmental sound: {diverged[0]} of BN, {diverged[1]} of L2BN."
+    lost = "Runs that diverged on environmental sound, of those whose seed both have: "
+    lost += f"{diverged[0]} of BN, {diverged[1]} of L2BN."
     return " ".join(filter(None, [note, lost if any(diverged) else ""]))
 
 

@@ -212,10 +212,12 @@ def grid(arms: Iterable[Arm]) -> list[Comparison]:
 
 @dataclass(frozen=True, eq=False)
 class Folds:
-    """Comparisons in one cell but for the fold that is tested, and the seeds that all their arms have."""
+    """Comparisons in one cell but for the fold that is tested, the seeds that all their arms have, and the
+    comparisons of all folds in which a run diverged."""
 
     rows: Mapping[int, Comparison]
     seeds: frozenset[int]
+    diverged: Sequence[Comparison]
 
     @property
     def first(self) -> Comparison:
@@ -232,13 +234,17 @@ def by_fold(comparisons: Iterable[Comparison]) -> list[Folds]:
     groups: dict[tuple[str, ...], dict[int, Comparison]] = defaultdict(dict)
     for row in comparisons:
         cell = row.cell
-        if cell.fold is not None and row.differences():
-            groups[cell.all_folds, cell.backbone, cell.recipe, cell.setting, row.norm][cell.fold] = row
+        if cell.fold is not None:
+            names = (cell.dataset_of_folds, cell.all_folds, cell.backbone, cell.recipe, cell.setting, row.norm)
+            groups[names][cell.fold] = row
     found = []
-    for rows in groups.values():
-        seeds = frozenset.intersection(*(frozenset(arm.of()) for row in rows.values() for arm in row.arms))
-        if len(rows) > 1 and seeds:
-            found.append(Folds(dict(sorted(rows.items())), seeds))
+    for group in groups.values():
+        rows = {fold: row for fold, row in sorted(group.items()) if row.differences()}
+        arms = [frozenset(arm.of()) for row in rows.values() for arm in row.arms]
+        seeds = frozenset.intersection(*arms) if len(rows) > 1 else frozenset()
+        if seeds:
+            diverged = [row for row in group.values() if any(arm.diverged for arm in row.arms)]
+            found.append(Folds(rows, seeds, diverged))
     return found
 
 

@@ -58,6 +58,10 @@ TASKS: Mapping[str, Task] = {
 }
 
 
+_FOLD = re.compile(r", fold (\d+)(?=,|$)")
+"""The fold that is the test set, in the label of a data set."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """The names that two runs must share to be compared: those of the run's folder, overrides included."""
@@ -81,7 +85,12 @@ class Cell:
     @property
     def all_folds(self) -> str:
         """The label of the data set without the fold that is its test set."""
-        return re.sub(r", fold \d+(?=,|$)", "", self.label)
+        return _FOLD.sub("", self.label)
+
+    @property
+    def dataset_of_folds(self) -> str:
+        """The name of the data set without the fold that is its test set."""
+        return re.sub(r",fold=[^,]*", "", self.dataset)
 
     @property
     def order(self) -> tuple[object, ...]:
@@ -96,8 +105,9 @@ def cell_of(record: Record) -> Cell:
     known = dataset if isinstance(dataset, dict) else {}
     own: Task = "sound" if str(known.get("_target_")).startswith("l2bn.data.sound.") else "images"
     task = TASKS.get(record.dataset.partition(",")[0], own)
-    fold = known.get("fold")
-    fold = fold if type(fold) is int else None  # a user's own data set may call something else so
+    told = _FOLD.search(record.label)
+    # A user's own data set may call something else a fold.
+    fold = int(told[1]) if told and known.get("fold") == int(told[1]) else None
     return Cell(record.dataset, record.recipe, record.backbone, record.setting, task=task, fold=fold)
 
 
@@ -204,8 +214,8 @@ def read_evidence(
 
     The same run found twice counts once. `grouping` gives a record's cell and norm if a study groups them
     otherwise; a record without them is left out, as one that cannot be read. Raises UserError where the folder is
-    missing, where two records of one cell, norm and seed hold different results, or where runs of one cell were
-    made under unequal conditions.
+    missing, where two records of one cell, norm and seed hold different results, or where runs of one cell, or of
+    the folds of one data set, were made under unequal conditions.
     """
     if not root.is_dir():
         raise UserError(
@@ -262,12 +272,13 @@ def _check_conditions(records: Iterable[Record], grouping: Grouping) -> None:
     known: dict[tuple[Cell, str, str], tuple[object, Path]] = {}
     holders: dict[tuple[Cell, str, str], set[Path]] = defaultdict(set)
     members: dict[tuple[Cell, str], set[Path]] = defaultdict(set)
+    may_differ: dict[tuple[Cell, str], Sequence[str]] = {}
     for record in records:
         own = _conditions(record)
         scopes = {BY_NAME.of(record): (), grouping.of(record): grouping.varied}
         if (cell := cell_of(record)).fold is not None:
-            dataset = f"all folds of {re.sub(r',fold=[^,]*', '', cell.dataset)}"
-            scopes[replace(cell, dataset=dataset, value=(cell.fold,)), record.norm] = _OF_A_FOLD
+            folds = replace(cell, dataset=f"all folds of {cell.dataset_of_folds}", value=(cell.fold,))
+            scopes[folds, record.norm] = _OF_A_FOLD
         for (cell, norm), varied in scopes.items():
             study = replace(cell, value=())
             for name, value in own.items():
@@ -278,10 +289,11 @@ def _check_conditions(records: Iterable[Record], grouping: Grouping) -> None:
                     raise _unequal(name, (first, value), (folder, record.folder), varied)
                 holders[*scope, name].add(record.folder)
                 members[scope].add(record.folder)
+                may_differ[scope] = varied
     for (cell, norm, name), (value, folder) in known.items():
-        lacking = members[cell, norm] - holders[cell, norm, name]
-        if value and lacking and name not in (*grouping.varied, "images.files"):
-            raise _unequal(name, (value, "no value"), (folder, min(lacking)), grouping.varied)
+        lacking, allowed = members[cell, norm] - holders[cell, norm, name], may_differ[cell, norm]
+        if value and lacking and name not in (*allowed, "images.files"):
+            raise _unequal(name, (value, "no value"), (folder, min(lacking)), allowed)
 
 
 _OF_A_FOLD = ("dataset.fold", "train_images", "test_images", "images.files")
@@ -312,14 +324,18 @@ class _Images:
 def _unequal(
     name: str, values: tuple[object, object], folders: tuple[Path, Path], varied: Sequence[str]
 ) -> UserError:
-    if name in ("train_images", "test_images", "images.files"):
+    of = "of one cell"
+    if varied is _OF_A_FOLD:
+        of = "of the folds of a data set"
+        remedy = "train all folds under one configuration, or give one of them a name of its own by dataset.label"
+    elif name in ("train_images", "test_images", "images.files"):
         remedy = "keep the runs on one set of images, or give the other a name of its own by dataset.label"
     elif varied:
         remedy = f"keep one of them: the runs of this study differ in nothing but {', '.join(varied)}"
     else:
         remedy = "keep one of them, or give the changed config a name of its own"
     return UserError(
-        f"two runs of one cell were made under unequal conditions ({name}: {values[0]} and {values[1]}): "
+        f"two runs {of} were made under unequal conditions ({name}: {values[0]} and {values[1]}): "
         f"{folders[0]} and {folders[1]}; {remedy}"
     )
 

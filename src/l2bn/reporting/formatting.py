@@ -90,6 +90,15 @@ def lost(arm: Arm, missing: int) -> str:
     return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
 
 
+def few_pairs(row: Comparison) -> str:
+    """`(2 pairs)` where an arm has more runs than the difference has pairs; empty elsewhere.
+
+    The difference of the arms' means then is another than that of the pairs.
+    """
+    pairs = len(row.differences())
+    return f"({plural('pair', pairs)})" if 0 < pairs < max(len(arm.of()) for arm in row.arms) else ""
+
+
 def plural(noun: str, count: int) -> str:
     """`1 run`, `2 runs`."""
     return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -36,6 +36,7 @@ from l2bn.reporting.formatting import (
     Table,
     conditions,
     csv_text,
+    few_pairs,
     in_words,
     interval,
     latex,
@@ -46,6 +47,7 @@ from l2bn.reporting.formatting import (
     plural,
     probability,
     signed,
+    title,
 )
 from l2bn.reporting.reference import EPOCHS, Reference
 from l2bn.reporting.statistics import NO_SPREAD, pooled_spread, seeds_needed
@@ -143,10 +145,9 @@ def folds_table(rows: Sequence[Comparison]) -> Table:
         "have no interval: folds share training clips, so their spread says little of another data set or seed."
     )
     every = [row for one in found for row in one.rows.values()]
-    diverged = [row for row in rows if row.cell.fold is not None and any(arm.diverged for arm in row.arms)]
-    lost = [f"{row.cell.label}, {in_words(row.cell.backbone)}" for row in diverged]
     notes = [note, *_differing(every, "L2BN")]
-    notes += [f"A run of BN or L2BN diverged and counts in no mean: {'; '.join(lost)}."] if lost else []
+    if diverged := [title(row.cell) for one in found for row in one.diverged]:
+        notes.append(f"A run of BN or L2BN diverged and counts in no mean: {'; '.join(diverged)}.")
     return _table("Folds", columns, notes, 4)
 
 
@@ -188,17 +189,12 @@ def _letters(number: int) -> str:
 def _accuracies(rows: Sequence[Comparison], norm: str) -> Columns:
     """The columns of both arms, of their difference, and of its p-value."""
     results = [row.difference() for row in rows]
-    # Means over more seeds than the pairs have may differ otherwise than the pairs.
-    pairs = [
-        f" ({plural('pair', result.n)})" if 0 < result.n < max(len(arm.of()) for arm in row.arms) else ""
-        for row, result in zip(rows, results, strict=True)
-    ]
     return {
         "BN (n)": [_accuracy(row, row.reference) for row in rows],
         f"{norm} (n)": [_accuracy(row, row.other) for row in rows],
         f"{norm} − BN [95 % interval]": [
-            signed(result.mean) + ("" if result.low is None else f" {interval(result)}") + of
-            for result, of in zip(results, pairs, strict=True)
+            " ".join(filter(None, [signed(result.mean), "" if result.low is None else interval(result), pairs]))
+            for result, pairs in zip(results, map(few_pairs, rows), strict=True)
         ],
         "p (Holm)": [probability(p, result) for p, result in zip(holm_over(rows), results, strict=True)],
     }

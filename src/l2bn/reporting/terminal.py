@@ -23,7 +23,7 @@ from l2bn.reporting.evidence import (
     unlike_code,
     unlike_devices,
 )
-from l2bn.reporting.formatting import NONE, left_out, lost, mean_interval, mean_std, names_of, setting
+from l2bn.reporting.formatting import NONE, few_pairs, left_out, lost, mean_interval, mean_std, names_of, setting
 
 
 def accuracy_overview(evidence: Evidence) -> RenderableType:
@@ -60,7 +60,7 @@ def _cell(cell: Cell, arms: Sequence[Arm]) -> list[RenderableType]:
     for row in sorted(rows, key=lambda row: (row.norm != BN, row.norm != L2BN)):
         values, rest = row.other.of().values(), lost(row.other, len(seeds - row.other.seeds))
         shown = mean_interval(row.difference()) if row.reference.records else ("", "no BN run")
-        runs = f"{len(values)}{'; ' + rest if rest else ''}"
+        runs = " ".join(filter(None, [f"{len(values)}{'; ' + rest if rest else ''}", few_pairs(row)]))
         # A plain text would be read as rich's markup, and lose what is in brackets.
         own = row.other is row.reference
         table.add_row(Text(row.norm), mean_std(values), *(("", "") if own else shown), runs)
