@@ -15,7 +15,7 @@ from l2bn.records import ENVIRONMENT, read_records
 
 pytestmark = [pytest.mark.services, pytest.mark.slow]
 
-SMALL = ("norm=bn", "dataset.subset=64", "dataset.image_size=16", "dataset.validation=0.05", "recipe.epochs=240")
+SMALL = ("norm=bn", "dataset.subset=64", "dataset.image_size=16", "dataset.validation=0.05", "recipe.epochs=120")
 # A node without GPUs, on which two of the runs find room at a time.
 JOBS = ("hydra.launcher.gpus_per_node=null", "hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=null")
 JOBS += ("+hydra.launcher.additional_parameters.comment=TEXT",)
