@@ -302,7 +302,7 @@ def decodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def uncompiled(
     function: Callable[..., object], tensors: tuple[Tensor | None, ...], *constants: object, **_: object
 ) -> list[Tensor]:
-    """What `autograd.run_kernel` gives, without the seconds that a kernel takes to compile."""
+    """Compute a kernel's formulas in the place of `autograd.run_kernel`, without the seconds that it compiles."""
     result = function(*tensors, *constants)
     return [result] if isinstance(result, Tensor) else list(result)  # type: ignore[call-overload]
 

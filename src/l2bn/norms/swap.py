@@ -93,11 +93,10 @@ def replacements(model: nn.Module, norm: str | Norm) -> dict[nn.Module, nn.Modul
     layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
     if not layers:
         graph = any(isinstance(module, GraphModule | torch.jit.ScriptModule) for module in model.modules())
+        hidden = f"; if it was decomposed or folded in a graph, {UNTRACED}" if graph else ""
         raise ValueError(
             f"{type(model).__name__} has no batch norm layer to replace: {_norms_in(model)}. "
-            "Choose a model, or a norm_layer of it, with batch normalization"
-            + f"; if it was decomposed or folded in a graph, {UNTRACED}"
-            * graph
+            f"Choose a model, or a norm_layer of it, with batch normalization{hidden}"
         )
     if model in layers:
         raise ValueError(f"the model is itself a {type(model).__name__}, which nothing holds: convert it")

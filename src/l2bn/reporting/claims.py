@@ -269,12 +269,12 @@ def environmental_sound(arms: Sequence[Arm]) -> str:
         text = f"{in_words(row.cell.backbone)} {points(result)}, n = {result.n}"
         measured[f"{row.cell.label}, {conditions(row)}, {plural('epoch', row.epochs)}"].append(text)
     for folds in by_fold(sound):
+        first = folds.first
         bn, l2bn = (fmean(folds.accuracies(norm).values()) for norm in (BN, L2BN))
         numbers, seeds = (", ".join(map(str, sorted(found))) for found in (folds.rows, folds.seeds))
-        text = f"{in_words(folds.first.cell.backbone)} {signed(l2bn - bn)} points"
+        text = f"{in_words(first.cell.backbone)} {signed(l2bn - bn)} points"
         text += f" (mean over folds {numbers}, no interval, seed{'s' * (len(folds.seeds) > 1)} {seeds})"
-        place = f"{folds.first.cell.all_folds}, {conditions(folds.first)}, {plural('epoch', folds.first.epochs)}"
-        measured[place].append(text)
+        measured[f"{first.cell.all_folds}, {conditions(first)}, {plural('epoch', first.epochs)}"].append(text)
     beside = "; ".join(f"{place}: {'; '.join(found)}" for place, found in measured.items())
     note = f"Environmental sound, which is no evidence on scenes, L2BN − BN: {beside}." if beside else ""
     diverged = _diverged(rows)

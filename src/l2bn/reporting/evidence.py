@@ -261,6 +261,10 @@ def _distinct(records: Iterable[Record], grouping: Grouping) -> list[Record]:
     return list(kept.values())
 
 
+_OF_A_FOLD = ("dataset.fold", "train_images", "test_images", "images.files")
+"""Dotted names of what may differ between the folds of a data set, which are averaged."""
+
+
 def _check_conditions(records: Iterable[Record], grouping: Grouping) -> None:
     """Raise UserError where runs of one cell, or of one study, were made under unequal conditions.
 
@@ -294,10 +298,6 @@ def _check_conditions(records: Iterable[Record], grouping: Grouping) -> None:
         lacking, allowed = members[cell, norm] - holders[cell, norm, name], may_differ[cell, norm]
         if value and lacking and name not in (*allowed, "images.files"):
             raise _unequal(name, (value, "no value"), (folder, min(lacking)), allowed)
-
-
-_OF_A_FOLD = ("dataset.fold", "train_images", "test_images", "images.files")
-"""What runs may differ in whose folds are averaged."""
 
 
 def _conditions(record: Record) -> dict[str, object]:
