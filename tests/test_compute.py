@@ -31,6 +31,7 @@ from l2bn.training.acceleration import (
     UPDATES,
     Float32Conv2d,
     GraphedModule,
+    prepare,
     should_compile,
     uses_cuda_graphs,
 )
@@ -320,7 +321,7 @@ def test_on_a_cpu_bfloat16_leaves_out_the_convolutions_that_it_makes_slower(
     names = list(layer.state_dict())
     seen: list[bool] = []
     model = nn.Sequential(nn.Conv2d(3, 16, 1), layer, nn.BatchNorm2d(16))
-    compute(device="cpu", precision=precision).prepare(model, CPU, FEW)
+    prepare(model, compute(device="cpu", precision=precision), CPU, FEW)
     assert list(layer.state_dict()) == names
     stock = nn.Conv2d._conv_forward
 
@@ -351,7 +352,7 @@ def test_a_convolution_left_in_float32_computes_what_it_computes_by_itself() -> 
 @pytest.mark.parametrize(("name", "count"), [("mobilenetv2_x0_5", 3), ("shufflenetv2_x0_5", 6), ("resnet20", 0)])
 def test_the_strided_depthwise_convolutions_of_the_grid_stay_in_float32(name: str, count: int) -> None:
     model = backbone(name)
-    compute(device="cpu", precision="bf16-mixed").prepare(model.to_empty(device="cpu"), CPU, FEW)
+    prepare(model.to_empty(device="cpu"), compute(device="cpu", precision="bf16-mixed"), CPU, FEW)
     assert sum(isinstance(layer, Float32Conv2d) for layer in model.modules()) == count
 
 
@@ -360,7 +361,7 @@ def test_a_processor_without_bfloat16_gets_a_warning(
     present: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {BFLOAT16[0]: present, "avx2": True})
-    compute(device="cpu", precision="bf16-mixed").prepare(nn.Sequential(nn.BatchNorm2d(4)), CPU, FEW)
+    prepare(nn.Sequential(nn.BatchNorm2d(4)), compute(device="cpu", precision="bf16-mixed"), CPU, FEW)
     assert any("no bfloat16 instructions" in message for message in caplog.messages) != present
 
 
@@ -384,7 +385,7 @@ def test_an_older_torch_compiles_the_definition_and_the_record_says_so(
     monkeypatch.setattr(torch, "compile", lambda network, **_: network)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     swap_norm(model, norm)
-    assert compute(device="cpu", compile=True).prepare(model, CPU, MANY).kernels == kernels
+    assert prepare(model, compute(device="cpu", compile=True), CPU, MANY).kernels == kernels
 
 
 @pytest.mark.slow

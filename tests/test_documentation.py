@@ -9,6 +9,7 @@ import subprocess
 import sys
 from argparse import ArgumentParser
 from collections.abc import Iterable
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -332,15 +333,15 @@ IMPORTS: dict[str, set[str]] = {
 }
 
 
-def imports(part: str) -> set[str]:
-    """The modules that a part of the package imports, and the names that it takes from them."""
+def imports(path: Path) -> set[str]:
+    """The modules that a file, or those of a folder, import, and the names that they take from them."""
     found: set[str] = set()
-    for path in (ROOT / "src" / part).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+    for file in [path] if path.is_file() else path.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Import):
                 found |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
-                found |= {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
     return found
 
 
@@ -385,11 +386,18 @@ def test_what_a_run_imports_late_is_imported_when_its_code_is_described() -> Non
             )
 
 
+def test_no_files_import_one_another() -> None:
+    """Neither within functions nor for types."""
+    source = ROOT / "src"
+    files = {".".join(path.relative_to(source).with_suffix("").parts): path for path in source.rglob("*.py")}
+    TopologicalSorter({name: imports(path) & files.keys() for name, path in files.items()}).prepare()
+
+
 def test_imports_run_one_way() -> None:
     """As CONTRIBUTING.md says."""
     parts = {path.name for path in (ROOT / "src/l2bn").iterdir() if path.is_dir()}
     for part, others in IMPORTS.items():
-        found = {name.split(".")[1] for name in imports(f"l2bn/{part}") if name.startswith("l2bn.")}
+        found = {name.split(".")[1] for name in imports(ROOT / "src/l2bn" / part) if name.startswith("l2bn.")}
         assert found & parts - {part} == others, part
     scripts = {"scripts", *(path.stem for path in (ROOT / "scripts").glob("*.py"))}
-    assert not scripts & {name.split(".")[0] for name in imports(".")}
+    assert not scripts & {name.split(".")[0] for name in imports(ROOT / "src")}

@@ -28,6 +28,7 @@ from l2bn.norms.l2bn import convert
 from l2bn.norms.swap import swap_norm
 from l2bn.records import Fingerprint
 from l2bn.seeding import generator
+from l2bn.training.acceleration import prepare
 from l2bn.training.compute import Compute
 from l2bn.training.loop import DelayedMin, Position, Trainer
 from l2bn.training.optim import Cosine, Recipe
@@ -105,7 +106,7 @@ def trainer(
         world_size=fabric.world_size,
         channels_last=placing.channels_last,
     )
-    prepared = placing.prepare(net, fabric.device, updates=STEPS)
+    prepared = prepare(net, placing, fabric.device, updates=STEPS)
     model, optimizer = fabric.setup(prepared.trained, recipe(lr).optimizer(prepared.network))
     made = Losses(
         fabric=fabric,

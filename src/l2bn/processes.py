@@ -1,10 +1,12 @@
-"""Helper processes: they end with the process that started them, and leave signals to it."""
+"""Processes: their cores and messages; helpers end with the process that started them, and leave signals to it."""
 
 import ctypes
+import logging
 import multiprocessing
 import os
 import signal
 import sys
+import warnings
 
 _OTHER = (
     *("SIGKILL", "SIGSTOP"),  # cannot be handled
@@ -45,6 +47,13 @@ def leave_signals_to_parent() -> None:
     """Ignore requests to stop: they reach a whole process group, and the parent decides for its helpers."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def silence_libraries() -> None:
+    """Silence library messages users cannot act on."""
+    for name, level in (("lightning_fabric", logging.WARNING), ("torch.utils.cpp_extension", logging.ERROR)):
+        logging.getLogger(name).setLevel(level)
+    warnings.filterwarnings("ignore", module="lightning_fabric")
 
 
 def available_cores() -> int:

@@ -26,6 +26,7 @@ from l2bn.data.loader import evaluation_loader, training_loader
 from l2bn.data.splits import Images, Splits, make_splits
 from l2bn.norms.l2bn import convert
 from l2bn.norms.swap import swap_norm
+from l2bn.training.acceleration import prepare
 from l2bn.training.compute import Compute
 from l2bn.training.instantiate import CONFIGS, Builder
 from l2bn.training.loop import Position, Trainer
@@ -157,7 +158,7 @@ def trainer_of(workload: Workload, model: nn.Module, learning: Recipe, placing: 
     """This project's trainer of a model on the images of a workload."""
     placing.set_up()
     fabric = placing.fabric()
-    prepared = placing.prepare(model, fabric.device, updates=0)
+    prepared = prepare(model, placing, fabric.device, updates=0)
     trained, optimizer = fabric.setup(prepared.trained, learning.optimizer(prepared.network))
     splits = workload.splits
     options: dict[str, Any] = {"splits": splits, "device": fabric.device}

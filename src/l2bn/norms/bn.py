@@ -2,7 +2,8 @@
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from l2bn.norms.stepped import SteppedBatchNorm, check_options
+from l2bn.norms.stepped import SteppedBatchNorm
+from l2bn.norms.stock import check_options
 
 
 def convert(bn: _BatchNorm, eps: float | None = None, momentum: float | None = None) -> _BatchNorm:

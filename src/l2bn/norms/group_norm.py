@@ -8,8 +8,7 @@ layer's channels. Weight and bias are the batch norm's own; there are no running
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from l2bn.norms.stepped import check_options
-from l2bn.norms.swap import in_place_of, stock_name
+from l2bn.norms.stock import check_options, in_place_of, stock_name
 
 BN_SHAPED = False
 

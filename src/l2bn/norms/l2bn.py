@@ -29,7 +29,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from l2bn.kernels import autograd
 from l2bn.kernels.compiler import DEVICES, Fused, compiler_works, needs_plain_operators
 from l2bn.kernels.formulas import Scale, State, check_scale, normalized, widened
-from l2bn.norms.stepped import Activated, SteppedBatchNorm, count_batch, stepped, takes_batch_statistics
+from l2bn.norms.stepped import SteppedBatchNorm, stepped
+from l2bn.norms.stock import Activated, count_batch, takes_batch_statistics
 
 logger = logging.getLogger(__name__)
 

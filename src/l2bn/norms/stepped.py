@@ -18,18 +18,25 @@ layer, and AttributeError, so that `hasattr` and `inspect.getmembers` go on.
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.proxy import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from l2bn.kernels.formulas import Scale, State, batch_norm, check_scale, widened
-from l2bn.norms.swap import ESTIMATED_ELSEWHERE, in_place_of, stock_name
-
-if TYPE_CHECKING:
-    from l2bn.norms.sync import Joint
+from l2bn.norms.stock import (
+    ESTIMATED_ELSEWHERE,
+    Activated,
+    check_call,
+    check_options,
+    count_batch,
+    in_place_of,
+    state_of,
+    stock_name,
+    takes_batch_statistics,
+)
+from l2bn.norms.sync import LeafBatchNorm
 
 logger = logging.getLogger(__name__)
 
@@ -39,33 +46,6 @@ Step = Callable[[Tensor, Scale], Tensor]
 
 class NotBatchNormError(TypeError, AttributeError):
     """A conversion took the layer for batch norm alone."""
-
-
-class LeafBatchNorm(_BatchNorm):
-    """Batch norm whose statistics may be joint across ranks.
-
-    torch.fx records it as one node, as it does torch's own layers; torch.jit.script is refused.
-    """
-
-    joint: "Joint | None" = None  # set by l2bn.norms.sync.convert_sync
-
-    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
-        # Here, because the hooks, which run at each call of the node, must not run while it is recorded.
-        for x in args or kwargs.values():
-            if isinstance(x, Proxy):
-                path = x.tracer.path_of_module(self)  # type: ignore[attr-defined]
-                return x.tracer.create_proxy("call_module", path, args, kwargs)
-        return super()._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-    def __prepare_scriptable__(self) -> None:  # torch.jit.script calls it
-        raise TypeError(f"{type(self).__name__} can't be scripted: use torch.jit.trace or torch.export")
-
-    def _activated(self, y: Tensor) -> Tensor:
-        return y
-
-    def _shares_batch(self) -> bool:
-        """Return whether the batch statistics are taken over more than this process's samples."""
-        return self.joint is not None and self.joint.is_active(self)
 
 
 class SteppedBatchNorm(LeafBatchNorm):
@@ -152,16 +132,6 @@ class SteppedBatchNorm(LeafBatchNorm):
         )
 
 
-class Activated:
-    """Dropout and activation behind a norm, in place of timm's `BatchNormAct2d`, whose modules the layer holds."""
-
-    drop: nn.Module
-    act: nn.Module
-
-    def _activated(self, y: Tensor) -> Tensor:
-        return self.act(self.drop(y))
-
-
 _warned: object = None
 
 
@@ -176,67 +146,6 @@ def _warn_of_foreign_estimates(missing: object) -> None:
         "layers, and in the last case all is well; else their %s",
         ESTIMATED_ELSEWHERE,
     )
-
-
-def state_of(layer: _BatchNorm) -> State:
-    """Return the tensors that a call uses. It reads them once, because a module's attributes are slow."""
-    if layer.training and not layer.track_running_stats:
-        return State(layer.weight, layer.bias, None, None)
-    return State(layer.weight, layer.bias, layer.running_mean, layer.running_var)
-
-
-def count_batch(layer: _BatchNorm, state: State) -> float | Tensor | None:
-    """Count a batch; return its weight in the running statistics (torch's `exponential_average_factor`).
-
-    None if they stay.
-    """
-    if not layer.training or state.mean is None:
-        return None
-    batches = layer.num_batches_tracked
-    if batches is None:
-        return layer.momentum
-    batches.add_(1)
-    return 1.0 / batches if layer.momentum is None else layer.momentum
-
-
-def takes_batch_statistics(state: State, training: bool) -> bool:
-    return training or state.mean is None
-
-
-def check_call(x: Tensor, state: State, eps: float, *, training: bool, joint: bool = False) -> None:
-    """Raise what batch norm raises for such an input, eps, weights or statistics; the kernels check nothing.
-
-    With `joint` other ranks have values too, so that one value a channel is enough here.
-    """
-    if not x.is_floating_point() or x.layout is not torch.strided:
-        advice = "; put a DeQuantStub before the layer and a QuantStub behind it" if x.is_quantized else ""
-        raise NotImplementedError(f'"batch_norm" not implemented for {x.dtype} in layout {x.layout}{advice}')
-    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        return  # sizes are tensors there; batch norm itself checks them
-    channels = x.shape[1]
-    for name, tensor in (
-        ("running_mean", state.mean),
-        ("running_var", state.var),
-        ("weight", state.weight),
-        ("bias", state.bias),
-    ):
-        if tensor is None:
-            continue
-        if tensor.numel() != channels:
-            raise RuntimeError(f"{name} should contain {channels} elements not {tensor.numel()}")
-        if tensor.dtype != x.dtype and (tensor.dtype != torch.float32 or x.dtype == torch.float64):
-            raise RuntimeError(
-                f"mixed dtype: {name} is {tensor.dtype}, the input {x.dtype}; accepted is the input's own type, "
-                "and torch.float32 for an input of half precision"
-            )
-    if (state.mean is None) != (state.var is None):
-        raised = ValueError if training else RuntimeError
-        raise raised("running_mean and running_var must be given together or not at all")
-    if takes_batch_statistics(state, training):
-        if not eps > 0:
-            raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
-        if x.numel() == channels and not joint:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
 
 
 class SteppedBatchNorm1d(SteppedBatchNorm, nn.BatchNorm1d): ...
@@ -290,11 +199,3 @@ def put_before(
     layer = stepped(bn, COUNTERPARTS, scale, eps, momentum)
     layer.step = step
     return layer
-
-
-def check_options(eps: float | None, momentum: float | None) -> None:
-    """Raise ValueError for an eps or momentum, other than None, that batch norm can't compute with."""
-    if eps is not None and eps <= 0:
-        raise ValueError(f"eps must be greater than 0, not {eps}")
-    if momentum is not None and not 0 <= momentum <= 1:
-        raise ValueError(f"momentum must lie in [0, 1], not {momentum}")

@@ -4,7 +4,6 @@ The layers are replaced after the model is built, so that any model will do, and
 same parameters and the same random state with every norm: a comparison of two norms is paired.
 """
 
-import copy
 import functools
 import inspect
 import logging
@@ -14,25 +13,17 @@ from importlib import import_module
 from importlib.util import find_spec
 from pkgutil import iter_modules
 from types import CellType, FunctionType, MethodType
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils.parametrize import is_parametrized
 
 Norm = Callable[..., nn.Module]
-Layer = TypeVar("Layer", bound=nn.Module)
 logger = logging.getLogger(__name__)
 
-ESTIMATED_ELSEWHERE = (
-    "running statistics were estimated by other layers than those that use them now: train, or call "
-    "torch.optim.swa_utils.update_bn, before you evaluate"
-)
 UNTRACED = "swap the norm of the untraced model, then trace it"
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # attributes, hooks among them
-STOCK = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def swap_norm(model: nn.Module, norm: str | Norm) -> int:
@@ -62,10 +53,11 @@ def swap_norm(model: nn.Module, norm: str | Norm) -> int:
         len(layers),
         ", ".join(sorted({type(layer).__name__ for layer in layers.values()})),
     )
+    from l2bn.norms.l2bn import warn_of_options  # here: what follows is about L2BN and its controls
+    from l2bn.norms.stock import ESTIMATED_ELSEWHERE
+
     if any(_keeps_estimate(layer, other) for layer, other in layers.items()):
         logger.warning(ESTIMATED_ELSEWHERE)
-    from l2bn.norms.l2bn import warn_of_options  # here, because that module imports this one
-
     warn_of_options(layers)
     return len(layers)
 
@@ -172,66 +164,6 @@ def _modules_in(value: object, seen: set[int]) -> Iterator[nn.Module]:
 def norm_layers(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the batch norm layers of `model`: BN, L2BN and the controls that subclass it."""
     return tuple(name for name, layer in model.named_modules() if isinstance(layer, _BatchNorm))
-
-
-def stock_name(bn: nn.Module) -> str:
-    """Classify a layer: "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", or "BatchNormAct2d", which is timm's.
-
-    Raises TypeError for any other layer, and for one with behaviour that a replacement would lose.
-    """
-    name = f"{type(bn).__module__}.{type(bn).__qualname__}"
-    if isinstance(bn, nn.modules.lazy.LazyModuleMixin):
-        raise TypeError(f"{name} has no shape yet: run the model once, then swap its norm")
-    stock: type[nn.Module]
-    for stock in STOCK:
-        if isinstance(bn, stock) and type(bn).forward is stock.forward:
-            break
-    else:
-        from timm.layers.norm_act import BatchNormAct2d  # here, for a slow import that few models need
-
-        stock = BatchNormAct2d
-        if not isinstance(bn, stock):
-            raise TypeError(
-                f"no norm can stand for {name}: accepted are nn.BatchNorm1d, 2d and 3d, timm's BatchNormAct2d, and "
-                "subclasses that override nothing. Give swap_norm a callable that handles this layer. Statistics "
-                "joint across ranks come after the swap, by l2bn.norms.sync.convert_sync"
-            )
-    if reason := _behaviour_to_lose(bn, stock):
-        raise TypeError(f"no norm can stand for {name}: {reason}")
-    return stock.__name__
-
-
-def _behaviour_to_lose(bn: nn.Module, stock: type[nn.Module]) -> str | None:
-    """Say why a layer of another class would not behave as `bn` does, or return None."""
-    if is_parametrized(bn):
-        return "its parameters are parametrized; swap the norm first, then parametrize"
-    added = [cls for cls in type(bn).__mro__ if cls not in stock.__mro__]
-    defined = {n for cls in added for n, value in vars(cls).items() if not n.startswith("__") or callable(value)}
-    if own := sorted(defined - {"__init__", "__annotate__", "__annotate_func__", "extra_repr"}):
-        return f"its class has {', '.join(own)} of its own, which the replacement would not have"
-    if own := sorted(name for name in vars(bn) if callable(getattr(stock, name, None))):
-        return f"its {', '.join(own)} was replaced on this layer; swap the norm first, then replace it"
-    if bn._compiled_call_impl is not None:
-        return "it was compiled by itself; swap the norm first, then compile"
-    if any(getattr(hook, "with_module", False) for hook in bn._load_state_dict_pre_hooks.values()):
-        return (
-            "it has a load_state_dict pre-hook, which is bound to it; swap the norm first, then register the hook"
-        )
-    return None
-
-
-def in_place_of(bn: nn.Module, cls: type[Layer]) -> Layer:
-    """Return a layer of class `cls` that holds everything `bn` holds.
-
-    Parameters, buffers and inner modules are the same objects; hooks, mode, persistence of buffers and a user's own
-    attributes are carried over too. `bn` is not changed.
-    """
-    layer = cls.__new__(cls)
-    layer.__dict__.update(vars(bn))
-    for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-        layer.__dict__[name] = copy.copy(getattr(bn, name))
-    # Hooks stay in the same dictionaries, so that their handles can still remove them.
-    return layer
 
 
 def _named(name: str) -> Norm:

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.fx.proxy import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from l2bn.kernels.formulas import State, update_running, widened
-from l2bn.norms.stepped import Activated, LeafBatchNorm, check_call, count_batch, state_of
-from l2bn.norms.swap import stock_name
+from l2bn.norms.stock import Activated, check_call, count_batch, state_of, stock_name
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +88,33 @@ class Joint:
         with torch.no_grad():
             update_running(state.mean, state.var, mean, variance, count_batch(layer, state), count)
         return y
+
+
+class LeafBatchNorm(_BatchNorm):
+    """Batch norm whose statistics may be joint across ranks.
+
+    torch.fx records it as one node, as it does torch's own layers; torch.jit.script is refused.
+    """
+
+    joint: Joint | None = None  # set by `convert_sync`
+
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        # Here, because the hooks, which run at each call of the node, must not run while it is recorded.
+        for x in args or kwargs.values():
+            if isinstance(x, Proxy):
+                path = x.tracer.path_of_module(self)  # type: ignore[attr-defined]
+                return x.tracer.create_proxy("call_module", path, args, kwargs)
+        return super()._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def __prepare_scriptable__(self) -> None:  # torch.jit.script calls it
+        raise TypeError(f"{type(self).__name__} can't be scripted: use torch.jit.trace or torch.export")
+
+    def _activated(self, y: Tensor) -> Tensor:
+        return y
+
+    def _shares_batch(self) -> bool:
+        """Return whether the batch statistics are taken over more than this process's samples."""
+        return self.joint is not None and self.joint.is_active(self)
 
 
 class _SyncBatchNorm(LeafBatchNorm):

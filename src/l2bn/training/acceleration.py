@@ -1,4 +1,4 @@
-"""Acceleration of a network: torch.compile, CUDA graphs, and on a CPU bfloat16 where it is no slower.
+"""A network on its device, and its acceleration: torch.compile, CUDA graphs, bfloat16 where a CPU is no slower.
 
 A CUDA graph is the kernels of a training step, recorded once and replayed at every later step. The host needs
 longer to launch the kernels of a small network one by one than the GPU to run them; it launches a graph at once.
@@ -8,26 +8,43 @@ Figures are in results/benchmarks/README.md.
 import gc
 import logging
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from l2bn.errors import UserError
-from l2bn.kernels.compiler import DEVICES, TRACED, compiler_works
-from l2bn.training.compute import Compile, Compute, Prepared
+from l2bn.kernels.compiler import DEVICES, TRACED, compiler_works, select_kernels
+from l2bn.norms.sync import convert_sync
+from l2bn.training.compute import Compile, Compute
 
 log = logging.getLogger(__name__)
 
 
-def accelerate(
-    compute: Compute, network: nn.Module, kernels: str, device: torch.device, updates: int, in_memory: bool
-) -> Prepared:
-    """Compile or record a network as `compute.compile` has it.
+class Prepared(NamedTuple):
+    """A network on its device."""
 
-    kernels: those of its layers. The other arguments are those of `Compute.prepare`. Raises UserError.
+    network: nn.Module  # the weights, for evaluation and checkpoints
+    trained: nn.Module  # the same network, possibly compiled or recorded
+    kernels: str  # the kernels it runs on, as in `Record.kernels`
+
+
+def prepare(
+    model: nn.Module, compute: Compute, device: torch.device, updates: int, in_memory: bool = False
+) -> Prepared:
+    """Move a model to its device for a run of `updates` steps; compile or record it as `compute.compile` has it.
+
+    in_memory: whether its images are all in memory. Raises UserError, see `should_compile`.
     """
+    network = model.to(device)
+    if compute.channels_last:
+        network.to(memory_format=torch.channels_last)
+    if compute.sync_bn:
+        convert_sync(network)
+    if compute.precision == "bf16-mixed" and device.type == "cpu":
+        keep_in_float32(network)
+    kernels = select_kernels(network, device, updates)
     if uses_cuda_graphs(compute, network, device, in_memory):
         return Prepared(network, GraphedModule(network), f"{kernels}+graphs")
     if should_compile(compute.compile, network, device, updates):
@@ -95,7 +112,7 @@ HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_h
 
 
 def uses_cuda_graphs(compute: Compute, network: nn.Module, device: torch.device, in_memory: bool) -> bool:
-    """Return whether a run replays CUDA graphs; `Compute.prepare` has the arguments.
+    """Return whether a run replays CUDA graphs; `prepare` has the arguments.
 
     "auto" does where that was measured to work: on one device, without autocast, for images in memory. Other
     images are copied by a thread, and what it calls may not be called while a graph is recorded.

@@ -128,6 +128,8 @@ def _measure_hours(model: nn.Module, usual: Usual) -> float:
     As a run with batch norm computes, `compute=auto`, but not compiled; L2BN costs about as much
     (results/benchmarks/step.md). Without evaluation, optimizer and what loading images adds.
     """
+    from l2bn.training.acceleration import prepare  # here: a list is seldom timed
+
     recipe, auto = (
         yaml.safe_load((CONFIGS / name).read_text(encoding="utf-8"))
         for name in (f"recipe/{usual.recipe}.yaml", "compute/auto.yaml")
@@ -135,7 +137,7 @@ def _measure_hours(model: nn.Module, usual: Usual) -> float:
     placing = Compute(**auto)
     placing.set_up()
     device = placing.fabric().device
-    model = placing.prepare(model.train(), device, updates=0, in_memory=usual is CIFAR).trained
+    model = prepare(model.train(), placing, device, updates=0, in_memory=usual is CIFAR).trained
     images = torch.randn(usual.timed_batch, 3, usual.image_size, usual.image_size, device=device)
     images = images.to(memory_format=torch.channels_last)
     labels = torch.zeros(usual.timed_batch, dtype=torch.long, device=device)

@@ -1,20 +1,14 @@
-"""Settings of the computation: devices, precision, threads, CPU memory.
-
-What makes a network fast is imported where a network is prepared, and is not needed to read this file: L2BN's
-kernels, compilation, CUDA graphs, bfloat16 on a CPU.
-"""
+"""Settings of the computation: devices, precision, threads, CPU memory; see `acceleration.prepare`."""
 
 import ctypes
 import logging
 import os
-import warnings
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment, find_free_network_port
-from torch import nn
 
 from l2bn.processes import available_cores
 
@@ -26,13 +20,6 @@ GPU_PRECISIONS = ("16-mixed", "tf32-mixed")  # precisions that a CPU lacks
 
 AMPERE = (8, 0)  # the compute capability from which on GPUs have TF32 and bfloat16
 MOST = 1024  # threads or workers: far above what a machine has, far below what brings one down
-
-
-def silence_libraries() -> None:
-    """Silence library messages users cannot act on."""
-    for name, level in (("lightning_fabric", logging.WARNING), ("torch.utils.cpp_extension", logging.ERROR)):
-        logging.getLogger(name).setLevel(level)
-    warnings.filterwarnings("ignore", module="lightning_fabric")
 
 
 class _ThisMachine(LightningEnvironment):
@@ -50,14 +37,6 @@ class _ThisMachine(LightningEnvironment):
 
     def node_rank(self) -> int:
         return 0
-
-
-class Prepared(NamedTuple):
-    """A network on its device."""
-
-    network: nn.Module  # the weights, for evaluation and checkpoints
-    trained: nn.Module  # the same network, possibly compiled or recorded
-    kernels: str  # the kernels it runs on, as in `Record.kernels`
 
 
 def check_numbers(devices: int, threads: int | None, workers: int) -> None:
@@ -157,24 +136,6 @@ class Compute:
             precision="32-true" if self.precision == "tf32-mixed" else self.precision,
             plugins=_ThisMachine(),
         )
-
-    def prepare(self, model: nn.Module, device: torch.device, updates: int, in_memory: bool = False) -> Prepared:
-        """Move a model to its device for a run of `updates` steps.
-
-        in_memory: whether its images are all in memory. Raises UserError, see `acceleration.should_compile`.
-        """
-        from l2bn.kernels.compiler import select_kernels
-        from l2bn.norms.sync import convert_sync
-        from l2bn.training.acceleration import accelerate, keep_in_float32
-
-        network = model.to(device)
-        if self.channels_last:
-            network.to(memory_format=torch.channels_last)
-        if self.sync_bn:
-            convert_sync(network)
-        if self.precision == "bf16-mixed" and device.type == "cpu":
-            keep_in_float32(network)
-        return accelerate(self, network, select_kernels(network, device, updates), device, updates, in_memory)
 
 
 # CPU memory.

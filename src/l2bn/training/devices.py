@@ -15,8 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from l2bn.errors import UserError, optional_output
 from l2bn.failures import RESUMES
-from l2bn.processes import follow_parent
-from l2bn.training.compute import silence_libraries
+from l2bn.processes import follow_parent, silence_libraries
 from l2bn.training.interruption import EXIT_CODE, Interruption
 
 Task = Callable[[Fabric, Interruption], None]

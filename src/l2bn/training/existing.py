@@ -19,7 +19,7 @@ from l2bn.analysis.probe import Probe
 from l2bn.data.loader import Loader
 from l2bn.errors import UserError, expand
 from l2bn.failures import checkpoint_errors
-from l2bn.processes import available_cores
+from l2bn.processes import available_cores, silence_libraries
 from l2bn.records import (
     CONFIG,
     FEATURES,
@@ -34,8 +34,9 @@ from l2bn.records import (
     without_machine_paths,
     write_lines,
 )
+from l2bn.training.acceleration import prepare
 from l2bn.training.checkpoint import Checkpoints
-from l2bn.training.compute import GPU_PRECISIONS, silence_libraries
+from l2bn.training.compute import GPU_PRECISIONS
 from l2bn.training.environment import warn_of_other_source
 from l2bn.training.instantiate import flatten
 from l2bn.training.interruption import run_lock
@@ -193,7 +194,7 @@ class OpenedRun:
         warn_of_other_source(folder, planned.config)
         built.compute.set_up()
         fabric = built.compute.fabric()
-        network = built.compute.prepare(built.model, fabric.device, updates=0).network
+        network = prepare(built.model, built.compute, fabric.device, updates=0).network
         _, test = make_loaders(built, fabric)
         return cls(folder, built, fabric, network, test, Checkpoints(folder / CHECKPOINTS, []))
 

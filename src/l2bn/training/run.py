@@ -16,10 +16,11 @@ from l2bn.data.splits import Splits
 from l2bn.errors import UserError
 from l2bn.failures import note_failure, run_errors
 from l2bn.norms.swap import norm_layers, replacements, swap_norm
+from l2bn.processes import silence_libraries
 from l2bn.records import CONFIG, STATISTICS, SUMMARY, Fingerprint, InvalidRecordError, Record, read_features
 from l2bn.seeding import derive_seed, seed_global
 from l2bn.training.checkpoint import CheckpointPolicy
-from l2bn.training.compute import Compute, check_numbers, silence_libraries
+from l2bn.training.compute import Compute, check_numbers
 from l2bn.training.environment import describe_code, warn_of_other_source
 from l2bn.training.interruption import EXIT_CODE, LockedError, is_locked
 from l2bn.training.observation import AnalysisPolicy, check_observable

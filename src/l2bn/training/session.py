@@ -95,6 +95,8 @@ class Session:
         self, fabric: Fabric, built: BuiltRun, interruption: Interruption, stack: contextlib.ExitStack
     ) -> None:
         """`stack` closes what the session opens."""
+        from l2bn.training.acceleration import prepare  # here: a network's speed is no part of this file
+
         import_options()  # in a process of its own, too
         self.fabric, self.built, self.interruption = fabric, built, interruption
         self.leaving = DelayedMin()
@@ -109,8 +111,9 @@ class Session:
         self.classes = built.splits.num_classes
         # Several processes share the memory of this run: its images may stay there, its weights must not.
         own = copy.deepcopy(built.model) if fabric.world_size > 1 else built.model
-        self.network, trained, kernels = built.compute.prepare(
+        self.network, trained, kernels = prepare(
             own,
+            built.compute,
             fabric.device,
             updates=self.epochs * self.steps,
             in_memory=isinstance(built.splits.train, Images),
