@@ -14,11 +14,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import import_module
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import version
 from importlib.util import resolve_name
 from itertools import accumulate
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -126,7 +126,8 @@ def note_start(folder: Path, device: torch.device, kernels: str, code: Mapping[s
 def own_source(config: Mapping[str, Any]) -> str | None:
     """Return a digest over the user's own modules that the `_target_`s of a configuration have imported, or None.
 
-    Own is what belongs neither to this package nor to an installed one. The modules that these import count, too.
+    Own is what belongs neither to this package nor to an installed one. The modules that these import, now or
+    later, count, too.
     """
     found: dict[str, str] = {}
     for place, name in flatten(config):
@@ -134,7 +135,8 @@ def own_source(config: Mapping[str, Any]) -> str | None:
             module = str(name)
             while module and module not in sys.modules:  # a class's method has two names behind the module's
                 module = module.rpartition(".")[0]
-            _add_own(module, found)
+            if module:
+                _add_own(module, found)
     return _digest(found) if found else None
 
 
@@ -150,23 +152,35 @@ def warn_of_other_source(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _add_own(name: str, found: dict[str, str]) -> None:
-    own = _own(sys.modules[name]) if name in sys.modules and name not in found else None
-    if own is not None:
-        found[name], imported = own
-        for other in imported:
-            _add_own(other, found)
+    spec = _spec(name)
+    if spec is None or name in found or (content := _own(Path(spec.origin or ""))) is None:
+        return
+    found[name] = hashlib.sha256(content).hexdigest()
+    package = name if spec.submodule_search_locations else name.rpartition(".")[0]
+    for other in _imports(content, package):
+        _add_own(other, found)
+
+
+def _spec(name: str) -> ModuleSpec | None:
+    """Find a module without importing it: a function may import it later, and the code is the same all the time."""
+    if name in sys.modules:
+        return getattr(sys.modules[name], "__spec__", None)
+    package = name.rpartition(".")[0]
+    if not package:
+        return PathFinder.find_spec(name)
+    above = _spec(package)
+    places = above.submodule_search_locations if above is not None else None
+    return PathFinder.find_spec(name, places) if places is not None else None
 
 
 @functools.cache
-def _own(module: ModuleType) -> tuple[str, list[str]] | None:
-    """Return the digest of a module's file and the names that it imports; None unless it is the user's own."""
-    file = Path(getattr(module, "__file__", None) or "")
+def _own(file: Path) -> bytes | None:
+    """Return the content of a module's file at the first call; None unless it is the user's own."""
     if not file.is_file() or INSTALLED.intersection(file.parts):
         return None
     if file.is_relative_to(PACKAGE) or file.is_relative_to(STANDARD):
         return None
-    content = file.read_bytes()
-    return hashlib.sha256(content).hexdigest(), list(_imports(content, getattr(module, "__package__", None) or ""))
+    return file.read_bytes()
 
 
 def _imports(content: bytes, package: str) -> Iterator[str]:
