@@ -13,7 +13,7 @@ import yaml
 
 from conftest import ROOT, finish, planned, start, train_in
 from l2bn.errors import UserError
-from l2bn.training import environment
+from l2bn.training import environment, instantiate
 from l2bn.training.environment import own_source
 from l2bn.training.existing import evaluate_run, replay
 from l2bn.training.instantiate import Builder
@@ -21,6 +21,8 @@ from l2bn.training.run import check, launch
 from l2bn.training.session import BuiltRun
 
 MODULE = """
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -128,6 +130,17 @@ def misnamed(classes: int) -> nn.Module:
 
 def forgetful(bn: nn.Module) -> nn.Module:
     bn.eps = 0.1
+
+def but_last(bn: nn.Module, last: bool) -> nn.Module:
+    return bn if last else nn.Sequential(nn.Hardtanh(), bn)
+
+def polynomial(epoch: float, epochs: int, power: int) -> float:
+    return (1 - epoch / epochs) ** power
+
+class Activated(Unused):
+    def __init__(self, num_classes: int, act: Callable[..., nn.Module]) -> None:
+        super().__init__(num_classes)
+        self.spare = act()
 """
 
 
@@ -139,6 +152,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "norm/clipped": {"defaults": ["_base"], "limit": 3.0},
         "norm/forgetful": {"_target_": "own_parts.forgetful", "_partial_": True},
         "norm/whole": {"_target_": "own_parts.forgetful"},
+        "norm/but_last": {"_target_": "own_parts.but_last", "_partial_": True},
         "norm/_base": {"_target_": "own_parts.convert", "_partial_": True},
         "backbone/tiny": {"_target_": "own_parts.network", "width": 4},
         "dataset/mine": yaml.safe_load((ROOT / "configs/dataset/digits.yaml").read_text())
@@ -191,6 +205,7 @@ def test_other_code_of_an_ended_run_is_told(mine: Path, tmp_path: Path, caplog: 
     assert "other code of yours" not in caplog.text
     (tmp_path / "modules/own_parts.py").write_text(MODULE.replace("Hardtanh(-limit", "Hardtanh(-2 * limit"))
     sys.modules.pop("own_parts")  # as in a new process
+    environment._own.cache_clear()
     train()
     assert "was trained with other code of yours than there is now" in caplog.text
 
@@ -215,15 +230,23 @@ def test_the_code_of_a_run_is_that_which_was_imported(
     assert start["own_source"] == before is not None
 
 
-def test_own_code_is_that_of_all_own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("function", ["", "def convert(bn): "])
+def test_own_code_is_that_of_all_own_modules(
+    function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether a module is imported at once or within a function, and whether that was called."""
     monkeypatch.syspath_prepend(tmp_path)
+    for name in ("own_user", "own_helper"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     (tmp_path / "own_helper.py").write_text("limit = 1\ndef helper(): ...\n")
-    (tmp_path / "own_user.py").write_text("import torch\nfrom own_helper import helper\ndef convert(bn): ...\n")
+    (tmp_path / "own_user.py").write_text(f"import torch\n{function}from own_helper import helper\n")
     node = {"norm": {"_target_": "own_user.convert", "inner": {"_target_": "torch.nn.ReLU"}}}
     assert own_source(node) is None, "not imported"
     importlib.import_module("own_user")
     before = own_source(node)
     assert before is not None
+    importlib.import_module("own_helper")
+    assert own_source(node) == before
     assert own_source({"norm": {"_target_": "l2bn.norms.bn.convert"}}) is None
     (tmp_path / "own_helper.py").write_text("limit = 2\ndef helper(): ...\n")
     environment._own.cache_clear()
@@ -272,6 +295,8 @@ def test_a_module_of_which_only_values_are_imported_is_own_code_too(
         ("str | Path", "a/b", "a/b"),
         ("Making", "{_target_: torch.relu, _partial_: true}", None),
         ("Options", "{a: 1}", {"a": 1}),
+        ("List", "[8, 16]", [8, 16]),
+        ("Optional[List]", "8", "v must be a list or null, not 8"),
         ("list[Any]", "[{_target_: builtins.int}]", "v holds a node with a _target_, which would not be built"),
         ("Any", "{a: {b: {_target_: builtins.int}}}", "v holds a node with a _target_"),
         ("int, on: int = 0", "1\non: 2", "unknown key norm.True"),
@@ -284,7 +309,7 @@ def test_own_parts_may_have_any_types(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "hinted", raising=False)
     (tmp_path / "hinted.py").write_text(
-        "from pathlib import Path\nfrom typing import Any, Literal, Protocol, TypedDict\n"
+        "from pathlib import Path\nfrom typing import Any, List, Literal, Optional, Protocol, TypedDict\n"
         "class Making(Protocol):\n    def __call__(self) -> int: ...\n"
         f"class Options(TypedDict):\n    a: int\n\ndef part(v: {hint}): return [v]\n"
     )
@@ -298,6 +323,28 @@ def test_own_parts_may_have_any_types(
     else:
         (value,) = builder.build(yaml.safe_load(text), "norm")
         assert got is None or (value == got and type(value) is type(got))
+
+
+def test_a_function_may_be_a_schedule_and_an_argument(mine: Path, tmp_path: Path) -> None:
+    """What the caller passes is not asked for: a schedule's two arguments, a norm's layer and `last`."""
+    schedule: dict[str, object] = {"_target_": "own_parts.polynomial", "_partial_": True, "power": 2}
+    recipe = mine / "recipe/polynomial.yaml"
+    quick = yaml.safe_load((mine / "recipe/quick.yaml").read_text()) | {"epochs": 2}
+    recipe.write_text(yaml.safe_dump(quick | {"schedule": schedule}))
+    act = {"_target_": "torch.nn.LeakyReLU", "_partial_": True, "negative_slope": 0.1}
+    (mine / "backbone/activated.yaml").write_text(yaml.safe_dump({"_target_": "own_parts.Activated", "act": act}))
+    options = ["dataset=mine", "dataset.subset=64", "progress=false", "backbone=activated", "norm=but_last"]
+    record = train_in(tmp_path / "runs", *options, "recipe=polynomial", folders=[mine])
+    # Of the last of two steps.
+    assert [row["lr"] for row in record.metrics()] == pytest.approx([0.1 * 0.75**2, 0.1 * 0.25**2])
+    for change, said in (
+        ({"_partial_": False}, "missing recipe.schedule.epoch, recipe.schedule.epochs: .* or add _partial_: true"),
+        ({"power": "two"}, "recipe.schedule.power must be a whole number"),
+    ):
+        recipe.write_text(yaml.safe_dump(quick | {"schedule": schedule | change}))
+        instantiate._targets.cache_clear()
+        with pytest.raises(UserError, match=said):
+            train_in(tmp_path / "others", *options, "recipe=polynomial", folders=[mine])
 
 
 @pytest.mark.slow

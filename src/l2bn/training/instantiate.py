@@ -52,6 +52,9 @@ CONFIGS = _find_configs()
 
 Node = Mapping[str, Any]
 
+LATER: Mapping[str, tuple[int, tuple[str, ...]]] = {"norm": (1, ("last",)), "recipe.schedule": (2, ())}
+"""What the caller of a bound target passes, by the target's place: so many arguments by position, and names."""
+
 
 class Builder:
     """Instantiates the nodes of one configuration.
@@ -130,13 +133,16 @@ class Builder:
         """Return the arguments, the nodes among them instantiated, once they fit the target's signature."""
         check_mapping(arguments, path)
         accepted, open_ended = _parameters(target)
-        if partial and accepted:  # the caller passes the first parameter
-            accepted.pop(next(iter(accepted)))
+        number, named = LATER.get(path, (0, tuple(accepted))) if partial else (0, ())
+        for name in list(accepted)[:number]:
+            del accepted[name]
         if not open_ended:
             self.check_keys(arguments, accepted, path)
-        missing = [_join(path, key) for key, (_, need) in accepted.items() if need and key not in arguments]
+        needed = [key for key, (_, need) in accepted.items() if need and key not in named]
+        missing = [_join(path, key) for key in needed if key not in arguments]
         if missing:
-            raise UserError(f"missing {', '.join(missing)}: give each a value")
+            bound = ", or add _partial_: true to its YAML file" if path in LATER and not partial else ""
+            raise UserError(f"missing {', '.join(missing)}: give each a value{bound}")
         built = {}
         for key, value in arguments.items():
             place = _join(path, key)
@@ -307,6 +313,7 @@ _WORDS = {
     bool: "true or false",
     str: "a text",
     Path: "a path",
+    list: "a list",
     tuple: "a list",
     NoneType: "null",
 }
@@ -335,7 +342,7 @@ def _fits(value: object, hint: Any) -> bool:
     if origin is Literal:  # 1 is not True
         return any(type(value) is type(option) and value == option for option in arguments)
     if origin is list:
-        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+        return isinstance(value, list) and all(_fits(item, option) for item in value for option in arguments)
     if hint is float:
         return is_finite_number(value)
     if hint is int:
@@ -356,7 +363,7 @@ def _describe(hint: Any) -> str:
         return " or ".join(_describe(option) for option in arguments)
     if origin is Literal:
         return " or ".join(map(str, arguments))
-    if origin is list:
+    if origin is list and arguments:
         return f"a list with each item {_describe(arguments[0])}"
     if (kind := origin or hint) in _WORDS:
         return _WORDS[kind]

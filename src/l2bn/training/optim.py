@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 
 from l2bn.errors import UserError
+from l2bn.failures import describe
 from l2bn.records import CHECKED
 
 log = logging.getLogger(__name__)
@@ -142,7 +143,12 @@ class Recipe:
 
         Raises UserError where the schedule is of the user's own and gives no factor.
         """
-        factor: object = self.schedule(epoch, self.epochs)
+        try:
+            factor: object = self.schedule(epoch, self.epochs)
+        except Exception as error:
+            raise UserError(
+                f"recipe.schedule fails after {epoch:g} of {self.epochs} epochs: {describe(error)}"
+            ) from error
         try:
             # Numpy's own numbers would make a checkpoint unreadable.
             value = math.nan if isinstance(factor, str) else float(factor)  # type: ignore[arg-type]
