@@ -254,7 +254,7 @@ def test_the_whole_tau_2020_is_known_by_its_counts() -> None:
     parts = (Own(torch.arange(10).repeat_interleave(torch.tensor(each)), sum(each)) for each in sizes)
     common: dict[str, Any] = {"label": "Mine", "mean": [0.5] * 3, "std": [0.5] * 3}
     whole = module.PUBLISHED["TAU 2020"]
-    assert make_splits(*parts, 10, 128, whole=whole, **common).label == "Mine"
+    assert make_splits(*parts, 10, 128, files="of TAU", whole=whole, **common).label == "Mine"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ from PIL import Image
 from conftest import ROOT, AtUpdate, Train, planned, train_in
 from l2bn.data.folder import image_folder
 from l2bn.data.imagenet import imagenet
-from l2bn.data.splits import CONTENTS, PUBLISHED, Images, _contents, digest
+from l2bn.data.splits import CONTENTS, PUBLISHED, Images, _contents, digest, make_splits
 from l2bn.errors import UserError
 from l2bn.publication import publish
 from l2bn.records import SUMMARY, InvalidRecordError, Record
@@ -85,6 +86,37 @@ def test_images_decoded_when_asked_are_told_by_names_labels_and_sizes(
     assert imagenet(str(root), image_size=8, **GRAY).fingerprint == before
     CHANGES[change](root / part)
     assert imagenet(str(root), image_size=8, **GRAY).fingerprint != before
+
+
+class OnAccess:
+    """A split of a user's own: images of one brightness, cut at random, with labels that do not tell it."""
+
+    labels = torch.arange(100) % 2
+
+    def __init__(self, brightness: int) -> None:
+        self.brightness = brightness
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        cut = torch.randint(4, (1,))
+        return (torch.arange(192).view(3, 8, 8) * self.brightness + cut + index).to(torch.uint8), index % 2
+
+
+def test_own_images_without_files_are_told_by_some_of_their_pixels() -> None:
+    """As the folders of CIFAR-10-C, which have equal labels; the random state is no part of it."""
+
+    def fingerprint(train: int, test: int) -> object:
+        parts: Any = OnAccess(train), OnAccess(test)
+        return make_splits(*parts, 2, 8, **GRAY).fingerprint
+
+    state = torch.get_rng_state()
+    before = fingerprint(1, 1)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(1)
+    assert fingerprint(1, 1) == before
+    assert len({str(fingerprint(*each)) for each in ((1, 1), (2, 1), (1, 2), (2, 2))}) == 4
 
 
 def test_a_subset_is_of_the_same_images(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import NoneType
 from typing import Any, Protocol, Self, TypedDict, Unpack
@@ -242,11 +242,12 @@ def make_splits(
 ) -> Splits:
     """The data set after its common choices.
 
-    files: digest over the files that the images come from (`Fingerprint`). Without one, the pixels in memory or the
-    labels stand for them. whole: classes, training and test images of the published data set; None: those of
-    `PUBLISHED`, if the label or the baseline occurs there. intact: False if checksums show that the files are not
-    the published ones. variant: what was done to the images. groups: (training images,), a number for each;
-    `validation` holds out whole groups, as the clips of one recording, which are alike.
+    files: digest over the files that the images come from (`Fingerprint`). Without one, the pixels in memory stand
+    for them, or the labels and some of the images that are decoded on access. whole: classes, training and test
+    images of the published data set; None: those of `PUBLISHED`, if the label or the baseline occurs there. intact:
+    False if checksums show that the files are not the published ones. variant: what was done to the images. groups:
+    (training images,), a number for each; `validation` holds out whole groups, as the clips of one recording, which
+    are alike.
 
     With `validation`, the held-out share is taken first and `subset` from what remains, so that it is the same for
     every subset. These choices, a variant, and a data set that is not the published one are added to the label and
@@ -401,10 +402,23 @@ def _contents(*splits: Split) -> str | None:
 
 def _fingerprint(train: Split, test: Split, files: str | None) -> Fingerprint:
     labels = digest([train.labels, test.labels])
-    pixels = None
     if isinstance(train, Images) and isinstance(test, Images):
         pixels = digest([train.images, test.images, labels])
-    return Fingerprint(files=files or pixels or labels, pixels=pixels)
+        return Fingerprint(files=files or pixels, pixels=pixels)
+    return Fingerprint(files=files or digest([labels, *_some(train), *_some(test)]), pixels=None)
+
+
+SOME = 16  # images, which tell data sets with equal labels apart
+
+
+def _some(split: Split) -> Iterator[Tensor]:
+    """Yield images from all over a split, as one seed draws what is random in them."""
+    for index in torch.linspace(0, len(split) - 1, min(SOME, len(split))).tolist():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SPLIT_SEED)
+            image: object = split[int(index)][0]
+        if isinstance(image, Tensor):  # else the loader says what is wrong
+            yield image
 
 
 def check_image_size(size: int) -> None:
