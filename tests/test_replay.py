@@ -154,6 +154,22 @@ def test_the_paths_of_a_replay_are_those_of_the_composed_data_set(
         replay(record, str(tmp_path / "third"), config_dirs=[own])
 
 
+def test_a_path_in_a_record_is_taken_where_the_users_own_file_has_it_too(tmp_path: Path) -> None:
+    overrides = write("image_folder", tmp_path / "images")
+    own = tmp_path / "own"
+    (own / "dataset").mkdir(parents=True)
+    text = f"# Mine.\ndefaults: [image_folder, _self_]\ntrain: {tmp_path}/images/train\n"
+    (own / "dataset" / "mine.yaml").write_text(text)
+    options = ["dataset=mine", *overrides, "recipe.epochs=1", "recipe.batch_size=8", "progress=false"]
+    run = train_in(tmp_path / "runs", *options, folders=[own])
+    record = publish(run.folder, tmp_path / "records")
+    root = str(tmp_path / "images")
+    assert results(replay(record, str(tmp_path / "again"), root, config_dirs=[own])) == results(run)
+    (own / "dataset" / "mine.yaml").write_text(text.replace("images/train", "images/test"))
+    with pytest.raises(UserError, match=r"dataset\.train is '.*must also stand in the YAML file of the data set"):
+        replay(record, str(tmp_path / "third"), root, config_dirs=[own])
+
+
 def on(name: str, **values: object) -> Change:
     """As if a run on this data set had been recorded with these values."""
 

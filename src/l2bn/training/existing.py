@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Iterator, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from hydra import compose
 from lightning_fabric import Fabric
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from torch import nn
 
@@ -38,7 +39,7 @@ from l2bn.training.acceleration import prepare
 from l2bn.training.checkpoint import Checkpoints
 from l2bn.training.compute import GPU_PRECISIONS
 from l2bn.training.environment import warn_of_other_source
-from l2bn.training.instantiate import flatten
+from l2bn.training.instantiate import Node, flatten
 from l2bn.training.interruption import run_lock
 from l2bn.training.journal import Journal
 from l2bn.training.loop import evaluate
@@ -258,26 +259,41 @@ def read_run(
         except ValueError as error:
             raise UserError(f"{folder / CONFIG} is not the configuration of a run: {error}") from error
         config = dict(planned.config)
+        here = _composed(planned.cell.dataset.partition(",")[0])
         if foreign:
             config = {"runs_dir": "runs", **without_machine_paths(config)}
-            for key, value in flatten(config["dataset"], "dataset"):
-                if isinstance(value, str) and (Path(value).is_absolute() or ".." in Path(value).parts):
-                    raise UserError(
-                        f"{key} is {value!r}: a record may only name what lies within its data set's folder"
-                    )
+            _refuse_paths(config["dataset"], here)
         dataset = config["dataset"] if root is None else {**config["dataset"], "root": root}
-        paths = _machine_paths(planned.cell.dataset.partition(",")[0], MACHINE_PATHS - dataset.keys())
-        config["dataset"] = {**paths, **dataset}
+        config["dataset"] = {**_values(here, MACHINE_PATHS - dataset.keys()), **dataset}
         planned = replace(planned, config=config, folders=list(config_folders()))
     check_keys(planned.config, planned.builder)
     return planned
 
 
-def _machine_paths(dataset: str, keys: Set[str]) -> dict[str, Any]:
-    """Return those of the keys to which the YAML file of a data set, if there is one, gives a value."""
+def _composed(dataset: str) -> DictConfig:
+    """Return the node of a data set as its YAML file here gives it; an empty one if there is no such file."""
     if not any(source.is_config(f"dataset/{dataset}") for source in config_folders().values()):
-        return {}
-    node = compose(CONFIG_NAME, [f"dataset={dataset}"]).dataset
+        return DictConfig({})
+    node: DictConfig = compose(CONFIG_NAME, [f"dataset={dataset}"]).dataset
+    return node
+
+
+def _refuse_paths(dataset: Node, here: DictConfig) -> None:
+    """Raise UserError if a record's data set names a path out of its folder that its YAML file here does not."""
+    for key, value in flatten(dataset):
+        if isinstance(value, str) and (Path(value).is_absolute() or ".." in Path(value).parts):
+            own = None
+            with suppress(OmegaConfBaseException):
+                own = OmegaConf.select(here, key)
+            if value != own:
+                raise UserError(
+                    f"dataset.{key} is {value!r}: a record may only name what lies within its data set's folder; a "
+                    "path of your own must also stand in the YAML file of the data set, below --config-dir"
+                )
+
+
+def _values(node: DictConfig, keys: Set[str]) -> dict[str, Any]:
+    """Return those of the keys to which a data set's node gives a value. Raises UserError."""
     try:
         return {key: node[key] for key in keys & node.keys()}  # also one without a value, which raises
     except MissingMandatoryValue as error:
