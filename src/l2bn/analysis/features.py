@@ -216,10 +216,7 @@ def fisher(g: Geometry) -> Tensor:
 
 def effective_rank(g: Geometry) -> Tensor:
     sigma = torch.linalg.eigvalsh(g.within + g.between).clamp_min(0).sqrt()
-    total = sigma.sum()
-    if not total > 0:
-        return NOT_DEFINED
-    return torch.special.entr(sigma / total).sum().exp()
+    return torch.special.entr(sigma / sigma.sum()).sum().exp()  # not a number without a spread
 
 
 _FORMULAS: dict[str, Callable[[Geometry], Tensor]] = {

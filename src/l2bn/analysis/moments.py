@@ -2,9 +2,8 @@
 
 Letters: N images of a batch, K classes, d features, B bins of a histogram.
 
-They are plain sums in float64, so those of several processes add up. A variance is then the difference of two of
-them and loses, of 16 digits, those that the mean has in front of the spread; of the 7 of float32 features they
-are missing already.
+Plain float64 sums, so those of several processes add up. A variance is a difference of two of them; the digits
+lost to cancellation are ones that float32 features lack as well.
 """
 
 from dataclasses import dataclass

@@ -140,7 +140,7 @@ def ratio(row: Row, norm: str, quantity: str = "seconds") -> float:
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], names: int) -> str:
     """A Markdown table; columns after the first `names` are flush right."""
-    return markdown(Table(columns, list(rows), names=names)).strip()
+    return markdown(Table(columns, list(rows), names=names))
 
 
 def page(title: str, result: Result, explanation: str, *parts: str) -> str:

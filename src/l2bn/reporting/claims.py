@@ -154,7 +154,7 @@ def is_counted(row: Comparison, quantity: str = TOP1) -> bool:
     return row.full_length and len(row.differences(quantity)) >= MIN_PAIRS
 
 
-def for_other_networks(rows: Iterable[Comparison], quantity: str = TOP1) -> Estimate:
+def estimate_for_others(rows: Iterable[Comparison], quantity: str = TOP1) -> Estimate:
     """The pooled paired difference from rows that count, all seeds; under `MIN_BACKBONES` n alone."""
     counted = [row for row in rows if is_counted(row, quantity)]
     result = pooled(counted, quantity)
@@ -163,7 +163,7 @@ def for_other_networks(rows: Iterable[Comparison], quantity: str = TOP1) -> Esti
 
 def judge_others(question: Question, rows: Sequence[Comparison]) -> Verdict:
     """The verdict on a question for other networks, from the rows of a task; divergence counts for accuracy."""
-    found = judged(for_other_networks(rows, question.quantity), question.better)
+    found = verdict_of(estimate_for_others(rows, question.quantity), question.better)
     bn, l2bn = _diverged(row for row in rows if row.full_length)
     lost = question.quantity == TOP1 and found == "supported" and l2bn > bn
     return found if found and not lost else "not decided at this n"
@@ -180,7 +180,7 @@ def _diverged(rows: Iterable[Comparison]) -> tuple[int, int]:
     return lost[BN], lost[L2BN]
 
 
-def judged(result: Estimate, better: int) -> Verdict | None:
+def verdict_of(result: Estimate, better: int) -> Verdict | None:
     """The verdict of an interval on one side of 0; `better` is the sign of the claimed difference."""
     verdicts: dict[int, Verdict] = {1: "supported", -1: "contradicted"}
     return verdicts.get(better * result.side)
@@ -195,7 +195,7 @@ def _about_features(number: int, text: str, question: Question) -> Claim:
         f"{MIN_BACKBONES} backbones or more among them: supported if the whole 95 % interval of the pooled "
         f"paired difference lies {good} 0, contradicted if {bad}; else not decided at this n."
     )
-    return Claim(number, text, rule, partial(_judge, question, "images"), question)
+    return Claim(number, text, rule, partial(_finding, question, "images"), question)
 
 
 def compared(question: Question, arms: Sequence[Arm], task: Task = "images") -> list[Comparison]:
@@ -203,7 +203,7 @@ def compared(question: Question, arms: Sequence[Arm], task: Task = "images") -> 
     return [row for row in compare(arms, [L2BN], question.reference) if row.cell.task == task]
 
 
-def _judge(question: Question, task: Task, arms: Sequence[Arm]) -> Finding:
+def _finding(question: Question, task: Task, arms: Sequence[Arm]) -> Finding:
     """Evidence in numbers from all cells of a task, and a verdict from those that count."""
     quantity, digits, unit, reference = question.quantity, question.digits, question.unit, question.reference_name
     rows = compared(question, arms, task)
@@ -255,7 +255,7 @@ def _no_parameters_added(arms: Sequence[Arm]) -> Finding:
 
 def _better_on_scenes(arms: Sequence[Arm]) -> Finding:
     """The verdict from acoustic scenes, and beside it, without a part in it, what was measured on other sound."""
-    scenes = _judge(ACCURATE, "acoustic scenes", arms)
+    scenes = _finding(ACCURATE, "acoustic scenes", arms)
     return replace(scenes, evidence=f"{scenes.evidence} {environmental_sound(arms)}".strip())
 
 
@@ -358,11 +358,11 @@ class SetFinding:
     @property
     def verdict(self) -> Verdict:
         """The whole interval on one side, and nothing against it."""
-        return "not decided" if self.against else judged(self.overall, self.question.better) or "not decided"
+        return "not decided" if self.against else verdict_of(self.overall, self.question.better) or "not decided"
 
     @property
     def sides(self) -> str:
-        """Count the networks on the side of the interval, and name those significantly; without a side, of both."""
+        """The number of networks on the interval's side of 0, and the significant ones; of both without a side."""
         side = self.overall.side
         if not side:
             both = (("above", self.significant(1)), ("below", self.significant(-1)))
@@ -375,7 +375,7 @@ class SetFinding:
 
     @property
     def mixed(self) -> dict[str, list[bool]]:
-        """By network, of each pair with the quantity whether it was made in part on a CPU and in part on a GPU."""
+        """By network, for each pair that has the quantity: whether it was made on a CPU and on a GPU."""
         found, quantity = {}, self.question.quantity
         for pair in self.pairs:
             unlike = seeds_on_unlike_devices(pair.records)
@@ -385,7 +385,7 @@ class SetFinding:
 
     @property
     def confounded(self) -> list[str]:
-        """The networks all of whose pairs are mixed: there the device is not told from the norm."""
+        """The networks all of whose pairs are mixed: device and norm cannot be separated there."""
         return [name for name, pairs in self.mixed.items() if pairs and all(pairs)]
 
     @property
@@ -417,8 +417,8 @@ def judge_set(question: Question, run_set: RunSet, arms: Sequence[Arm]) -> SetFi
         for cell in run_set.cells(norm)
     }
     ended = sum(len(arm.of(question.quantity)) + arm.diverged for arm in needed.values())
-    finding = SetFinding(question, run_set, ended, len(needed) * len(run_set.seeds))
-    if finding.ended < finding.wanted:
+    wanted = len(needed) * len(run_set.seeds)
+    if ended < wanted:
         unmeasured = sum(len(arm.records) for arm in needed.values()) - ended
         doubts = [f"{unmeasured} ended without measured features (scripts/analyze.py)"] if unmeasured else []
         for cell, norm in (key for key, arm in needed.items() if not arm.records):
@@ -428,11 +428,12 @@ def judge_set(question: Question, run_set: RunSet, arms: Sequence[Arm]) -> SetFi
                 doubts.append(
                     f"{cell.backbone} has runs in {' and '.join(sorted(settings))}, not in {cell.setting}"
                 )
-        return replace(finding, doubts=tuple(dict.fromkeys(doubts)))
-    pairs = [Comparison(needed[cell, question.reference], needed[cell, L2BN]) for cell in finding.cells]
+        return SetFinding(question, run_set, ended, wanted, doubts=tuple(dict.fromkeys(doubts)))
+    cells = run_set.cells(question.reference)
+    pairs = [Comparison(needed[cell, question.reference], needed[cell, L2BN]) for cell in cells]
     estimates, overall = fixed_estimate([pair.differences(question.quantity) for pair in pairs])
     diverged = sum(pair.reference.diverged for pair in pairs), sum(pair.other.diverged for pair in pairs)
-    return replace(finding, estimates=estimates, overall=overall, diverged=diverged, pairs=pairs)
+    return SetFinding(question, run_set, ended, wanted, estimates, overall, diverged, pairs)
 
 
 SETS_NOTE = (
@@ -529,9 +530,8 @@ CLAIMS = (
         f"Cells of images count with runs of at least {FULL_EPOCHS} epochs and {MIN_PAIRS} paired seeds. With "
         f"{MIN_BACKBONES} backbones or more among them: supported if the whole 95 % interval of the pooled "
         "paired difference lies above 0 and of the runs of that length whose seed both have L2BN's diverged no "
-        "more often than BN's; "
-        "contradicted if the whole interval lies below 0; else not decided at this n.",
-        partial(_judge, ACCURATE, "images"),
+        "more often than BN's; contradicted if the whole interval lies below 0; else not decided at this n.",
+        partial(_finding, ACCURATE, "images"),
         ACCURATE,
     ),
     Claim(
@@ -594,11 +594,9 @@ def claims_markdown(evidence: Evidence, sets: Sequence[RunSet]) -> str:
         "<!-- Generated by make claims from the records. -->",
         "The claims are those of the abstract of arXiv:2207.02625, in our words. The evidence is that of "
         f"{plural('record', sum(len(arm.records) for arm in arms))}{left_out(evidence.problems)}, and of tests "
-        "where they are named. Each claim has a "
-        "verdict for other networks, which asks what to expect of networks like those measured, and of other data "
-        "sets once there are several; "
-        "claims 1, 2, 3 and 5 have one for these networks, which speaks of a named set of runs alone, here "
-        f"{sets[0].label}.",
+        "where they are named. Each claim has a verdict for other networks, which asks what to expect of networks "
+        "like those measured, and of other data sets once there are several; claims 1, 2, 3 and 5 have one for "
+        f"these networks, which speaks of a named set of runs alone, here {sets[0].label}.",
         TERMS,
         "\n".join(
             [
@@ -617,7 +615,7 @@ def claims_markdown(evidence: Evidence, sets: Sequence[RunSet]) -> str:
         "## Rule for these networks",
         escape_markdown(THESE_NETWORKS),
     ]
-    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def _row(claim: Claim, found: Finding, arms: Sequence[Arm], first: RunSet) -> str:

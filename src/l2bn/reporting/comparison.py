@@ -6,8 +6,8 @@
 The result of a run is its test accuracy after the last epoch. A diverged run has no result: it is counted.
 """
 
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -65,25 +65,24 @@ class Arm:
 def arms_of(evidence: Evidence) -> list[Arm]:
     """The runs grouped by cell and norm, sorted; their cells have the labels of the data sets."""
     groups: dict[Cell, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
-    labels: dict[Cell, set[str]] = defaultdict(set)
-    sources: dict[Cell, set[str]] = defaultdict(set)
     for record in sorted(evidence.records, key=lambda record: record.seed):
         cell, norm = evidence.grouping.of(record)
         groups[cell][norm].append(record)
-        labels[cell].add(label_of(record))
-        sources[cell].add(source_of(record))
-    data = {cell: " / ".join(sorted(found)) for cell, found in labels.items()}
-    folders: dict[str, set[str]] = defaultdict(set)
-    for cell, label in data.items():
-        folders[label].add(cell.dataset)
+    labels = {cell: _joined(label_of, norms.values()) for cell, norms in groups.items()}
+    folders = Counter(label for label, _ in {(label, cell.dataset) for cell, label in labels.items()})
     arms = []
     for cell, norms in groups.items():
-        source = " / ".join(sorted(sources[cell]))
-        named = replace(cell, data=data[cell], source=source, shared=len(folders[data[cell]]) > 1)
+        label = f"{labels[cell]} ({cell.dataset})" if folders[labels[cell]] > 1 else labels[cell]
+        named = replace(cell, label=label, source=_joined(source_of, norms.values()))
         for norm, runs in norms.items():
             rows = {run.seed: evidence.features[run.folder] for run in runs if run.folder in evidence.features}
             arms.append(Arm(named, norm, tuple(runs), rows))
     return sorted(arms, key=lambda arm: (arm.cell.order, arm.norm))
+
+
+def _joined(name: Callable[[Record], str], arms: Iterable[Iterable[Record]]) -> str:
+    """The names of a cell's records, of which most cells have one."""
+    return " / ".join(sorted({name(record) for runs in arms for record in runs}))
 
 
 def by_cell(arms: Iterable[Arm]) -> list[tuple[Cell, list[Arm]]]:
@@ -98,7 +97,7 @@ def find_arm(arms: Iterable[Arm], cell: Cell, norm: str) -> Arm:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """A norm's arm and its reference, of one cell but in studies; one of the two may be empty."""
+    """An arm and its reference, of one cell except in studies; either may be empty."""
 
     reference: Arm
     other: Arm
@@ -168,7 +167,7 @@ class Comparison:
         """The number of seeds that one arm has and this one lacks."""
         return len({record.seed for record in self.records} - arm.seeds)
 
-    def row(self, quantity: str = TOP1, norm: str = "norm") -> dict[str, object]:
+    def csv_row(self, quantity: str = TOP1, norm: str = "norm") -> dict[str, object]:
         """All of it as a row of a CSV file; `norm` begins the columns of the norm's arm."""
         difference = self.difference(quantity)
         row: dict[str, object] = {
@@ -205,19 +204,17 @@ def compare(arms: Iterable[Arm], norms: Iterable[str], reference: str = BN) -> l
 
 def grid(arms: Iterable[Arm]) -> list[Comparison]:
     """BN against L2BN in every cell with a run of either, in the order of the list."""
-    found = {(arm.cell, arm.norm): arm for arm in arms if arm.norm in (BN, L2BN)}
-    cells = dict.fromkeys(cell for cell, _ in found)
-    return [Comparison(*(found.get((cell, norm), Arm(cell, norm)) for norm in (BN, L2BN))) for cell in cells]
+    cells = by_cell(arm for arm in arms if arm.norm in (BN, L2BN))
+    return [Comparison(find_arm(group, cell, BN), find_arm(group, cell, L2BN)) for cell, group in cells]
 
 
 @dataclass(frozen=True, eq=False)
 class Folds:
-    """Comparisons in one cell but for the fold that is tested, the seeds that all their arms have, and the
-    comparisons of all folds in which a run diverged."""
+    """The folds of one cell that are averaged."""
 
-    rows: Mapping[int, Comparison]
-    seeds: frozenset[int]
-    diverged: Sequence[Comparison]
+    rows: Mapping[int, Comparison]  # by the fold that is tested
+    seeds: frozenset[int]  # that all arms have
+    diverged: Sequence[Comparison]  # of all folds, those in which a run diverged
 
     @property
     def first(self) -> Comparison:

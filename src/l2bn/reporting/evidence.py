@@ -73,14 +73,8 @@ class Cell:
     value: tuple[float, ...] = ()  # what a study varies: eps, or batch size and learning rate
     task: Task = field(default="images", compare=False)  # the contents of the data set
     fold: int | None = field(default=None, compare=False)  # that is its test set
-    data: str = field(default="", compare=False)  # the label of the data set; folders of one label are one data set
+    label: str = field(default="", compare=False)  # the data set as tables name it
     source: str = field(default="", compare=False)  # where its images are from: cells of one are pooled as one
-    shared: bool = field(default=False, compare=False)  # whether a data set in another folder has this label
-
-    @property
-    def label(self) -> str:
-        """The data set as tables name it."""
-        return f"{self.data} ({self.dataset})" if self.shared else self.data
 
     @property
     def all_folds(self) -> str:
@@ -274,8 +268,7 @@ def _check_conditions(records: Iterable[Record], grouping: Grouping) -> None:
     """
     # By cell, or the cell without the study's value; by norm for values of the norm's own; and by name.
     known: dict[tuple[Cell, str, str], tuple[object, Path]] = {}
-    holders: dict[tuple[Cell, str, str], set[Path]] = defaultdict(set)
-    members: dict[tuple[Cell, str], set[Path]] = defaultdict(set)
+    members: dict[tuple[Cell, str], dict[Path, Mapping[str, object]]] = defaultdict(dict)
     may_differ: dict[tuple[Cell, str], Sequence[str]] = {}
     for record in records:
         own = _conditions(record)
@@ -291,11 +284,11 @@ def _check_conditions(records: Iterable[Record], grouping: Grouping) -> None:
                 first, folder = known.setdefault((*scope, name), (value, record.folder))
                 if first != value:
                     raise _unequal(name, (first, value), (folder, record.folder), varied)
-                holders[*scope, name].add(record.folder)
-                members[scope].add(record.folder)
+                members[scope][record.folder] = own
                 may_differ[scope] = varied
     for (cell, norm, name), (value, folder) in known.items():
-        lacking, allowed = members[cell, norm] - holders[cell, norm, name], may_differ[cell, norm]
+        lacking = [other for other, own in members[cell, norm].items() if name not in own]
+        allowed = may_differ[cell, norm]
         if value and lacking and name not in (*allowed, "images.files"):
             raise _unequal(name, (value, "no value"), (folder, min(lacking)), allowed)
 

@@ -34,7 +34,7 @@ from l2bn.reporting.claims import (
     UNKNOWN,
     Question,
     compared,
-    for_other_networks,
+    estimate_for_others,
     judge_set,
 )
 from l2bn.reporting.comparison import (
@@ -109,7 +109,7 @@ RC: Any = {
 }
 
 TITLE_LETTERS = 13
-"""Letters of a title that an inch holds."""
+"""Characters of a title per inch."""
 
 Curves = Mapping[Path, Sequence[float | None]]
 """The folder of a run to its test top-1 after each epoch, percent."""
@@ -256,7 +256,7 @@ def _depth_axis(panel: Axes) -> None:
 # ---- Accuracy curves --------------------------------------------------------------------------------------
 
 
-LONG, LAST = 20, 8  # epochs from which a curve's last ones have an inset, and their number
+LONG, LAST = 20, 8  # runs of LONG epochs or more have an inset of their LAST ones
 INSET_TOP = 0.44  # of a panel's height
 
 
@@ -420,7 +420,7 @@ def lines_of_set(arms: Sequence[Arm], run_set: RunSet, questions: Iterable[Quest
                 rows += [ForestRow(f"    {note}", note=True) for note in notes]
         means = (
             ("mean over these networks, n pairs", these.overall, these.overall),
-            ("the same, for other networks, n networks", for_other_networks(every, question.quantity), UNKNOWN),
+            ("the same, for other networks, n networks", estimate_for_others(every, question.quantity), UNKNOWN),
         )
         if rows:
             rows += [
@@ -563,9 +563,12 @@ def principal_plane(features: Floats) -> tuple[Floats, Floats, Floats]:
     return mean, plane * np.sign(largest), (sigma**2 / (sigma**2).sum())[:2]
 
 
-def _scaled(features: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Features (N, d) whose variances sum to 1."""
-    return features / np.float32(max(np.sqrt(features.var(0, dtype=float).sum()), TINIEST))
+def _scaled(sample: Sample, kinds: Sequence[int]) -> Sample:
+    """The images of these classes, their features divided by the total standard deviation."""
+    shown = np.isin(sample.labels, kinds)
+    features = sample.features[shown]
+    std = max(np.sqrt(features.var(0, dtype=float).sum()), TINIEST)
+    return Sample(features / np.float32(std), sample.labels[shown])
 
 
 def feature_map(pair: Comparison, seed: int, bn: Sample, l2bn: Sample) -> Figure:
@@ -575,11 +578,7 @@ def feature_map(pair: Comparison, seed: int, bn: Sample, l2bn: Sample) -> Figure
     network with smaller features does not look more compact.
     """
     kinds = sorted(set(bn.labels.tolist()))[: len(CLASSES)]  # as many as there are colours
-    bn, l2bn = (
-        Sample(_scaled(one.features[shown]), one.labels[shown])
-        for one in (bn, l2bn)
-        for shown in [np.isin(one.labels, kinds)]
-    )
+    bn, l2bn = _scaled(bn, kinds), _scaled(l2bn, kinds)
     mean, plane, shares = principal_plane(np.concatenate([bn.features, l2bn.features]).astype(float))
     figure, panels = _panels(6.6, 3.4, sharex=True, sharey=True)
     for panel, sample, arm in zip(panels, (bn, l2bn), pair.arms, strict=True):

@@ -205,7 +205,7 @@ def markdown(table: Table) -> str:
         for row in (table.columns, rules, *table.rows)
     ]
     body = "\n".join(lines) if table.rows else "No record for this table yet."
-    return "\n\n".join([body, *map(escape_markdown, table.notes)]) + "\n"
+    return "\n\n".join([body, *map(escape_markdown, table.notes)])
 
 
 def escape_markdown(text: str) -> str:

@@ -164,7 +164,7 @@ def features_csv(arms: Sequence[Arm]) -> str:
     for comparison in compare(arms, {arm.norm for arm in arms}):
         for quantity in FEATURE_QUANTITIES:
             place, _, name = quantity.partition("/")
-            rows.append(comparison.row(quantity) | {"place": place, "measure": name})
+            rows.append(comparison.csv_row(quantity) | {"place": place, "measure": name})
     return csv_text(rows, columns, ".5g")
 
 
@@ -190,8 +190,9 @@ class Mechanism:
     def digest(self) -> str:
         """8 hexadecimal digits over everything that the tables are made from."""
         parts = [features_csv(self.arms), studies_csv(self.studies)]
-        parts += [markdown(trap_table(study)) for study in self.studies.traps]
-        parts += [markdown(quantity_table(norms, ACCURACY)) for _, norms in by_cell(self.arms)]
+        tables = [trap_table(study) for study in self.studies.traps]
+        tables += [quantity_table(norms, ACCURACY) for _, norms in by_cell(self.arms)]
+        parts += [markdown(table) + "\n" for table in tables]
         return hashlib.blake2b("\n".join(parts).encode(), digest_size=4).hexdigest()
 
 
@@ -283,7 +284,7 @@ def mechanism_documents(mechanism: Mechanism, reading: str) -> dict[str, str]:
         *studies_sections(mechanism.studies),
     ]
     return {
-        "mechanism.md": "\n\n".join(part.strip("\n") for part in document if part) + "\n",
+        "mechanism.md": "\n\n".join(filter(None, document)) + "\n",
         "mechanism/features.csv": features_csv(mechanism.arms),
         "mechanism/studies.csv": studies_csv(mechanism.studies),
     }
@@ -313,4 +314,4 @@ def _labelled(reading: str, digest: str) -> str:
     if found[1] != digest:
         which = f"**not these** (`{digest}`): where text and tables differ, the tables are right."
     label = f"*Written by hand from the records of digest `{found[1]}`, {which}*"
-    return f"## Reading\n\n{label}\n\n{reading[found.end() :]}"
+    return f"## Reading\n\n{label}\n\n{reading[found.end() :]}".strip("\n")

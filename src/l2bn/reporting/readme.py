@@ -11,13 +11,13 @@ from l2bn.reporting.claims import (
     Question,
     compared,
     environmental_sound,
-    for_other_networks,
+    estimate_for_others,
     is_counted,
     judge_others,
     judge_set,
 )
 from l2bn.reporting.comparison import FULL_EPOCHS, Arm, Comparison, arms_of, grid
-from l2bn.reporting.evidence import Evidence
+from l2bn.reporting.evidence import BN, Evidence
 from l2bn.reporting.formatting import escape_markdown, markdown, mean_interval, plural, points
 from l2bn.reporting.reference import RunSet
 from l2bn.reporting.statistics import MIN_PAIRS
@@ -37,19 +37,20 @@ def readme_with_block(readme: str, evidence: Evidence, run_set: RunSet) -> str:
     if not found or not closed or BEGIN in after or END in after:
         raise UserError(f"the README must hold the lines {BEGIN} and {END} once, in this order")
     arms = arms_of(evidence)
-    every = [row for row in grid(arms) if row.cell.task == "images"]
-    rows = [row for row in every if run_set.holds(row.cell)]
+    cells = run_set.cells(BN)
+    rows = [row for row in grid(arms) if row.cell.task == "images" and row.cell in cells]
     table = grid_table(rows)
     table = replace(table, notes=[" ".join(table.notes)] if table.notes else [])
-    parts = [BEGIN, _answer(every, run_set, arms), markdown(table).strip("\n")]
+    parts = [BEGIN, _answer(run_set, arms), markdown(table)]
     if any(row.differences() for row in rows):
         parts.append(f"![Paired differences, {run_set.label}](results/figures/{run_set.figures[0]}.png)")
     return before + "\n\n".join(parts) + f"\n\n{END}{after}"
 
 
-def _answer(every: Sequence[Comparison], run_set: RunSet, arms: Sequence[Arm]) -> str:
+def _answer(run_set: RunSet, arms: Sequence[Arm]) -> str:
     """The estimate for these networks with n, interval and verdict, and that for other networks from every cell."""
-    these, others = judge_set(ACCURATE, run_set, arms), for_other_networks(every)
+    rows = compared(ACCURATE, arms)
+    these, others = judge_set(ACCURATE, run_set, arms), estimate_for_others(rows)
     found = f"open** until all {these.wanted} runs have ended ({these.ended} have)"
     if these.estimates:
         pairs = plural("pair", these.overall.n)
@@ -67,8 +68,8 @@ def _answer(every: Sequence[Comparison], run_set: RunSet, arms: Sequence[Arm]) -
     if others.mean is not None:
         cells = f"{plural('cell', others.n)} of data set and network"
         mean = points(others, TOP1_POINTS)
-        beyond = f"{_verdict(ACCURATE, every)}: {mean}; each of {cells}, over all its seeds, is one value"
-    sources = {row.cell.source for row in every if is_counted(row)}
+        beyond = f"{_verdict(ACCURATE, rows)}: {mean}; each of {cells}, over all its seeds, is one value"
+    sources = {row.cell.source for row in rows if is_counted(row)}
     where = "and data sets like those measured"
     if len(sources) == 1:
         where = f"on {escape_markdown(sources.pop())} (one data set tells nothing of others)"
@@ -105,7 +106,7 @@ def _about_features(run_set: RunSet, arms: Sequence[Arm]) -> str:
             found = judge_set(question, run_set, arms).text
             text = f"{claim.text} {found[0].upper()}{found[1:]} ({measure}, L2BN − {question.reference_name})."
             rows = compared(question, arms)
-            others = for_other_networks(rows, question.quantity)
+            others = estimate_for_others(rows, question.quantity)
             if others.mean is not None:
                 bounds = " ".join(mean_interval(others, question.digits))
                 text += f" For other networks {_verdict(question, rows)}: {bounds}, {plural('cell', others.n)}."

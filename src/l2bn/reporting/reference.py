@@ -82,16 +82,11 @@ class RunSet:
         name = f"{self.dataset}-{self.recipe}"
         return f"differences-{name}", f"compactness-{name}"
 
-    def holds(self, cell: Cell) -> bool:
-        return cell in self.cells(BN)
-
     def cells(self, norm: str) -> list[Cell]:
         """The cells in which a norm is run; none where the set has no runs of it."""
-        norms = {BN: self.backbones, L2BN: self.backbones} | dict([self.control] if self.control else [])
-        return [
-            Cell(self.dataset, self.recipe, backbone, self.settings.get(backbone, self.setting))
-            for backbone in norms.get(norm, ())
-        ]
+        control = self.control.backbones if self.control else ()
+        backbones = {BN: self.backbones, L2BN: self.backbones, MEAN_NORM: control}.get(norm, ())
+        return [Cell(self.dataset, self.recipe, one, self.settings.get(one, self.setting)) for one in backbones]
 
 
 def read_sets(path: Path) -> list[RunSet]:

@@ -20,7 +20,7 @@ LEVEL = 0.95
 """Coverage of every interval; 1 minus it is the error that tests and sample sizes assume."""
 
 POWER = 0.8
-"""Probability with which as many pairs as `seeds_needed` says see a difference."""
+"""The power for which `seeds_needed` is computed."""
 
 NO_SPREAD = 1e-9
 """Differences this close are equal: accuracies are counts, and Student's t needs a spread."""
@@ -91,11 +91,8 @@ def paired_differences(reference: Mapping[int, float], other: Mapping[int, float
 
 def across(curves: Sequence[Mapping[int, float]]) -> dict[int, list[float]]:
     """The values of all curves at each place that every one of them has, in the order of the places."""
-    return {
-        place: [curve[place] for curve in curves]
-        for place in sorted(set[int]().union(*curves))
-        if all(place in curve for curve in curves)
-    }
+    shared = set.intersection(*map(set, curves)) if curves else set[int]()
+    return {place: [curve[place] for curve in curves] for place in sorted(shared)}
 
 
 def pooled_estimate(cells: Sequence[Sequence[float]]) -> Estimate:
@@ -158,14 +155,14 @@ def fixed_estimate(cells: Sequence[Sequence[float]]) -> tuple[list[Estimate], Es
     """
     spread = pooled_spread(cells)
 
-    def judged(n: int, mean: float, std: float | None, root: float) -> Estimate:
+    def with_interval(n: int, mean: float, std: float | None, root: float) -> Estimate:
         """With interval and p-value where there is a spread; `root` is the mean's error in units of s."""
         if spread is None or spread.std < NO_SPREAD:
             return Estimate(n, mean, std)
         return _student(n, mean, std, spread.std * root, spread.degrees)
 
     found = [
-        judged(len(cell), fmean(cell), stdev(cell) if len(cell) > 1 else None, sqrt(1 / len(cell)))
+        with_interval(len(cell), fmean(cell), stdev(cell) if len(cell) > 1 else None, sqrt(1 / len(cell)))
         if cell
         else Estimate(0)
         for cell in cells
@@ -174,7 +171,7 @@ def fixed_estimate(cells: Sequence[Sequence[float]]) -> tuple[list[Estimate], Es
     if not cells or not all(cells):
         return found, Estimate(n)
     root = sqrt(sum(1 / len(cell) for cell in cells)) / len(cells)
-    return found, judged(n, fmean(map(fmean, cells)), spread.std if spread else None, root)
+    return found, with_interval(n, fmean(map(fmean, cells)), spread.std if spread else None, root)
 
 
 def power(n: int, std: float, difference: float) -> float:

@@ -98,9 +98,10 @@ class Study:
         """The arm of a norm at a value; an empty one where it was not run."""
         return find_arm(self.arms, replace(self.cell, value=value), norm)
 
-    def pair(self, *value: float) -> Comparison:
-        """BN and L2BN at one value."""
-        return Comparison(self.at(BN, *value), self.at(L2BN, *value))
+    @property
+    def pairs(self) -> list[Comparison]:
+        """BN and L2BN at each value, in the order of `values`."""
+        return [Comparison(self.at(BN, *value), self.at(L2BN, *value)) for value in self.values]
 
 
 class Studies(NamedTuple):
@@ -197,7 +198,7 @@ def parts_table(study: Study) -> Table:
 
 def rate_table(study: Study) -> Table:
     """A row per batch size and learning rate."""
-    pairs = [study.pair(*value) for value in study.values]
+    pairs = study.pairs
     columns = (
         *("Batch size", "Learning rate", "Updates", "BN (n)", "L2BN (n)"),
         *("L2BN − BN", "95 % interval", "p (Holm)"),
@@ -227,7 +228,7 @@ def overall(study: Study) -> Overall:
     The study's seeds are those that more than half of its settings have: a seed more in some settings adds no value
     of its own, and a setting that lacks a seed is left out, not the seed.
     """
-    pairs = [pair for pair in (study.pair(*value) for value in study.values) if len(pair.arms) == 2]
+    pairs = [pair for pair in study.pairs if len(pair.arms) == 2]
     counts = Counter(seed for pair in pairs for seed in pair.reference.seeds | pair.other.seeds)
     seeds = sorted(seed for seed, count in counts.items() if 2 * count > len(study.values))
     accuracies = [(pair.reference.of(), pair.other.of()) for pair in pairs]
@@ -239,7 +240,7 @@ def overall(study: Study) -> Overall:
 
 def rate_note(study: Study) -> str:
     """One sentence over all settings."""
-    results = [study.pair(*value).difference() for value in study.values]
+    results = [pair.difference() for pair in study.pairs]
     above = sum(result.side > 0 for result in results)
     below = sum(result.side < 0 for result in results)
     lost = {norm: sum(arm.diverged for arm in study.arms if arm.norm == norm) for norm in (BN, L2BN)}

@@ -111,9 +111,10 @@ def norms_table(rows: Sequence[Comparison]) -> Table:
     """Every other norm, and every variant of BN or L2BN, against plain BN."""
     names, recipes = _names(rows)
     names["Norm"] = [in_words(row.norm) for row in rows]
-    note = "Test top-1 in percent after the last epoch, as in the grid, differences paired by seed; Holm's "
-    note += "correction over these rows"
-    note += f"{_families(rows)}."
+    note = (
+        "Test top-1 in percent after the last epoch, as in the grid, differences paired by seed; Holm's correction "
+        f"over these rows{_families(rows)}."
+    )
     notes = [note, *recipes, *_differing(rows, "the norm")]
     return _table("Other norms against BN", names | _accuracies(rows, "Norm"), notes, len(names))
 
@@ -122,9 +123,10 @@ def folds_table(rows: Sequence[Comparison]) -> Table:
     """BN against L2BN on each fold of a data set whose folds were tested in turn, and the means over them."""
     found = by_fold(rows)
     folds = sorted({fold for one in found for fold in one.rows})
-    columns: Columns = defaultdict(list)
+    columns = ("Data set", "Backbone", "Recipe", "Norm", *(f"Fold {one}" for one in folds), "Mean (folds)", "Seeds")
+    lines = []
     for one in found:
-        cell = one.first.cell
+        cell, seeds = one.first.cell, ", ".join(map(str, sorted(one.seeds)))
         bn, l2bn = one.accuracies(BN), one.accuracies(L2BN)
         difference = {fold: l2bn[fold] - bn[fold] for fold in bn}
         for name, values, number in (
@@ -132,14 +134,9 @@ def folds_table(rows: Sequence[Comparison]) -> Table:
             ("L2BN", l2bn, "{:.2f}".format),
             ("L2BN − BN", difference, signed),
         ):
-            columns["Data set"].append(cell.all_folds)
-            columns["Backbone"].append(in_words(cell.backbone))
-            columns["Recipe"].append(conditions(one.first))
-            columns["Norm"].append(name)
-            for fold in folds:
-                columns[f"Fold {fold}"].append(number(values[fold]) if fold in values else NONE)
-            columns["Mean (folds)"].append(f"{number(fmean(values.values()))} ({len(values)})")
-            columns["Seeds"].append(", ".join(map(str, sorted(one.seeds))))
+            names = cell.all_folds, in_words(cell.backbone), conditions(one.first), name
+            numbers = (number(values[fold]) if fold in values else NONE for fold in folds)
+            lines.append((*names, *numbers, f"{number(fmean(values.values()))} ({len(values)})", seeds))
     note = (
         "Test top-1 in percent after the last epoch, mean over the seeds that all folds have. The means over folds "
         "have no interval: folds share training clips, so their spread says little of another data set or seed."
@@ -148,11 +145,11 @@ def folds_table(rows: Sequence[Comparison]) -> Table:
     notes = [note, *_differing(every, "L2BN")]
     if diverged := [title(row.cell) for one in found for row in one.diverged]:
         notes.append(f"A run of BN or L2BN diverged and counts in no mean: {'; '.join(diverged)}.")
-    return _table("Folds", columns, notes, 4)
+    return Table(columns, lines, notes, names=4, title="Folds")
 
 
 def _families(rows: Sequence[Comparison]) -> str:
-    """The rows that Holm's correction goes over apart, as text; empty where it goes over all."""
+    """The groups of rows that Holm's correction treats separately, as text; empty for one group."""
     tasks: list[str] = list(dict.fromkeys(row.cell.task for row in rows))
     parts = tasks if len(tasks) > 1 else []
     if len({row.cell.fold for row in rows} - {None}) > 1:
@@ -248,28 +245,27 @@ def _differing(rows: Sequence[Comparison], norm: str) -> list[str]:
     """Notes on what runs of one row may differ in: the norm's kernels, pixels of the images, kinds of device."""
     mixed = "Pairs made in part on a CPU and in part on a GPU"
     kernels = _grouped(rows, lambda row: row.kernels, is_mixed)
+    images = _grouped(rows, lambda row: images_in_words(row.records), lambda text: text != "no fingerprint")
+    devices = _grouped(rows, lambda row: unlike_devices(row.records))
+    code = _grouped(rows, lambda row: unlike_code(row.records))
     found = {
         f"Kernels of {norm} (they agree {agreement(kernels)})": kernels,
-        "Images not proven equal by their fingerprints": _grouped(
-            rows, lambda row: images_in_words(row.records), lambda text: text != "no fingerprint"
-        ),
-        f"{mixed} (they round differently and draw other masks of dropout)": _grouped(
-            rows, lambda row: unlike_devices(row.records), lambda _: True
-        ),
-        "Your own code was edited between runs that are compared; train them anew by one version": _grouped(
-            rows, lambda row: unlike_code(row.records), lambda _: True
-        ),
+        "Images not proven equal by their fingerprints": images,
+        f"{mixed} (they round differently and draw other masks of dropout)": devices,
+        "Your own code was edited between runs that are compared; train them anew by one version": code,
     }
     return [f"{head}: {text}." for head, text in found.items() if text]
 
 
-def _grouped(rows: Sequence[Comparison], text: Callable[[Comparison], str], named: Callable[[str], bool]) -> str:
+def _grouped(
+    rows: Sequence[Comparison], note: Callable[[Comparison], str], full: Callable[[str], bool] = bool
+) -> str:
     """The number of rows for each text but the empty one, and the rows themselves where the text asks for it."""
     found: dict[str, list[str]] = defaultdict(list)
     for row in rows:
-        found[text(row)].append(f"{row.cell.label}, {in_words(row.cell.backbone)}")
+        found[note(row)].append(f"{row.cell.label}, {in_words(row.cell.backbone)}")
     return ", ".join(
-        f"{key} in {plural('row', len(names))}{' (' + '; '.join(names) + ')' if named(key) else ''}"
+        f"{key} in {plural('row', len(names))}{' (' + '; '.join(names) + ')' if full(key) else ''}"
         for key, names in found.items()
         if key
     )
@@ -328,7 +324,7 @@ def grid_csv(rows: Sequence[Comparison], reference: Reference, norm: str) -> str
         found, std = reference.published(row), row.difference().std
         arms = (("bn", row.reference), (norm, row.other))
         lines.append(
-            row.row(norm=norm)
+            row.csv_row(norm=norm)
             | {f"{name}_best_epoch_mean": arm.estimate(BEST).mean for name, arm in arms}
             | {"p_holm": corrected, "seeds_needed": seeds_needed(std, TARGET) if std and std >= NO_SPREAD else None}
             | {"published_bn": found and found.accuracy, "published_kind": found and found.kind}
@@ -346,13 +342,13 @@ def documents(evidence: Evidence, reference: Reference) -> dict[str, str]:
     main = grid_table(shown, reference, _counts(evidence, rows))
     best, folds, norms = best_table(shown, reference), folds_table(rows), norms_table(others)
     head = "<!-- Generated by make tables from the records; results/README.md defines the columns. -->"
-    sections = [f"# {main.title}\n", head + "\n", markdown(main)]
-    sections += [text for table in (folds, best) if table.rows for text in (f"## {table.title}\n", markdown(table))]
+    sections = [f"# {main.title}", head, markdown(main)]
+    sections += [text for table in (folds, best) if table.rows for text in (f"## {table.title}", markdown(table))]
     return {
-        "grid.md": "\n".join(sections),
+        "grid.md": "\n\n".join(sections) + "\n",
         "grid.csv": grid_csv(rows, reference, "l2bn"),
         "grid.tex": latex(main),
-        "norms.md": "\n".join([f"# {norms.title}\n", head + "\n", markdown(norms)]),
+        "norms.md": "\n\n".join([f"# {norms.title}", head, markdown(norms)]) + "\n",
         "norms.csv": grid_csv(others, reference, "norm"),
         "norms.tex": latex(norms),
     }
