@@ -21,7 +21,7 @@ from PIL import Image
 from conftest import ROOT, AtUpdate, Train, planned, train_in
 from l2bn.data.folder import image_folder
 from l2bn.data.imagenet import imagenet
-from l2bn.data.splits import CONTENTS, PUBLISHED, Images, _contents, digest, make_splits
+from l2bn.data.splits import CONTENTS, PUBLISHED, Images, _classes_digest, digest, make_splits
 from l2bn.errors import UserError
 from l2bn.publication import publish
 from l2bn.records import SUMMARY, InvalidRecordError, Record
@@ -263,7 +263,7 @@ def test_other_pixels_than_the_official_ones_have_no_published_accuracy(
     draw(tmp_path / "official")
     arrays = image_folder(str(tmp_path / "official"), cache=str(tmp_path / "cache"), **GRAY)
     monkeypatch.setitem(PUBLISHED, "own", (2, 16, 16))
-    monkeypatch.setitem(CONTENTS, "own", _contents(arrays.train, arrays.test))
+    monkeypatch.setitem(CONTENTS, "own", _classes_digest(arrays.train, arrays.test))
     assert read("official") == ("Gray", "own")
     shutil.copytree(tmp_path / "official", tmp_path / "renamed")
     for part in ("train", "test"):
@@ -293,7 +293,7 @@ def test_contents_of_cifar100(shared_data: Path) -> None:
         images = torch.cat([mosaic.unfold(0, 32, 32).unfold(1, 32, 32).flatten(0, 1) for mosaic in found])
         splits.append(Images(images, torch.arange(100).repeat_interleave(count)))
         assert images.shape == (100 * count, 3, 32, 32)
-    assert _contents(*splits) == CONTENTS["cifar100"]
+    assert _classes_digest(*splits) == CONTENTS["cifar100"]
 
 
 @pytest.mark.slow

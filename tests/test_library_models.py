@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from l2bn import L2BatchNorm2d, swap_norm
-from l2bn.norms import l2bn
+from l2bn.norms import advice, l2bn
 
 TIMM = """
     cspdarknet53 cspresnet50 densenet121 dla46_c dpn48b efficientnet_b0 efficientvit_b0 ese_vovnet19b_dw
@@ -107,7 +107,7 @@ def test_options_that_do_not_suit_unit_features_are_a_warning(
         swap_norm(swapped := copy.deepcopy(model), norm)
         assert len(caplog.messages) == bool(said)
         assert re.search(said, caplog.text)
-        assert l2bn.warn_if_few_updates(swapped, 100) is ("momentum" not in said), "the trainer says it again"
+        assert advice.warn_if_few_updates(swapped, 100) is ("momentum" not in said), "the trainer says it again"
 
 
 def test_models_without_batch_norm_say_so() -> None:

@@ -16,7 +16,7 @@ from conftest import uncompiled
 from l2bn import L2BatchNorm1d, L2BatchNorm2d, L2BatchNorm3d, l2_normalize
 from l2bn.kernels import autograd
 from l2bn.norms import l2bn_detached, l2bn_mean_norm, l2bn_position
-from l2bn.norms.l2bn import updates_needed, warn_if_few_updates
+from l2bn.norms.advice import updates_needed, warn_if_few_updates
 
 LAYERS = [
     (L2BatchNorm1d, nn.BatchNorm1d, (6, 5)),

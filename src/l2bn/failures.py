@@ -196,16 +196,12 @@ def describe(error: BaseException) -> str:
 
 
 def note_failure(folder: Path, error: Exception) -> None:
-    """Write the message of an exception, followed by its traceback unless it is a UserError.
-
-    Writes nothing where the folder cannot be written, which may be the failure itself.
-    """
+    """Write the message of an exception, followed by its traceback unless it is a UserError."""
     text = describe(error) + "\n"
     if not isinstance(error, UserError):
         text += "\n" + "".join(traceback.format_exception(error))
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_durably(folder / FAILURE, text)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_durably(folder / FAILURE, text)
 
 
 def read_failure(folder: Path) -> str | None:

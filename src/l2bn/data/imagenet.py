@@ -11,7 +11,7 @@ import os
 import re
 from collections import Counter
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, Unpack
@@ -144,10 +144,10 @@ class OnDisk(Dataset[tuple[Tensor, int]]):
         return len(self.labels)
 
     def select(self, indices: Tensor, like: Any = None) -> Self:
-        values: Any = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
         chosen = indices.numpy()
-        values |= {key: value[chosen] for key, value in values.items() if isinstance(value, Tensor | np.ndarray)}
-        return type(self)(**values | ({} if like is None else {"transform": like.transform}))
+        values = {key: value[chosen] for key, value in vars(self).items() if isinstance(value, Tensor | np.ndarray)}
+        transform = self.transform if like is None else like.transform
+        return replace(self, **values, transform=transform)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)

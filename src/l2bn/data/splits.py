@@ -32,7 +32,7 @@ PUBLISHED = {
     "TAU 2020": (10, 13_962, 2_968),
 }
 
-# `_contents` of the official files, by baseline, where folders of converted images are common.
+# `_classes_digest` of the official files, by baseline, where folders of converted images are common.
 CONTENTS = {"cifar100": "a68833fedbf5a4532486bcfce4491844"}
 
 # A subset and a validation split are part of the data set, not of a run: every seed trains on the same images.
@@ -341,7 +341,7 @@ def _unlike_published(
         )
     if whole is not None and not (intact and _is_even(num_classes, train, test)):
         return "other files", "has as many images as the published data set, but other files or classes"
-    if contents is not None and contents != _contents(train, test):
+    if contents is not None and contents != _classes_digest(train, test):
         return "other pixels", "has other pixels than the official files: re-encoded, resized or in other classes"
     return "", ""
 
@@ -379,15 +379,15 @@ def _known(train: Split, test: Split) -> int:
     """Return the number of test images that are training images too; 0 where images are not held in memory."""
     if not (isinstance(train, Images) and isinstance(test, Images)):
         return 0
-    learnt = set(map(_content, train.images))
-    return sum(_content(image) in learnt for image in test.images)
+    learnt = set(map(_image_digest, train.images))
+    return sum(_image_digest(image) in learnt for image in test.images)
 
 
-def _content(image: Tensor) -> bytes:
+def _image_digest(image: Tensor) -> bytes:
     return hashlib.blake2b(image.contiguous().numpy().data, digest_size=16).digest()
 
 
-def _contents(*splits: Split) -> str | None:
+def _classes_digest(*splits: Split) -> str | None:
     """A digest over the images of each class, whatever the order of images and classes; None for images on disk."""
     parts = []
     for split in splits:
@@ -395,7 +395,7 @@ def _contents(*splits: Split) -> str | None:
             return None
         classes: dict[int, list[bytes]] = defaultdict(list)
         for image, label in zip(split.images, split.labels.tolist(), strict=True):
-            classes[label].append(_content(image))
+            classes[label].append(_image_digest(image))
         parts += sorted(b"".join(sorted(images)) for images in classes.values())
     return digest(parts)
 

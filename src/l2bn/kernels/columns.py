@@ -34,7 +34,7 @@ from l2bn.kernels.formulas import (
 )
 
 
-def over_columns(channels: Tensor, rows: Tensor, axis: int) -> Tensor:
+def at_columns(channels: Tensor, rows: Tensor, axis: int) -> Tensor:
     """Give channels (C,) the axes that broadcast with rows."""
     if axis == 2 and not torch.compiler.is_compiling():  # a model's layout is not known before it is compiled
         return materialized(at_positions(channels, rows, axis).expand(rows.shape[1:]).contiguous())
@@ -91,7 +91,7 @@ def forward(
     k = inv if weight is None else inv * weight
     near = mu.to(s.dtype)
     shift = (near - mu) * k if bias is None else bias + (near - mu) * k
-    of_mean, of_z, of_all = [over_columns(t.to(s.dtype), x, axis) for t in (near, k, shift)]
+    of_mean, of_z, of_all = [at_columns(t.to(s.dtype), x, axis) for t in (near, k, shift)]
     y = of_all - (back * s + of_mean) * of_z
     return y.to(x.dtype), mu, v, (norm2, mu, inv)
 
@@ -105,7 +105,7 @@ def backward(
     s = materialized(sample_scale(norm2, a2))
     back = -widened(x) * s  # -z
     near = mu.to(s.dtype)
-    d = -(back + over_columns(near, x, axis))
+    d = -(back + at_columns(near, x, axis))
     gb = by_channel(down(wide_g, axis)).sum(1)
     gd = by_channel(down(wide_g * d, axis)).sum(1)
     gr = gd + (near - mu) * gb
@@ -113,7 +113,7 @@ def backward(
     k = inv if weight is None else inv * weight
     c1 = k * gr * inv * inv / count
     c0 = k * gb / count + c1 * (near - mu)
-    of_g, of_d, of_all = [over_columns(t.to(s.dtype), x, axis) for t in (k, c1, c0)]
+    of_g, of_d, of_all = [at_columns(t.to(s.dtype), x, axis) for t in (k, c1, c0)]
     dz = wide_g * of_g - d * of_d - of_all
     # Below tiny, s does not depend on x.
     along_z = torch.where(norm2 > TINY**2, along(dz * back) / a2, 0.0)

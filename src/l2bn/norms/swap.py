@@ -53,7 +53,7 @@ def swap_norm(model: nn.Module, norm: str | Norm) -> int:
         len(layers),
         ", ".join(sorted({type(layer).__name__ for layer in layers.values()})),
     )
-    from l2bn.norms.l2bn import warn_of_options  # here: what follows is about L2BN and its controls
+    from l2bn.norms.advice import warn_of_options  # here: what follows is about L2BN and its controls
     from l2bn.norms.stock import ESTIMATED_ELSEWHERE
 
     if any(_keeps_estimate(layer, other) for layer, other in layers.items()):

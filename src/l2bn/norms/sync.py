@@ -49,7 +49,7 @@ def joint_batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return batch norm of z (N, C, ...), float32 at least, by statistics over the samples of all ranks.
 
-    With it mean, biased variance and number of values of a channel over these samples.
+    Also returns, per channel over these samples, the mean, the biased variance and the number of values.
     """
     axes, shape = [d for d in range(z.ndim) if d != 1], (1, -1, *[1] * (z.ndim - 2))
     own = z.new_tensor([z.numel() / z.shape[1]], dtype=torch.float64)

@@ -69,14 +69,10 @@ VECTOR = 16  # float32 values in the widest vector register, that of AVX-512
 def should_compile(wanted: Compile, model: nn.Module, device: torch.device, updates: int) -> bool:
     """Return whether a run of `updates` steps compiles its network.
 
-    "auto" depends only on network, machine and number of steps, so that both norms of a comparison, and a resumed
-    run, get the same answer. On a CPU with a compiler, runs of at least `UPDATES` steps are compiled, but only
-    networks whose channels do not fill the vector registers (ShuffleNetV2): PyTorch's batch norm is slow there, and
-    compiled kernels are not. Other networks gain nothing, or 18 % (MobileNetV2 with L2BN): the convolutions, which
-    are the same, take four fifths of the time. On CUDA "auto" never compiles: compiled networks were not
-    measured there, and those with images in memory replay CUDA graphs instead.
-
-    Figures are in results/benchmarks/train.md. Raises UserError if compilation is requested and no compiler works.
+    "auto" depends only on network, machine and number of steps, so that both norms of a pair, and a resumed run,
+    get the same answer: on a CPU, runs of at least `UPDATES` steps of networks whose channels do not fill the
+    vector registers (ShuffleNetV2), where PyTorch's batch norm is slow (results/benchmarks/train.md); never on
+    CUDA, where it was not measured. Raises UserError if compilation is requested and no compiler works.
     """
     if wanted != "auto":
         if wanted and device.type in DEVICES and not compiler_works(device.type):

@@ -17,13 +17,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from l2bn.backbones.cost import count_multiply_adds, count_parameters
-from l2bn.errors import UserError
+from l2bn.failures import describe
 from l2bn.records import natural_order
 from l2bn.training.compute import Compute
 from l2bn.training.instantiate import CONFIGS, Builder, Node
-from l2bn.training.plan import CONFIG_NAME, composing, resolve
+from l2bn.training.plan import CONFIG_NAME, GROUPS, composing, resolve
 
-GROUPS = ("dataset", "backbone", "norm", "recipe", "experiment")
+CATALOGUED = (*GROUPS, "experiment")
 CLASSES_OF_ITS_DATA = re.compile(r"^# .*Parameters at ([\d,]+) classes", re.MULTILINE)
 
 
@@ -91,8 +91,7 @@ def _choice(path: Path, base: DictConfig | None, folders: Sequence[Path], timed:
             cost = cost_of(resolve(base)["backbone"], usual, folders, timed=timed)
         return Choice(path.stem, first_comment(text), cost)
     except Exception as error:  # of a user's own file, or of the library that a backbone comes from
-        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        return Choice(path.stem, f"cannot be used: {' '.join(reason.split())}")
+        return Choice(path.stem, f"cannot be used: {' '.join(describe(error).split())}")
 
 
 def first_comment(text: str) -> str:
@@ -153,7 +152,7 @@ def _measure_hours(model: nn.Module, usual: Usual) -> float:
 
 
 def choices_text(
-    groups: Sequence[str] = GROUPS, width: int = 110, own: Sequence[Path] = (), *, timed: bool = False
+    groups: Sequence[str] = CATALOGUED, width: int = 110, own: Sequence[Path] = (), *, timed: bool = False
 ) -> Text:
     """All choices of the groups, one per line of at most `width` columns."""
     text = Text()

@@ -201,9 +201,9 @@ class RunState:
             check_identity(state["identity"], self._run.identity, folder)
             check_images(state.get("images"), self._images, folder)
             self._network.load_state_dict(state["model"])
-            own = [(group["fused"], group["foreach"]) for group in self._optimizer.param_groups]
+            flags = [(group["fused"], group["foreach"]) for group in self._optimizer.param_groups]
             self._optimizer.load_state_dict(state["optimizer"])
-            for group, (fused, foreach) in zip(self._optimizer.param_groups, own, strict=True):
+            for group, (fused, foreach) in zip(self._optimizer.param_groups, flags, strict=True):
                 group["fused"], group["foreach"] = fused, foreach  # of this device, not of the checkpoint's
             for parameter, kept in self._optimizer.state.items():
                 # In the memory format of the parameters, which may have changed since it was saved.
@@ -212,8 +212,8 @@ class RunState:
             self._fabric.strategy.precision.load_state_dict(state["precision"])
             position = Position(**state["position"])
             if position.totals is not None:
-                own = state["position"]["totals"][self._fabric.global_rank]
-                position.totals = Totals(own[:4], own[4])
+                totals = state["position"]["totals"][self._fabric.global_rank]
+                position.totals = Totals(totals[:4], totals[4])
         if lead:
             log.info("resumed after epoch %d, step %d", position.epoch, position.step)
         return position

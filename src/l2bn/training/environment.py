@@ -34,9 +34,10 @@ STANDARD = Path(sysconfig.get_path("stdlib"))
 INSTALLED = {"site-packages", "dist-packages"}  # names of the folders of installed packages, wherever they lie
 PACKAGES = ("l2bn", "torch", "torchvision", "timm", "lightning-fabric", "hydra-core", "omegaconf", "numpy")
 
-# What a run imports where an option is taken, so that who reads a plain run meets none of it.
+# Imported where an option needs them, so that who reads a plain run meets none of them.
 OPTIONS = (
     "l2bn.analysis.probe",
+    "l2bn.norms.advice",
     "l2bn.norms.l2bn",
     "l2bn.norms.sync",
     "l2bn.training.acceleration",

@@ -99,7 +99,7 @@ class Builder:
             raise UserError(f"{path}: {reason}") from error
 
     def check(self, node: Node, path: str) -> None:
-        """Check a node's names and types against its `_target_`, without calling it. Raises UserError."""
+        """Check a node's names and types. Its `_target_` is not called, those within it are. Raises UserError."""
         target, partial, arguments = self._split(node, path)
         self.fit(target, arguments, path, partial=partial)
 
@@ -320,7 +320,7 @@ _WORDS = {
 
 
 def _options(hint: Any) -> Sequence[Any]:
-    """Return the types of a union; another type alone."""
+    """Return the members of a union, or the type itself."""
     return typing.get_args(hint) if typing.get_origin(hint) in (Union, UnionType) else (hint,)
 
 

@@ -30,7 +30,7 @@ class DivergedError(Exception):
 
 
 def raise_if_diverged(epoch: int, bad_step: float | None) -> None:
-    """Raise DivergedError for a step whose loss was not finite, counted from 0; infinity and None are none."""
+    """Raise DivergedError if `bad_step`, counted from 0, is finite; None and infinity: every loss was finite."""
     if bad_step is not None and math.isfinite(bad_step):
         raise DivergedError(f"the loss is not finite in epoch {epoch + 1}, step {bad_step + 1:.0f}")
 

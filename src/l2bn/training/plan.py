@@ -34,7 +34,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from l2bn.errors import UserError, expand
 from l2bn.failures import override_errors
-from l2bn.records import CONFIG, METRICS, is_plain_name, same_images
+from l2bn.records import CONFIG, MACHINE_PATHS, METRICS, is_plain_name, same_images
 from l2bn.training.instantiate import CONFIGS, Builder, check_mapping, check_type, flatten, is_hidden
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def make_folder(folder: Path) -> None:
 # Where the files are, how they are read and which kernels compute the same thing change the result by rounding at
 # most: a run can move between machines.
 MACHINE_KEYS = {
-    "dataset": frozenset({"root", "devkit", "download", "cache", "workers"}),
+    "dataset": MACHINE_PATHS | {"download", "workers"},
     "norm": frozenset({"fused"}),
 }
 
@@ -134,17 +134,18 @@ class RunKey:
 
 def run_key(config: Config, defaults: Config, choices: Mapping[str, str]) -> RunKey:
     """Return the key of a run; `defaults` is the configuration that the choices alone compose to."""
-    names = {
-        group: _name(choices[group], *(_without_machine_keys(group, tree[group]) for tree in (config, defaults)))
-        for group in GROUPS
-    }
+    own, default = identity(config), identity(defaults)
+    names = {group: _name(choices[group], own[group], default[group]) for group in GROUPS}
     return RunKey(**names, seed=config["seed"])
 
 
 def identity(config: Config) -> dict[str, Any]:
     """Return the part of a configuration that can change the result."""
     compute = {key: config["compute"][key] for key in COMPUTE_KEYS}
-    chosen = {group: _without_machine_keys(group, config[group]) for group in GROUPS}
+    chosen = {
+        group: {key: value for key, value in config[group].items() if key not in MACHINE_KEYS.get(group, ())}
+        for group in GROUPS
+    }
     return {**chosen, **compute, "seed": config["seed"]}
 
 
@@ -208,10 +209,6 @@ def _name(choice: str, node: Config, default: Config) -> str:
     name = ",".join([choice, *changed])
     name = "".join("_" if letter in "/ " or not letter.isprintable() else letter for letter in name)
     return name if len(name.encode()) <= LONGEST_NAME else f"{choice},{_digest(name)}"
-
-
-def _without_machine_keys(group: str, node: Config) -> dict[str, Any]:
-    return {key: value for key, value in node.items() if key not in MACHINE_KEYS.get(group, ())}
 
 
 def _values(tree: Config) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def run(planned: PlannedRun, *, alone: bool = True, original: Path | None = None
 
 def _prepare(planned: PlannedRun, original: Path | None) -> BuiltRun:
     """Instantiate a run and try what it needs. Raises UserError."""
-    from l2bn.norms.l2bn import warn_if_few_updates
+    from l2bn.norms.advice import warn_if_few_updates
 
     built = build_run(planned)
     if original is not None:
