@@ -389,7 +389,8 @@ def test_what_a_run_imports_late_is_imported_when_its_code_is_described() -> Non
 def test_no_files_import_one_another() -> None:
     """Neither within functions nor for types."""
     source = ROOT / "src"
-    files = {".".join(path.relative_to(source).with_suffix("").parts): path for path in source.rglob("*.py")}
+    names = {path: ".".join(path.relative_to(source).with_suffix("").parts) for path in source.rglob("*.py")}
+    files = {name.removesuffix(".__init__"): path for path, name in names.items()}
     TopologicalSorter({name: imports(path) & files.keys() for name, path in files.items()}).prepare()
 
 

@@ -89,34 +89,25 @@ def test_images_decoded_when_asked_are_told_by_names_labels_and_sizes(
 
 
 class OnAccess:
-    """A split of a user's own: images of one brightness, cut at random, with labels that do not tell it."""
+    """A split of a user's own, whose labels do not tell it from others."""
 
-    labels = torch.arange(100) % 2
-
-    def __init__(self, brightness: int) -> None:
-        self.brightness = brightness
+    labels = torch.arange(4) % 2
 
     def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        cut = torch.randint(4, (1,))
-        return (torch.arange(192).view(3, 8, 8) * self.brightness + cut + index).to(torch.uint8), index % 2
+        return 4
 
 
-def test_own_images_without_files_are_told_by_some_of_their_pixels() -> None:
-    """As the folders of CIFAR-10-C, which have equal labels; the random state is no part of it."""
-
-    def fingerprint(train: int, test: int) -> object:
-        parts: Any = OnAccess(train), OnAccess(test)
-        return make_splits(*parts, 2, 8, **GRAY).fingerprint
-
-    state = torch.get_rng_state()
-    before = fingerprint(1, 1)
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.rand(1)
-    assert fingerprint(1, 1) == before
-    assert len({str(fingerprint(*each)) for each in ((1, 1), (2, 1), (1, 2), (2, 2))}) == 4
+def test_own_images_that_are_told_by_their_labels_alone_get_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """As the folders of CIFAR-10-C, which have equal labels."""
+    own: Any = OnAccess()
+    before = make_splits(own, own, 2, 8, **GRAY).fingerprint
+    (message,) = caplog.messages
+    assert "Gray: labels alone tell its images from others" in message
+    caplog.clear()
+    found = [make_splits(own, own, 2, 8, files=digest([each]), **GRAY).fingerprint for each in ("fog", "snow")]
+    assert caplog.messages == []
+    assert before["files"] not in [found[0]["files"], found[1]["files"]]
+    assert found[0] != found[1]
 
 
 def test_a_subset_is_of_the_same_images(tmp_path: Path) -> None:

@@ -230,25 +230,30 @@ def test_the_code_of_a_run_is_that_which_was_imported(
     assert start["own_source"] == before is not None
 
 
-@pytest.mark.parametrize("function", ["", "def convert(bn): "])
+@pytest.mark.parametrize(
+    ("function", "helper"),
+    [("", "own_helper"), ("def convert(bn): ", "own_helper"), ("def convert(bn): ", "own_folder.inner.helper")],
+)
 def test_own_code_is_that_of_all_own_modules(
-    function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    function: str, helper: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether a module is imported at once or within a function, and whether that was called."""
     monkeypatch.syspath_prepend(tmp_path)
-    for name in ("own_user", "own_helper"):
+    for name in ("own_user", helper):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    (tmp_path / "own_helper.py").write_text("limit = 1\ndef helper(): ...\n")
-    (tmp_path / "own_user.py").write_text(f"import torch\n{function}from own_helper import helper\n")
+    file = tmp_path / f"{helper.replace('.', '/')}.py"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("limit = 1\ndef helper(): ...\n")
+    (tmp_path / "own_user.py").write_text(f"import torch\n{function}from {helper} import helper\n")
     node = {"norm": {"_target_": "own_user.convert", "inner": {"_target_": "torch.nn.ReLU"}}}
     assert own_source(node) is None, "not imported"
     importlib.import_module("own_user")
     before = own_source(node)
     assert before is not None
-    importlib.import_module("own_helper")
+    importlib.import_module(helper)
     assert own_source(node) == before
     assert own_source({"norm": {"_target_": "l2bn.norms.bn.convert"}}) is None
-    (tmp_path / "own_helper.py").write_text("limit = 2\ndef helper(): ...\n")
+    file.write_text("limit = 2\ndef helper(): ...\n")
     environment._own.cache_clear()
     assert own_source(node) not in (None, before)
 

@@ -36,12 +36,17 @@ def command(record: Record) -> list[str] | None:
         values = dict(flatten(record.identity[group]))
         if not (CONFIGS / group / f"{choice}.yaml").is_file() or not changed.keys() <= values.keys():
             return None
-        given += [f"{group}={choice}", *(f"++{group}.{key}={json.dumps(values[key])}" for key in changed)]
+        given.append(f"{group}={choice}")
+        given += [f"++{group}.{key}={json.dumps(values[key], ensure_ascii=False)}" for key in changed]
     return given
 
 
 def test_a_hash_is_that_of_the_records_identity() -> None:
     assert [record.folder for record in RECORDS if hash_identity(record.identity) != record.hash] == []
+
+
+def test_no_published_cell_of_this_project_has_lost_its_files() -> None:
+    assert sum(command(records[0]) is not None for records in CELLS.values()) >= 99
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)

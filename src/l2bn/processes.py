@@ -1,4 +1,4 @@
-"""Processes: their cores and messages; helpers end with the process that started them, and leave signals to it."""
+"""Helper processes end with the one that started them, and leave signals to it; cores and libraries' messages."""
 
 import ctypes
 import logging

@@ -8,7 +8,7 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import NoneType
 from typing import Any, Protocol, Self, TypedDict, Unpack
@@ -243,7 +243,7 @@ def make_splits(
     """The data set after its common choices.
 
     files: digest over the files that the images come from (`Fingerprint`). Without one, the pixels in memory stand
-    for them, or the labels and some of the images that are decoded on access. whole: classes, training and test
+    for them, and of images decoded on access, with a warning, the labels. whole: classes, training and test
     images of the published data set; None: those of `PUBLISHED`, if the label or the baseline occurs there. intact:
     False if checksums show that the files are not the published ones. variant: what was done to the images. groups:
     (training images,), a number for each; `validation` holds out whole groups, as the clips of one recording, which
@@ -268,6 +268,12 @@ def make_splits(
             "add some, or remove it"
         )
     fingerprint = _fingerprint(train, test, files)
+    if files is None and fingerprint["pixels"] is None:
+        log.warning(
+            "%s: labels alone tell its images from others, and a run would go on with others of equal labels; give "
+            "make_splits their files, as in files=digest(f'{p.name} {p.stat().st_size}' for p in paths)",
+            label,
+        )
     whole = whole or PUBLISHED.get(label) or PUBLISHED.get(baseline or "")
     contents = None if variant else CONTENTS.get(baseline or "")
     change, reason = _unlike_published(num_classes, train, test, whole, intact, contents)
@@ -402,23 +408,10 @@ def _classes_digest(*splits: Split) -> str | None:
 
 def _fingerprint(train: Split, test: Split, files: str | None) -> Fingerprint:
     labels = digest([train.labels, test.labels])
+    pixels = None
     if isinstance(train, Images) and isinstance(test, Images):
         pixels = digest([train.images, test.images, labels])
-        return Fingerprint(files=files or pixels, pixels=pixels)
-    return Fingerprint(files=files or digest([labels, *_some(train), *_some(test)]), pixels=None)
-
-
-SOME = 16  # images, which tell data sets with equal labels apart
-
-
-def _some(split: Split) -> Iterator[Tensor]:
-    """Yield images from all over a split, as one seed draws what is random in them."""
-    for index in torch.linspace(0, len(split) - 1, min(SOME, len(split))).tolist():
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(SPLIT_SEED)
-            image: object = split[int(index)][0]
-        if isinstance(image, Tensor):  # else the loader says what is wrong
-            yield image
+    return Fingerprint(files=files or pixels or labels, pixels=pixels)
 
 
 def check_image_size(size: int) -> None:

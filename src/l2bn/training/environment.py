@@ -14,11 +14,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import import_module
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
 from importlib.metadata import version
-from importlib.util import resolve_name
+from importlib.util import find_spec, resolve_name
 from itertools import accumulate
 from pathlib import Path
+from pkgutil import get_importer
 from typing import Any
 
 import torch
@@ -157,21 +158,22 @@ def _add_own(name: str, found: dict[str, str]) -> None:
     if spec is None or name in found or (content := _own(Path(spec.origin or ""))) is None:
         return
     found[name] = hashlib.sha256(content).hexdigest()
-    package = name if spec.submodule_search_locations else name.rpartition(".")[0]
-    for other in _imports(content, package):
+    for other in _imports(content, spec.parent or ""):
         _add_own(other, found)
 
 
 def _spec(name: str) -> ModuleSpec | None:
     """Find a module without importing it: a function may import it later, and the code is the same all the time."""
     if name in sys.modules:
-        return getattr(sys.modules[name], "__spec__", None)
+        module = sys.modules[name]
+        return module.__spec__ or ModuleSpec(name, None, origin=getattr(module, "__file__", None))
     package = name.rpartition(".")[0]
     if not package:
-        return PathFinder.find_spec(name)
+        return find_spec(name)
     above = _spec(package)
     places = above.submodule_search_locations if above is not None else None
-    return PathFinder.find_spec(name, places) if places is not None else None
+    finders = filter(None, map(get_importer, places or ()))
+    return next(filter(None, (finder.find_spec(name) for finder in finders)), None)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union
+from typing import Any, Literal, NamedTuple, Union
 
 import yaml
 from hydra.utils import get_object
@@ -134,19 +134,20 @@ class Builder:
         check_mapping(arguments, path)
         accepted, open_ended = _parameters(target)
         number, named = LATER.get(path, (0, tuple(accepted))) if partial else (0, ())
-        for name in list(accepted)[:number]:
+        for name in [key for key, parameter in accepted.items() if parameter.by_place][:number]:
             del accepted[name]
         if not open_ended:
             self.check_keys(arguments, accepted, path)
-        needed = [key for key, (_, need) in accepted.items() if need and key not in named]
+        needed = [key for key, parameter in accepted.items() if parameter.required and key not in named]
         missing = [_join(path, key) for key in needed if key not in arguments]
         if missing:
-            bound = ", or add _partial_: true to its YAML file" if path in LATER and not partial else ""
+            is_called = path in LATER and not partial and not inspect.isclass(target)
+            bound = ", or add _partial_: true to its YAML file" if is_called else ""
             raise UserError(f"missing {', '.join(missing)}: give each a value{bound}")
         built = {}
         for key, value in arguments.items():
             place = _join(path, key)
-            hint, _ = accepted.get(key, (Any, False))
+            hint = accepted[key].hint if key in accepted else Any
             if _is_node(value):
                 built[key] = self.build(value, place)
             elif _holds_node(value):
@@ -277,11 +278,14 @@ def _sets(folder: Path, file: str, place: str) -> bool:
 # Types.
 
 
-def _parameters(target: Callable[..., Any]) -> tuple[dict[str, tuple[Any, bool]], bool]:
-    """Return the keyword parameters of a signature, and whether it takes any others.
+class _Parameter(NamedTuple):
+    hint: Any  # its type
+    required: bool
+    by_place: bool = False  # whether a caller may pass it by position
 
-    Each parameter has its type hint, and whether a value is required.
-    """
+
+def _parameters(target: Callable[..., Any]) -> tuple[dict[str, _Parameter], bool]:
+    """Return the parameters of a signature by their names, and whether it takes any others."""
     of_class = inspect.isclass(target) and not is_pydantic_dataclass(target)  # whose __init__ has no hints
     try:
         hints = typing.get_type_hints(target.__init__ if of_class else target)
@@ -291,7 +295,7 @@ def _parameters(target: Callable[..., Any]) -> tuple[dict[str, tuple[Any, bool]]
         signature = inspect.signature(target)
     except ValueError:  # of a function written in C, as torch.relu
         return {}, True
-    parameters: dict[str, tuple[Any, bool]] = {}
+    parameters: dict[str, _Parameter] = {}
     open_ended = False
     for name, parameter in signature.parameters.items():
         hint = hints.get(name, Any)
@@ -299,11 +303,12 @@ def _parameters(target: Callable[..., Any]) -> tuple[dict[str, tuple[Any, bool]]
             if typing.get_origin(hint) is typing.Unpack:  # **common: Unpack[SomeTypedDict]
                 (fields,) = typing.get_args(hint)
                 for key, field_hint in typing.get_type_hints(fields).items():
-                    parameters[key] = (field_hint, key in fields.__required_keys__)
+                    parameters[key] = _Parameter(field_hint, key in fields.__required_keys__)
             else:
                 open_ended = True
         elif parameter.kind is not inspect.Parameter.VAR_POSITIONAL:
-            parameters[name] = (hint, parameter.default is inspect.Parameter.empty)
+            by_place = parameter.kind is not inspect.Parameter.KEYWORD_ONLY
+            parameters[name] = _Parameter(hint, parameter.default is inspect.Parameter.empty, by_place)
     return parameters, open_ended
 
 
