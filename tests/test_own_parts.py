@@ -237,7 +237,7 @@ def test_the_code_of_a_run_is_that_which_was_imported(
 def test_own_code_is_that_of_all_own_modules(
     function: str, helper: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether a module is imported at once or within a function, and whether that was called."""
+    """Modules count that are imported at once or within a function, called or not."""
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("own_user", helper):
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -331,7 +331,7 @@ def test_own_parts_may_have_any_types(
 
 
 def test_a_function_may_be_a_schedule_and_an_argument(mine: Path, tmp_path: Path) -> None:
-    """What the caller passes is not asked for: a schedule's two arguments, a norm's layer and `last`."""
+    """A node need not give what the caller passes: a schedule's two arguments, a norm's layer and `last`."""
     schedule: dict[str, object] = {"_target_": "own_parts.polynomial", "_partial_": True, "power": 2}
     recipe = mine / "recipe/polynomial.yaml"
     quick = yaml.safe_load((mine / "recipe/quick.yaml").read_text()) | {"epochs": 2}

@@ -166,7 +166,8 @@ def _spec(name: str) -> ModuleSpec | None:
     """Find a module without importing it: a function may import it later, and the code is the same all the time."""
     if name in sys.modules:
         module = sys.modules[name]
-        return module.__spec__ or ModuleSpec(name, None, origin=getattr(module, "__file__", None))
+        spec = getattr(module, "__spec__", None)  # a library may put any object there
+        return spec or ModuleSpec(name, None, origin=getattr(module, "__file__", None))
     package = name.rpartition(".")[0]
     if not package:
         return find_spec(name)

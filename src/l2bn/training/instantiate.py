@@ -53,7 +53,7 @@ CONFIGS = _find_configs()
 Node = Mapping[str, Any]
 
 LATER: Mapping[str, tuple[int, tuple[str, ...]]] = {"norm": (1, ("last",)), "recipe.schedule": (2, ())}
-"""What the caller of a bound target passes, by the target's place: so many arguments by position, and names."""
+"""Arguments that the caller of a bound target passes, by the target's place: a number by position, and names."""
 
 
 class Builder:
