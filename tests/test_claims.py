@@ -320,8 +320,8 @@ def test_folds_stand_beside_claim_6_by_their_mean(tmp_path: Path) -> None:
     evidence = verdict(tmp_path, 6)[1]
     mean = (SMALL[0] + 1.5 - 0.5) / 3
     assert evidence.endswith(
-        f"; ESC-50, restarts_126, float32, 126 epochs: resnet20 +{mean:.2f} points "
-        "(mean over folds 1, 2, 3, no interval, seed 0)."
+        "; ESC-50, restarts_126, float32, 126 epochs, mean over folds 1, 2, 3 (seed 0, no interval): "
+        f"resnet20 +{mean:.2f} points."
     )
     assert evidence.count("ESC-50, fold") == 1
     assert "in 1 of 1 cell " in verdict(tmp_path, 4)[1]

@@ -272,9 +272,9 @@ def environmental_sound(arms: Sequence[Arm]) -> str:
         first = folds.first
         bn, l2bn = (fmean(folds.accuracies(norm).values()) for norm in (BN, L2BN))
         numbers, seeds = (", ".join(map(str, sorted(found))) for found in (folds.rows, folds.seeds))
-        text = f"{in_words(first.cell.backbone)} {signed(l2bn - bn)} points"
-        text += f" (mean over folds {numbers}, no interval, seed{'s' * (len(folds.seeds) > 1)} {seeds})"
-        measured[f"{first.cell.all_folds}, {conditions(first)}, {plural('epoch', first.epochs)}"].append(text)
+        place = f"{first.cell.all_folds}, {conditions(first)}, {plural('epoch', first.epochs)}"
+        place += f", mean over folds {numbers} (seed{'s' * (len(folds.seeds) > 1)} {seeds}, no interval)"
+        measured[place].append(f"{in_words(first.cell.backbone)} {signed(l2bn - bn)} points")
     beside = "; ".join(f"{place}: {'; '.join(found)}" for place, found in measured.items())
     note = f"Environmental sound, which is no evidence on scenes, L2BN − BN: {beside}." if beside else ""
     diverged = _diverged(rows)
