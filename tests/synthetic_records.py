@@ -3,7 +3,7 @@
 import json
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -164,3 +164,11 @@ def write_pairs(
         records.append(write_run(root, seed=seed, accuracy=accuracy, **cell))
         records.append(write_run(root, seed=seed, accuracy=accuracy + difference, norm=norm, **cell))
     return records
+
+
+def write_folds(root: Path, differences: Mapping[int, Sequence[float]], **cell: object) -> None:
+    """Pairs of runs on folds of ESC-50; by fold, the differences of L2BN from BN, which has 70 plus the fold."""
+    for fold, values in differences.items():
+        where = {"dataset": f"esc50,fold={fold}" if fold > 1 else "esc50", "label": f"ESC-50, fold {fold}"}
+        options = where | {"identity": {"dataset": {"fold": fold}}, "recipe": "restarts_126", "epochs": 126} | cell
+        write_pairs(root, [70.0 + fold] * len(values), values, **options)

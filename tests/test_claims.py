@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -41,7 +40,7 @@ from l2bn.reporting.evidence import (
 from l2bn.reporting.readme import BEGIN, END, readme_with_block
 from l2bn.reporting.reference import RunSet, read_sets
 from l2bn.reporting.statistics import fixed_estimate
-from synthetic_records import write_features, write_pairs, write_run
+from synthetic_records import write_features, write_folds, write_pairs, write_run
 
 SETS = read_sets(ROOT / "results/reference/sets.yaml")
 VERDICTS = {"supported", "contradicted", "not decided at this n", "not measured"}
@@ -310,20 +309,8 @@ def test_environmental_sound_beside_claim_6_says_why_it_has_no_interval(tmp_path
     assert "126 epochs: net0 +0.50 points, no interval: n too small, n = 1." in evidence
 
 
-def write_folds(root: Path, backbone: str, differences: Mapping[int, Sequence[float]]) -> None:
-    """Pairs of runs on each fold of ESC-50, with these differences at seeds 0, 1, ..."""
-    for fold, values in differences.items():
-        options = {
-            "label": f"ESC-50, fold {fold}",
-            "identity": {"dataset": {"fold": fold}},
-            "recipe": "restarts_126",
-            "backbone": backbone,
-        }
-        write_pairs(root, [70.0] * len(values), values, dataset=f"esc50,fold={fold}", epochs=126, **options)
-
-
 def test_folds_stand_beside_claim_6_by_their_mean(tmp_path: Path) -> None:
-    write_folds(tmp_path, "resnet20", {1: SMALL, 2: (1.5,), 3: (-0.5,)})
+    write_folds(tmp_path, {1: SMALL, 2: (1.5,), 3: (-0.5,)})
     evidence = verdict(tmp_path, 6)[1]
     mean = (SMALL[0] + 1.5 - 0.5) / 3
     assert evidence.endswith(
@@ -335,9 +322,9 @@ def test_folds_stand_beside_claim_6_by_their_mean(tmp_path: Path) -> None:
 
 
 def test_networks_with_the_same_folds_share_a_line_beside_claim_6(tmp_path: Path) -> None:
-    write_folds(tmp_path, "net0", {1: (2.0,), 2: (1.0,)})
-    write_folds(tmp_path, "net1", {1: (-1.0,), 2: (0.5,)})
-    write_folds(tmp_path, "net2", {1: (0.5,), 2: (0.5,), 3: (0.5,)})
+    write_folds(tmp_path, {1: (2.0,), 2: (1.0,)}, backbone="net0")
+    write_folds(tmp_path, {1: (-1.0,), 2: (0.5,)}, backbone="net1")
+    write_folds(tmp_path, {1: (0.5,), 2: (0.5,), 3: (0.5,)}, backbone="net2")
     evidence = verdict(tmp_path, 6)[1]
     assert "mean over folds 1, 2 (seed 0, no interval): net0 +1.50 points; net1 −0.25 points" in evidence
     assert "mean over folds 1, 2, 3 (seed 0, no interval): net2 +0.50 points" in evidence

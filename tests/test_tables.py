@@ -45,7 +45,7 @@ from l2bn.reporting.reference import Reference, RunSet, read_reference, read_set
 from l2bn.reporting.statistics import MIN_PAIRS, POWER, Estimate, pooled_spread, seeds_needed
 from l2bn.reporting.tables import TARGET, documents
 from l2bn.reporting.terminal import accuracy_overview
-from synthetic_records import write_features, write_pairs, write_run
+from synthetic_records import write_features, write_folds, write_pairs, write_run
 
 SCRIPT = ROOT / "scripts/report.py"
 REFERENCE = ROOT / "results/reference/baselines.yaml"
@@ -132,14 +132,6 @@ def test_pooled_line_and_seeds_line(tmp_path: Path) -> None:
     assert "under 30 epochs: +9.00 points over 1 data set × backbone cell, " in table
     assert "Seeds to see 0.3 points with 80 % power: 10 (" in table  # an effect of one standard deviation
     assert "deviation of 0.30 points (0.19 to 0.66; 6 degrees of freedom)" in table
-
-
-def write_folds(root: Path, folds: dict[int, tuple[float, ...]]) -> None:
-    """Fold to the differences of L2BN from BN, by seed; BN has 70 and the fold's number as its accuracy."""
-    for fold, values in folds.items():
-        where = {"dataset": f"esc50,fold={fold}" if fold > 1 else "esc50", "label": f"ESC-50, fold {fold}"}
-        options = where | {"identity": {"dataset": {"fold": fold}}, "recipe": "restarts_126", "epochs": 126}
-        write_pairs(root, [70.0 + fold] * len(values), values, **options)
 
 
 def test_folds_have_a_table_of_their_own_with_means_over_the_seeds_that_all_have(tmp_path: Path) -> None:
