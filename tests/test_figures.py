@@ -125,8 +125,11 @@ def test_the_last_epochs_of_long_runs_have_an_inset(tmp_path: Path) -> None:
         assert list(line.get_ydata()) == list(whole.get_ydata())[-8:]
 
 
-def test_dots_stand_at_the_differences_and_lines_span_the_intervals(evidence: Evidence) -> None:
-    rows = grid(arms_of(evidence))
+@pytest.mark.usefixtures("evidence")
+def test_dots_stand_at_the_differences_and_lines_span_the_intervals(tmp_path: Path) -> None:
+    root = tmp_path / "runs"
+    write_pairs(root, [91, 92, 93], [0.3, 0.4, 0.8], backbone="vgg11", epochs=12)
+    rows = grid(arms_of(read_evidence(root)))
     axes = differences(rows).axes[0]
     drawn = {
         tuple(round(float(x), 9) for x in line.get_xdata())
@@ -134,7 +137,7 @@ def test_dots_stand_at_the_differences_and_lines_span_the_intervals(evidence: Ev
         if line.get_marker() in ("None", None)
     }
     expected = [row.difference() for row in rows if row.difference().low is not None] + [pooled(rows)]
-    assert len(expected) == 3
+    assert len(expected) == 4
     assert {(round(e.low, 9), round(e.high, 9)) for e in expected} <= drawn
     hollow = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
     assert [list(line.get_xdata()) for line in hollow] == [[pytest.approx(1.5)]]  # the pair with one seed

@@ -27,7 +27,7 @@ from scipy import stats
 from conftest import ROOT, Issue
 from l2bn.errors import UserError
 from l2bn.records import ENVIRONMENT, SUMMARY, natural_order
-from l2bn.reporting.claims import CLAIMS, claims_markdown
+from l2bn.reporting.claims import CLAIMS, claims_markdown, estimate_for_others
 from l2bn.reporting.comparison import (
     FULL_EPOCHS,
     arms_of,
@@ -124,12 +124,12 @@ def test_few_pairs_say_so(tmp_path: Path) -> None:
 def test_pooled_line_and_seeds_line(tmp_path: Path) -> None:
     for backbone, shift in (("resnet20", 0.0), ("resnet32", 0.1), ("resnet44", 0.2)):
         write_pairs(tmp_path, [90, 91, 92], [shift, shift + 0.3, shift + 0.6], backbone=backbone)
-    write_pairs(tmp_path, [70], [9.0], recipe="short", epochs=5)
+    write_pairs(tmp_path, [70, 71, 72], [9.0, 9.1, 9.2], recipe="short", epochs=5)
     table = grid_of(tmp_path)
     # Mean 0.4, standard deviation 0.1 over three cells: 4.3027 * 0.1 / sqrt(3) = 0.2484.
-    assert "30 epochs and more: +0.40 points over 3 data set × backbone cells" in table
+    assert "at least 3 pairs, runs of 30 epochs and more: +0.40 points over 3 data set × backbone cells" in table
     assert "[+0.15, +0.65]" in table
-    assert "under 30 epochs: +9.00 points over 1 data set × backbone cell, " in table
+    assert "at least 3 pairs, runs under 30 epochs: +9.10 points over 1 data set × backbone cell, " in table
     assert "Seeds to see 0.3 points with 80 % power: 10 (" in table  # an effect of one standard deviation
     assert "deviation of 0.30 points (0.19 to 0.66; 6 degrees of freedom)" in table
 
@@ -241,16 +241,35 @@ def test_sound_is_not_pooled_with_images(tmp_path: Path) -> None:
 
 def test_a_cell_under_two_recipes_is_pooled_once(tmp_path: Path) -> None:
     for recipe, difference in (("cosine_200", 0.2), ("step_200", 0.4)):
-        write_pairs(tmp_path, [90.0], [difference], recipe=recipe)
+        write_pairs(tmp_path, [90.0] * 3, [difference] * 3, recipe=recipe)
     result = pooled(grid(arms_of(read_evidence(tmp_path))))
     assert (result.n, result.mean) == (1, pytest.approx(0.3))
+
+
+def test_the_pooled_mean_is_one_number_everywhere_and_leaves_out_rows_of_few_pairs(tmp_path: Path) -> None:
+    """As where one long run checks the instrument beside a grid of shorter ones."""
+    for backbone, shift in (("resnet20", 0.1), ("vgg11", 0.2), ("vgg13", 0.6)):
+        write_pairs(tmp_path, [60] * 3, [shift, shift + 0.1, shift + 0.2], backbone=backbone, recipe="cosine_30")
+    for seeds in (1, 2):
+        write_pairs(tmp_path, [90] * seeds, [8.0] * seeds)
+        rows = grid(arms_of(read_evidence(tmp_path)))
+        assert "runs of 30 epochs and more: +0.40 points over 3 data set × backbone cells" in grid_of(tmp_path)
+        assert "+0.40" in [text.get_text() for text in differences(rows).findobj(Text)]
+        assert estimate_for_others(rows).mean == pytest.approx(0.4)
+
+
+def test_few_pairs_have_no_pooled_mean(tmp_path: Path) -> None:
+    write_pairs(tmp_path, [90.0], [0.2])
+    assert "at least 3 pairs, runs of 30 epochs and more: there are none. Seeds" in grid_of(tmp_path)
+    shown = [text.get_text() for text in differences(grid(arms_of(read_evidence(tmp_path)))).findobj(Text)]
+    assert not any("Mean over" in text for text in shown)
 
 
 def test_a_data_set_in_two_folders_is_pooled_once_and_its_rows_told_apart(tmp_path: Path) -> None:
     """As the official files of CIFAR-100 and its PNG files: equal pixels under one label."""
     for dataset, difference in (("cifar100", 0.2), ("cifar100_png", 0.4)):
-        write_pairs(tmp_path, [70.0], [difference], dataset=dataset, label="CIFAR-100")
-    write_pairs(tmp_path, [90.0], [0.1])
+        write_pairs(tmp_path, [70.0] * 3, [difference] * 3, dataset=dataset, label="CIFAR-100")
+    write_pairs(tmp_path, [90.0] * 3, [0.1] * 3)
     rows = grid(arms_of(read_evidence(tmp_path)))
     assert pooled(rows).n == 2
     result = pooled(rows[1:])

@@ -26,7 +26,7 @@ from l2bn.reporting.evidence import (
     source_of,
     value_of,
 )
-from l2bn.reporting.statistics import Estimate, estimate, holm, paired_differences, pooled_estimate
+from l2bn.reporting.statistics import MIN_PAIRS, Estimate, estimate, holm, paired_differences, pooled_estimate
 
 FULL_EPOCHS = 30
 """Shorter runs measure how fast a network starts to learn: shown, but never pooled with longer ones."""
@@ -281,10 +281,11 @@ def pooled(comparisons: Iterable[Comparison], quantity: str = TOP1) -> Estimate:
 
     A pair that was run under several recipes, settings or options of its backbone or data set, or from several
     folders of one label, is one observation, not several: the mean differences of its rows stand in one cell.
+    Rows under `MIN_PAIRS` pairs are left out: one seed of theirs would weigh as much as all of another row.
     """
     cells: dict[tuple[str, str], list[float]] = defaultdict(list)
     for comparison in comparisons:
-        mean = comparison.difference(quantity).mean
-        if mean is not None:
-            cells[comparison.cell.source, backbone_of(comparison.cell)].append(mean)
+        result = comparison.difference(quantity)
+        if result.mean is not None and result.n >= MIN_PAIRS:
+            cells[comparison.cell.source, backbone_of(comparison.cell)].append(result.mean)
     return pooled_estimate(list(cells.values()))

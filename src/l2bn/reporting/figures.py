@@ -73,7 +73,7 @@ from l2bn.reporting.formatting import (
 )
 from l2bn.reporting.mechanism import Mechanism, measured_pairs
 from l2bn.reporting.reference import RunSet
-from l2bn.reporting.statistics import Estimate, estimate
+from l2bn.reporting.statistics import MIN_PAIRS, Estimate, estimate
 from l2bn.reporting.studies import Study, accuracy_by_update, eps_text, shrink_factors
 
 # Black, and the vermilion and blue of Okabe and Ito (2008).
@@ -375,7 +375,7 @@ def _line(row: Comparison, quantity: str = TOP1) -> ForestRow:
 
 
 def differences(comparisons: Sequence[Comparison]) -> Figure:
-    """A row per cell: mean paired difference, its 95 % interval, the seeds behind it; pooled below."""
+    """A row per cell: mean paired difference, its 95 % interval, the seeds behind it; below, the pooled ones."""
     rows = [comparison for comparison in comparisons if comparison.differences()]
     lines: list[ForestRow] = []
     label = ""
@@ -385,11 +385,13 @@ def differences(comparisons: Sequence[Comparison]) -> Figure:
         lines += map(_line, group)
         label = dataset
     images = [row for row in rows if row.cell.task == "images"]
-    lines += [ForestRow("Mean over cells of images, n cells")] if images else []
-    for full, text in ((True, f"{FULL_EPOCHS} epochs and more"), (False, f"under {FULL_EPOCHS} epochs")):
-        chosen = [row for row in images if row.full_length is full]
-        if chosen:
-            lines.append(ForestRow(text, pooled(chosen)))
+    means = [
+        ForestRow(text, pooled(row for row in images if row.full_length is full))
+        for full, text in ((True, f"{FULL_EPOCHS} epochs and more"), (False, f"under {FULL_EPOCHS} epochs"))
+    ]
+    known = [line for line in means if line.result and line.result.n]
+    head = ForestRow("Mean over cells of images, n cells"), ForestRow(f"{MIN_PAIRS} pairs or more", note=True)
+    lines += [*head, *known] if known else []
     return forest_plot(lines, IN_ACCURACY)
 
 

@@ -50,7 +50,7 @@ from l2bn.reporting.formatting import (
     title,
 )
 from l2bn.reporting.reference import EPOCHS, Reference
-from l2bn.reporting.statistics import NO_SPREAD, pooled_spread, seeds_needed
+from l2bn.reporting.statistics import MIN_PAIRS, NO_SPREAD, pooled_spread, seeds_needed
 
 TARGET = 0.3
 """The difference, in points, for which a line gives the number of seeds needed."""
@@ -272,7 +272,7 @@ def _grouped(
 
 
 def _pooled(rows: Sequence[Comparison]) -> list[str]:
-    """The pooled estimate and the seeds needed, long runs and short ones apart, of all rows with a pair."""
+    """The pooled estimate, of rows that are repeated enough, and the seeds needed; long and short runs apart."""
     lines, images = [], [row for row in rows if row.cell.task == "images"]
     for full, name in ((True, f"of {FULL_EPOCHS} epochs and more"), (False, f"under {FULL_EPOCHS} epochs")):
         chosen = [row for row in images if row.full_length is full and row.differences()]
@@ -280,12 +280,13 @@ def _pooled(rows: Sequence[Comparison]) -> list[str]:
             continue
         result = pooled(chosen)
         tail = f"95 % interval {interval(result)}, p {probability(result.p, result)}"
-        pairs = sorted({len(row.differences()) for row in chosen})
-        each = f"{pairs[0]} to {pairs[-1]} pairs" if len(pairs) > 1 else f"{plural('pair', pairs[0])} each"
+        mean = (
+            f"{signed(result.mean)} points over {plural('data set × backbone cell', result.n)}, which weigh alike; "
+            f"{f'no interval: {result.reason}' if result.low is None else tail}"
+        )
         lines.append(
-            f"Pooled L2BN − BN, all rows of images with runs {name}: {signed(result.mean)} points over "
-            f"{plural('data set × backbone cell', result.n)}, which weigh alike, from rows of {each}; "
-            f"{f'no interval: {result.reason}' if result.low is None else tail}. {_seeds(chosen)}"
+            f"Pooled L2BN − BN, rows of images with at least {MIN_PAIRS} pairs, runs {name}: "
+            f"{mean if result.n else 'there are none'}. {_seeds(chosen)}"
         )
     return lines
 
